@@ -1,0 +1,6 @@
+from .base import AbstractDirection as AbstractDirection
+from .ddp import DDP as DDP
+from .gauss_newton import GaussNewton as GaussNewton
+from .gradient import Gradient as Gradient
+from .ilqr import ILQR as ILQR
+from .newton import Newton as Newton

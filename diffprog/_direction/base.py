@@ -1,0 +1,101 @@
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._chain import (
+    first_nonfinite,
+    total_cost,
+    VectorChain,
+    VectorTrajectory,
+)
+from .._expand import Stacks
+from .._linalg import matmul
+from .._lqr import Sweep
+from .._tree import norm
+
+
+class Model(eqx.Module):
+    """A linear-quadratic model: F and W of every stage, V of the last state."""
+
+    F: Stacks
+    W: Stacks
+    V: Float[Array, "_ _"]
+
+
+class Expansion(eqx.Module):
+    """A local model and what is known of it before any backward pass.
+
+    - `model`: any pytree of floating arrays.
+    - `cost_gradient`: norm of the costs' gradient in all states and controls.
+    - `first_nonfinite`: stage of the first derivative that is not finite, else T + 1.
+    """
+
+    model: Any
+    cost_gradient: Float[Array, ""]
+    first_nonfinite: Int[Array, ""]
+
+
+class AbstractDirection(eqx.Module):
+    """The rule that flows backward through a chain.
+
+    `expand` builds a local model, `backward` turns it into gains, and `forward`, the
+    same for all, rolls them out at a step size.
+    """
+
+    follows_dynamics: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def expand(self, chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
+        """The local model around a trajectory."""
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        chain: VectorChain,
+        trajectory: VectorTrajectory,
+        model: Any,
+        damping: Float[Array, ""],
+    ) -> Sweep:
+        """One pass from the last stage to the first."""
+
+    def forward(
+        self,
+        chain: VectorChain,
+        trajectory: VectorTrajectory,
+        model: Any,
+        sweep: Sweep,
+        stepsize: Float[Array, ""],
+    ) -> tuple[VectorTrajectory, tuple[Float[Array, "stages _"], ...]]:
+        """The trajectory of u + v at `stepsize` s, and v = s k + K y.
+
+        y is the deviation of the state: of the dynamics itself, or of the linear model.
+        """
+        linear = not self.follows_dynamics
+
+        def stage(segment, carry, x, u, t, gains, *F):
+            x_new, y = carry
+            y = y if linear else x_new - x
+            v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
+            if linear:
+                y = matmul(F[0][1:, 1:], jnp.concatenate([y, v]))
+            return (segment.dynamics(x_new, u + v, t), y), (x_new, u + v, v)
+
+        x0 = trajectory.xs[0][0]
+        data = (trajectory.xs, trajectory.us, chain.ts, sweep.gains)
+        data = (*data, model.F) if linear else data
+        (final, _), rows = chain.scan(stage, (x0, jnp.zeros_like(x0)), *data)
+        xs, us, vs = zip(*rows, strict=True)
+        return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us)), vs
+
+
+def linear_quadratic(chain: VectorChain, F: Stacks, W: Stacks, V: Array) -> Expansion:
+    """The expansion with the model F, W, V."""
+    borders = tuple(w[:, 0, 1:] for w in W)  # (q_t, r_t)
+    # A costate passes what is not finite down to all earlier W: look elsewhere first.
+    source = first_nonfinite(chain, (F, borders), V[0])
+    second = first_nonfinite(chain, (W,), V)
+    first = jnp.where(source > chain.horizon, second, source)
+    return Expansion(Model(F, W, V), norm(borders, V[0, 1:]), first)

@@ -1,0 +1,27 @@
+from typing import ClassVar
+
+from .._expand import linearized, quadratized
+from .._lqr import riccati
+from .base import AbstractDirection, linear_quadratic
+
+
+class DDP(AbstractDirection):
+    r"""Differential dynamic programming with second-order dynamics.
+
+    The stage Hessians are those of $h_t + p_{t+1}^\top f_t$, with p the gradient of the
+    cost-to-go of the same backward pass; gains rolled out on the true dynamics.
+    Quadratic convergence near a strict minimum. O(T (n + m)^3) per iteration.
+
+    Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
+    arXiv 2207.06362.
+    """
+
+    follows_dynamics: ClassVar[bool] = True
+
+    def expand(self, chain, trajectory):
+        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory)
+        return linear_quadratic(chain, F, W, V)
+
+    def backward(self, chain, trajectory, model, damping):
+        F, W, V = model.F, model.W, model.V
+        return riccati(chain, trajectory, F, W, V, damping, curved=True)

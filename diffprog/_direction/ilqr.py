@@ -1,0 +1,26 @@
+from typing import ClassVar
+
+from .._expand import linearized, quadratized
+from .._lqr import riccati
+from .base import AbstractDirection, linear_quadratic
+
+
+class ILQR(AbstractDirection):
+    """Iterative LQR: the gains of Gauss-Newton, rolled out on the true dynamics.
+
+    Also known as DDP with linear-quadratic approximations. The feedback keeps the
+    trial near the trajectory that was linearized, so steps are longer than those of
+    [`diffprog.GaussNewton`][] on unstable systems. O(T (n + m)^3) per iteration.
+
+    Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
+    arXiv 2207.06362.
+    """
+
+    follows_dynamics: ClassVar[bool] = True
+
+    def expand(self, chain, trajectory):
+        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory)
+        return linear_quadratic(chain, F, W, V)
+
+    def backward(self, chain, trajectory, model, damping):
+        return riccati(chain, trajectory, model.F, model.W, model.V, damping)

@@ -1,0 +1,27 @@
+from typing import ClassVar
+
+from .._expand import adjoints, linearized, quadratized
+from .._lqr import riccati
+from .base import AbstractDirection, linear_quadratic
+
+
+class Newton(AbstractDirection):
+    r"""Newton: $v = -(\nabla^2 J + \nu I)^{-1} \nabla J$.
+
+    The stage Hessians are those of $h_t + \lambda_{t+1}^\top f_t$, with the costates
+    $\lambda$ of the adjoint pass; gains rolled out on the linear model. Quadratic
+    convergence near a strict minimum. O(T (n + m)^3) per iteration.
+
+    Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
+    arXiv 2207.06362.
+    """
+
+    follows_dynamics: ClassVar[bool] = False
+
+    def expand(self, chain, trajectory):
+        _, lams, _ = adjoints(chain, trajectory)
+        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory, lams)
+        return linear_quadratic(chain, F, W, V)
+
+    def backward(self, chain, trajectory, model, damping):
+        return riccati(chain, trajectory, model.F, model.W, model.V, damping)

@@ -1,0 +1,285 @@
+"""The solver: an outer loop over accepted iterations, an inner one over trials."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ._chain import run, VectorChain, VectorTrajectory
+from ._direction import AbstractDirection
+from ._lqr import Sweep
+from ._report import HISTORY, report
+from ._result import RESULTS
+from ._search import AbstractSearch
+from ._search.base import SearchState, Trial, Verdict
+from ._tree import where
+
+
+# A predicted decrease below this many roundings of the cost cannot be seen in it.
+ROUNDINGS = 64
+
+# What a backward pass is for.
+SEARCH, UNDAMPED, FALLBACK, END = range(4)
+
+
+class Loop(eqx.Module):
+    """The state of the outer loop."""
+
+    trajectory: VectorTrajectory
+    best: VectorTrajectory
+    gains: tuple[Float[Array, "stages m _"], ...]
+    search: SearchState
+    feasible_damping: Float[Array, ""]
+    result: RESULTS
+    stopping: Bool[Array, ""]  # only the backward pass for the policy is left
+    done: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+    num_rollouts: Int[Array, ""]
+    num_backwards: Int[Array, ""]
+    first_nonfinite: Int[Array, ""]
+    gradient: Float[Array, ""]
+    decrement: Float[Array, ""]
+    history: Float[Array, "rows columns"]
+
+
+class Passes(eqx.Module):
+    """The state of the loop over backward passes at one iterate."""
+
+    purpose: Int[Array, ""]
+    search: SearchState
+    gains: tuple[Float[Array, "stages m _"], ...]
+    damping: Float[Array, ""]
+    feasible_damping: Float[Array, ""]
+    slope: Float[Array, ""]
+    gradient: Float[Array, ""]
+    decrement: Float[Array, ""]
+    positive: Bool[Array, ""]
+    converged: Bool[Array, ""]
+    trial: VectorTrajectory
+    verdict: Verdict
+    num_rollouts: Int[Array, ""]
+    num_backwards: Int[Array, ""]
+
+
+class Solver(eqx.Module):
+    """What stays the same during a solve."""
+
+    chain: VectorChain
+    method: AbstractDirection
+    search: AbstractSearch
+    rtol: Any
+    atol: Any
+    max_steps: int = eqx.field(static=True)
+    verbose: bool | Callable = eqx.field(static=True)
+
+    def init(self, x0, us, state: SearchState | None, history: bool) -> Loop:
+        chain, dtype = self.chain, self.chain.dtype
+        number = lambda value: jnp.asarray(value, dtype)
+        count = lambda value: jnp.asarray(value, jnp.int32)
+        trajectory = run(chain, x0, us)
+        finite = trajectory.first_nonfinite > chain.horizon
+        cost = jnp.where(finite, trajectory.cost, jnp.inf)
+        trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
+        widths = [1 + x.shape[1] for x in trajectory.xs]
+        return Loop(
+            trajectory=trajectory,
+            best=trajectory,
+            gains=tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths)),
+            search=self.search.init(dtype) if state is None else state,
+            feasible_damping=number(0.0),
+            result=RESULTS.where(
+                finite, RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
+            ),
+            stopping=~finite,
+            done=~finite,
+            num_steps=count(0),
+            num_rollouts=count(1),
+            num_backwards=count(0),
+            first_nonfinite=trajectory.first_nonfinite,
+            gradient=number(jnp.nan),
+            decrement=number(jnp.inf),
+            history=jnp.full(
+                ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
+            ),
+        )
+
+    def run(self, loop: Loop) -> Loop:
+        """Iterates until something stops the solve."""
+        return lax.while_loop(
+            lambda loop: ~loop.done,
+            lambda loop: self.step(loop, loop.num_steps >= self.max_steps),
+            loop,
+        )
+
+    def step(self, loop: Loop, stop) -> Loop:
+        """One accepted iteration; with `stop`, only the pass that gives the policy."""
+        stop = stop | loop.stopping
+        before = loop.trajectory
+        if not self.search.monotone:
+            before = where(stop, loop.best, before)
+        expansion = self.method.expand(self.chain, before)
+        usable = expansion.first_nonfinite > self.chain.horizon
+        passes = self._passes(loop, before, expansion, stop, usable)
+
+        accepted, failed = passes.verdict.accept, passes.verdict.fail
+        after = where(accepted, passes.trial, before)
+        noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
+        stalled = (accepted | failed) & ~(after.cost < before.cost)
+        stalled = stalled & (passes.decrement <= noise) & self.search.monotone
+        diverged = failed & ~(passes.trial.first_nonfinite > self.chain.horizon)
+        diverged = diverged & passes.positive
+
+        choices = (  # from the last to the first that applies
+            (stop, loop.result),
+            (failed, self.search.exhausted),
+            (failed & ~passes.positive, self.search.infeasible),
+            (diverged, RESULTS.nonfinite_rollout),
+            (stalled | passes.converged, RESULTS.successful),
+            (~usable, RESULTS.nonfinite_derivative),
+        )
+        result = RESULTS.max_steps_reached
+        for applies, code in choices:
+            result = RESULTS.where(applies, code, result)
+        first = jnp.where(diverged, passes.trial.first_nonfinite, loop.first_nonfinite)
+        first = jnp.where(usable, first, expansion.first_nonfinite)
+
+        row = jnp.stack([
+            before.cost,
+            jnp.where(accepted, passes.search.stepsize, jnp.nan),
+            passes.damping,
+            passes.slope,
+            passes.search.trials.astype(before.cost.dtype),
+            passes.gradient,
+        ])  # fmt: skip
+        if self.verbose:
+            report(self.verbose, loop.num_steps, row)
+        best = after
+        if not self.search.monotone:
+            best = where(after.cost < loop.best.cost, after, loop.best)
+        history = loop.history
+        if history.shape[0]:
+            history = history.at[loop.num_steps].set(row)
+        return Loop(
+            trajectory=after,
+            best=best,
+            gains=passes.gains,
+            search=passes.search,
+            feasible_damping=passes.feasible_damping,
+            result=result,
+            stopping=failed | stalled,
+            done=stop | passes.converged | ~usable,
+            num_steps=loop.num_steps + accepted.astype(jnp.int32),
+            num_rollouts=passes.num_rollouts,
+            num_backwards=passes.num_backwards,
+            first_nonfinite=first,
+            gradient=passes.gradient,
+            decrement=passes.decrement,
+            history=history,
+        )
+
+    def _passes(self, loop, before, expansion, stop, usable) -> Passes:
+        """Backward passes, each with its trials, until one trial is accepted.
+
+        The last ones at a final iterate have no trials: without damping, and if that
+        has no minimum, with the last damping that had one.
+        """
+        chain, method, search = self.chain, self.method, self.search
+        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
+        false = jnp.zeros_like(stop)
+
+        def body(p: Passes) -> Passes:
+            searching = p.purpose == SEARCH
+            damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
+            damping = jnp.where(searching, p.search.damping, damping)
+            sweep = method.backward(chain, before, expansion.model, damping)
+            converged = sweep.positive & (sweep.decrement <= tolerance)
+            trying = searching & sweep.positive & ~converged
+            state, verdict, trial, num_rollouts = self._trials(
+                p, before, expansion, sweep, trying
+            )
+            rejecting = searching & ~sweep.positive
+            state, verdict = where(rejecting, search.reject(state), (state, verdict))
+            after_search = jnp.where(
+                converged & (damping > 0),
+                UNDAMPED,
+                jnp.where(verdict.refresh, SEARCH, END),
+            )
+            after_undamped = jnp.where(sweep.positive, END, FALLBACK)
+            purpose = jnp.where(p.purpose == UNDAMPED, after_undamped, END)
+            purpose = jnp.where(searching, after_search, purpose)
+            keep = sweep.positive
+            return Passes(
+                purpose=purpose.astype(jnp.int32),
+                search=state,
+                gains=where(keep, sweep.gains, p.gains),
+                damping=damping,
+                feasible_damping=jnp.where(
+                    searching & keep, damping, p.feasible_damping
+                ),
+                slope=jnp.where(keep, sweep.slope, p.slope),
+                gradient=sweep.gradient,
+                decrement=jnp.where(keep, sweep.decrement, p.decrement),
+                positive=keep,
+                converged=p.converged | converged,
+                trial=trial,
+                verdict=verdict,
+                num_rollouts=num_rollouts,
+                num_backwards=p.num_backwards + 1,
+            )
+
+        begun = search.begin(loop.search, expansion.cost_gradient)
+        start = jnp.where(stop, UNDAMPED, SEARCH)
+        nan = jnp.full_like(before.cost, jnp.nan)
+        passes = Passes(
+            purpose=jnp.where(usable, start, END).astype(jnp.int32),
+            search=where(stop, loop.search, begun),
+            gains=loop.gains,
+            damping=jnp.zeros_like(nan),
+            feasible_damping=loop.feasible_damping,
+            slope=nan,
+            gradient=nan,
+            decrement=jnp.full_like(nan, jnp.inf),
+            positive=false,
+            converged=false,
+            trial=before,
+            verdict=Verdict(false, false, false),
+            num_rollouts=loop.num_rollouts,
+            num_backwards=loop.num_backwards,
+        )
+        return lax.while_loop(lambda p: p.purpose != END, body, passes)
+
+    def _trials(self, passes, before, expansion, sweep: Sweep, trying):
+        """Roll-outs along one direction until the search has a verdict."""
+
+        def decided(verdict: Verdict):
+            return verdict.accept | verdict.refresh | verdict.fail
+
+        def body(carry):
+            state, _, _, num_rollouts = carry
+            trial, _ = self.method.forward(
+                self.chain, before, expansion.model, sweep, state.stepsize
+            )
+            finite = trial.first_nonfinite > self.chain.horizon
+            state, verdict = self.search.step(
+                state,
+                Trial(
+                    before.cost,
+                    jnp.where(finite, trial.cost, jnp.inf),
+                    sweep.slope,
+                    sweep.curvature,
+                    expansion.cost_gradient,
+                ),
+            )
+            return state, verdict, trial, num_rollouts + 1
+
+        false = jnp.zeros_like(trying)
+        carry = (
+            passes.search,
+            Verdict(false, false, false),
+            passes.trial,
+            passes.num_rollouts,
+        )
+        return lax.while_loop(lambda c: trying & ~decided(c[1]), body, carry)

@@ -1,0 +1,4 @@
+from .adaptive_damping import AdaptiveDamping as AdaptiveDamping
+from .backtracking import Backtracking as Backtracking
+from .base import AbstractSearch as AbstractSearch
+from .fixed_step import FixedStep as FixedStep

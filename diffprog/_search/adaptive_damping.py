@@ -1,0 +1,63 @@
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from .._result import RESULTS
+from .._tree import where
+from .base import AbstractSearch, SearchState, Verdict
+
+
+class AdaptiveDamping(AbstractSearch):
+    r"""Full steps of a regularized model; a rejected step raises the damping.
+
+    Accepts when $J(\text{trial}) - J \le \frac12 \text{slope}$, the least value of the
+    damped model; else multiplies $1/\nu$ by `decrease`. An accepted damping is
+    remembered relative to the norm of the costs' gradient,
+    $\nu = \text{scale} \cdot \|\nabla h\|$, and divided by `increase` for the next
+    iteration: the scaling for which global and local rates are known. A damping below
+    `min_damping` counts as 0, one above `max_damping` ends the solve. Every trial costs
+    a backward pass.
+
+    Source: "Complexity Bounds of Iterative Linear Quadratic Optimization Algorithms for
+    Discrete Time Nonlinear Control", 2022, arXiv 2204.02322.
+    """
+
+    scale: float = 1e-2
+    increase: float = 8.0
+    decrease: float = 0.5
+    min_damping: float = 1e-9
+    max_damping: float = 1e10
+
+    monotone: ClassVar[bool] = True
+    exhausted: ClassVar[RESULTS] = RESULTS.damping_limit
+    infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
+
+    def init(self, dtype):
+        number = lambda value: jnp.asarray(value, dtype)
+        zero = jnp.zeros((), jnp.int32)
+        return SearchState(number(1.0), number(0.0), number(self.scale), zero)
+
+    def begin(self, state, cost_gradient):
+        damping = state.scale / self.increase * cost_gradient
+        damping = jnp.where(damping < self.min_damping, 0, damping)
+        return SearchState(
+            state.stepsize, damping, state.scale, jnp.zeros_like(state.trials)
+        )
+
+    def step(self, state, trial):
+        accept = trial.decreases(trial.slope / 2)
+        trials, flat = state.trials + 1, trial.cost_gradient == 0
+        scale = state.damping / jnp.where(flat, 1, trial.cost_gradient)
+        accepted = SearchState(state.stepsize, state.damping, scale, trials)
+        raised, verdict = self.reject(
+            SearchState(state.stepsize, state.damping, state.scale, trials)
+        )
+        return where(accept, accepted, raised), Verdict(
+            accept, ~accept & verdict.refresh, ~accept & verdict.fail
+        )
+
+    def reject(self, state):
+        damping = jnp.maximum(state.damping / self.decrease, self.min_damping)
+        fail = damping > self.max_damping
+        state = SearchState(state.stepsize, damping, state.scale, state.trials)
+        return state, Verdict(jnp.zeros_like(fail), ~fail, fail)

@@ -1,0 +1,67 @@
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._result import RESULTS
+from .._tree import where
+from .base import AbstractSearch, SearchState, Verdict
+
+
+class Backtracking(AbstractSearch):
+    r"""Armijo backtracking along one direction.
+
+    Accepts the step size s when
+    $J(\text{trial}) - J \le \text{slope\_fraction} \cdot s \cdot \text{slope}$, else
+    multiplies it by `decrease`. The first trial of an iteration is `increase` times the
+    last accepted step size, at most 1. When `max_trials` run out, or the factorization
+    fails, the damping rises by `damping_factor` and the direction is computed anew;
+    full steps lower it again, below `min_damping` to 0.
+    """
+
+    slope_fraction: float = 1e-4
+    decrease: float = 0.5
+    increase: float = 4.0
+    max_trials: int = eqx.field(static=True, default=20)
+    damping_factor: float = 10.0
+    min_damping: float = 1e-6
+    max_damping: float = 1e10
+
+    monotone: ClassVar[bool] = True
+    exhausted: ClassVar[RESULTS] = RESULTS.no_descent
+    infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
+
+    def init(self, dtype):
+        number = lambda value: jnp.asarray(value, dtype)
+        zero = jnp.zeros((), jnp.int32)
+        return SearchState(number(1.0), number(0.0), number(0.0), zero)
+
+    def begin(self, state, cost_gradient):
+        stepsize = jnp.minimum(self.increase * state.stepsize, 1)
+        return SearchState(
+            stepsize, state.damping, state.scale, jnp.zeros_like(state.trials)
+        )
+
+    def step(self, state, trial):
+        s = state.stepsize
+        accept = trial.decreases(self.slope_fraction * s * trial.slope)
+        trials = state.trials + 1
+        lower = state.damping / self.damping_factor
+        lower = jnp.where(lower < self.min_damping, 0, lower)
+        accepted = SearchState(
+            s, jnp.where(s < 1, state.damping, lower), state.scale, trials
+        )
+        shorter = SearchState(s * self.decrease, state.damping, state.scale, trials)
+        exhausted = ~accept & (trials % self.max_trials == 0)
+        raised, verdict = self.reject(shorter)
+        state = where(accept, accepted, where(exhausted, raised, shorter))
+        return state, Verdict(
+            accept, exhausted & verdict.refresh, exhausted & verdict.fail
+        )
+
+    def reject(self, state):
+        damping = jnp.maximum(state.damping * self.damping_factor, self.min_damping)
+        fail = damping > self.max_damping
+        one = jnp.ones_like(state.stepsize)
+        state = SearchState(one, damping, state.scale, state.trials)
+        return state, Verdict(jnp.zeros_like(fail), ~fail, fail)

@@ -1,0 +1,83 @@
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .._result import RESULTS
+
+
+class Trial(eqx.Module):
+    """What a search knows of a trial point.
+
+    `slope` and `curvature` (damping included) are those of the direction: at a step
+    size s the model changes by s slope + s^2 curvature / 2. `cost_gradient` is the norm
+    of the costs' gradient in all states and controls.
+    """
+
+    cost: Float[Array, ""]
+    trial_cost: Float[Array, ""]
+    slope: Float[Array, ""]
+    curvature: Float[Array, ""]
+    cost_gradient: Float[Array, ""]
+
+    def decreases(self, change: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether the cost changed by `change` or less, up to its rounding error."""
+        slack = jnp.finfo(self.cost.dtype).eps * jnp.abs(self.cost)
+        return self.trial_cost - self.cost <= change + slack
+
+
+class SearchState(eqx.Module):
+    """The memory of a search, carried from iteration to iteration and solve to solve.
+
+    - `stepsize`: step size of the next trial.
+    - `damping`: damping of the next backward pass.
+    - `scale`: last accepted damping relative to the gradient of the costs.
+    - `trials`: roll-outs of the current direction so far.
+    """
+
+    stepsize: Float[Array, ""]
+    damping: Float[Array, ""]
+    scale: Float[Array, ""]
+    trials: Int[Array, ""]
+
+
+class Verdict(eqx.Module):
+    """What becomes of a trial; if nothing is true, the next step size is tried.
+
+    - `accept`: the trial is the next iterate.
+    - `refresh`: a new backward pass, with the damping of the state.
+    - `fail`: the search has given up.
+    """
+
+    accept: Bool[Array, ""]
+    refresh: Bool[Array, ""]
+    fail: Bool[Array, ""]
+
+
+class AbstractSearch(eqx.Module):
+    """Chooses step sizes and dampings, and says whether a trial point is accepted."""
+
+    monotone: eqx.AbstractClassVar[bool]  # never accepts a higher cost
+    exhausted: eqx.AbstractClassVar[
+        RESULTS
+    ]  # the code when `fail` follows finite trials
+    infeasible: eqx.AbstractClassVar[
+        RESULTS
+    ]  # ... and when it follows no factorization
+
+    @abc.abstractmethod
+    def init(self, dtype) -> SearchState:
+        """The memory before the first iteration."""
+
+    @abc.abstractmethod
+    def begin(self, state: SearchState, cost_gradient: Float[Array, ""]) -> SearchState:
+        """Called at a new iterate; `cost_gradient` as in `AbstractDirection.expand`."""
+
+    @abc.abstractmethod
+    def step(self, state: SearchState, trial: Trial) -> tuple[SearchState, Verdict]:
+        """Judges a trial and prepares the next."""
+
+    @abc.abstractmethod
+    def reject(self, state: SearchState) -> tuple[SearchState, Verdict]:
+        """Called when the factorization failed: there is no trial at this damping."""

@@ -1,0 +1,39 @@
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from .._result import RESULTS
+from .base import AbstractSearch, SearchState, Verdict
+
+
+class FixedStep(AbstractSearch):
+    """Takes every step with the same step size and damping, whatever the cost.
+
+    For model predictive control at a fixed rate, and for studies. A step that is not
+    finite ends the solve with the best iterate so far.
+    """
+
+    stepsize: float = 1.0
+    damping: float = 0.0
+
+    monotone: ClassVar[bool] = False
+    exhausted: ClassVar[RESULTS] = RESULTS.nonfinite_rollout
+    infeasible: ClassVar[RESULTS] = RESULTS.factorization_failed
+
+    def init(self, dtype):
+        number = lambda value: jnp.asarray(value, dtype)
+        zero = jnp.zeros((), jnp.int32)
+        return SearchState(
+            number(self.stepsize), number(self.damping), number(0.0), zero
+        )
+
+    def begin(self, state, cost_gradient):
+        return self.init(state.stepsize.dtype)
+
+    def step(self, state, trial):
+        finite = jnp.isfinite(trial.trial_cost)
+        return state, Verdict(finite, jnp.zeros_like(finite), ~finite)
+
+    def reject(self, state):
+        fail = jnp.isfinite(state.damping)
+        return state, Verdict(~fail, ~fail, fail)

@@ -1,0 +1,351 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._chain import AbstractChain, run, vectorize, Vectorized
+from ._direction import AbstractDirection
+from ._door import door, undifferentiated
+from ._loop import Loop, Solver
+from ._lqr import Policy
+from ._report import HISTORY
+from ._result import RESULTS, throw_unless_successful
+from ._search import AbstractSearch, Backtracking
+from ._search.base import SearchState
+from ._solution import Solution
+from ._tree import all_finite
+
+
+def _solver(vectorized, method, search, rtol, atol, max_steps, verbose) -> Solver:
+    # For an accuracy that the dtype can deliver.
+    default = 1e-9 if vectorized.chain.dtype == jnp.float64 else 1e-6
+    rtol = default if rtol is None else rtol
+    atol = default if atol is None else atol
+    return Solver(
+        chain=vectorized.chain,
+        method=method,
+        search=search,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        verbose=verbose,
+    )
+
+
+def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
+    trajectory, history = loop.trajectory, None
+    if loop.history.shape[0]:
+        history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
+    policies = tuple(
+        Policy(
+            K=gains[:, :, 1:],
+            k=gains[:, :, 0],
+            xs=trajectory.xs[i],
+            us=trajectory.us[i],
+            _x=vectorized.x_layouts[i],
+            _u=vectorized.u_layouts[i],
+            _start=vectorized.chain.segments[i].start,
+        )
+        for i, gains in enumerate(loop.gains)
+    )
+    stats = dict(
+        num_steps=loop.num_steps,
+        num_rollouts=loop.num_rollouts,
+        num_backwards=loop.num_backwards,
+        max_steps=max_steps,
+        gradient=loop.gradient,
+        decrement=loop.decrement,
+        first_nonfinite=loop.first_nonfinite,
+    )
+    return Solution(
+        vectorized.states(trajectory),
+        vectorized.controls(trajectory.us),
+        trajectory.cost,
+        vectorized.problem.join_controls(policies),
+        loop.result,
+        stats,
+        history,
+        loop.search,
+    )
+
+
+def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solution:
+    max_steps, history, verbose = options
+    vectorized = vectorize(problem, x0, us)
+    solver = _solver(vectorized, method, search, rtol, atol, max_steps, verbose)
+    loop = solver.init(*vectorized.ravel(x0, us), state, history)
+    solution = _solution(vectorized, solver.run(loop), max_steps)
+    return _undifferentiated(solution)
+
+
+def _undifferentiated(tree: PyTree) -> PyTree:
+    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(undifferentiated(numbers), rest)
+
+
+_solve_door = door(_solve)
+
+
+def _check(problem, method, search, max_steps, rtol, atol):
+    for name, value, kind, example in (
+        ("problem", problem, AbstractChain, "`dp.ControlProblem(...)`"),
+        ("method", method, AbstractDirection, "`dp.ILQR()`"),
+        ("search", search, AbstractSearch, "`dp.Backtracking()`"),
+    ):
+        if not isinstance(value, kind):
+            came = f"the class {value.__name__}" if isinstance(value, type) else value
+            raise TypeError(
+                f"`{name}` is {came!s:.200}; something like {example} is expected."
+            )
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
+    if max_steps < 0:
+        raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, float | int) and not value >= 0:
+            raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
+
+
+def _float(value):
+    return float(value) if isinstance(value, int) else value
+
+
+def solve(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    search: AbstractSearch = Backtracking(),
+    *,
+    max_steps: int = 256,
+    rtol: Any = None,
+    atol: Any = None,
+    throw: bool = True,
+    state: SearchState | None = None,
+    history: bool = True,
+    verbose: bool | Callable = False,
+) -> Solution:
+    r"""Minimizes the cost of a chain over its controls.
+
+    $$u \leftarrow u + v(s, \nu), \quad \text{until} \quad
+    \text{predicted decrease} \le \text{atol} + \text{rtol} \, |J(u)|,$$
+
+    where the direction v of `method` has step size s and damping $\nu$ from `search`.
+    Without damping the predicted decrease is minus half the slope of the cost along v.
+
+    **Arguments:**
+
+    - `problem`: a [`diffprog.ControlProblem`][] or [`diffprog.Chain`][].
+    - `method`: the direction, such as [`diffprog.ILQR`][].
+    - `x0`: the first state, shape `(n,)` or any pytree of floating arrays.
+    - `us`: the first guess of the controls, `(T, m)` or a pytree of arrays with T rows.
+    - `search`: [`diffprog.Backtracking`][], [`diffprog.AdaptiveDamping`][] or
+        [`diffprog.FixedStep`][].
+    - `max_steps`: the most accepted iterations; a Python int.
+    - `rtol`, `atol`: tolerances; 1e-9 in float64 and 1e-6 in float32 unless given.
+    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
+        inputs are concrete; under `jit` and `vmap` look at `solution.result`.
+    - `state`: `solution.state` of an earlier solve: its step size and damping.
+    - `history`: whether to record cost, step size and more of each iteration.
+    - `verbose`: `True` prints a row for each iteration; a function receives it as named
+        arrays.
+
+    **Returns:** a [`diffprog.Solution`][]: the best finite iterate, in the dtype of the
+    inputs.
+
+    **Fails:** `ValueError` or `TypeError` at once for a wrong call. Results other than
+    `successful` are listed in [`diffprog.RESULTS`][].
+
+    The functions of the problem are traced once; new numbers in the problem, method,
+    search, x0 or us do not compile again. Derivatives of the solution are not
+    available yet and raise.
+
+    Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
+    Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
+    """
+    _check(problem, method, search, max_steps, rtol, atol)
+    options = (max_steps, bool(history), verbose)
+    tolerances = _float(rtol), _float(atol)
+    solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
+    return throw_unless_successful(solution, throw)
+
+
+def _direction(problem, method, x0, us, damping):
+    vectorized = vectorize(problem, x0, us)
+    chain = vectorized.chain
+    trajectory = run(chain, *vectorized.ravel(x0, us))
+    expansion = method.expand(chain, trajectory)
+    damping = jnp.asarray(damping, chain.dtype)
+    sweep = method.backward(chain, trajectory, expansion.model, damping)
+    one = jnp.ones((), chain.dtype)
+    _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
+    T = chain.horizon
+    result = RESULTS.where(
+        sweep.positive, RESULTS.successful, RESULTS.factorization_failed
+    )
+    result = RESULTS.where(
+        expansion.first_nonfinite > T, result, RESULTS.nonfinite_derivative
+    )
+    finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
+    ok = result == RESULTS.successful
+    vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
+    return vectorized.controls(vs), result
+
+
+_direction_door = door(_direction)
+
+
+class _Direction(eqx.Module):
+    du: PyTree
+    result: RESULTS
+
+
+def direction(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    *,
+    damping: float | Float[Array, ""] = 0.0,
+    throw: bool = True,
+) -> tuple[PyTree, RESULTS]:
+    r"""The change of the controls that `method` proposes at step size 1.
+
+    **Arguments:**
+
+    - `problem`, `method`, `x0`, `us`: as in [`diffprog.solve`][].
+    - `damping`: the weight of $\frac\nu2 \|v\|^2$ in the model.
+    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
+        inputs are concrete.
+
+    **Returns:** `(du, result)`; `du` is like `us`, and for [`diffprog.ILQR`][] and
+    [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
+    `result` is not `successful`.
+    """
+    _check(problem, method, Backtracking(), 0, None, None)
+    du, result = _direction_door(problem, method, x0, us, _float(damping))
+    throw_unless_successful(_Direction(du, result), throw)
+    return du, result
+
+
+class SolverState(eqx.Module):
+    """A solve that is stepped by hand.
+
+    - `x0`: the first state.
+    - `xs`, `us`: the iterate.
+    - `method`, `search`, `rtol`, `atol`, `max_steps`: as given to [`diffprog.init`][].
+
+    Properties: `cost` of the iterate, `num_steps` accepted so far, `done` and `result`.
+    """
+
+    x0: PyTree[Array]
+    xs: PyTree[Array]
+    us: PyTree[Array]
+    method: AbstractDirection
+    search: AbstractSearch
+    rtol: Any
+    atol: Any
+    max_steps: int = eqx.field(static=True)
+    _loop: Loop
+
+    @property
+    def cost(self) -> Float[Array, ""]:
+        return self._loop.trajectory.cost
+
+    @property
+    def num_steps(self) -> Int[Array, ""]:
+        return self._loop.num_steps
+
+    @property
+    def done(self) -> Bool[Array, ""]:
+        return self._loop.done
+
+    @property
+    def result(self) -> RESULTS:
+        return self._loop.result
+
+
+def _init(problem, method, x0, us, search, state, rtol, atol, options) -> SolverState:
+    max_steps, history = options
+    vectorized = vectorize(problem, x0, us)
+    solver = _solver(vectorized, method, search, rtol, atol, max_steps, False)
+    loop = solver.init(*vectorized.ravel(x0, us), state, history)
+    xs = vectorized.states(loop.trajectory)
+    return SolverState(
+        x0, xs, us, method, search, solver.rtol, solver.atol, max_steps, loop
+    )
+
+
+def _advance(problem, state: SolverState, last: bool):
+    vectorized = vectorize(problem, state.x0, state.us)
+    options = (state.rtol, state.atol, state.max_steps, False)
+    solver = _solver(vectorized, state.method, state.search, *options)
+    stop = last | (state.num_steps >= state.max_steps)
+    loop = lax.cond(
+        state.done, lambda loop: loop, lambda loop: solver.step(loop, stop), state._loop
+    )
+    return vectorized, loop
+
+
+def _step(problem, state: SolverState) -> SolverState:
+    vectorized, loop = _advance(problem, state, False)
+    xs, us = vectorized.states(loop.trajectory), vectorized.controls(loop.trajectory.us)
+    where = lambda s: (s.xs, s.us, s._loop)
+    return eqx.tree_at(where, state, (xs, us, loop))
+
+
+def _finish(problem, state: SolverState) -> Solution:
+    vectorized, loop = _advance(problem, state, True)
+    return _undifferentiated(_solution(vectorized, loop, state.max_steps))
+
+
+_init_door, _step_door, _finish_door = door(_init), door(_step), door(_finish)
+
+
+def init(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    search: AbstractSearch = Backtracking(),
+    *,
+    max_steps: int = 256,
+    rtol: Any = None,
+    atol: Any = None,
+    state: SearchState | None = None,
+    history: bool = True,
+) -> SolverState:
+    """Starts a solve that is stepped by hand; arguments as in [`diffprog.solve`][].
+
+    ```python
+    state = dp.init(problem, dp.ILQR(), x0, us)
+    while not state.done:
+        state = dp.step(problem, state)
+    solution = dp.finish(problem, state)
+    ```
+    """
+    _check(problem, method, search, max_steps, rtol, atol)
+    options = (max_steps, bool(history))
+    return _init_door(
+        problem, method, x0, us, search, state, _float(rtol), _float(atol), options
+    )
+
+
+def step(problem: AbstractChain, state: SolverState) -> SolverState:
+    """One accepted iteration; nothing once `state.done`.
+
+    The call after the last accepted iteration finds out that the solve is over and
+    computes the policy. The numbers of `problem` may change from call to call.
+    """
+    return _step_door(problem, state)
+
+
+def finish(
+    problem: AbstractChain, state: SolverState, *, throw: bool = True
+) -> Solution:
+    """The solution at the current iterate, with its policy."""
+    return throw_unless_successful(_finish_door(problem, state), throw)

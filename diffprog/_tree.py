@@ -1,0 +1,90 @@
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+def where(condition, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """`jnp.where` on every leaf."""
+    return jtu.tree_map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def all_finite(*trees: PyTree) -> Array:
+    """Whether every entry of every leaf is finite."""
+    leaves = jtu.tree_leaves(trees)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def norm(*trees: PyTree) -> Array:
+    """The Euclidean norm of all entries together."""
+    leaves = jtu.tree_leaves(trees)
+    return jnp.sqrt(jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in leaves])))
+
+
+def float_dtype(**trees: PyTree) -> np.dtype:
+    """The dtype that the floating leaves of the named trees share."""
+    found: dict[np.dtype, str] = {}
+    for tree_name, tree in trees.items():
+        for path, leaf in jtu.tree_leaves_with_path(tree):
+            name = tree_name + jtu.keystr(path)
+            dtype = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            if dtype not in ("float32", "float64"):
+                raise TypeError(
+                    f"`{name}` has dtype {dtype}; states and controls are float32 or "
+                    "float64: convert it with `.astype(float)`, or write 0.0 for 0."
+                )
+            if not leaf.weak_type:
+                found.setdefault(leaf.dtype, name)
+    if len(found) > 1:
+        listed = " and ".join(f"`{name}` is {dtype}" for dtype, name in found.items())
+        raise TypeError(
+            f"{listed}; states and controls share one dtype: convert one of them with "
+            "`.astype`."
+        )
+    return next(iter(found), jnp.result_type(float))
+
+
+class Layout(NamedTuple):
+    """How a pytree of arrays lies in one vector, leaf after leaf."""
+
+    size: int
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: np.dtype
+
+    @staticmethod
+    def of(tree: PyTree, dtype) -> "Layout":
+        leaves, treedef = jtu.tree_flatten(tree)
+        shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+        return Layout(sum(map(_count, shapes)), treedef, shapes, dtype)
+
+    def ravel(self, tree: PyTree) -> Array:
+        leaves = [jnp.ravel(leaf).astype(self.dtype) for leaf in jtu.tree_leaves(tree)]
+        return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+
+    def unravel(self, vector: Array) -> PyTree:
+        leaves, start = [], 0
+        for shape in self.shapes:
+            stop = start + _count(shape)
+            leaves.append(vector[start:stop].reshape(shape))
+            start = stop
+        return jtu.tree_unflatten(self.treedef, leaves)
+
+    def describe(self) -> str:
+        leaves = jtu.tree_unflatten(self.treedef, map(_Shape, self.shapes))
+        return str(leaves)
+
+
+class _Shape:
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __repr__(self):
+        return f"{list(self.shape)}"
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=int))
