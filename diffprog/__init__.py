@@ -44,4 +44,7 @@ from ._solve import (
 )
 
 
+from . import systems as systems  # isort: skip  (imports this door)
+
+
 __version__ = importlib.metadata.version("diffprog")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._door import door
 from ._tree import all_finite, float_dtype, Layout
+from ._types import Rows
 
 
 class Phase(eqx.Module):
@@ -268,20 +269,11 @@ class VectorChain(eqx.Module):
 class VectorTrajectory(eqx.Module):
     """States, controls and cost of a roll-out of a `VectorChain`."""
 
-    xs: tuple[Float[Array, "stages _"], ...]
+    xs: Rows
     final: Float[Array, " _"]
-    us: tuple[Float[Array, "stages _"], ...]
+    us: Rows
     cost: Float[Array, ""]
     first_nonfinite: Int[Array, ""]
-
-    @property
-    def next_xs(self) -> tuple[Float[Array, "stages _"], ...]:
-        """x_{t+1} for every stage t; only where no segment changes the state's size."""
-        starts = [x[:1] for x in self.xs[1:]] + [self.final[None]]
-        return tuple(
-            jnp.concatenate([x[1:], start])
-            for x, start in zip(self.xs, starts, strict=True)
-        )
 
 
 class Vectorized(eqx.Module):

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -21,7 +22,7 @@ class Discretized(eqx.Module):
 
     def __call__(self, x: PyTree, u: PyTree, t: int | Int[Array, ""]) -> PyTree:
         dt = self.dt
-        start = t * dt
+        start = jnp.asarray(t, jnp.result_type(jtu.tree_leaves(x)[0])) * dt
         slope = lambda x, elapsed: self.vector_field(x, u, start + elapsed)
         if self.method == "euler":
             return _add(x, dt, slope(x, 0.0))

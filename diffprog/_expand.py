@@ -15,13 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._chain import (
-    VectorChain,
-    VectorTrajectory,
-)
-
-
-Stacks = tuple[Float[Array, "stages _ _"], ...]
+from ._chain import VectorChain, VectorTrajectory
+from ._types import Stacks
 
 
 def affine(c: Array, AB: Array) -> Array:

@@ -16,6 +16,7 @@ from ._result import RESULTS
 from ._search import AbstractSearch
 from ._search.base import SearchState, Trial, Verdict
 from ._tree import where
+from ._types import Stacks
 
 
 # A predicted decrease below this many roundings of the cost cannot be seen in it.
@@ -30,7 +31,7 @@ class Loop(eqx.Module):
 
     trajectory: VectorTrajectory
     best: VectorTrajectory
-    gains: tuple[Float[Array, "stages m _"], ...]
+    gains: Stacks
     search: SearchState
     feasible_damping: Float[Array, ""]
     result: RESULTS
@@ -50,7 +51,7 @@ class Passes(eqx.Module):
 
     purpose: Int[Array, ""]
     search: SearchState
-    gains: tuple[Float[Array, "stages m _"], ...]
+    gains: Stacks
     damping: Float[Array, ""]
     feasible_damping: Float[Array, ""]
     slope: Float[Array, ""]

@@ -5,10 +5,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._chain import Segment, VectorChain, VectorTrajectory
 from ._door import door
-from ._expand import affine, curvature, quadratic, Stacks
+from ._expand import affine, curvature, quadratic
 from ._linalg import matmul, solve_positive, symmetrize
 from ._result import RESULTS, throw_unless_successful
 from ._tree import all_finite, Layout, norm
+from ._types import Stacks
 
 
 def bellman(F: Array, W: Array, V: Array, m: int, damping: Array):
@@ -186,7 +187,7 @@ class LQR(eqx.Module):
         stages = map(repeat, (A, B, c, Q, R, M, q, r))
         return cls(*stages, Q_final=Q_final, q_final=q_final)  # pyright: ignore
 
-    def cost(self, xs: Float[Array, "T+1 n"], us: Float[Array, "T m"]):
+    def cost(self, xs: Float[Array, "states n"], us: Float[Array, "T m"]):
         """The objective at states and controls."""
         z = jnp.concatenate([jnp.ones_like(us[:, :1]), xs[:-1], us], 1)
         F, W, V = self.blocks()
@@ -230,7 +231,7 @@ class LQRSolution(eqx.Module):
     """
 
     xs: Float[Array, "states n"]
-    us: Float[Array, "stages m"]
+    us: Float[Array, "T m"]
     cost: Float[Array, ""]
     policy: Policy
     value: Value

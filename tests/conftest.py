@@ -7,6 +7,8 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is what costs here, not running.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

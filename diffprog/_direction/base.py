@@ -11,10 +11,10 @@ from .._chain import (
     VectorChain,
     VectorTrajectory,
 )
-from .._expand import Stacks
 from .._linalg import matmul
 from .._lqr import Sweep
 from .._tree import norm
+from .._types import Rows, Stacks
 
 
 class Model(eqx.Module):
@@ -68,7 +68,7 @@ class AbstractDirection(eqx.Module):
         model: Any,
         sweep: Sweep,
         stepsize: Float[Array, ""],
-    ) -> tuple[VectorTrajectory, tuple[Float[Array, "stages _"], ...]]:
+    ) -> tuple[VectorTrajectory, Rows]:
         """The trajectory of u + v at `stepsize` s, and v = s k + K y.
 
         y is the deviation of the state: of the dynamics itself, or of the linear model.
@@ -79,14 +79,14 @@ class AbstractDirection(eqx.Module):
             x_new, y = carry
             y = y if linear else x_new - x
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
-            if linear:
-                y = matmul(F[0][1:, 1:], jnp.concatenate([y, v]))
+            y = matmul(F[0][1:, 1:], jnp.concatenate([y, v])) if linear else None
             return (segment.dynamics(x_new, u + v, t), y), (x_new, u + v, v)
 
         x0 = trajectory.xs[0][0]
         data = (trajectory.xs, trajectory.us, chain.ts, sweep.gains)
         data = (*data, model.F) if linear else data
-        (final, _), rows = chain.scan(stage, (x0, jnp.zeros_like(x0)), *data)
+        y0 = jnp.zeros_like(x0) if linear else None
+        (final, _), rows = chain.scan(stage, (x0, y0), *data)
         xs, us, vs = zip(*rows, strict=True)
         return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us)), vs
 

@@ -1,0 +1,339 @@
+import os
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from . import _circuits, _spline, _track_files
+from ._track_checks import as_points, as_widths
+
+
+_SMOOTHING = 1e-6  # half width of the rounded corner of the clamp at an open end [m]
+
+
+class Track(eqx.Module):
+    r"""A track: a center line and its left and right borders, as cubic splines.
+
+    All three lines share one parameter s, the length of the polyline through the
+    waypoints of the center line, which is close to arc length [m]. The first waypoint
+    has s = 0. A closed track takes s modulo `length`, an open one stops at `length`.
+
+    Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
+    [`from_borders`][diffprog.systems.Track.from_borders],
+    [`from_csv`][diffprog.systems.Track.from_csv],
+    [`from_json`][diffprog.systems.Track.from_json] or take a ready one: `oval`,
+    `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`, `simple` (miniature).
+
+    The constructors fit the splines in numpy, once; they are data, not differentiated.
+    Every method takes one s or an array of them and follows the dtype of an array.
+    """
+
+    knots: Float[Array | np.ndarray, " knots"]
+    coefficients: Float[Array | np.ndarray, "pieces 4 3 2"]
+    first: Int[Array | np.ndarray, " bins"]
+    length: float | Float[Array, ""]
+    closed: bool = eqx.field(static=True)
+
+    @classmethod
+    def from_waypoints(
+        cls,
+        points: Any,
+        half_width: Any = None,
+        *,
+        left: Any = None,
+        right: Any = None,
+        closed: bool = True,
+        spacing: float | None = None,
+    ) -> "Track":
+        """A track through points of its center line.
+
+        **Arguments:**
+
+        - `points`: center line in the direction of travel [m], shape `(N, 2)`, N >= 4.
+            If closed, the first point may be repeated at the end.
+        - `half_width`: distance from the center to either border [m], a number or
+            shape `(N,)`.
+        - `left`, `right`: these distances one by one, instead of `half_width`.
+        - `closed`: whether the last point joins the first one.
+        - `spacing`: about the distance [m] to which the center line is resampled before
+            the borders are drawn; by default the points stay as they are.
+
+        **Returns:** a track.
+
+        **Raises:** `ValueError` for less than 4 points, repeated points, numbers that
+        are not finite, negative or missing widths.
+        """
+        center = as_points("points", points)
+        if (half_width is None) == (left is None and right is None):
+            raise ValueError(
+                "Give the width of the track once: either `half_width`, or `left` and "
+                "`right`."
+            )
+        if half_width is not None:
+            left = right = half_width
+        widths = np.stack(
+            [
+                as_widths("left", left, len(center)),
+                as_widths("right", right, len(center)),
+            ],
+            axis=1,
+        )
+        center, widths = _close(center, widths, closed)
+        if spacing is not None:
+            center, widths = _resample(center, widths, closed, spacing)
+        knots = _spline.chord_lengths(center)
+        _, slope = _spline.evaluate(knots, _spline.fit(knots, center, closed), knots)
+        normal = _right_of(slope)
+        borders = (center - widths[:, :1] * normal, center + widths[:, 1:] * normal)
+        return cls._fit(center, *borders, closed)
+
+    @classmethod
+    def from_borders(
+        cls, center: Any, left: Any, right: Any, *, closed: bool = True
+    ) -> "Track":
+        """A track through points of its three lines.
+
+        **Arguments:**
+
+        - `center`, `left`, `right`: points of the lines in the direction of travel [m],
+            shape `(N, 2)` each, N >= 4.
+        - `closed`: whether the last point joins the first one.
+
+        **Returns:** a track; nothing is moved or resampled.
+
+        **Raises:** `ValueError` as `from_waypoints`, and for lines with different
+        numbers of points.
+        """
+        lines = [
+            as_points(name, value, distinct=name == "center")
+            for name, value in (("center", center), ("left", left), ("right", right))
+        ]
+        if len({len(points) for points in lines}) > 1:
+            raise ValueError(
+                "`center`, `left` and `right` have "
+                f"{', '.join(str(len(points)) for points in lines)} points; give each "
+                "the same number."
+            )
+        center, borders = _close(lines[0], np.concatenate(lines[1:], axis=1), closed)
+        return cls._fit(center, borders[:, :2], borders[:, 2:], closed)
+
+    @classmethod
+    def _fit(cls, center, left, right, closed):
+        knots = _spline.chord_lengths(center)
+        values = np.concatenate([center, left, right], axis=1)
+        coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
+        first = _spline.first_intervals(knots)
+        return cls(knots, coefficients, first, float(knots[-1]), closed)
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike, *, closed: bool = True) -> "Track":
+        """Reads a track in the format of public race track databases.
+
+        The columns are `x_m,y_m,w_tr_right_m,w_tr_left_m`: the center line and the
+        distances from it to the borders [m]. A header line, plain or behind a `#`, may
+        name them in another order or among others; other lines with a `#` are comments.
+
+        **Arguments:**
+
+        - `path`: the file.
+        - `closed`: whether the last point joins the first one.
+
+        **Returns:** a track.
+
+        **Raises:** `FileNotFoundError`, or `ValueError` for missing columns, for cells
+        that are no numbers, and as `from_waypoints`.
+
+        Source: TUMFTM/racetrack-database, 2019, for the format.
+        """
+        points, right, left = _track_files.read_csv(path)
+        return cls.from_waypoints(points, left=left, right=right, closed=closed)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike, *, closed: bool = True) -> "Track":
+        """Reads a track from the six columns `X`, `Y`, `X_i`, `Y_i`, `X_o`, `Y_o`.
+
+        They are the center line, the inner (left) and the outer (right) border [m].
+        Each is a list of numbers, or an object that maps "0", "1", ... to numbers.
+
+        **Arguments:**
+
+        - `path`: the file.
+        - `closed`: whether the last point joins the first one.
+
+        **Returns:** a track, with the coordinates of the file.
+
+        **Raises:** `FileNotFoundError`, or `ValueError` for missing columns, for
+        entries that are no numbers, and as `from_borders`.
+
+        Source: alexliniger/MPCC, 2015, for the format.
+        """
+        return cls.from_borders(*_track_files.read_json(path), closed=closed)
+
+    @classmethod
+    def line(cls) -> "Track":
+        """A miniature straight of 0.7 m, open."""
+        return cls._miniature(_circuits.line(), closed=False)
+
+    @classmethod
+    def bend(cls) -> "Track":
+        """A miniature left bend between two straights, open, 1.0 m."""
+        return cls._miniature(_circuits.bend(), closed=False)
+
+    @classmethod
+    def circle(cls) -> "Track":
+        """A miniature circle, 1.8 m."""
+        return cls._miniature(_circuits.circle(), closed=True)
+
+    @classmethod
+    def simple(cls) -> "Track":
+        """A miniature circuit with five left bends and a right one, 5.6 m."""
+        return cls._miniature(_circuits.simple(), closed=True)
+
+    @classmethod
+    def _miniature(cls, path, closed):
+        # A spline through the drawn path, cut into 99 parts of equal parameter.
+        knots = _spline.chord_lengths(path)
+        if closed:
+            path[-1] = path[0]  # equal up to rounding
+        coefficients = _spline.fit(knots, path, closed)
+        at = np.linspace(0.0, knots[-1], 100)
+        center, slope = _spline.evaluate(knots, coefficients, at)
+        normal = 0.185 * _right_of(slope)
+        return cls.from_borders(center, center - normal, center + normal, closed=closed)
+
+    @classmethod
+    def oval(
+        cls, straight: float = 150.0, radius: float = 40.0, half_width: float = 5.0
+    ) -> "Track":
+        """Two straights joined by two half circles, 549 m by default.
+
+        **Arguments:**
+
+        - `straight`: length of a straight [m].
+        - `radius`: radius of a half circle [m].
+        - `half_width`: distance from the center to either border [m].
+        """
+        return cls.from_waypoints(_circuits.oval(straight, radius), half_width)
+
+    @classmethod
+    def chicane(cls) -> "Track":
+        """A full-size circuit of 0.76 km, one of its straights broken by a chicane.
+
+        10 m wide.
+        """
+        return cls.from_waypoints(_circuits.chicane(), 5.0)
+
+    @classmethod
+    def grand_prix(cls) -> "Track":
+        """A full-size circuit of 2.8 km with a hairpin, esses, sweepers and straights.
+
+        10 to 12 m wide; the radii of its corners lie between 22 and 120 m.
+        """
+        points, half_width = _circuits.grand_prix()
+        return cls.from_waypoints(points, half_width)
+
+    def scaled(self, factor: float) -> "Track":
+        """The same track with all lengths times `factor`: 1/43 makes a miniature."""
+        power = np.power(float(factor), [1.0, 0.0, -1.0, -2.0])
+        coefficients = np.asarray(self.coefficients) * power[:, None, None]
+        knots = factor * np.asarray(self.knots)
+        return Track(knots, coefficients, self.first, factor * self.length, self.closed)
+
+    def lines(
+        self, s: Float[ArrayLike, "*shape"]
+    ) -> tuple[Float[Array, "*shape 3 2"], Float[Array, "*shape 3 2"]]:
+        """Points of the center, left and right line [m], and their derivatives in s."""
+        s = s if isinstance(s, jax.Array) else jnp.asarray(s, float)
+        length = self.length
+        if self.closed:
+            s = s - length * jnp.floor(s / length)
+        else:
+            # min(s, length) with a corner rounded so that it can be differentiated.
+            z = length - s
+            ramp = jnp.clip(z + _SMOOTHING, 0.0, 2 * _SMOOTHING)
+            s = length - ramp**2 / (4 * _SMOOTHING) - jnp.maximum(z - _SMOOTHING, 0.0)
+        # A bin is shorter than every interval, so at most one knot lies inside it.
+        knots = jnp.asarray(self.knots, s.dtype)
+        num_bins, last = self.first.shape[0], self.coefficients.shape[0] - 1
+        bin = jnp.floor(s / length * num_bins).astype(jnp.int32)
+        i = jnp.asarray(self.first)[jnp.clip(bin, 0, num_bins - 1)]
+        i = jnp.minimum(jnp.where(s > knots[i + 1], i + 1, i), last)
+        row = jnp.asarray(self.coefficients, s.dtype)[i]
+        a, b, c, d = (row[..., j, :, :] for j in range(4))
+        tau = (s - knots[i])[..., None, None]
+        return a + tau * (b + tau * (c + tau * d)), b + tau * (2 * c + tau * 3 * d)
+
+    def center(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape 2"]:
+        """The point of the center line [m]."""
+        return self.lines(s)[0][..., 0, :]
+
+    def left(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape 2"]:
+        """The point of the left border [m]."""
+        return self.lines(s)[0][..., 1, :]
+
+    def right(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape 2"]:
+        """The point of the right border [m]."""
+        return self.lines(s)[0][..., 2, :]
+
+    def derivative(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape 2"]:
+        """The derivative of the center line, about the unit vector of travel."""
+        return self.lines(s)[1][..., 0, :]
+
+    def heading(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """The direction of travel on the center line [rad], in [-pi, pi]."""
+        slope = self.derivative(s)
+        return jnp.arctan2(slope[..., 1], slope[..., 0])
+
+    def normal(self, s: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape 2"]:
+        """The unit normal of the center line; it points to the right of travel."""
+        return right_normal(self.derivative(s))
+
+    def half_widths(
+        self, s: Float[ArrayLike, "*shape"]
+    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        """The distances to the left and right border along the normal [m]."""
+        points, slopes = self.lines(s)
+        normal = right_normal(slopes[..., 0, :])
+        center, left, right = (points[..., j, :] for j in range(3))
+        across = lambda border: jnp.sum((border - center) * normal, axis=-1)
+        return -across(left), across(right)
+
+
+def right_normal(slope: Float[Array, "*shape 2"]) -> Float[Array, "*shape 2"]:
+    """The unit normal (y', -x') / |.| to the right of a direction."""
+    dx, dy = slope[..., 0], slope[..., 1]
+    return jnp.stack([dy, -dx], axis=-1) / jnp.sqrt(dx**2 + dy**2)[..., None]
+
+
+def _right_of(slope: np.ndarray) -> np.ndarray:
+    normal = np.stack([slope[:, 1], -slope[:, 0]], axis=1)
+    return normal / np.linalg.norm(slope, axis=1, keepdims=True)
+
+
+def _close(center, data, closed):
+    # The rows of a closed line end with its first row, given or added.
+    if not closed:
+        return center, data
+    gap = np.linalg.norm(center[-1] - center[0])
+    if gap <= 1e-9 * _spline.chord_lengths(center)[-1]:
+        center, data = center[:-1], data[:-1]
+        if len(center) < 4:
+            raise ValueError(
+                f"A closed track needs at least 4 different points; {len(center)} came."
+            )
+    return np.concatenate([center, center[:1]]), np.concatenate([data, data[:1]])
+
+
+def _resample(center, widths, closed, spacing):
+    knots = _spline.chord_lengths(center)
+    num = max(5, 1 + round(knots[-1] / spacing))
+    coefficients = _spline.fit(knots, center, closed)
+    at = _spline.even_parameters(knots, coefficients, num)
+    points, _ = _spline.evaluate(knots, coefficients, at)
+    if closed:
+        points[-1] = points[0]
+    columns = [np.interp(at, knots, column) for column in widths.T]
+    return points, np.stack(columns, axis=1)

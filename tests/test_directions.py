@@ -1,0 +1,165 @@
+import diffprog as dp
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from . import helpers
+from .helpers import DIRECTIONS, name, SECOND_ORDER
+
+
+CHAINS = ["spring", "ragged", "two_phase"]
+LINEAR_ROLLOUT = [d for d in DIRECTIONS if not d.follows_dynamics]
+
+
+def close(a, b, tolerance):
+    a, b = ravel_pytree(a)[0], ravel_pytree(b)[0]
+    scale = np.linalg.norm(b)
+    assert np.linalg.norm(a - b) <= tolerance * scale, np.linalg.norm(a - b) / scale
+
+
+@pytest.mark.parametrize("chain", [*CHAINS, "pendulum"])
+def test_gradient_is_minus_the_gradient_of_the_objective(chain):
+    problem, x0, us = helpers.PROBLEMS[chain]()
+    du, result = dp.direction(problem, dp.Gradient(), x0, us)
+    gradient = jax.jit(jax.grad(helpers.objective(problem, x0)))(us)
+    close(du, jtu.tree_map(jnp.negative, gradient), 1e-12)
+    assert result == dp.RESULTS.successful
+
+
+@pytest.mark.parametrize("method", LINEAR_ROLLOUT, ids=name)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_step_equals_the_dense_one(chain, method):
+    problem, x0, us = helpers.PROBLEMS[chain]()
+    dense = helpers.dense_step(problem, method, x0, us)
+    for damping in (3.0, 30.0):
+        du, _ = dp.direction(problem, method, x0, us, damping=damping)
+        close(du, dense(damping), 1e-10)
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
+def test_one_full_step_solves_a_linear_quadratic_problem(method):
+    problem, x0, us = helpers.linear()
+    before = dp.rollout(problem, x0, us).cost
+    solution = dp.solve(problem, method, x0, us, dp.FixedStep(), max_steps=1)
+    optimum = dp.solve_lqr(problem.system.lqr, x0)
+    close(solution.us, optimum.us, 1e-12)
+    np.testing.assert_allclose(solution.cost, optimum.cost, rtol=1e-12)
+    expected = solution.history["slope"][0] / 2
+    np.testing.assert_allclose(solution.cost - before, expected, rtol=1e-12)
+    gradient = jax.jit(jax.grad(helpers.objective(problem, x0)))(solution.us)
+    assert np.linalg.norm(gradient) < 1e-12
+    close(solution.policy.K, optimum.policy.K, 1e-12)
+
+
+def test_second_order_directions_agree_on_a_linear_quadratic_problem():
+    problem, x0, us = helpers.linear()
+    steps = [dp.direction(problem, d, x0, us, damping=0.0)[0] for d in SECOND_ORDER]
+    for step in steps[1:]:
+        close(step, steps[0], 1e-12)
+
+
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_slope_is_the_derivative_along_the_rollout(chain, method):
+    problem, x0, us = helpers.PROBLEMS[chain]()
+    chain, trajectory = helpers.vectors(problem, x0, us)
+
+    @jax.jit
+    def derivative(damping):
+        model = method.expand(chain, trajectory).model
+        sweep = method.backward(chain, trajectory, model, damping)
+
+        def cost(stepsize):
+            return method.forward(chain, trajectory, model, sweep, stepsize)[0].cost
+
+        zero, one = jnp.zeros(()), jnp.ones(())
+        return sweep, jax.jvp(cost, (zero,), (one,))[1]
+
+    sweep, slope = derivative(jnp.asarray(30.0))
+    np.testing.assert_allclose(sweep.slope, slope, rtol=1e-12)
+    np.testing.assert_allclose(sweep.slope + sweep.curvature, 0.0, atol=1e-12)
+    gradient = jax.jit(jax.grad(helpers.objective(problem, x0)))(us)
+    norm = np.linalg.norm(ravel_pytree(gradient)[0])
+    np.testing.assert_allclose(sweep.gradient, norm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", LINEAR_ROLLOUT, ids=name)
+def test_decrement_is_that_of_the_undamped_model_along_the_direction(method):
+    # With one stage the feedforward terms are the whole step.
+    problem, x0, us = helpers.spring(T=1)
+    chain, trajectory = helpers.vectors(problem, x0, us)
+    model = method.expand(chain, trajectory).model
+    sweeps = [
+        method.backward(chain, trajectory, model, jnp.asarray(damping))
+        for damping in (0.0, 3.0, 1e6)
+    ]
+    for sweep in sweeps:
+        np.testing.assert_allclose(sweep.decrement, -sweeps[0].slope / 2, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_rollout_at_step_size_zero_is_the_trajectory_bit_for_bit(chain, method):
+    problem, x0, us = helpers.PROBLEMS[chain]()
+
+    @jax.jit
+    def roll(x0, us):
+        chain, trajectory = helpers.vectors(problem, x0, us)
+        model = method.expand(chain, trajectory).model
+        sweep = method.backward(chain, trajectory, model, jnp.asarray(30.0))
+        new, _ = method.forward(chain, trajectory, model, sweep, jnp.asarray(0.0))
+        return trajectory, new
+
+    trajectory, new = roll(x0, us)
+    for a, b in zip(jtu.tree_leaves(trajectory), jtu.tree_leaves(new)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+def test_large_damping_tends_to_the_gradient(method):
+    problem, x0, us = helpers.spring()
+    du, _ = dp.direction(problem, method, x0, us, damping=1e9)
+    gradient = jax.jit(jax.grad(helpers.objective(problem, x0)))(us)
+    close(1e9 * du, -gradient, 1e-6)
+
+
+def test_newton_and_ddp_agree_on_one_stage_and_at_a_stationary_point():
+    problem, x0, us = helpers.spring(T=1)
+    step = lambda method: dp.direction(problem, method, x0, us)[0]
+    close(step(dp.Newton()), step(dp.DDP()), 1e-12)
+    close(step(dp.GaussNewton()), step(dp.ILQR()), 1e-12)
+    problem, x0, us = helpers.spring()
+    exact = dict(rtol=0.0, atol=0.0)
+    newton = dp.solve(problem, dp.Newton(), x0, us, **exact)
+    ddp = dp.solve(problem, dp.DDP(), x0, newton.us, **exact)
+    close(newton.policy.K, ddp.policy.K, 1e-6)
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
+def test_gradients_flow_through_a_direction(method):
+    """The derivative of a step with respect to a parameter, by central differences."""
+
+    def total(stiffness):
+        problem, x0, us = helpers.spring()
+        problem = dp.ControlProblem.from_system(helpers.Spring(stiffness), 12)
+        return jnp.sum(dp.direction(problem, method, x0, us, damping=1.0)[0])
+
+    exact = jax.grad(total)(0.3)
+    numeric = (total(0.3 + 1e-5) - total(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(exact, numeric, rtol=1e-7)
+
+
+def test_indefinite_stage_raises_when_concrete_and_is_nan_when_traced():
+    saddle = dp.ControlProblem(
+        lambda x, u, t: x + u, lambda x, u, t: -jnp.sum(u**2), lambda x: 0.0, 3
+    )
+    x0, us = jnp.ones(1), jnp.ones((3, 1))
+    with pytest.raises(dp.SolveError, match="not positive definite"):
+        dp.direction(saddle, dp.ILQR(), x0, us)
+    du, result = jax.jit(lambda us: dp.direction(saddle, dp.ILQR(), x0, us))(us)
+    assert np.all(np.isnan(du)) and result == dp.RESULTS.factorization_failed
+    du, result = dp.direction(saddle, dp.ILQR(), x0, us, damping=10.0)
+    assert np.all(np.isfinite(du)) and result == dp.RESULTS.successful

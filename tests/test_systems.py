@@ -1,0 +1,399 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffprog.systems import (
+    Car,
+    CartPole,
+    KinematicCar,
+    PathTracking,
+    Pendulum,
+    Quadrotor,
+    Race,
+    Tire,
+    Track,
+)
+
+
+# Stored numbers: the problems of V. Roulet, S. Srinivasa, M. Fazel, Z. Harchaoui, 2022,
+# arXiv:2207.06362, in float64. Tracks there are natural splines, ours periodic: 1e-6.
+
+
+def objective(system, us):
+    """J(us), by a plain scan."""
+
+    def step(x, row):
+        u, t = row
+        return system.dynamics(x, u, t), system.cost(x, u, t)
+
+    ts = jnp.arange(len(us), dtype=jnp.int32)
+    final, costs = jax.lax.scan(step, system.x0, (us, ts))
+    return jnp.sum(costs) + system.terminal_cost(final)
+
+
+def systems():
+    return {
+        "pendulum": (Pendulum(), 1),
+        "cart pole": (CartPole(), 1),
+        "quadrotor": (Quadrotor(), 4),
+        "tracking": (PathTracking(KinematicCar(), Track.simple()), 2),
+        "kinematic race": (Race(KinematicCar(), Track.bend(), method="midpoint"), 3),
+        "miniature race": (Race(Car.miniature(), Track.simple(), method="euler"), 3),
+        "full-size race": (Race.full_size(Track.oval()), 3),
+    }
+
+
+NAMES = list(systems())
+
+
+@pytest.fixture(params=NAMES)
+def system(request):
+    return systems()[request.param]
+
+
+@eqx.filter_jit
+def cost_and_slope(system, us):
+    """J and the norm of its gradient."""
+    J, gradient = jax.value_and_grad(lambda us: objective(system, us))(us)
+    return J, jnp.sqrt(jnp.sum(gradient**2))
+
+
+def test_first_cost_of_the_pendulum():
+    J, slope = cost_and_slope(Pendulum(), jnp.zeros((50, 1)))
+    np.testing.assert_allclose(J, math.pi**2, rtol=1e-14)
+    np.testing.assert_allclose(slope, 0.4868142624368118, rtol=1e-11)
+
+
+def test_first_cost_of_the_cart_pole():
+    J, slope = cost_and_slope(CartPole(control_weight=1e-6), jnp.zeros((50, 1)))
+    np.testing.assert_allclose(J, 118.43525281307232, rtol=1e-13)
+    np.testing.assert_allclose(J, 12 * math.pi**2, rtol=1e-13)
+    np.testing.assert_allclose(slope, 25.496256398778822, rtol=1e-10)
+
+
+def test_first_cost_of_path_tracking():
+    tracking = PathTracking(KinematicCar(), Track.simple())
+    J, slope = cost_and_slope(tracking, jnp.zeros((50, 2)))
+    np.testing.assert_allclose(J, 135.637730684638, rtol=1e-7)
+    np.testing.assert_allclose(slope, 36.78250335986215, rtol=1e-6)
+
+
+def test_first_cost_of_the_race():
+    race = Race.miniature(Track.simple(), dt=0.04)
+    J, slope = cost_and_slope(race, jnp.zeros((25, 3)))
+    J = J - race.terminal_cost(race.x0)
+    np.testing.assert_allclose(J, 39.33518788490791, rtol=1e-6)
+    np.testing.assert_allclose(slope, 160.08092679182207, rtol=1e-6)
+
+
+def test_step_of_the_kinematic_car():
+    race = Race(KinematicCar(), Track.simple(), dt=0.04, method="euler")
+    x, u = jnp.array([0.1, -0.02, 0.3, 1.2, 0.05, 1.1]), jnp.array([0.5, 0.4, 0.2])
+    expected = [
+        0.1458561514780291, -0.005815030080255704, 0.43826979604459304,
+        1.22, 0.094, 1.108,
+    ]  # fmt: skip
+    np.testing.assert_allclose(race.dynamics(x, u, 0), expected, rtol=1e-11)
+
+
+START = np.array([0.1, -0.02, 0.3, 1.2, 0.1, 0.5, 0.05, 1.1])
+
+
+def test_step_of_the_car():
+    race = Race.miniature(Track.simple())
+    u = jnp.array([0.5, 0.4, 0.2])
+    expected = [
+        0.12280260042304102, -0.010619798299939942, 0.3335945121526912,
+        1.259155270582321, 0.08291342802454757, 2.6030832956349412, 0.07204, 1.104,
+    ]  # fmt: skip
+    x = jnp.asarray(START)
+    np.testing.assert_allclose(race.dynamics(x, u, 0), expected, rtol=1e-11)
+    state_cost = race.terminal_cost(x)
+    np.testing.assert_allclose(state_cost, 0.025184305791417304, rtol=1e-6)
+    np.testing.assert_allclose(race.cost(x, u, 0) - state_cost, 4.5e-7, rtol=1e-9)
+
+
+def test_contouring_errors_on_a_straight():
+    # On a line along x: the contouring error is -y, the lag error s - x.
+    race = Race.miniature(Track.line())
+    x = jnp.asarray(START)
+    np.testing.assert_allclose(race.lateral_error(x), 0.02, rtol=1e-12)
+    np.testing.assert_allclose(race.border_margin(x), 0.185 - 0.0225 - 0.02, rtol=1e-12)
+    lag = 0.05 - 0.1
+    speed = 0.1 * 0.02**2 * (1.1 - 3) ** 2
+    expected = 0.1 * 0.02**2 + 10 * lag**2 + speed - 1e-6 * math.log(1.1)
+    np.testing.assert_allclose(race.terminal_cost(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_border_cost_pushes_inward(side):
+    race = Race(Car.miniature(), Track.line(), q_contour=0.0, q_lag=0.0)
+    x = jnp.asarray(START).at[1].set(side * 0.2)
+    inside = 0.185 - 0.0225 - 0.2
+    np.testing.assert_allclose(race.border_margin(x), inside, rtol=1e-12)
+    gradient = jax.grad(race.terminal_cost)(x)
+    np.testing.assert_allclose(gradient[1], side * 300 * inside**2, rtol=1e-10)
+    np.testing.assert_allclose(gradient[0], 0.0, atol=1e-12)
+
+
+def test_border_cost_gradient_matches_differences():
+    race = Race.miniature(Track.simple())
+    x = jnp.asarray(START).at[:2].set(jnp.array([0.6, 0.19]))
+    assert race.border_margin(x) < 0
+    cost = jax.jit(lambda x: race.terminal_cost(x))
+    gradient = jax.grad(cost)(x)
+    for i in range(8):
+        e = 1e-6 * jnp.eye(8)[i]
+        slope = (cost(x + e) - cost(x - e)) / 2e-6
+        np.testing.assert_allclose(gradient[i], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_progress_backwards_costs_nan():
+    race = Race.miniature(Track.simple())
+    x = jnp.asarray(START).at[-1].set(-0.1)
+    assert jnp.isnan(race.terminal_cost(x))
+
+
+def test_keeps_float32(system):
+    system, m = system
+
+    @jax.jit
+    def everything(x, u, t):
+        slope = system.vector_field(x, u, 0.5)
+        costs = system.cost(x, u, t), system.terminal_cost(x)
+        return system.dynamics(x, u, t), slope, *costs
+
+    x, u, t = system.x0.astype(jnp.float32), jnp.zeros(m, jnp.float32), jnp.int32(3)
+    single = everything(x, u, t)
+    double = everything(x.astype(float), u.astype(float), t)
+    for a, b in zip(single, double, strict=True):
+        assert a.dtype == jnp.float32 and b.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_derivatives_are_finite(system):
+    system, m = system
+    x, u, t = system.x0, 0.1 * jnp.ones(m), jnp.int32(2)
+
+    def along(size):
+        """The functions along a line through (x, u)."""
+        y = x + size * jnp.cos(jnp.arange(1.0, len(x) + 1))
+        v = u + size * jnp.sin(jnp.arange(1.0, m + 1))
+        costs = system.cost(y, v, t), system.terminal_cost(y)
+        return jnp.append(system.dynamics(y, v, t), jnp.stack(costs))
+
+    slope = jax.jacfwd(along)
+    at = jax.jit(along)
+    first, second = jax.jit(lambda size: (slope(size), jax.jacfwd(slope)(size)))(0.0)
+    differences = (at(1e-6) - at(-1e-6)) / 2e-6
+    np.testing.assert_allclose(first, differences, rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isfinite(second)) and jnp.any(second != 0)
+
+
+def test_numbers_are_leaves(system):
+    """A number may be a traced array, and the cost has a derivative in it."""
+    system, m = system
+    u = 0.1 * jnp.ones(m)
+
+    @eqx.filter_jit
+    def cost(dt):
+        changed = eqx.tree_at(lambda s: s.dt, system, dt)
+        return changed.terminal_cost(changed.dynamics(system.x0, u, 0))
+
+    assert jnp.isfinite(jax.grad(cost)(jnp.array(0.01)))
+
+
+def test_vmap_equals_one_by_one(system):
+    system, m = system
+    xs = system.x0[None] + 0.01 * jnp.arange(3.0)[:, None] * jnp.ones(
+        (1, len(system.x0))
+    )
+    us, ts = 0.1 * jnp.ones((3, m)), jnp.arange(3, dtype=jnp.int32)
+    both = lambda x, u, t: (system.dynamics(x, u, t), system.cost(x, u, t))
+    together, costs = jax.jit(jax.vmap(both))(xs, us, ts)
+    both = jax.jit(both)
+    for i in range(3):
+        alone, cost = both(xs[i], us[i], ts[i])
+        np.testing.assert_allclose(together[i], alone, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(costs[i], cost, rtol=1e-9)
+
+
+def drive(system, x, u, steps):
+    step = lambda x, _: (system.dynamics(x, u, 0), None)
+    return jax.lax.scan(step, x, length=steps)[0]
+
+
+def test_pendulum_keeps_its_energy():
+    pendulum = Pendulum(friction=0.0, dt=1e-3, method="rk4", mass=0.7, length=1.3)
+
+    def energy(x):
+        kinetic = 0.7 * 1.3**2 * x[1] ** 2 / 2
+        return kinetic - 0.7 * 10.0 * 1.3 * jnp.cos(x[0])
+
+    x = jnp.array([1.0, 2.0])
+    end = drive(pendulum, x, jnp.zeros(1), 1000)
+    assert jnp.abs(end[0] - x[0]) > 0.1
+    np.testing.assert_allclose(energy(end), energy(x), rtol=1e-11)
+
+
+def test_pendulum_rests_hanging_and_upright():
+    pendulum, u = Pendulum(), jnp.zeros(1)
+    for angle in (0.0, math.pi):
+        slope = pendulum.vector_field(jnp.array([angle, 0.0]), u, 0.0)
+        np.testing.assert_allclose(slope, 0.0, atol=1e-14)
+    np.testing.assert_allclose(pendulum.terminal_cost(jnp.array([math.pi, 0.0])), 0.0)
+
+
+def test_cart_pole_keeps_its_energy():
+    cart = CartPole(friction=0.0, dt=1e-3, method="rk4")
+    M, m, l, inertia, g = 0.5, 0.2, 0.3, 0.006, 10.0
+
+    def energy(x):
+        _, angle, velocity, rate = x
+        kinetic = (M + m) * velocity**2 + (inertia + m * l**2) * rate**2
+        coupling = m * l * velocity * rate * jnp.cos(angle)
+        return kinetic / 2 + coupling - m * g * l * jnp.cos(angle)
+
+    def momentum(x):
+        return (M + m) * x[2] + m * l * x[3] * jnp.cos(x[1])
+
+    x = jnp.array([0.1, 2.0, 0.3, -1.0])
+    end = drive(cart, x, jnp.zeros(1), 1000)
+    np.testing.assert_allclose(energy(end), energy(x), rtol=1e-9)
+    np.testing.assert_allclose(momentum(end), momentum(x), rtol=1e-9)
+
+
+def test_cart_pole_limits_and_target():
+    cart = CartPole(limits=(-1.0, 2.0), limit_weight=3.0)
+    upright = lambda position: jnp.array([position, -math.pi, 0.0, 0.0])
+    np.testing.assert_allclose(cart.terminal_cost(upright(0.0)), 0.0, atol=1e-15)
+    np.testing.assert_allclose(cart.terminal_cost(upright(2.5)), 3 * 0.5**3)
+    np.testing.assert_allclose(cart.cost(upright(-1.5), jnp.zeros(1), 0), 3 * 0.5**3)
+    hanging = jnp.zeros(4)
+    assert cart.cost(hanging, jnp.zeros(1), 38) == 0
+    np.testing.assert_allclose(cart.cost(hanging, jnp.zeros(1), 39), math.pi**2)
+
+
+def test_quadrotor_hovers():
+    quadrotor = Quadrotor()
+    x = jnp.array([3.0, -2.0, 1.0] + 9 * [0.0]).at[5].set(0.7)
+    slope = quadrotor.vector_field(x, jnp.zeros(4), 0.0)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-14)
+
+
+def test_quadrotor_turns_with_its_yaw():
+    """The same flight, seen from a frame turned about the vertical axis."""
+    quadrotor, turn = Quadrotor(), 0.8
+    c, s = math.cos(turn), math.sin(turn)
+    turned = jnp.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+    x = jnp.linspace(-0.5, 0.6, 12)
+    u = jnp.array([0.1, -0.2, 0.3, 0.4])
+    p, angles, v, w = x.reshape(4, 3)
+    y = jnp.concatenate([turned @ p, angles.at[2].add(turn), turned @ v, w])
+    dx = quadrotor.vector_field(x, u, 0.0).reshape(4, 3)
+    dy = quadrotor.vector_field(y, u, 0.0).reshape(4, 3)
+    np.testing.assert_allclose(dy[0], turned @ dx[0], atol=1e-12)
+    np.testing.assert_allclose(dy[1], dx[1], atol=1e-12)
+    np.testing.assert_allclose(dy[2], turned @ dx[2], atol=1e-12)
+    np.testing.assert_allclose(dy[3], dx[3], atol=1e-12)
+
+
+def test_quadrotor_spins_freely():
+    """Without torques the rotation energy stays."""
+    quadrotor = Quadrotor(dt=1e-3, method="rk4")
+    x = jnp.zeros(12).at[9:].set(jnp.array([0.4, -0.3, 0.5]))
+    end = drive(quadrotor, x, jnp.zeros(4), 300)
+    inertia = jnp.array(quadrotor.inertia)
+    energy = lambda x: jnp.sum(inertia * x[9:] ** 2)
+    np.testing.assert_allclose(energy(end), energy(x), rtol=1e-12)
+
+
+def test_tire_force_is_odd_and_limited():
+    tire = Tire(stiffness=10.0, shape=1.5, peak=3.0)
+    slip = jnp.linspace(-1.5, 1.5, 301)
+    force = jax.vmap(tire.force)(slip)
+    np.testing.assert_allclose(force, -force[::-1], atol=1e-12)
+    assert jnp.max(force) <= 3.0 and jnp.max(force) > 2.999
+    np.testing.assert_allclose(jax.grad(tire.force)(jnp.array(0.0)), 45.0)
+
+
+@pytest.mark.parametrize(
+    "car", [Car.miniature(), Car.full_size()], ids=["mini", "full"]
+)
+def test_car_is_symmetric(car):
+    """Steering to the other side gives the mirror image."""
+    mirror = jnp.array([1.0, -1.0, -1.0, 1.0, -1.0, -1.0])
+    x = jnp.array([0.0, 0.0, 0.2, 12.0, 0.3, -0.1])
+    u = jnp.array([0.4, 0.2])
+    slope = car.vector_field(x, u, 0.0)
+    other = car.vector_field(mirror * x, u * jnp.array([1.0, -1.0]), 0.0)
+    np.testing.assert_allclose(other, mirror * slope, rtol=1e-12, atol=1e-12)
+
+
+def test_full_size_car_has_the_stated_performance():
+    car = Car.full_size(squashed=False)
+    straight = lambda v, duty: car.vector_field(
+        car.state(jnp.zeros(2), jnp.array(0.0), v), jnp.array([duty, 0.0]), 0.0
+    )
+    speeds = jnp.linspace(10.0, 60.0, 11)
+    full = jax.vmap(lambda v: straight(v, 1.0)[3])(speeds)
+    assert jnp.all(full > 0) and straight(70.0, 1.0)[3] < 0
+    assert jnp.abs(straight(66.6, 1.0)[3]) < 0.02
+    brake = jax.vmap(lambda v: straight(v, -1.5)[3])(speeds)
+    assert jnp.all(brake < -6.0) and jnp.all(brake > -9.81)
+    # The engine gives its 230 kW at 60 m/s, and the grip is one g.
+    push = car.drivetrain.max_force - 60.0 * car.drivetrain.fade
+    np.testing.assert_allclose(60.0 * push, 230e3, rtol=1e-12)
+    grip = (car.front_tire.peak + car.rear_tire.peak) / car.mass
+    np.testing.assert_allclose(grip, 9.81, rtol=1e-12)
+
+
+@pytest.mark.parametrize("speed", [10.0, 30.0, 60.0])
+def test_full_size_car_corners_steadily(speed):
+    """The axles are neutral: at any speed it turns in by about wheelbase / radius."""
+    car = Car.full_size(squashed=False)
+    yaw_rate = 4.0 / speed
+    u = jnp.array([0.0, (1.6 + 1.4) * yaw_rate / speed])
+
+    def step(x, _):
+        middle = x + 0.005 * car.vector_field(x, u, 0.0)
+        x = x + 0.01 * car.vector_field(middle, u, 0.0)
+        return x.at[3].set(speed), None
+
+    x = car.state(jnp.zeros(2), jnp.array(0.0), speed)
+    x, _ = jax.lax.scan(step, x, length=600)
+    np.testing.assert_allclose(x[5], yaw_rate, rtol=0.06)
+
+
+def test_controls_are_squashed():
+    car = Car.miniature()
+    drive = jnp.array([-50.0, 0.0, 50.0])
+    duty = jax.vmap(car.drivetrain.duty)(drive)
+    np.testing.assert_allclose(duty, [-0.1, 0.45, 1.0], atol=1e-12)
+    raw = Car.miniature(squashed=False)
+    x = car.state(jnp.zeros(2), jnp.array(0.3), 1.5)
+    steer = 0.4
+    squashed = car.vector_field(x, jnp.array([0.0, steer]), 0.0)
+    direct = raw.vector_field(x, jnp.array([0.45, 2 / 3 * math.atan(steer)]), 0.0)
+    np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
+    kinematic = KinematicCar(max_steer=0.3)
+    x = kinematic.state(jnp.zeros(2), jnp.array(0.0), 1.0)
+    fast = kinematic.vector_field(x, jnp.array([0.0, 1e9]), 0.0)
+    np.testing.assert_allclose(fast[2], math.tan(0.3) / 0.09, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tracking", "kinematic race", "full-size race"])
+def test_starts_on_the_center_line(name):
+    system, _ = systems()[name]
+    x = system.start(speed=7.0, s=2.0)
+    np.testing.assert_allclose(x[:2], system.track.center(2.0), rtol=1e-12)
+    np.testing.assert_allclose(x[2:4], [system.track.heading(2.0), 7.0], rtol=1e-12)
+    if name != "tracking":
+        np.testing.assert_allclose(x[-2:], [2.0, 7.0])
+        np.testing.assert_allclose(system.lateral_error(x), 0.0, atol=1e-12)
+        assert system.border_margin(x) > 0
+    np.testing.assert_array_equal(system.x0, system.start())
