@@ -7,31 +7,42 @@ from ._chain import (
     Chain as Chain,
     ControlProblem as ControlProblem,
     Phase as Phase,
-    rollout as rollout,
-    Trajectory as Trajectory,
 )
 from ._direction import (
     AbstractDirection as AbstractDirection,
     DDP as DDP,
+    Expansion as Expansion,
     GaussNewton as GaussNewton,
     Gradient as Gradient,
     ILQR as ILQR,
     Newton as Newton,
 )
 from ._discretize import discretize as discretize
+from ._expand import (
+    costates as costates,
+    linearize as linearize,
+    LinearModel as LinearModel,
+    QuadraticModel as QuadraticModel,
+    quadratize as quadratize,
+)
 from ._lqr import (
     LQR as LQR,
     LQRSolution as LQRSolution,
     Policy as Policy,
     solve_lqr as solve_lqr,
+    Sweep as Sweep,
     Value as Value,
 )
 from ._result import RESULTS as RESULTS, SolveError as SolveError
+from ._rollout import rollout as rollout, Trajectory as Trajectory
 from ._search import (
     AbstractSearch as AbstractSearch,
     AdaptiveDamping as AdaptiveDamping,
     Backtracking as Backtracking,
     FixedStep as FixedStep,
+    SearchState as SearchState,
+    Trial as Trial,
+    Verdict as Verdict,
 )
 from ._solution import Solution as Solution
 from ._solve import (

@@ -42,9 +42,25 @@ def door(fn: Callable) -> Callable:
             (_Traced, None) if _is_number(leaf) else (type(leaf), leaf)
             for leaf in leaves
         )
-        return jitted((treedef, static), numbers)
+        try:
+            return jitted((treedef, static), numbers)
+        except (TypeError, ValueError):
+            _check_hashable(static)
+            raise
 
     return call
+
+
+def _check_hashable(static):
+    for kind, leaf in static:
+        try:
+            hash(leaf)
+        except TypeError:
+            raise TypeError(
+                f"A part of the problem, {leaf!r:.100} of type {kind.__name__}, cannot "
+                "be hashed, so its compiled code could not be found again: make it an "
+                "`equinox.Module`, or give its class a `__hash__`."
+            ) from None
 
 
 @jax.custom_jvp

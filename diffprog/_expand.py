@@ -11,11 +11,15 @@ Then (1, x') = F (1, x, u), the stage costs (1, x, u)' W (1, x, u) / 2, and the
 cost-to-go is (1, x)' V (1, x) / 2.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from ._chain import VectorChain, VectorTrajectory
+from ._chain import ControlProblem
+from ._door import door
+from ._linalg import matmul
+from ._rollout import run, VectorChain, vectorize, VectorTrajectory
 from ._types import Stacks
 
 
@@ -61,7 +65,7 @@ def quadratized(
         hamiltonian = h
         if weights is not None:
             f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-            hamiltonian = lambda z: h(z) + weight[0] @ f(z)
+            hamiltonian = lambda z: h(z) + matmul(weight[0], f(z))
         return quadratic(jax.grad(h)(z), jax.hessian(hamiltonian)(z))
 
     data = (trajectory.xs, trajectory.us, chain.ts)
@@ -72,7 +76,7 @@ def quadratized(
 
 def curvature(segment, x, u, t, weight) -> Array:
     """The Hessian of weight' f_t in (1, x, u)."""
-    f, z = _joint(lambda x, u: weight @ segment.dynamics(x, u, t), x, u)
+    f, z = _joint(lambda x, u: matmul(weight, segment.dynamics(x, u, t)), x, u)
     return jnp.pad(jax.hessian(f)(z), ((1, 0), (1, 0)))
 
 
@@ -83,9 +87,9 @@ def adjoints(chain: VectorChain, trajectory: VectorTrajectory):
     """
 
     def stage(segment, lam, x, u, t):
-        hamiltonian = lambda x, u: (
-            segment.cost(x, u, t) + lam @ segment.dynamics(x, u, t)
-        )
+        def hamiltonian(x, u):
+            return segment.cost(x, u, t) + matmul(lam, segment.dynamics(x, u, t))
+
         new, gradient = jax.grad(hamiltonian, (0, 1))(x, u)
         return new, (lam, gradient)
 
@@ -94,3 +98,102 @@ def adjoints(chain: VectorChain, trajectory: VectorTrajectory):
     first, pairs = chain.scan(stage, lam, *data, reverse=True)
     lams, gradients = zip(*pairs, strict=True)
     return first, tuple(lams), tuple(gradients)
+
+
+class LinearModel(eqx.Module):
+    """The derivatives of the dynamics at every stage.
+
+    - `A`: with respect to the state, shape `(T, n, n)`.
+    - `B`: with respect to the control, shape `(T, n, m)`.
+    """
+
+    A: Float[Array, "T n n"]
+    B: Float[Array, "T n m"]
+
+
+class QuadraticModel(eqx.Module):
+    """Gradients and Hessians of the costs at every stage and at the end.
+
+    - `Q`, `R`, `M`: Hessian blocks, shapes `(T, n, n)`, `(T, m, m)`, `(T, n, m)`.
+    - `q`, `r`: gradients, shapes `(T, n)`, `(T, m)`.
+    - `Q_final`, `q_final`: those of the terminal cost, shapes `(n, n)`, `(n,)`.
+    """
+
+    Q: Float[Array, "T n n"]
+    R: Float[Array, "T m m"]
+    M: Float[Array, "T n m"]
+    q: Float[Array, "T n"]
+    r: Float[Array, "T m"]
+    Q_final: Float[Array, "n n"]
+    q_final: Float[Array, " n"]
+
+
+def _around(problem, x0, us) -> tuple[VectorChain, VectorTrajectory]:
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(
+            f"`problem` is a {type(problem).__name__}; local models are stacked over "
+            "equal stages, so a `dp.ControlProblem` is expected."
+        )
+    vectorized = vectorize(problem, x0, us)
+    return vectorized.chain, run(vectorized.chain, *vectorized.ravel(x0, us))
+
+
+@door
+def _linearize(problem, x0, us) -> LinearModel:
+    chain, trajectory = _around(problem, x0, us)
+    ((F,), n) = linearized(chain, trajectory), trajectory.final.shape[0]
+    return LinearModel(F[:, 1:, 1 : 1 + n], F[:, 1:, 1 + n :])
+
+
+@door
+def _quadratize(problem, x0, us) -> QuadraticModel:
+    chain, trajectory = _around(problem, x0, us)
+    (W,), V = quadratized(chain, trajectory)
+    x, u = slice(1, V.shape[0]), slice(V.shape[0], None)
+    blocks = W[:, x, x], W[:, u, u], W[:, x, u], W[:, 0, x], W[:, 0, u]
+    return QuadraticModel(*blocks, V[1:, 1:], V[0, 1:])
+
+
+@door
+def _costates(problem, x0, us) -> Float[Array, "states n"]:
+    first, (lams,), _ = adjoints(*_around(problem, x0, us))
+    return jnp.concatenate([first[None], lams])
+
+
+def linearize(problem: ControlProblem, x0: PyTree, us: PyTree) -> LinearModel:
+    r"""The derivatives $A_t, B_t$ of the dynamics along the roll-out of `us`.
+
+    **Arguments:** `problem`, `x0` and `us` as in [`diffprog.rollout`][].
+
+    **Returns:** a [`diffprog.LinearModel`][]; states and controls that are pytrees lie
+    in it raveled, leaf after leaf.
+    """
+    return _linearize(problem, x0, us)
+
+
+def quadratize(problem: ControlProblem, x0: PyTree, us: PyTree) -> QuadraticModel:
+    r"""Gradients and Hessians of the costs along the roll-out of `us`.
+
+    With [`diffprog.linearize`][] they make the [`diffprog.LQR`][] problem in deviations
+    whose solution is the Gauss-Newton step.
+
+    **Arguments:** `problem`, `x0` and `us` as in [`diffprog.rollout`][].
+
+    **Returns:** a [`diffprog.QuadraticModel`][].
+    """
+    return _quadratize(problem, x0, us)
+
+
+def costates(
+    problem: ControlProblem, x0: PyTree, us: PyTree
+) -> Float[Array, "states n"]:
+    r"""The adjoint states along the roll-out of `us`, shape `(T + 1, n)`.
+
+    $$\lambda_T = \nabla h_T(x_T), \quad
+    \lambda_t = \nabla_x h_t + A_t^\top \lambda_{t+1}.$$
+
+    The first one is the gradient of the cost with respect to `x0`.
+
+    **Arguments:** `problem`, `x0` and `us` as in [`diffprog.rollout`][].
+    """
+    return _costates(problem, x0, us)

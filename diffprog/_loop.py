@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._chain import run, VectorChain, VectorTrajectory
 from ._direction import AbstractDirection
 from ._lqr import Sweep
 from ._report import HISTORY, report
 from ._result import RESULTS
+from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
 from ._search.base import SearchState, Trial, Verdict
 from ._tree import where

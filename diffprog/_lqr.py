@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._chain import Segment, VectorChain, VectorTrajectory
 from ._door import door
 from ._expand import affine, curvature, quadratic
 from ._linalg import matmul, solve_positive, symmetrize
 from ._result import RESULTS, throw_unless_successful
+from ._rollout import Segment, VectorChain, VectorTrajectory
 from ._tree import all_finite, Layout, norm
 from ._types import Stacks
 
@@ -28,13 +28,22 @@ def bellman(F: Array, W: Array, V: Array, m: int, damping: Array):
 
 
 class Sweep(eqx.Module):
-    """What a backward pass leaves behind."""
+    """What a backward pass leaves behind.
 
-    gains: Stacks  # [k K] per stage
+    - `gains`: [k K] of every stage, one stacked array per segment of the chain.
+    - `slope`, `curvature`: at a step size s the damped model changes the cost by
+        s slope + s^2 curvature / 2.
+    - `decrement`: the decrease that the undamped model promises along the direction;
+        convergence is judged by it.
+    - `gradient`: norm of the gradient of the objective in the controls.
+    - `positive`: whether every stage had a minimum.
+    """
+
+    gains: Stacks
     slope: Float[Array, ""]
-    curvature: Float[Array, ""]  # damping included
+    curvature: Float[Array, ""]
     decrement: Float[Array, ""]
-    gradient: Float[Array, ""]  # norm
+    gradient: Float[Array, ""]
     positive: Bool[Array, ""]
 
 

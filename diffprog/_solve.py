@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._chain import AbstractChain, run, vectorize, Vectorized
+from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door, undifferentiated
 from ._loop import Loop, Solver
 from ._lqr import Policy
 from ._report import HISTORY
 from ._result import RESULTS, throw_unless_successful
+from ._rollout import run, vectorize, Vectorized
 from ._search import AbstractSearch, Backtracking
 from ._search.base import SearchState
 from ._solution import Solution
@@ -89,11 +90,12 @@ def _undifferentiated(tree: PyTree) -> PyTree:
 _solve_door = door(_solve)
 
 
-def _check(problem, method, search, max_steps, rtol, atol):
+def _check(problem, method, search=Backtracking(), state=None, max_steps=0, **numbers):
     for name, value, kind, example in (
         ("problem", problem, AbstractChain, "`dp.ControlProblem(...)`"),
         ("method", method, AbstractDirection, "`dp.ILQR()`"),
         ("search", search, AbstractSearch, "`dp.Backtracking()`"),
+        ("state", state, SearchState | None, "`solution.state`"),
     ):
         if not isinstance(value, kind):
             came = f"the class {value.__name__}" if isinstance(value, type) else value
@@ -104,7 +106,7 @@ def _check(problem, method, search, max_steps, rtol, atol):
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
         raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
-    for name, value in (("rtol", rtol), ("atol", atol)):
+    for name, value in numbers.items():
         if isinstance(value, float | int) and not value >= 0:
             raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
 
@@ -166,7 +168,7 @@ def solve(
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
     """
-    _check(problem, method, search, max_steps, rtol, atol)
+    _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
     options = (max_steps, bool(history), verbose)
     tolerances = _float(rtol), _float(atol)
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
@@ -226,7 +228,7 @@ def direction(
     [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
     `result` is not `successful`.
     """
-    _check(problem, method, Backtracking(), 0, None, None)
+    _check(problem, method, damping=damping)
     du, result = _direction_door(problem, method, x0, us, _float(damping))
     throw_unless_successful(_Direction(du, result), throw)
     return du, result
@@ -328,7 +330,7 @@ def init(
     solution = dp.finish(problem, state)
     ```
     """
-    _check(problem, method, search, max_steps, rtol, atol)
+    _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
     options = (max_steps, bool(history))
     return _init_door(
         problem, method, x0, us, search, state, _float(rtol), _float(atol), options

@@ -1,5 +1,6 @@
 import jax
 import jax.random as jr
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -15,3 +16,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 def getkey():
     rng = np.random.default_rng(0)
     return lambda: jr.key(int(rng.integers(2**31)))
+
+
+@pytest.fixture
+def unchecked():
+    """As users run it: no run-time types, which would object first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

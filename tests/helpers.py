@@ -1,12 +1,13 @@
 """The problems, directions and searches that the tests run through, listed once."""
 
-import diffprog as dp
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffprog._chain import run, vectorize
 from jax.flatten_util import ravel_pytree
+
+import diffprog as dp
+from diffprog._rollout import run, vectorize
 
 
 DIRECTIONS = [dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP()]
@@ -116,7 +117,7 @@ def linear(T=12, dtype=jnp.float64):
 
 
 def ragged(dtype=jnp.float64):
-    """A network of three tanh layers as a chain: widths 3-5-4-2, parameters as controls."""
+    """A network of three tanh layers, 3-5-4-2, whose parameters are the controls."""
     widths = (3, 5, 4, 2)
 
     def layer(n, m):

@@ -1,10 +1,11 @@
-import diffprog as dp
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+
+import diffprog as dp
 
 from . import helpers
 from .helpers import DIRECTIONS, name, SECOND_ORDER

@@ -1,10 +1,11 @@
-import diffprog as dp
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+
+import diffprog as dp
 from diffprog._result import NAMES
 
 from . import helpers
@@ -226,7 +227,9 @@ def test_history_describes_each_iteration():
 
 def test_verbose_prints_one_aligned_row_per_iteration(capfd):
     problem, x0, us = helpers.spring()
-    solution = jax.jit(lambda x0: dp.solve(problem, dp.ILQR(), x0, us, verbose=True))(x0)
+    solution = jax.jit(lambda x0: dp.solve(problem, dp.ILQR(), x0, us, verbose=True))(
+        x0
+    )
     jax.effects_barrier()
     header, *rows = capfd.readouterr().out.splitlines()
     assert header.split() == "step cost stepsize damping slope trials gradient".split()
@@ -409,7 +412,10 @@ def test_nothing_is_thrown_under_transformations():
     batch = jax.vmap(lambda x0: dp.solve(problem, dp.ILQR(), x0, us))(
         jnp.asarray([[2.0], [0.1]])
     )
-    assert [NAMES[i] for i in batch.result._value] == ["nonfinite_rollout", "successful"]
+    assert [NAMES[i] for i in batch.result._value] == [
+        "nonfinite_rollout",
+        "successful",
+    ]
     assert np.all(np.isfinite(batch.us))
 
 

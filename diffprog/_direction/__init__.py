@@ -1,4 +1,4 @@
-from .base import AbstractDirection as AbstractDirection
+from .base import AbstractDirection as AbstractDirection, Expansion as Expansion
 from .ddp import DDP as DDP
 from .gauss_newton import GaussNewton as GaussNewton
 from .gradient import Gradient as Gradient

@@ -5,14 +5,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._chain import (
+from .._linalg import matmul
+from .._lqr import Sweep
+from .._rollout import (
     first_nonfinite,
     total_cost,
     VectorChain,
     VectorTrajectory,
 )
-from .._linalg import matmul
-from .._lqr import Sweep
 from .._tree import norm
 from .._types import Rows, Stacks
 

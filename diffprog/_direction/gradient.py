@@ -42,5 +42,5 @@ class Gradient(AbstractDirection):
         gradient = norm(model)
         slope = -(gradient**2) / penalty
         return Sweep(
-            tuple(gains), slope, -slope, -slope / 2, gradient, jnp.isfinite(slope)
+            tuple(gains), slope, -slope, -slope / 2, gradient, jnp.isfinite(gradient)
         )

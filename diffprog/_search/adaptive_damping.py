@@ -61,3 +61,14 @@ class AdaptiveDamping(AbstractSearch):
         fail = damping > self.max_damping
         state = SearchState(state.stepsize, damping, state.scale, state.trials)
         return state, Verdict(jnp.zeros_like(fail), ~fail, fail)
+
+
+AdaptiveDamping.__init__.__doc__ = """**Arguments:**
+
+- `scale`: the first damping is this times the norm of the costs' gradient, divided by
+    `increase`.
+- `increase`: factor of the inverse damping from one iterate to the next.
+- `decrease`: factor of the inverse damping after a rejected trial, in (0, 1).
+- `min_damping`: the first damping above 0; a lower one counts as 0.
+- `max_damping`: above it the search gives up.
+"""

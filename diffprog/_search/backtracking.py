@@ -65,3 +65,16 @@ class Backtracking(AbstractSearch):
         one = jnp.ones_like(state.stepsize)
         state = SearchState(one, damping, state.scale, state.trials)
         return state, Verdict(jnp.zeros_like(fail), ~fail, fail)
+
+
+Backtracking.__init__.__doc__ = """**Arguments:**
+
+- `slope_fraction`: how much of the decrease that the slope promises is asked for.
+- `decrease`: factor of the step size after a rejected trial, in (0, 1).
+- `increase`: factor of the last accepted step size at the next iterate; `jnp.inf`
+    starts every iteration at 1.
+- `max_trials`: roll-outs along one direction; a Python int.
+- `damping_factor`: factor by which the damping rises and falls.
+- `min_damping`: the first damping above 0; a lower one counts as 0.
+- `max_damping`: above it the search gives up.
+"""

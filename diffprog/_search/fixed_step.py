@@ -37,3 +37,10 @@ class FixedStep(AbstractSearch):
     def reject(self, state):
         fail = jnp.isfinite(state.damping)
         return state, Verdict(~fail, ~fail, fail)
+
+
+FixedStep.__init__.__doc__ = """**Arguments:**
+
+- `stepsize`: the step size of every step.
+- `damping`: the damping of every backward pass.
+"""

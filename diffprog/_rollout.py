@@ -1,0 +1,286 @@
+"""Chains of vectors, traced once: what every recursion of the library runs on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.core import eval_jaxpr
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._chain import AbstractChain, Phase
+from ._door import door
+from ._tree import all_finite, float_dtype, Layout
+from ._types import Rows
+
+
+class Segment(eqx.Module):
+    """One phase as functions of vectors, traced once."""
+
+    dynamics: Callable = eqx.field(static=True)  # (x, u, t) -> x
+    cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
+    start: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True)
+
+
+class VectorChain(eqx.Module):
+    """A chain whose states and controls are vectors: what the recursions run on.
+
+    Data that have a row per stage are tuples with one stacked array per segment.
+    `scan` and `map` are the only loops over stages in this library.
+    """
+
+    segments: tuple[Segment, ...]
+    terminal_cost: Callable = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    @property
+    def horizon(self) -> int:
+        return sum(segment.horizon for segment in self.segments)
+
+    @property
+    def ts(self) -> tuple[Int[Array, " stages"], ...]:
+        """The index of every stage."""
+        return tuple(
+            jnp.arange(s.start, s.start + s.horizon, dtype=jnp.int32)
+            for s in self.segments
+        )
+
+    def scan(self, fn: Callable, carry: PyTree, *data: tuple, reverse: bool = False):
+        """`carry, out = fn(segment, carry, *row)` from stage to stage.
+
+        A segment of one stage is called directly, so its carry may change shape.
+        """
+        outs: list[Any] = [None] * len(self.segments)
+        order = range(len(self.segments))
+        for i in reversed(order) if reverse else order:
+            rows, segment = tuple(d[i] for d in data), self.segments[i]
+            if segment.horizon == 1:
+                row = jtu.tree_map(lambda a: a[0], rows)
+                carry, out = fn(segment, carry, *row)
+                outs[i] = jtu.tree_map(lambda a: a[None], out)
+            else:
+                body = lambda c, row, segment=segment: fn(segment, c, *row)
+                carry, outs[i] = lax.scan(body, carry, rows, reverse=reverse)
+        return carry, tuple(outs)
+
+    def map(self, fn: Callable, *data: tuple) -> tuple:
+        """`out = fn(segment, *row)` at every stage, all at once."""
+        return tuple(
+            jax.vmap(lambda *row, segment=segment: fn(segment, *row))(*rows)
+            for segment, *rows in zip(self.segments, *data, strict=True)
+        )
+
+
+class VectorTrajectory(eqx.Module):
+    """States, controls and cost of a roll-out of a `VectorChain`."""
+
+    xs: Rows
+    final: Float[Array, " _"]
+    us: Rows
+    cost: Float[Array, ""]
+    first_nonfinite: Int[Array, ""]
+
+
+class Vectorized(eqx.Module):
+    """A problem as a `VectorChain`, with the way back to the pytrees of the user."""
+
+    chain: VectorChain
+    problem: AbstractChain
+    x_layouts: tuple[Layout, ...] = eqx.field(static=True)  # one per segment, and last
+    u_layouts: tuple[Layout, ...] = eqx.field(static=True)
+
+    def ravel(self, x0: PyTree, us: PyTree):
+        stacks = tuple(
+            jax.vmap(layout.ravel)(u)
+            for layout, u in zip(self.u_layouts, self.problem.split(us), strict=True)
+        )
+        return self.x_layouts[0].ravel(x0), stacks
+
+    def states(self, trajectory: VectorTrajectory) -> PyTree:
+        *layouts, last = self.x_layouts
+        xs = tuple(
+            jax.vmap(layout.unravel)(x)
+            for layout, x in zip(layouts, trajectory.xs, strict=True)
+        )
+        return self.problem.join_states(xs, last.unravel(trajectory.final))
+
+    def controls(self, us: tuple) -> PyTree:
+        return self.problem.join_controls(
+            tuple(
+                jax.vmap(layout.unravel)(u)
+                for layout, u in zip(self.u_layouts, us, strict=True)
+            )
+        )
+
+
+def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
+    """Traces each function of the problem once, on vectors, and checks its results."""
+    if not isinstance(problem, AbstractChain):
+        raise TypeError(
+            f"`problem` is a {type(problem).__name__}; a `dp.ControlProblem` or "
+            "`dp.Chain` is expected."
+        )
+    dtype = float_dtype(x0=x0, us=us)
+    x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
+    if x_layouts[0].size == 0:
+        raise ValueError("`x0` has no entries; a state has at least one.")
+    for phase, u in zip(problem.phases, problem.split(us), strict=True):
+        u_layouts.append(_stage_layout(u, phase.horizon, dtype))
+        segment, x_layout = _trace(phase, start, x_layouts[-1], u_layouts[-1])
+        x_layouts.append(x_layout)
+        segments.append(segment)
+        start += phase.horizon
+    terminal = _traced(
+        lambda x: _scalar(
+            "terminal_cost", problem.terminal_cost(x_layouts[-1].unravel(x)), dtype
+        ),
+        jax.ShapeDtypeStruct((x_layouts[-1].size,), dtype),
+    )
+    chain = VectorChain(tuple(segments), terminal, dtype)
+    return Vectorized(chain, problem, tuple(x_layouts), tuple(u_layouts))
+
+
+def _stage_layout(us: PyTree, horizon: int, dtype) -> Layout:
+    leaves = jtu.tree_leaves_with_path(us)
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != horizon:
+            raise ValueError(
+                f"`us{jtu.keystr(path)}` has shape {jnp.shape(leaf)}; its first axis "
+                f"is the stage, and the horizon is {horizon}."
+            )
+    layout = Layout.of(jtu.tree_map(lambda leaf: leaf[0], us), dtype)
+    if layout.size == 0:
+        raise ValueError("`us` has no entries; a stage has at least one control.")
+    return layout
+
+
+def _traced(fn: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
+    """`fn` as a fixed program: derivatives and loops never run its Python again."""
+    closed = jax.make_jaxpr(fn)(*shapes)
+    return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
+
+
+def _trace(phase: Phase, start: int, x_layout: Layout, u_layout: Layout):
+    dtype, next_layout = x_layout.dtype, x_layout
+
+    def dynamics(x, u, t):
+        nonlocal next_layout
+        new = phase.dynamics(x_layout.unravel(x), u_layout.unravel(u), t)
+        next_layout = _next_layout(new, phase, x_layout)
+        return next_layout.ravel(new)
+
+    def cost(x, u, t):
+        value = phase.cost(x_layout.unravel(x), u_layout.unravel(u), t)
+        return _scalar("cost", value, dtype)
+
+    shapes = (
+        jax.ShapeDtypeStruct((x_layout.size,), dtype),
+        jax.ShapeDtypeStruct((u_layout.size,), dtype),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    segment = Segment(
+        _traced(dynamics, *shapes), _traced(cost, *shapes), start, phase.horizon
+    )
+    return segment, next_layout
+
+
+def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:
+    _check_dtype("dynamics", x, before.dtype)
+    layout = Layout.of(x, before.dtype)
+    if phase.horizon > 1 and layout != before:
+        raise ValueError(
+            f"`dynamics` returned a state with the shapes {layout.describe()}; the "
+            f"state it was given has {before.describe()}, and both must agree."
+        )
+    return layout
+
+
+def _check_dtype(name: str, tree: PyTree, dtype):
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        leaf = jnp.asarray(leaf)
+        if leaf.dtype != dtype and not leaf.weak_type:
+            raise TypeError(
+                f"`{name}` returned {leaf.dtype}{jtu.keystr(path)} where x0 and us are "
+                f"{dtype}: give the arrays inside the problem the dtype of x0, or make "
+                "them Python floats, which follow it."
+            )
+
+
+def _scalar(name: str, value, dtype) -> Float[Array, ""]:
+    if len(jtu.tree_leaves(value)) != 1 or jnp.shape(jtu.tree_leaves(value)[0]) != ():
+        came = jtu.tree_map(jnp.shape, value)
+        raise ValueError(
+            f"`{name}` returned something of shape {came}; a cost is one scalar: sum "
+            "it up, or index the entry that is meant."
+        )
+    _check_dtype(name, value, dtype)
+    return jnp.asarray(jtu.tree_leaves(value)[0]).astype(dtype)
+
+
+class Trajectory(eqx.Module):
+    """States, controls and their cost.
+
+    - `xs`: states, T + 1 rows.
+    - `us`: controls, T rows.
+    - `cost`: the sum of all stage costs and the terminal cost.
+    """
+
+    xs: PyTree[Array]
+    us: PyTree[Array]
+    cost: Float[Array, ""]
+
+
+def total_cost(chain: VectorChain, xs: tuple, final: Array, us: tuple):
+    """The cost, and the first stage where a state or cost is not finite."""
+    costs = chain.map(lambda s, *row: s.cost(*row), xs, us, chain.ts)
+    last = chain.terminal_cost(final)
+    first = first_nonfinite(chain, (xs, costs), (final, last))
+    return sum(jnp.sum(h) for h in costs) + last, first
+
+
+def first_nonfinite(chain: VectorChain, rows: tuple, last: PyTree) -> Int[Array, ""]:
+    """The first stage with an entry of `rows` that is not finite; T for `last` only.
+
+    T + 1 if everything is finite.
+    """
+    T = chain.horizon
+    when = lambda tree, t: jnp.where(all_finite(tree), T + 1, t).astype(jnp.int32)
+    stages = chain.map(lambda _, t, *row: when(row, t), chain.ts, *rows)
+    return jnp.minimum(
+        jnp.min(jnp.stack([jnp.min(t) for t in stages])), when(last, jnp.int32(T))
+    )
+
+
+def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
+    """x_{t+1} = f_t(x_t, u_t) from x0, and the cost."""
+    step = lambda segment, x, u, t: (segment.dynamics(x, u, t), x)
+    final, xs = chain.scan(step, x0, us, chain.ts)
+    return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us))
+
+
+@door
+def _rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
+    vectorized = vectorize(problem, x0, us)
+    trajectory = run(vectorized.chain, *vectorized.ravel(x0, us))
+    return Trajectory(vectorized.states(trajectory), us, trajectory.cost)
+
+
+def rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
+    r"""Runs $x_{t+1} = f_t(x_t, u_t)$ from `x0` and adds up the cost.
+
+    **Arguments:**
+
+    - `problem`: a [`diffprog.ControlProblem`][] or [`diffprog.Chain`][].
+    - `x0`: the first state, shape `(n,)` or any pytree of floating arrays.
+    - `us`: the controls, shape `(T, m)` or any pytree of arrays with T rows.
+
+    **Returns:** a [`diffprog.Trajectory`][]; differentiable in every argument. What
+    overflows comes back as it is, infinite or NaN.
+
+    **Raises:** `ValueError` or `TypeError` for shapes and dtypes that do not fit.
+    """
+    return _rollout(problem, x0, us)

@@ -1,0 +1,85 @@
+"""Turns formulas into MathML while the site is built, so that pages need no script."""
+
+import html
+import re
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+
+
+# Objects of other packages that docstrings refer to. A table here instead of their
+# inventories: the build needs no network.
+EXTERNAL = {
+    "equinox.Module": "https://docs.kidger.site/equinox/api/module/module/",
+}
+
+FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">(?P<source>.*?)</(?P=tag)>', re.DOTALL
+)
+# What Python says of a constructor that has no docstring.
+NO_DOCSTRING = "<p>Initialize self.  See help(type(self)) for accurate signature.</p>"
+TEXT = re.compile(r"\\text\{[^{}]*\}")
+FUNCTION = re.compile(
+    r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|exp)(?![A-Za-z])"
+    r"(?P<after>\s*(?=[\\\w{]))?"
+)
+DELIMITERS = {"span": ("\\(", "\\)", "inline"), "div": ("\\[", "\\]", "block")}
+
+
+def on_files(files, config):
+    autorefs = config.plugins["autorefs"]
+    for name, url in EXTERNAL.items():
+        autorefs.register_url(name, url)
+    return files
+
+
+def on_page_content(content, page, config, files):
+    def mathml(match):
+        return to_mathml(match["tag"], match["source"], page.file.src_uri)
+
+    return FORMULA.sub(mathml, content.replace(NO_DOCSTRING, ""))
+
+
+def to_mathml(tag, source, where):
+    """One arithmatex element as MathML; fails with the name of its page."""
+    opening, closing, display = DELIMITERS[tag]
+    source = html.unescape(source).strip()
+    if not (source.startswith(opening) and source.endswith(closing)):
+        raise PluginError(f"{where}: a formula without delimiters: {source}")
+    latex = source[len(opening) : -len(closing)]
+    if tag == "span":
+        return to_one(latex, display, where)
+    # Markdown takes two displays one after the other for one.
+    parts = [part for part in latex.split("$$") if part.strip()]
+    lines = [to_one(part, display, where) for part in parts]
+    return "".join(f'<div class="formula">{line}</div>' for line in lines)
+
+
+def to_one(latex, display, where):
+    if len(re.findall(r"(?<!\\)\{", latex)) != len(re.findall(r"(?<!\\)\}", latex)):
+        raise PluginError(f"{where}: braces do not match in {latex}")
+    prepared = FUNCTION.sub(spaced, latex.strip())
+    # Inside \text a word may carry underscores, which latex2mathml does not unescape.
+    prepared = TEXT.sub(lambda m: m[0].replace(r"\_", "_"), prepared)
+    if display == "block":  # what is minimized over stands below
+        prepared = re.sub(r"\\(min|max)_", r"\\\1\\limits_", prepared)
+    try:
+        converted = convert(prepared, display=display)
+    except Exception as error:
+        raise PluginError(f"{where}: no MathML for {latex}: {error!r}") from error
+    # What is not understood comes back as text.
+    unknown = re.search(r"\\[A-Za-z]+|\$", html.unescape(converted))
+    if unknown:
+        raise PluginError(f"{where}: {unknown[0]} is not understood in {latex}")
+    return converted
+
+
+def spaced(match):
+    """A function name with thin spaces, as TeX has them and latex2mathml has not."""
+    before, after = match["before"], match["after"]
+    name = match["name"]
+    return (
+        (before + r"\," if before else "")
+        + f"\\{name}"
+        + ("" if after is None else r"\, ")
+    )

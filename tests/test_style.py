@@ -1,0 +1,190 @@
+"""The house rules that can be checked: floors, classes, public names, imports."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import pytest
+
+import diffprog as dp
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "diffprog"
+
+# Who may import whom: a module imports from strictly lower floors only, or, inside a
+# family folder, from that folder's base.
+FLOORS = {
+    "_types": 0,
+    "_door": 1,
+    "_linalg": 1,
+    "_report": 1,
+    "_result": 1,
+    "_tree": 1,
+    "_chain": 2,
+    "_discretize": 2,
+    "_rollout": 3,
+    "_expand": 4,
+    "_lqr": 5,
+    "_direction": 6,
+    "_search": 6,
+    "_loop": 7,
+    "_solution": 7,
+    "_solve": 8,
+    "__init__": 9,
+}
+OUTSIDE = ("systems", "plot")  # these see the public door only
+
+
+def sources():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def family(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def relative_imports(path: pathlib.Path):
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = (node.module or "").split(".")[0]
+            yield node.level == depth, module, node
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_floors(path):
+    home = family(path)
+    for from_package_root, module, node in relative_imports(path):
+        if home in OUTSIDE:
+            assert not from_package_root, f"{path}: use the public door"
+        elif from_package_root and home != "__init__":
+            assert FLOORS[module] < FLOORS[home], ast.unparse(node)
+        elif home != "__init__" and path.name != "__init__.py":
+            assert module in ("base", ""), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_sizes(path):
+    text = path.read_text()
+    module = ast.parse(text)
+    if len(text.splitlines()) > 400:
+        assert ast.get_docstring(module), f"{path} has over 400 lines and no reason"
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno
+            doc = ast.get_docstring(node) or ""
+            assert length - len(doc.splitlines()) <= 75, f"{path}: {node.name}"
+
+
+def classes():
+    names = [m.name for m in pkgutil.walk_packages(dp.__path__, "diffprog.")]
+    found = {}
+    for module in map(importlib.import_module, names):
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__.startswith("diffprog"):
+                if issubclass(cls, eqx.Module):
+                    found[cls.__qualname__, cls.__module__] = cls
+    return list(found.values())
+
+
+def written(cls):
+    source = textwrap.dedent(inspect.getsource(cls))
+    body = ast.parse(source).body[0].body  # pyright: ignore
+    methods = {n.name for n in body if isinstance(n, ast.FunctionDef)}
+    declared = ("AbstractVar", "AbstractClassVar", "ClassVar")
+    fields = {
+        n.target.id
+        for n in body
+        if isinstance(n, ast.AnnAssign)
+        and isinstance(n.target, ast.Name)
+        and not any(word in ast.unparse(n.annotation) for word in declared)
+    }
+    return methods, fields
+
+
+def faults(cls):
+    named = lambda c: c.__name__.lstrip("_").startswith("Abstract")
+    abstract = inspect.isabstract(cls) or bool(
+        cls.__abstractvars__ or cls.__abstractclassvars__
+    )
+    bases = [
+        b for b in cls.__mro__[1:] if issubclass(b, eqx.Module) and b != eqx.Module
+    ]
+    out = ["abstract but not named Abstract*"] if abstract and not named(cls) else []
+    out += [f"subclasses the final {b.__name__}" for b in bases if not named(b)]
+    methods, fields = written(cls)
+    for base in bases:
+        base_methods, base_fields = written(base)
+        out += [
+            f"overrides {base.__name__}.{m}"
+            for m in methods & base_methods
+            if not getattr(base.__dict__[m], "__isabstractmethod__", False)
+        ]
+        out += [f"fields also in {base.__name__}"] if fields and base_fields else []
+    return out
+
+
+@pytest.mark.parametrize("cls", classes(), ids=lambda c: c.__qualname__)
+def test_classes_are_abstract_or_final(cls):
+    assert faults(cls) == []
+
+
+def test_the_class_rule_catches_what_it_should():
+    class Base(eqx.Module):
+        x: int
+
+        def f(self):
+            return self.x
+
+    class Child(Base):
+        y: int
+
+        def f(self):
+            return self.y
+
+    assert any("overrides" in fault for fault in faults(Child))
+    assert any("final" in fault for fault in faults(Child))
+    assert any("fields" in fault for fault in faults(Child))
+
+
+PUBLIC = [n for n in vars(dp) if not n.startswith("_") and n not in OUTSIDE]
+PUBLIC = [n for n in PUBLIC if not inspect.ismodule(getattr(dp, n))]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    item = getattr(dp, name)
+    assert inspect.getdoc(item), name
+    pages = "\n".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
+    assert f"diffprog.{name}" in pages, f"{name} has no entry in docs/"
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n in
+    ("Solution", "LQRSolution", "Policy", "Value", "Trajectory", "LinearModel",
+     "QuadraticModel", "SolverState")])  # fmt: skip
+def test_fields_and_docs_agree(name):
+    cls = getattr(dp, name)
+    fields = {f for f in cls.__dataclass_fields__ if not f.startswith("_")}
+    documented = set()
+    for line in (inspect.getdoc(cls) or "").splitlines():
+        if line.startswith("- `"):
+            documented |= set(
+                line.split(":")[0].replace("`", "").lstrip("- ").split(", ")
+            )
+    assert documented == fields
+
+
+def test_importing_is_free_of_side_effects():
+    program = (
+        "import sys, diffprog, jax._src.xla_bridge as bridge; "
+        "assert not bridge.backends_are_initialized(); "
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
