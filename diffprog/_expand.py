@@ -20,7 +20,7 @@ from ._chain import ControlProblem
 from ._door import door
 from ._linalg import matmul
 from ._rollout import run, VectorChain, vectorize, VectorTrajectory
-from ._types import Stacks
+from ._types import Stacks, Tensors
 
 
 def affine(c: Array, AB: Array) -> Array:
@@ -62,22 +62,37 @@ def quadratized(
 
     def stage(segment, x, u, t, *weight):
         h, z = _joint(lambda x, u: segment.cost(x, u, t), x, u)
-        hamiltonian = h
-        if weights is not None:
-            f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-            hamiltonian = lambda z: h(z) + matmul(weight[0], f(z))
-        return quadratic(jax.grad(h)(z), jax.hessian(hamiltonian)(z))
+        if not weight:
+            return quadratic(*_gradient_and_hessian(h, z))
+        f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+        return quadratic(
+            *_gradient_and_hessian(h, z, lambda z: matmul(weight[0], f(z)))
+        )
 
     data = (trajectory.xs, trajectory.us, chain.ts)
     W = chain.map(stage, *data, *(() if weights is None else (weights,)))
-    h, x = chain.terminal_cost, trajectory.final
-    return W, quadratic(jax.grad(h)(x), jax.hessian(h)(x))
+    return W, quadratic(*_gradient_and_hessian(chain.terminal_cost, trajectory.final))
 
 
-def curvature(segment, x, u, t, weight) -> Array:
-    """The Hessian of weight' f_t in (1, x, u)."""
-    f, z = _joint(lambda x, u: matmul(weight, segment.dynamics(x, u, t)), x, u)
-    return jnp.pad(jax.hessian(f)(z), ((1, 0), (1, 0)))
+def _gradient_and_hessian(h, z, curved=None):
+    """The gradient of h and the Hessian of h + curved, sharing what they can."""
+
+    def gradients(z):
+        gradient = jax.grad(h)(z)
+        return gradient + jax.grad(curved)(z) if curved else gradient, gradient
+
+    hessian, gradient = jax.jacfwd(gradients, has_aux=True)(z)
+    return gradient, hessian
+
+
+def second_derivatives(chain: VectorChain, trajectory: VectorTrajectory) -> Tensors:
+    """The second derivatives of f_t in (x, u), shape (T, n, n + m, n + m)."""
+
+    def stage(segment, x, u, t):
+        f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+        return jax.jacfwd(jax.jacfwd(f))(z)
+
+    return chain.map(stage, trajectory.xs, trajectory.us, chain.ts)
 
 
 def adjoints(chain: VectorChain, trajectory: VectorTrajectory):

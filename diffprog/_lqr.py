@@ -4,12 +4,12 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._door import door
-from ._expand import affine, curvature, quadratic
+from ._expand import affine, quadratic
 from ._linalg import matmul, solve_positive, symmetrize
 from ._result import RESULTS, throw_unless_successful
 from ._rollout import Segment, VectorChain, VectorTrajectory
 from ._tree import all_finite, Layout, norm
-from ._types import Stacks
+from ._types import Stacks, Tensors
 
 
 def bellman(F: Array, W: Array, V: Array, m: int, damping: Array):
@@ -66,22 +66,24 @@ def riccati(
     W: Stacks,
     V: Float[Array, "_ _"],
     damping: Float[Array, ""],
-    curved: bool = False,
+    tensors: Tensors | None = None,
 ) -> Sweep:
     """The backward pass from the last V; the adjoint rides along for the gradient.
 
-    `curved` adds the Hessian of p_{t+1}' f_t to every stage (DDP).
+    With `tensors`, the second derivatives of f_t, the Hessian of p_{t+1}' f_t is added
+    to every stage (DDP).
     """
 
-    def stage(segment, carry, F, W, x, u, t):
+    def stage(_, carry, F, W, u, *tensor):
         V, lam = carry
         new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
-        if curved:
-            W = W + curvature(segment, x, u, t, V[0, 1:])
+        if tensor:
+            hessian = jnp.einsum("i,ijk->jk", V[0, 1:], *tensor, precision="highest")
+            W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
         V, gains, positive = bellman(F, W, V, len(u), damping)
         return (V, new_lam), (gains, gradient, positive)
 
-    data = (F, W, trajectory.xs, trajectory.us, chain.ts)
+    data = (F, W, trajectory.us, *(() if tensors is None else (tensors,)))
     (V, _), rows = chain.scan(stage, (V, V[0]), *data, reverse=True)
     gains, gradients, positive = zip(*rows, strict=True)
     slope = V[0, 0]  # = sum of h'k where c = 0

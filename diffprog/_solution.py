@@ -25,7 +25,7 @@ class Solution(eqx.Module):
         tolerances are about), `first_nonfinite` (horizon + 1 if there is none).
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
-        step from it; NaN after the end. `None` if `history=False`.
+        step from it; NaN after the end. Empty if `history=False`.
     - `state`: the memory of the search, for `state=` of the next solve.
     """
 
@@ -35,7 +35,7 @@ class Solution(eqx.Module):
     policy: Any
     result: RESULTS
     stats: dict[str, Any]
-    history: dict[str, Float[Array, "*batch rows"]] | None
+    history: dict[str, Float[Array, "*batch rows"]]
     state: SearchState
 
     def __repr__(self) -> str:

@@ -37,7 +37,7 @@ def _solver(vectorized, method, search, rtol, atol, max_steps, verbose) -> Solve
 
 
 def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
-    trajectory, history = loop.trajectory, None
+    trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
     policies = tuple(

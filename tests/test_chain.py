@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -126,6 +128,13 @@ def test_one_stage_one_state_one_control(method):
 # Wrong calls: each names the argument, what came, and what is accepted.
 
 whole = jnp.ones((3, 2), int)
+
+
+def _any(value) -> Any:
+    """Hides from the type checker what it would object to."""
+    return value
+
+
 WRONG = {
     "integer controls": (
         lambda: dp.rollout(problem(), x0, whole),
@@ -195,7 +204,11 @@ WRONG = {
         r"`terminal_cost` returned something of shape \(1,\)",
     ),
     "no horizon": (lambda: problem(horizon=0), ValueError, "`horizon` is 0; at least"),
-    "a float horizon": (lambda: problem(horizon=3.0), TypeError, "`horizon` is 3.0"),
+    "a float horizon": (
+        lambda: problem(horizon=_any(3.0)),
+        TypeError,
+        "`horizon` is 3.0",
+    ),
     "no function": (
         lambda: problem(cost=1.0),
         TypeError,
@@ -210,7 +223,7 @@ WRONG = {
         "`dynamics` is None in object",
     ),
     "local models of several phases": (
-        lambda: dp.linearize(*helpers.two_phase()),
+        lambda: dp.linearize(*_any(helpers.two_phase())),
         TypeError,
         "`problem` is a Chain; .* stacked over equal stages",
     ),
@@ -223,17 +236,17 @@ WRONG = {
         "`us` has no entries; the chain has 1 phases",
     ),
     "no problem": (
-        lambda: dp.rollout(dynamics, x0, us),
+        lambda: dp.rollout(_any(dynamics), x0, us),
         TypeError,
         "`problem` is a function; a `dp.ControlProblem`",
     ),
     "a class for a method": (
-        lambda: dp.solve(problem(), dp.ILQR, x0, us),
+        lambda: dp.solve(problem(), _any(dp.ILQR), x0, us),
         TypeError,
         r"`method` is the class ILQR; something like `dp.ILQR\(\)`",
     ),
     "a method for a search": (
-        lambda: dp.solve(problem(), dp.ILQR(), x0, us, dp.ILQR()),
+        lambda: dp.solve(problem(), dp.ILQR(), x0, us, _any(dp.ILQR())),
         TypeError,
         r"`search` is ILQR\(\); something like `dp.Backtracking\(\)`",
     ),
@@ -243,7 +256,7 @@ WRONG = {
         "`max_steps` is -1; 0 or more",
     ),
     "a float max_steps": (
-        lambda: dp.solve(problem(), dp.ILQR(), x0, us, max_steps=3.0),
+        lambda: dp.solve(problem(), dp.ILQR(), x0, us, max_steps=_any(3.0)),
         TypeError,
         "`max_steps` is 3.0; a Python int",
     ),
@@ -253,7 +266,7 @@ WRONG = {
         "`rtol` is -1.0; a number >= 0",
     ),
     "a stale state": (
-        lambda: dp.solve(problem(), dp.ILQR(), x0, us, state="warm"),
+        lambda: dp.solve(problem(), dp.ILQR(), x0, us, state=_any("warm")),
         TypeError,
         "`state` is warm; something like `solution.state`",
     ),

@@ -133,9 +133,8 @@ def test_newton_and_ddp_agree_on_one_stage_and_at_a_stationary_point():
     close(step(dp.Newton()), step(dp.DDP()), 1e-12)
     close(step(dp.GaussNewton()), step(dp.ILQR()), 1e-12)
     problem, x0, us = helpers.spring()
-    exact = dict(rtol=0.0, atol=0.0)
-    newton = dp.solve(problem, dp.Newton(), x0, us, **exact)
-    ddp = dp.solve(problem, dp.DDP(), x0, newton.us, **exact)
+    newton = dp.solve(problem, dp.Newton(), x0, us, rtol=0.0, atol=0.0)
+    ddp = dp.solve(problem, dp.DDP(), x0, newton.us, rtol=0.0, atol=0.0)
     close(newton.policy.K, ddp.policy.K, 1e-6)
 
 

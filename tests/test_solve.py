@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
 from diffprog._result import NAMES
@@ -89,7 +90,7 @@ def test_chains_of_several_segments(chain, method):
     problem, x0, us = helpers.PROBLEMS[chain]()
     solution = dp.solve(problem, method, x0, us)
     gradient = jax.jit(jax.grad(helpers.objective(problem, x0)))(solution.us)
-    norm = np.linalg.norm(jax.flatten_util.ravel_pytree(gradient)[0])
+    norm = np.linalg.norm(ravel_pytree(gradient)[0])
     assert solution.result == dp.RESULTS.successful and norm < 1e-3
     assert jtu.tree_structure(solution.us) == jtu.tree_structure(us)
     assert len(solution.xs) == len(us) + 1 and len(solution.policy) == len(us)
@@ -208,7 +209,7 @@ def test_history_can_be_left_out():
     problem, x0, us = helpers.spring()
     with_history = dp.solve(problem, dp.ILQR(), x0, us)
     without = dp.solve(problem, dp.ILQR(), x0, us, history=False)
-    assert without.history is None
+    assert without.history == {}
     np.testing.assert_array_equal(without.us, with_history.us)
 
 
@@ -259,16 +260,15 @@ def test_repr_tells_what_happened():
     jax.eval_shape(lambda: (repr(dp.solve(problem, dp.ILQR(), x0, us)), us)[1])
 
 
-@pytest.mark.parametrize("shift", [0.0, 100.0])
-def test_a_constant_in_the_cost_changes_only_the_cost(shift):
+def test_a_constant_in_the_cost_changes_only_the_cost():
     problem, x0, us = helpers.spring()
     system = problem.system
     shifted = dp.ControlProblem(
-        system.dynamics, system.cost, lambda x: system.terminal_cost(x) + shift, 12
+        system.dynamics, system.cost, lambda x: system.terminal_cost(x) + 100.0, 12
     )
     a = dp.solve(problem, dp.DDP(), x0, us, rtol=0.0)
     b = dp.solve(shifted, dp.DDP(), x0, us, rtol=0.0)
-    np.testing.assert_allclose(b.cost - shift, a.cost, rtol=1e-12)
+    np.testing.assert_allclose(b.cost - 100.0, a.cost, rtol=1e-12)
     np.testing.assert_allclose(b.us, a.us, atol=1e-9)
 
 
@@ -295,7 +295,7 @@ def failing(kind):
     effort = lambda x, u, t: jnp.sum(u**2) + jnp.sum(x**2)
     final = lambda x: jnp.sum(x**2)
     x0, us = jnp.full((1,), 0.5), jnp.zeros((8, 1))
-    problem = lambda *functions: dp.ControlProblem(*functions, 8)
+    problem = lambda f, h, last: dp.ControlProblem(f, h, last, 8)
     return {
         "overflow": (problem(grow, effort, final), jnp.full((1,), 2.0), us),
         "nan start": (problem(plain, effort, final), jnp.full((1,), jnp.nan), us),

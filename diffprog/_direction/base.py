@@ -14,15 +14,16 @@ from .._rollout import (
     VectorTrajectory,
 )
 from .._tree import norm
-from .._types import Rows, Stacks
+from .._types import Rows, Stacks, Tensors
 
 
 class Model(eqx.Module):
-    """A linear-quadratic model: F and W of every stage, V of the last state."""
+    """F and W of every stage, V of the last state; second derivatives of f for DDP."""
 
     F: Stacks
     W: Stacks
     V: Float[Array, "_ _"]
+    tensors: Tensors | None = None
 
 
 class Expansion(eqx.Module):
@@ -91,11 +92,13 @@ class AbstractDirection(eqx.Module):
         return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us)), vs
 
 
-def linear_quadratic(chain: VectorChain, F: Stacks, W: Stacks, V: Array) -> Expansion:
-    """The expansion with the model F, W, V."""
+def linear_quadratic(
+    chain: VectorChain, F: Stacks, W: Stacks, V: Array, tensors: Tensors | None = None
+) -> Expansion:
+    """The expansion with the model F, W, V and perhaps second derivatives."""
     borders = tuple(w[:, 0, 1:] for w in W)  # (q_t, r_t)
     # A costate passes what is not finite down to all earlier W: look elsewhere first.
     source = first_nonfinite(chain, (F, borders), V[0])
-    second = first_nonfinite(chain, (W,), V)
+    second = first_nonfinite(chain, (W, *(() if tensors is None else (tensors,))), V)
     first = jnp.where(source > chain.horizon, second, source)
-    return Expansion(Model(F, W, V), norm(borders, V[0, 1:]), first)
+    return Expansion(Model(F, W, V, tensors), norm(borders, V[0, 1:]), first)

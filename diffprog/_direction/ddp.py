@@ -1,6 +1,6 @@
 from typing import ClassVar
 
-from .._expand import linearized, quadratized
+from .._expand import linearized, quadratized, second_derivatives
 from .._lqr import riccati
 from .base import AbstractDirection, linear_quadratic
 
@@ -10,7 +10,8 @@ class DDP(AbstractDirection):
 
     The stage Hessians are those of $h_t + p_{t+1}^\top f_t$, with p the gradient of the
     cost-to-go of the same backward pass; gains rolled out on the true dynamics.
-    Quadratic convergence near a strict minimum. O(T (n + m)^3) per iteration.
+    Quadratic convergence near a strict minimum. O(T n (n + m)^2) time and memory per
+    iteration for the second derivatives, O(T (n + m)^3) time for each backward pass.
 
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
@@ -20,8 +21,9 @@ class DDP(AbstractDirection):
 
     def expand(self, chain, trajectory):
         F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory)
-        return linear_quadratic(chain, F, W, V)
+        tensors = second_derivatives(chain, trajectory)
+        return linear_quadratic(chain, F, W, V, tensors)
 
     def backward(self, chain, trajectory, model, damping):
         F, W, V = model.F, model.W, model.V
-        return riccati(chain, trajectory, F, W, V, damping, curved=True)
+        return riccati(chain, trajectory, F, W, V, damping, model.tensors)

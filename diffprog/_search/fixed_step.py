@@ -9,8 +9,9 @@ from .base import AbstractSearch, SearchState, Verdict
 class FixedStep(AbstractSearch):
     """Takes every step with the same step size and damping, whatever the cost.
 
-    For model predictive control at a fixed rate, and for studies. A step that is not
-    finite ends the solve with the best iterate so far.
+    For model predictive control at a fixed rate, and for studies. The cost may rise on
+    the way: what is returned is the iterate with the lowest cost, which may be the
+    first guess. A step that is not finite ends the solve.
     """
 
     stepsize: float = 1.0
