@@ -5,6 +5,8 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
+from ._tree import vary
+
 
 class _Traced:
     """Marks, among the static leaves, the place of a number that is traced."""
@@ -31,6 +33,7 @@ def door(fn: Callable) -> Callable:
             treedef,
             [next(numbers) if kind is _Traced else leaf for kind, leaf in leaves],
         )
+        args, kwargs = vary((args, kwargs), like=(args, kwargs))
         return fn(*args, **kwargs)
 
     @ft.wraps(fn)

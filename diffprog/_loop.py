@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +16,7 @@ from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
 from ._search.base import SearchState, Trial, Verdict
-from ._tree import where
+from ._tree import vary, where
 from ._types import Stacks
 
 
@@ -84,12 +85,14 @@ class Solver(eqx.Module):
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
+        memory = self.search.init(dtype)
+        cast = lambda old, new: jnp.asarray(old, new.dtype)
         widths = [1 + x.shape[1] for x in trajectory.xs]
-        return Loop(
+        loop = Loop(
             trajectory=trajectory,
             best=trajectory,
             gains=tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths)),
-            search=self.search.init(dtype) if state is None else state,
+            search=memory if state is None else jtu.tree_map(cast, state, memory),
             feasible_damping=number(0.0),
             result=RESULTS.where(
                 finite, RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
@@ -106,6 +109,7 @@ class Solver(eqx.Module):
                 ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
             ),
         )
+        return vary(loop, like=x0)
 
     def run(self, loop: Loop) -> Loop:
         """Iterates until something stops the solve."""
@@ -129,7 +133,7 @@ class Solver(eqx.Module):
         after = where(accepted, passes.trial, before)
         noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
         stalled = (accepted | failed) & ~(after.cost < before.cost)
-        stalled = stalled & (passes.decrement <= noise) & self.search.monotone
+        stalled = stalled & (passes.decrement <= noise)
         diverged = failed & ~(passes.trial.first_nonfinite > self.chain.horizon)
         diverged = diverged & passes.positive
 

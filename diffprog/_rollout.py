@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ._chain import AbstractChain, Phase
 from ._door import door
-from ._tree import all_finite, float_dtype, Layout
+from ._tree import all_finite, float_dtype, Layout, vary
 from ._types import Rows
 
 
@@ -125,12 +125,13 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
             "`dp.Chain` is expected."
         )
     dtype = float_dtype(x0=x0, us=us)
+    zeros = lambda layout: vary(jnp.zeros(layout.size, dtype), like=(x0, us))
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
     if x_layouts[0].size == 0:
         raise ValueError("`x0` has no entries; a state has at least one.")
     for phase, u in zip(problem.phases, problem.split(us), strict=True):
         u_layouts.append(_stage_layout(u, phase.horizon, dtype))
-        segment, x_layout = _trace(phase, start, x_layouts[-1], u_layouts[-1])
+        segment, x_layout = _trace(phase, start, x_layouts[-1], u_layouts[-1], zeros)
         x_layouts.append(x_layout)
         segments.append(segment)
         start += phase.horizon
@@ -138,7 +139,7 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         lambda x: _scalar(
             "terminal_cost", problem.terminal_cost(x_layouts[-1].unravel(x)), dtype
         ),
-        jax.ShapeDtypeStruct((x_layouts[-1].size,), dtype),
+        zeros(x_layouts[-1]),
     )
     chain = VectorChain(tuple(segments), terminal, dtype)
     return Vectorized(chain, problem, tuple(x_layouts), tuple(u_layouts))
@@ -158,13 +159,15 @@ def _stage_layout(us: PyTree, horizon: int, dtype) -> Layout:
     return layout
 
 
-def _traced(fn: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
+def _traced(fn: Callable, *examples: Array) -> Callable:
     """`fn` as a fixed program: derivatives and loops never run its Python again."""
-    closed = jax.make_jaxpr(fn)(*shapes)
+    closed = jax.make_jaxpr(fn)(*examples)
     return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
 
 
-def _trace(phase: Phase, start: int, x_layout: Layout, u_layout: Layout):
+def _trace(
+    phase: Phase, start: int, x_layout: Layout, u_layout: Layout, zeros: Callable
+):
     dtype, next_layout = x_layout.dtype, x_layout
 
     def dynamics(x, u, t):
@@ -177,13 +180,9 @@ def _trace(phase: Phase, start: int, x_layout: Layout, u_layout: Layout):
         value = phase.cost(x_layout.unravel(x), u_layout.unravel(u), t)
         return _scalar("cost", value, dtype)
 
-    shapes = (
-        jax.ShapeDtypeStruct((x_layout.size,), dtype),
-        jax.ShapeDtypeStruct((u_layout.size,), dtype),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
+    examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
     segment = Segment(
-        _traced(dynamics, *shapes), _traced(cost, *shapes), start, phase.horizon
+        _traced(dynamics, *examples), _traced(cost, *examples), start, phase.horizon
     )
     return segment, next_layout
 

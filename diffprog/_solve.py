@@ -90,7 +90,14 @@ def _undifferentiated(tree: PyTree) -> PyTree:
 _solve_door = door(_solve)
 
 
-def _check(problem, method, search=Backtracking(), state=None, max_steps=0, **numbers):
+def _check(
+    problem: Any,
+    method: Any,
+    search: Any = Backtracking(),
+    state: Any = None,
+    max_steps: Any = 0,
+    **numbers: Any,
+):
     for name, value, kind, example in (
         ("problem", problem, AbstractChain, "`dp.ControlProblem(...)`"),
         ("method", method, AbstractDirection, "`dp.ILQR()`"),

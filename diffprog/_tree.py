@@ -24,6 +24,26 @@ def norm(*trees: PyTree) -> Array:
     return jnp.sqrt(jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in leaves])))
 
 
+def vary(tree: PyTree, like: PyTree) -> PyTree:
+    """Inside `shard_map`: makes arrays vary over all the axes that `like` varies over.
+
+    What a loop carries must vary over the same axes from its start to its end.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    arrays = [leaf for leaf in jtu.tree_leaves(like) if isinstance(leaf, jax.Array)]
+    zero = sum(jnp.sum(jnp.zeros_like(a, dtype=jnp.int32)) for a in arrays)
+
+    def add(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return (
+            leaf | (zero > 0) if leaf.dtype == bool else leaf + zero.astype(leaf.dtype)
+        )
+
+    return jtu.tree_map(add, tree)
+
+
 def float_dtype(**trees: PyTree) -> np.dtype:
     """The dtype that the floating leaves of the named trees share."""
     found: dict[np.dtype, str] = {}

@@ -22,12 +22,12 @@ PACKAGE = ROOT / "diffprog"
 # family folder, from that folder's base.
 FLOORS = {
     "_types": 0,
-    "_door": 1,
     "_linalg": 1,
     "_report": 1,
     "_result": 1,
     "_tree": 1,
     "_chain": 2,
+    "_door": 2,
     "_discretize": 2,
     "_rollout": 3,
     "_expand": 4,
