@@ -55,7 +55,7 @@ from ._solve import (
 )
 
 
-from . import systems as systems  # isort: skip  (imports this door)
+from . import plot as plot, systems as systems  # isort: skip  (import this door)
 
 
 __version__ = importlib.metadata.version("diffprog")

@@ -32,7 +32,8 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     arrays = [leaf for leaf in jtu.tree_leaves(like) if isinstance(leaf, jax.Array)]
-    zero = sum(jnp.sum(jnp.zeros_like(a, dtype=jnp.int32)) for a in arrays)
+    zeros = [jnp.sum(jnp.zeros_like(a, dtype=jnp.int32)) for a in arrays]
+    zero = jnp.sum(jnp.stack(zeros), dtype=jnp.int32)
 
     def add(leaf):
         if not isinstance(leaf, jax.Array):

@@ -1,0 +1,385 @@
+"""Pictures of solutions and races; matplotlib is imported when one is drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def _matplotlib():
+    # The caller's backend and style stay as they are.
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "The pictures need matplotlib: pip install 'diffprog[viz]'"
+        ) from error
+    return matplotlib
+
+
+def _new_axes(rows: int = 1, size: tuple = (7.0, 4.2)):
+    # A figure that pyplot does not know: nothing to close, no window opens.
+    _matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
+
+
+def _one_axes(ax, size: tuple = (7.0, 4.2)):
+    _matplotlib()
+    return _new_axes(size=size)[0] if ax is None else ax
+
+
+def _style(ax, xlabel: str, ylabel: str):
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(True, color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _columns(tree: Any, letter: str) -> tuple[np.ndarray, list[str]]:
+    """The leaves of a tree as columns with names, shape `(rows, columns)`."""
+    columns, names = [], []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        array = array.reshape(array.shape[0], -1)
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or letter
+        columns.append(array)
+        many = array.shape[1] > 1 or not path
+        names += [f"{name}[{i}]" if many else name for i in range(array.shape[1])]
+    return np.concatenate(columns, axis=1), names
+
+
+def _named(tree, names, letter):
+    values, own = _columns(tree, letter)
+    if names is None:
+        return values, own
+    if len(names) != values.shape[1]:
+        raise ValueError(
+            f"{len(names)} names came for {values.shape[1]} columns of `{letter}`; "
+            "give one for each."
+        )
+    return values, list(names)
+
+
+def _legend(ax, num: int):
+    # Beside the curves, never on top of them.
+    ax.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        ncols=1 + num // 13,
+    )
+
+
+def trajectory(
+    xs: Any,
+    us: Any,
+    *,
+    dt: float | None = None,
+    names: Sequence[str] | None = None,
+    input_names: Sequence[str] | None = None,
+    ax: Any = None,
+):
+    """Draws states and controls over time.
+
+    **Arguments:**
+
+    - `xs`: states, shape `(T+1, n)` or a pytree of arrays with T + 1 rows.
+    - `us`: controls, shape `(T, m)` or a pytree of arrays with T rows.
+    - `dt`: duration of a stage [s]; without it the axis counts stages.
+    - `names`, `input_names`: a name, with its unit, for each state and each control.
+    - `ax`: two axes, for states and controls; a new figure if `None`.
+
+    **Returns:** the two axes; `axes[0].figure.savefig("file.png")` saves them.
+
+    **Raises:** `ValueError` for a wrong number of names.
+    """
+    _matplotlib()
+    states, names = _named(xs, names, "x")
+    inputs, input_names = _named(us, input_names, "u")
+    axes = _new_axes(2, (7.5, 5.0)) if ax is None else ax
+    unit = 1.0 if dt is None else float(dt)
+    for name, column in zip(names, states.T, strict=True):
+        axes[0].plot(unit * np.arange(len(column)), column, label=name)
+    for name, column in zip(input_names, inputs.T, strict=True):
+        # A control holds for a whole stage.
+        edges = unit * np.arange(len(column) + 1)
+        axes[1].stairs(column, edges, baseline=None, linewidth=1.5, label=name)
+    time = "stage" if dt is None else "time [s]"
+    for ax, label, num in zip(
+        axes, ("states", "controls"), (len(names), len(inputs.T))
+    ):
+        _style(ax, "" if ax is axes[0] else time, label)
+        _legend(ax, num)
+    return axes
+
+
+def convergence(
+    solutions: Mapping[str, Any], *, best: float | None = None, ax: Any = None
+):
+    """Draws how far the cost is above the best one, iteration by iteration.
+
+    **Arguments:**
+
+    - `solutions`: a [`diffprog.Solution`][] of one problem for each label.
+    - `best`: the least cost; by default the least among the solutions.
+    - `ax`: axes; a new figure if `None`.
+
+    **Returns:** the axes. A curve ends where its cost is the best one: zero has no
+    logarithm.
+
+    **Raises:** `ValueError` for a solution without history.
+    """
+    ax = _one_axes(ax, (8.5, 4.2))
+    if any(solution.history is None for solution in solutions.values()):
+        raise ValueError("A solution has no history; solve with `history=True`.")
+    costs = {k: np.asarray(s.history["cost"]) for k, s in solutions.items()}
+    if best is None:
+        best = min(float(np.nanmin(cost)) for cost in costs.values())
+    floor = np.finfo(float).eps * max(abs(best), 1e-300)
+    for i, (label, cost) in enumerate(costs.items()):
+        gap = cost[~np.isnan(cost)] - best
+        gap = np.where(gap > floor, gap, np.nan)
+        line = ("-", "--", "-.", ":")[i // 10 % 4]
+        ax.plot(gap, line, marker=".", markersize=3, linewidth=1.3, label=label)
+    ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _style(ax, "iteration", "cost minus best cost")
+    _legend(ax, len(costs))
+    return ax
+
+
+def _draw_track(ax, track, num: int):
+    s = np.linspace(0.0, float(track.length), num)
+    center, left, right = (
+        np.asarray(line(s)) for line in (track.center, track.left, track.right)
+    )
+    road = np.concatenate([left, right[::-1]])
+    ax.fill(*road.T, color="0.92", linewidth=0, zorder=0)
+    for border in (left, right):
+        ax.plot(*border.T, color="0.25", linewidth=0.9, zorder=1)
+    ax.plot(*center.T, color="0.65", linewidth=0.8, linestyle=(0, (6, 5)), zorder=1)
+    if track.closed:
+        ax.plot(*np.stack([left[0], right[0]]).T, color="0.25", linewidth=2.0)
+    return _in_the_plane(ax)
+
+
+def _outline(track, num: int = 500) -> np.ndarray:
+    s = np.linspace(0.0, float(track.length), num)
+    return np.concatenate([np.asarray(track.left(s)), np.asarray(track.right(s))])
+
+
+def _plane_axes(ax, points: np.ndarray, bar: bool):
+    # A figure as high as its picture is at equal scales.
+    if ax is not None:
+        return ax
+    wide, high = np.ptp(points, axis=0)
+    height = float(np.clip(7.0 * high / max(wide, 1e-9), 1.2, 6.5))
+    return _new_axes(size=(8.0, height + 0.8 + bar * 0.9))[0]
+
+
+def _in_the_plane(ax):
+    _style(ax, "x [m]", "y [m]").grid(False)
+    ax.set_aspect("equal")
+    return ax
+
+
+def track(track: Any, *, num: int = 1000, ax: Any = None):
+    """Draws the borders and the center line of a track.
+
+    **Arguments:**
+
+    - `track`: a [`diffprog.systems.Track`][].
+    - `num`: points per line.
+    - `ax`: axes; a new figure if `None`.
+
+    **Returns:** the axes, with equal scales. A bar across the track marks its start.
+    """
+    ax = _plane_axes(ax, _outline(track), bar=False)
+    return _draw_track(ax, track, num)
+
+
+def race(
+    path: Any,
+    speed: Any,
+    track: Any = None,
+    *,
+    label: str = "speed [m/s]",
+    ax: Any = None,
+):
+    """Draws the path of a car, colored by its speed, between the borders of a track.
+
+    **Arguments:**
+
+    - `path`: positions, or states that begin with them, shape `(T+1, n)` [m].
+    - `speed`: shape `(T+1,)` [m/s].
+    - `track`: a [`diffprog.systems.Track`][], drawn below the path; `None` for none.
+    - `label`: of the color bar.
+    - `ax`: axes; a new figure if `None`.
+
+    **Returns:** the axes, with equal scales and a color bar beside them.
+    """
+    points, speed = np.asarray(path)[:, :2], np.asarray(speed)
+    _matplotlib()
+    from matplotlib.collections import LineCollection
+
+    ax = _plane_axes(ax, points if track is None else _outline(track), bar=True)
+
+    if track is not None:
+        _draw_track(ax, track, 2000)
+    pieces = np.stack([points[:-1], points[1:]], axis=1)
+    line = LineCollection(
+        list(pieces), cmap="turbo", linewidth=2.2, capstyle="round", zorder=3
+    )
+    line.set_array((speed[:-1] + speed[1:]) / 2)
+    ax.add_collection(line)
+    _in_the_plane(ax).autoscale_view()
+    place = dict(location="bottom", shrink=0.5, aspect=40, pad=0.04)
+    bar = ax.figure.colorbar(line, ax=ax, label=label, **place)
+    bar.outline.set_visible(False)
+    return ax
+
+
+def inputs(
+    us: Any,
+    speed: Any = None,
+    *,
+    dt: float | None = None,
+    names: Sequence[str] | None = None,
+    ax: Any = None,
+):
+    """Draws each input over time in axes of its own, and the speed above them.
+
+    **Arguments:**
+
+    - `us`: controls, shape `(T, m)` or a pytree of arrays with T rows.
+    - `speed`: shape `(T,)` or `(T+1,)` [m/s]; not drawn if `None`.
+    - `dt`: duration of a stage [s]; without it the axis counts stages.
+    - `names`: a name, with its unit, for each input.
+    - `ax`: an array of axes, one for each curve; a new figure if `None`.
+
+    **Returns:** the axes.
+
+    **Raises:** `ValueError` for a wrong number of names.
+    """
+    _matplotlib()
+    values, names = _named(us, names, "u")
+    rows = len(names) + (speed is not None)
+    axes = _new_axes(rows, (7.5, 0.9 + 1.5 * rows)) if ax is None else ax
+    unit = 1.0 if dt is None else float(dt)
+    rest = list(axes)
+    if speed is not None:
+        curve = np.asarray(speed)
+        top = rest.pop(0)
+        top.plot(unit * np.arange(len(curve)), curve, color="C3", linewidth=1.4)
+        _style(top, "", "speed [m/s]")
+    for i, (ax, name, column) in enumerate(zip(rest, names, values.T, strict=True)):
+        edges = unit * np.arange(len(column) + 1)
+        ax.stairs(column, edges, baseline=None, color=f"C{i}", linewidth=1.2)
+        _style(ax, "", name)
+    axes[-1].set_xlabel("stage" if dt is None else "time [s]")
+    axes[-1].set_xlim(0.0, unit * len(values))
+    axes[-1].figure.align_ylabels(list(axes))
+    return axes
+
+
+def animation(
+    file: str | os.PathLike,
+    xs: Any,
+    track: Any,
+    *,
+    dt: float,
+    length: float,
+    width: float,
+    speed: Any = None,
+    plans: Any = None,
+    window: float | None = None,
+    every: int = 1,
+    fps: float = 15.0,
+    dpi: float = 75.0,
+):
+    """Writes a race as an animated GIF: the car, its trace and its plan.
+
+    **Arguments:**
+
+    - `file`: where to write.
+    - `xs`: states that begin with the position [m] and the heading [rad], shape
+        `(T+1, n)`.
+    - `track`: a [`diffprog.systems.Track`][].
+    - `dt`: duration of a stage [s].
+    - `length`, `width`: dimensions of the car [m].
+    - `speed`: shape `(T+1,)` [m/s], for the title and the colors; by default the
+        distance between two positions over `dt`.
+    - `plans`: planned positions at each stage, shape `(T+1, horizon+1, 2)` [m]; not
+        drawn if `None`.
+    - `window`: width of the view that follows the car [m]; the whole track if `None`.
+    - `every`: stages per frame.
+    - `fps`: frames per second of the file.
+    - `dpi`: resolution; the picture is 8 inches wide.
+
+    **Returns:** the file.
+    """
+    _matplotlib()
+    from matplotlib.animation import PillowWriter
+
+    xs = np.asarray(xs)
+    if speed is None:
+        speed = np.linalg.norm(np.gradient(xs[:, :2], dt, axis=0), axis=1)
+    frame = _Frame(xs, np.asarray(speed), track, plans, length, width, window, dt)
+    writer = PillowWriter(fps=fps)  # pyright: ignore[reportArgumentType]
+    with writer.saving(frame.figure, os.fspath(file), dpi=dpi):
+        for i in range(0, len(xs), every):
+            frame.draw(i)
+            writer.grab_frame()
+    return file
+
+
+class _Frame:
+    """One picture of the animation, moved from stage to stage."""
+
+    def __init__(self, xs, speed, track, plans, length, width, window, dt):
+        from matplotlib.patches import Rectangle
+
+        self.xs, self.speed, self.plans = xs, speed, plans
+        self.window, self.dt = window, dt
+        self.ax = race(xs, speed, track)
+        self.figure = self.ax.figure
+        # The trace grows with the car; the color bar is about all of it from the start.
+        self.trace = self.ax.collections[-1]
+        self.pieces = np.stack([xs[:-1, :2], xs[1:, :2]], axis=1)
+        self.colors = np.asarray(self.trace.get_array())
+        (self.plan,) = self.ax.plot([], [], "m", linewidth=1.6, zorder=4)
+        self.car = Rectangle(
+            (0.0, 0.0), length, width, facecolor="k", edgecolor="w", zorder=5
+        )
+        self.corner = np.array([length, width]) / 2
+        self.ax.add_patch(self.car)
+        # The layout of the first picture is that of all: faster, and nothing jumps.
+        self.draw(0)
+        self.figure.get_layout_engine().set(h_pad=0.12)
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+
+    def draw(self, i: int):
+        x, y, heading = self.xs[i, :3]
+        cos, sin = np.cos(heading), np.sin(heading)
+        # The rectangle turns about its lower left corner.
+        a, b = self.corner
+        self.car.set_xy((x - cos * a + sin * b, y - sin * a - cos * b))
+        self.car.set_angle(np.degrees(heading))
+        self.trace.set_segments(list(self.pieces[:i]))
+        self.trace.set_array(self.colors[:i])
+        if self.plans is not None:
+            self.plan.set_data(*np.asarray(self.plans[i]).T)
+        if self.window is not None:
+            half = self.window / 2
+            self.ax.set(
+                xlim=(x - half, x + half), ylim=(y - 0.7 * half, y + 0.7 * half)
+            )
+        self.ax.set_title(f"{i * self.dt:.1f} s, {self.speed[i]:.1f} m/s")

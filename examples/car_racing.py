@@ -1,0 +1,205 @@
+"""A race car laps a circuit: it plans a few seconds ahead, drives a moment, replans.
+
+Run `python examples/car_racing.py --help` for the options. Pictures go to `out/`.
+"""
+
+# %%
+# Settings. The car is a dynamic bicycle model with tire forces, full-size or 1:43.
+import argparse
+import dataclasses
+import pathlib
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffprog as dp
+from diffprog import plot
+from diffprog.systems import Race, Track
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--track", help="a .csv or .json file with the user's circuit")
+parser.add_argument("--car", choices=["full-size", "miniature"])
+parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
+args = parser.parse_args()
+args.out.mkdir(parents=True, exist_ok=True)
+jax.config.update("jax_enable_x64", True)
+
+
+def load(file):
+    return Track.from_json(file) if file.endswith(".json") else Track.from_csv(file)
+
+
+user_track = load(args.track) if args.track else None
+if args.car is None:
+    small = user_track is not None and user_track.length < 100
+    args.car = "miniature" if small else "full-size"
+
+# %%
+# The race. The state holds the car and its progress along the center line. The cost
+# rewards progress and punishes the crossing of a border; little holds the car to the
+# center line, so it is free to cut corners. `margin` [m] keeps the sides of the car
+# away from the borders. All these numbers are data: change them without recompiling.
+if args.car == "full-size":
+    track = Track.chicane() if user_track is None else user_track
+    race = dataclasses.replace(
+        Race.full_size(track, dt=0.06, v_ref=50.0),
+        q_contour=1e-3,
+        q_border=30.0,
+        margin=0.75,
+        method="midpoint",
+    )
+else:
+    track = Track.simple() if user_track is None else user_track
+    race = dataclasses.replace(
+        Race.miniature(track, dt=0.02, v_ref=3.0),
+        q_contour=1e-3,
+        margin=0.01,
+        method="midpoint",
+    )
+num_steps, horizon, max_steps = (8, 5, 2) if args.fast else (4000, 60, 8)
+print(f"{args.car} car, track of {track.length:.1f} m, stages of {race.dt} s")
+
+
+# %%
+# One control step: a few iterations from the shifted plan of the step before, then the
+# first control of the new plan moves the car. Jitted as a whole, it compiles once.
+# DDP uses the curvature of the dynamics; near a solution it needs fewest iterations.
+@eqx.filter_jit
+def control(race, x, us, memory):
+    problem = dp.ControlProblem.from_system(race, horizon)
+    plan = dp.solve(
+        problem,
+        dp.DDP(),
+        x,
+        us,
+        search=dp.Backtracking(),
+        max_steps=max_steps,
+        throw=False,  # an unfinished solve is what we ask for
+        history=False,
+        state=memory,
+    )
+    guess = jnp.concatenate([plan.us[1:], plan.us[-1:]])
+    return race.dynamics(x, plan.us[0], 0), guess, plan
+
+
+# %%
+# The lap, from a plan of zeros. What a control step computes is known at its end, so
+# the loop stops where the car has been round.
+x = race.x0
+us = jnp.zeros((horizon, 3))
+memory = dp.Backtracking().init(us.dtype)
+start = time.perf_counter()
+jax.block_until_ready(control(race, x, us, memory))
+print(f"compiled one control step in {time.perf_counter() - start:.1f} s")
+
+plan, states, controls, plans, iterations = None, [x], [], [], []
+start = time.perf_counter()
+while len(controls) < num_steps and states[-1][-2] <= track.length:
+    x, us, plan = control(race, x, us, plan.state if plan else memory)
+    states.append(np.asarray(x))
+    controls.append(np.asarray(plan.us[0]))
+    plans.append(np.asarray(plan.xs[:, :2]))
+    iterations.append(int(plan.stats["num_steps"]))
+    if len(controls) % 100 == 0:
+        print(f"  {len(controls) * race.dt:5.1f} s  {x[-2]:7.1f} m  {x[3]:5.1f} m/s")
+seconds = (time.perf_counter() - start) / len(controls)
+states, controls = np.stack(states), np.stack(controls)
+speed = np.hypot(states[:, 3], states[:, 4])
+# Where the car is between the borders, measured along the normal of the center line.
+lateral = np.asarray(jax.vmap(race.lateral_error)(states))
+left, right = track.half_widths(states[:, -2])
+margins = np.minimum(left + lateral, right - lateral) - race.car.width / 2
+
+print(f"{len(controls)} control steps of {1e3 * seconds:.1f} ms each")
+print(f"{np.mean(iterations):.1f} iterations per step")
+print(f"lap time {len(controls) * race.dt:.2f} s, mean speed {speed.mean():.2f} m/s")
+print(f"speed {speed.min():.2f} to {speed.max():.2f} m/s")
+print(f"least distance of the car's side to a border {margins.min():.3f} m")
+print(f"center of the car {lateral.min():.2f} to {lateral.max():.2f} m off the middle")
+
+# %%
+# One long problem, solved to the end from a straight drive by each direction. `later`
+# is the time of a second call, which does not compile.
+long_horizon, most = (5, 3) if args.fast else (100, 300)
+problem = dp.ControlProblem.from_system(race, long_horizon)
+cases = [
+    (dp.Gradient(), dp.Backtracking()),
+    (dp.GaussNewton(), dp.Backtracking()),
+    (dp.Newton(), dp.Backtracking()),
+    (dp.ILQR(), dp.Backtracking()),
+    (dp.DDP(), dp.Backtracking()),
+    (dp.ILQR(), dp.AdaptiveDamping()),
+]
+solutions = {}
+print(f"\n{long_horizon} stages, at most {most} iterations")
+print(
+    f"{'direction':<12} {'search':<16} {'iterations':>10} {'cost':>11} "
+    f"{'stationarity':>12} {'first call':>10} {'later':>10}  result"
+)
+for method, search in cases if not args.fast else cases[3:4]:
+    guess = jnp.zeros((long_horizon, 3))
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        solution = jax.block_until_ready(
+            dp.solve(
+                problem, method, race.x0, guess, search, max_steps=most, throw=False
+            )
+        )
+        times.append(time.perf_counter() - start)
+    names = type(method).__name__, type(search).__name__
+    solutions[f"{names[0]}, {names[1]}"] = solution
+    print(
+        f"{names[0]:<12} {names[1]:<16} {solution.stats['num_steps']:10d} "
+        f"{solution.cost:11.6f} {solution.stats['decrement']:12.1e} "
+        f"{times[0]:8.1f} s {1e3 * times[1]:7.1f} ms  {repr(solution).split()[1]}"
+    )
+
+# %%
+# Pictures.
+drive, steer = controls[:, 0], controls[:, 1]
+duty = np.asarray(race.car.drivetrain.duty(drive))
+angle = np.degrees(2 / np.pi * race.car.max_steer * np.arctan(steer))
+
+
+def save(name, ax):
+    ax.figure.savefig(args.out / name, dpi=120)
+
+
+save("race.png", plot.race(states, speed, track))
+save("convergence.png", plot.convergence(solutions))
+axes = plot.inputs(
+    np.stack([duty, angle], axis=1),
+    speed,
+    dt=race.dt,
+    names=["drive [duty]", "steering [deg]"],
+)
+save("inputs.png", axes[0])
+if not args.fast:
+    plot.animation(
+        args.out / "race.gif",
+        states[:-1],
+        track,
+        dt=race.dt,
+        length=race.car.length,
+        width=race.car.width,
+        speed=speed[:-1],
+        plans=plans,
+        every=max(1, len(plans) // 110),
+    )
+print(f"\npictures in {args.out}/")
+
+# %%
+# What must hold.
+assert np.all(margins > 0), "the car left the track"
+for label, solution in solutions.items():
+    assert solution.cost < solution.history["cost"][0], label
+if not args.fast:
+    assert states[-1, -2] > track.length, "the lap is not complete"
+if not args.fast and args.car == "full-size" and user_track is None:
+    assert solutions["DDP, Backtracking"].result == dp.RESULTS.successful

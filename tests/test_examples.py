@@ -1,0 +1,56 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+LIMITS = {"car_racing.py": 250}
+FILES = {
+    "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
+    "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
+}
+CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
+0.0,0.0,6.0,6.0
+100.0,0.0,6.0,6.0
+150.0,50.0,6.0,6.0
+100.0,100.0,6.0,6.0
+0.0,100.0,6.0,6.0
+-50.0,50.0,6.0,6.0
+"""
+
+
+def _run(script, *options):
+    # Compiling is what costs here, not running.
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return subprocess.run(
+        [sys.executable, EXAMPLES / script, "--fast", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_runs_and_writes_its_files(script, tmp_path):
+    process = _run(script, "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    files = FILES.get(script, set())
+    assert files <= {path.name for path in tmp_path.iterdir() if path.stat().st_size}
+
+
+def test_race_on_a_circuit_of_the_user(tmp_path):
+    (tmp_path / "circuit.csv").write_text(CIRCUIT)
+    options = ["--track", tmp_path / "circuit.csv", "--out", tmp_path]
+    process = _run("car_racing.py", *options)
+    assert process.returncode == 0, process.stderr
+    assert "full-size car" in process.stdout and (tmp_path / "race.png").exists()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_is_short(script):
+    lines = (EXAMPLES / script).read_text().splitlines()
+    assert len(lines) <= LIMITS.get(script, 150)
