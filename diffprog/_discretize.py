@@ -1,6 +1,6 @@
 from collections.abc import Callable
+from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -18,12 +18,22 @@ class Discretized(eqx.Module):
 
     vector_field: Callable
     dt: float | Float[Array, ""]
-    method: str | diffrax.AbstractSolver
+    method: Any  # a name, or a diffrax solver
 
     def __call__(self, x: PyTree, u: PyTree, t: int | Int[Array, ""]) -> PyTree:
         dt = self.dt
         start = jnp.asarray(t, jnp.result_type(jtu.tree_leaves(x)[0])) * dt
-        slope = lambda x, elapsed: self.vector_field(x, u, start + elapsed)
+
+        def slope(y, elapsed):
+            dy = self.vector_field(y, u, start + elapsed)
+            shapes = [jtu.tree_map(jnp.shape, tree) for tree in (dy, x)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"`vector_field` returned the shapes {shapes[0]}; those of the "
+                    f"state, {shapes[1]}, are expected."
+                )
+            return dy
+
         if self.method == "euler":
             return _add(x, dt, slope(x, 0.0))
         if self.method == "midpoint":
@@ -35,15 +45,15 @@ class Discretized(eqx.Module):
             k4 = slope(_add(x, dt, k3), dt)
             mean = lambda k1, k2, k3, k4: (k1 + 2 * k2 + 2 * k3 + k4) / 6
             return _add(x, dt, jtu.tree_map(mean, k1, k2, k3, k4))
-        assert not isinstance(self.method, str)
+        import diffrax  # slow to import, and rarely needed
+
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda time, x, u: self.vector_field(x, u, time)),
+            diffrax.ODETerm(lambda time, y, _: slope(y, time - start)),
             self.method,
             t0=start,
             t1=start + dt,
             dt0=dt,
             y0=x,
-            args=u,
             saveat=diffrax.SaveAt(t1=True),
             adjoint=diffrax.DirectAdjoint(),
             max_steps=1,
@@ -55,10 +65,18 @@ def _add(x: PyTree, step, slope: PyTree) -> PyTree:
     return jtu.tree_map(lambda a, b: a + step * b, x, slope)
 
 
+def _is_solver(method: Any) -> bool:
+    if isinstance(method, str):
+        return False
+    import diffrax
+
+    return isinstance(method, diffrax.AbstractSolver)
+
+
 def discretize(
     vector_field: Callable,
     dt: float | Float[Array, ""],
-    method: str | diffrax.AbstractSolver = "rk4",
+    method: Any = "rk4",
 ) -> Discretized:
     r"""Steps $\dot x = f(x, u, t)$ over `dt` with the control held.
 
@@ -82,7 +100,7 @@ def discretize(
         )
     if isinstance(dt, float | int) and not dt > 0:
         raise ValueError(f"`dt` is {dt}; a positive number of seconds is expected.")
-    if method not in METHODS and not isinstance(method, diffrax.AbstractSolver):
+    if method not in METHODS and not _is_solver(method):
         raise ValueError(
             f"`method` is {method!r}; one of {', '.join(METHODS)}, or a diffrax solver "
             "such as `diffrax.Tsit5()`, is expected."

@@ -39,7 +39,12 @@ def door(fn: Callable) -> Callable:
     @ft.wraps(fn)
     def call(*args, **kwargs):
         leaves, treedef = jtu.tree_flatten((args, kwargs))
-        numbers = tuple(leaf for leaf in leaves if _is_number(leaf))
+        # A NumPy float64 scalar is a Python float and counts as one.
+        numbers = tuple(
+            float(leaf) if isinstance(leaf, float) else leaf
+            for leaf in leaves
+            if _is_number(leaf)
+        )
         # The type stands beside the value because True == 1 == 1.0.
         static = tuple(
             (_Traced, None) if _is_number(leaf) else (type(leaf), leaf)

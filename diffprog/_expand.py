@@ -23,6 +23,15 @@ from ._rollout import run, VectorChain, vectorize, VectorTrajectory
 from ._types import Stacks, Tensors
 
 
+class Model(eqx.Module):
+    """F and W of every stage, V of the last state; second derivatives of f for DDP."""
+
+    F: Stacks
+    W: Stacks
+    V: Float[Array, "_ _"]
+    tensors: Tensors | None = None
+
+
 def affine(c: Array, AB: Array) -> Array:
     """F from c and [A B]."""
     top = jnp.zeros_like(AB, shape=(1, 1 + AB.shape[1])).at[0, 0].set(1.0)

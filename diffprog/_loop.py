@@ -23,8 +23,10 @@ from ._types import Stacks
 # A predicted decrease below this many roundings of the cost cannot be seen in it.
 ROUNDINGS = 64
 
-# What a backward pass is for.
-SEARCH, UNDAMPED, FALLBACK, END = range(4)
+# What a backward pass is for: a direction to search along; a test of the convergence
+# that a damped pass suspects; the policy at the end, without damping; the policy where
+# that has no minimum.
+SEARCH, TEST, POLICY, FALLBACK, END = range(5)
 
 
 class Loop(eqx.Module):
@@ -58,8 +60,10 @@ class Passes(eqx.Module):
     slope: Float[Array, ""]
     gradient: Float[Array, ""]
     decrement: Float[Array, ""]
+    promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
     positive: Bool[Array, ""]
     converged: Bool[Array, ""]
+    refuted: Bool[Array, ""]  # a test denied the convergence
     trial: VectorTrajectory
     verdict: Verdict
     num_rollouts: Int[Array, ""]
@@ -132,21 +136,26 @@ class Solver(eqx.Module):
         accepted, failed = passes.verdict.accept, passes.verdict.fail
         after = where(accepted, passes.trial, before)
         noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
-        stalled = (accepted | failed) & ~(after.cost < before.cost)
-        stalled = stalled & (passes.decrement <= noise)
+        quiet = passes.promised <= noise
+        stalled = (accepted | failed) & ~(after.cost < before.cost) & quiet
         diverged = failed & ~(passes.trial.first_nonfinite > self.chain.horizon)
         diverged = diverged & passes.positive
+        # Only a search that is not monotone leaves a better iterate behind.
+        ended = passes.converged | ~usable
+        worse = ended & ~stop & (loop.best.cost < before.cost)
+        denied = stop & (loop.result == RESULTS.successful) & ~quiet
 
-        choices = (  # from the last to the first that applies
+        result = RESULTS.max_steps_reached
+        for applies, code in (  # the last one that applies counts
             (stop, loop.result),
+            (denied, RESULTS.no_descent),
             (failed, self.search.exhausted),
             (failed & ~passes.positive, self.search.infeasible),
             (diverged, RESULTS.nonfinite_rollout),
             (stalled | passes.converged, RESULTS.successful),
+            (worse, RESULTS.no_descent),
             (~usable, RESULTS.nonfinite_derivative),
-        )
-        result = RESULTS.max_steps_reached
-        for applies, code in choices:
+        ):
             result = RESULTS.where(applies, code, result)
         first = jnp.where(diverged, passes.trial.first_nonfinite, loop.first_nonfinite)
         first = jnp.where(usable, first, expansion.first_nonfinite)
@@ -156,7 +165,7 @@ class Solver(eqx.Module):
             jnp.where(accepted, passes.search.stepsize, jnp.nan),
             passes.damping,
             passes.slope,
-            passes.search.trials.astype(before.cost.dtype),
+            jnp.where(stop, 0, passes.search.trials).astype(before.cost.dtype),
             passes.gradient,
         ])  # fmt: skip
         if self.verbose:
@@ -166,16 +175,19 @@ class Solver(eqx.Module):
             best = where(after.cost < loop.best.cost, after, loop.best)
         history = loop.history
         if history.shape[0]:
+            # The row of a search that failed stays.
+            written = history[loop.num_steps]
+            row = jnp.where(jnp.isnan(written[0]), row, written)
             history = history.at[loop.num_steps].set(row)
         return Loop(
             trajectory=after,
             best=best,
             gains=passes.gains,
-            search=passes.search,
+            search=where(failed, loop.search, passes.search),
             feasible_damping=passes.feasible_damping,
             result=result,
-            stopping=failed | stalled,
-            done=stop | passes.converged | ~usable,
+            stopping=failed | stalled | worse,
+            done=stop | (ended & ~worse),
             num_steps=loop.num_steps + accepted.astype(jnp.int32),
             num_rollouts=passes.num_rollouts,
             num_backwards=passes.num_backwards,
@@ -188,73 +200,91 @@ class Solver(eqx.Module):
     def _passes(self, loop, before, expansion, stop, usable) -> Passes:
         """Backward passes, each with its trials, until one trial is accepted.
 
-        The last ones at a final iterate have no trials: without damping, and if that
-        has no minimum, with the last damping that had one.
+        The last ones at a final iterate have no trials: without damping, and if there
+        is no minimum, with the last damping that had one.
         """
-        chain, method, search = self.chain, self.method, self.search
-        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
         false = jnp.zeros_like(stop)
-
-        def body(p: Passes) -> Passes:
-            searching = p.purpose == SEARCH
-            damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
-            damping = jnp.where(searching, p.search.damping, damping)
-            sweep = method.backward(chain, before, expansion.model, damping)
-            converged = sweep.positive & (sweep.decrement <= tolerance)
-            trying = searching & sweep.positive & ~converged
-            state, verdict, trial, num_rollouts = self._trials(
-                p, before, expansion, sweep, trying
-            )
-            rejecting = searching & ~sweep.positive
-            state, verdict = where(rejecting, search.reject(state), (state, verdict))
-            after_search = jnp.where(
-                converged & (damping > 0),
-                UNDAMPED,
-                jnp.where(verdict.refresh, SEARCH, END),
-            )
-            after_undamped = jnp.where(sweep.positive, END, FALLBACK)
-            purpose = jnp.where(p.purpose == UNDAMPED, after_undamped, END)
-            purpose = jnp.where(searching, after_search, purpose)
-            keep = sweep.positive
-            return Passes(
-                purpose=purpose.astype(jnp.int32),
-                search=state,
-                gains=where(keep, sweep.gains, p.gains),
-                damping=damping,
-                feasible_damping=jnp.where(
-                    searching & keep, damping, p.feasible_damping
-                ),
-                slope=jnp.where(keep, sweep.slope, p.slope),
-                gradient=sweep.gradient,
-                decrement=jnp.where(keep, sweep.decrement, p.decrement),
-                positive=keep,
-                converged=p.converged | converged,
-                trial=trial,
-                verdict=verdict,
-                num_rollouts=num_rollouts,
-                num_backwards=p.num_backwards + 1,
-            )
-
-        begun = search.begin(loop.search, expansion.cost_gradient)
-        start = jnp.where(stop, UNDAMPED, SEARCH)
+        begun = self.search.begin(loop.search, expansion.cost_gradient)
+        start = jnp.where(stop, POLICY, SEARCH)
         nan = jnp.full_like(before.cost, jnp.nan)
         passes = Passes(
             purpose=jnp.where(usable, start, END).astype(jnp.int32),
             search=where(stop, loop.search, begun),
-            gains=loop.gains,
+            gains=jtu.tree_map(jnp.zeros_like, loop.gains),
             damping=jnp.zeros_like(nan),
             feasible_damping=loop.feasible_damping,
             slope=nan,
             gradient=nan,
             decrement=jnp.full_like(nan, jnp.inf),
+            promised=nan,
             positive=false,
             converged=false,
+            refuted=false,
             trial=before,
             verdict=Verdict(false, false, false),
             num_rollouts=loop.num_rollouts,
             num_backwards=loop.num_backwards,
         )
-        return lax.while_loop(lambda p: p.purpose != END, body, passes)
+        return lax.while_loop(
+            lambda p: p.purpose != END,
+            lambda p: self._pass(p, before, expansion),
+            passes,
+        )
+
+    def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
+        """One backward pass, its trials, and what comes next."""
+        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
+        searching = p.purpose == SEARCH
+        damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
+        damping = jnp.where(searching, p.search.damping, damping)
+        sweep = self.method.backward(self.chain, before, expansion.model, damping)
+        positive = sweep.positive
+        small = positive & (sweep.decrement <= tolerance)
+        suspected = searching & small & ~(p.refuted & (damping > 0))
+        trying = searching & positive & ~suspected
+        state, verdict, trial, num_rollouts = self._trials(
+            p, before, expansion, sweep, trying
+        )
+        state, verdict = where(
+            searching & ~positive, self.search.reject(state), (state, verdict)
+        )
+        # Where there is a minimum without damping, it alone decides.
+        testing = p.purpose == TEST
+        refuted = testing & positive & ~small
+        confirmed = testing & ~refuted
+        settled = (p.purpose == POLICY) | (p.purpose == FALLBACK)
+        converged = jnp.where(settled, small, confirmed | (suspected & (damping == 0)))
+        purpose = jnp.select(
+            [
+                suspected & (damping > 0),
+                searching & verdict.refresh,
+                refuted,
+                (testing | (p.purpose == POLICY)) & ~positive,
+            ],
+            [TEST, SEARCH, SEARCH, FALLBACK],
+            END,
+        )
+        decrement = jnp.where(positive, sweep.decrement, p.decrement)
+        return Passes(
+            purpose=purpose.astype(jnp.int32),
+            search=state,
+            gains=where(positive, sweep.gains, p.gains),
+            damping=damping,
+            feasible_damping=jnp.where(
+                searching & positive, damping, p.feasible_damping
+            ),
+            slope=jnp.where(positive, sweep.slope, p.slope),
+            gradient=sweep.gradient,
+            decrement=decrement,
+            promised=jnp.where(positive, jnp.fmax(p.promised, decrement), p.promised),
+            positive=positive,
+            converged=p.converged | converged,
+            refuted=p.refuted | refuted,
+            trial=trial,
+            verdict=verdict,
+            num_rollouts=num_rollouts,
+            num_backwards=p.num_backwards + 1,
+        )
 
     def _trials(self, passes, before, expansion, sweep: Sweep, trying):
         """Roll-outs along one direction until the search has a verdict."""

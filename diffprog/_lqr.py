@@ -4,12 +4,12 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._door import door
-from ._expand import affine, quadratic
+from ._expand import affine, Model, quadratic
 from ._linalg import matmul, solve_positive, symmetrize
 from ._result import RESULTS, throw_unless_successful
 from ._rollout import Segment, VectorChain, VectorTrajectory
 from ._tree import all_finite, Layout, norm
-from ._types import Stacks, Tensors
+from ._types import Stacks
 
 
 def bellman(F: Array, W: Array, V: Array, m: int, damping: Array):
@@ -47,31 +47,28 @@ class Sweep(eqx.Module):
     positive: Bool[Array, ""]
 
 
-def decrement(slope: Array, damping: Array, squares: Array) -> Array:
+def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> Array:
     """The decrease that the model without damping promises along the direction.
 
     The model along a step size s is s slope + s^2 c / 2 with c = -slope - damping k'k,
     least at -slope^2 / (2 c). Without damping that is -slope / 2, and a large damping
-    cannot pass off a short step as convergence.
+    cannot pass off a short step as convergence. 0 only where the gradient is.
     """
     curvature = -slope - damping * squares
     promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
-    return jnp.where(slope == 0, 0.0, promised)
+    return jnp.where(gradient == 0, 0.0, promised)
 
 
 def riccati(
     chain: VectorChain,
     trajectory: VectorTrajectory,
-    F: Stacks,
-    W: Stacks,
-    V: Float[Array, "_ _"],
+    model: Model,
     damping: Float[Array, ""],
-    tensors: Tensors | None = None,
 ) -> Sweep:
     """The backward pass from the last V; the adjoint rides along for the gradient.
 
-    With `tensors`, the second derivatives of f_t, the Hessian of p_{t+1}' f_t is added
-    to every stage (DDP).
+    If the model has second derivatives of f_t, the Hessian of p_{t+1}' f_t is added to
+    every stage (DDP).
     """
 
     def stage(_, carry, F, W, u, *tensor):
@@ -83,17 +80,21 @@ def riccati(
         V, gains, positive = bellman(F, W, V, len(u), damping)
         return (V, new_lam), (gains, gradient, positive)
 
-    data = (F, W, trajectory.us, *(() if tensors is None else (tensors,)))
-    (V, _), rows = chain.scan(stage, (V, V[0]), *data, reverse=True)
+    tensors = () if model.tensors is None else (model.tensors,)
+    data = (model.F, model.W, trajectory.us, *tensors)
+    (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
     gains, gradients, positive = zip(*rows, strict=True)
+    gradient = norm(gradients)
     slope = V[0, 0]  # = sum of h'k where c = 0
+    squares = norm([g[:, :, 0] for g in gains]) ** 2
+    positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
     return Sweep(
-        gains,
-        slope,
-        -slope,  # sum of k'Gk, because Gk = -h
-        decrement(slope, damping, norm([g[:, :, 0] for g in gains]) ** 2),
-        norm(gradients),
-        jnp.all(jnp.stack([jnp.all(p) for p in positive])) & jnp.isfinite(slope),
+        gains=gains,
+        slope=slope,
+        curvature=-slope,  # sum of k'Gk, because Gk = -h
+        decrement=decrement(slope, damping, squares, gradient),
+        gradient=gradient,
+        positive=positive & jnp.isfinite(slope),
     )
 
 
@@ -117,9 +118,23 @@ class Policy(eqx.Module):
     _u: Layout = eqx.field(static=True)
     _start: int = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        return f"Policy(K={self.K!r}, k={self.k!r})"
+
     def __call__(self, t: int | Int[Array, ""], x: PyTree) -> PyTree:
         """The control at stage `t` in state `x`."""
+        layout, stages = Layout.of(x, self._x.dtype), self.us.shape[0]
+        if layout != self._x:
+            raise ValueError(
+                f"`x` has the shapes {layout.describe()}; a state of the problem has "
+                f"{self._x.describe()}."
+            )
         t = t - self._start
+        if isinstance(t, int) and not 0 <= t < stages:
+            raise ValueError(
+                f"`t` is {t + self._start}; this policy has the stages {self._start} "
+                f"to {self._start + stages - 1}."
+            )
         y = self._x.ravel(x) - self.xs[t]
         return self._u.unravel(self.us[t] + self.k[t] + matmul(self.K[t], y))
 

@@ -62,6 +62,6 @@ def throw_unless_successful(solution, throw: bool):
     code = solution.result
     if not throw or isinstance(code._value, Tracer) or jnp.ndim(code._value):
         return solution
-    if code != RESULTS.successful:
-        raise SolveError(RESULTS[code], solution)
-    return solution
+    if int(code._value) == int(RESULTS.successful._value):
+        return solution
+    raise SolveError(RESULTS[code], solution)

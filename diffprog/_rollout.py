@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._chain import AbstractChain, Phase
+from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._tree import all_finite, float_dtype, Layout, vary
 from ._types import Rows
@@ -135,6 +135,8 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         x_layouts.append(x_layout)
         segments.append(segment)
         start += phase.horizon
+    if isinstance(problem, ControlProblem):
+        _check_next(x_layouts[-1], x_layouts[0])
     terminal = _traced(
         lambda x: _scalar(
             "terminal_cost", problem.terminal_cost(x_layouts[-1].unravel(x)), dtype
@@ -190,12 +192,17 @@ def _trace(
 def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:
     _check_dtype("dynamics", x, before.dtype)
     layout = Layout.of(x, before.dtype)
-    if phase.horizon > 1 and layout != before:
+    if phase.horizon > 1:
+        _check_next(layout, before)
+    return layout
+
+
+def _check_next(layout: Layout, before: Layout):
+    if layout != before:
         raise ValueError(
             f"`dynamics` returned a state with the shapes {layout.describe()}; the "
             f"state it was given has {before.describe()}, and both must agree."
         )
-    return layout
 
 
 def _check_dtype(name: str, tree: PyTree, dtype):
@@ -234,10 +241,10 @@ class Trajectory(eqx.Module):
 
 
 def total_cost(chain: VectorChain, xs: tuple, final: Array, us: tuple):
-    """The cost, and the first stage where a state or cost is not finite."""
+    """The cost, and the first stage where anything is not finite."""
     costs = chain.map(lambda s, *row: s.cost(*row), xs, us, chain.ts)
     last = chain.terminal_cost(final)
-    first = first_nonfinite(chain, (xs, costs), (final, last))
+    first = first_nonfinite(chain, (xs, us, costs), (final, last))
     return sum(jnp.sum(h) for h in costs) + last, first
 
 

@@ -1,6 +1,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
@@ -40,7 +41,7 @@ class Solution(eqx.Module):
 
     def __repr__(self) -> str:
         code = self.result._value
-        if isinstance(code, Tracer):
+        if isinstance(code, Tracer) or not isinstance(code, jax.Array | np.ndarray):
             return eqx.tree_pformat(self, struct_as_array=True)
         if np.ndim(code):
             return _describe_batch(np.asarray(code), self)

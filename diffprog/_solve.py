@@ -3,6 +3,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -25,12 +26,14 @@ def _solver(vectorized, method, search, rtol, atol, max_steps, verbose) -> Solve
     default = 1e-9 if vectorized.chain.dtype == jnp.float64 else 1e-6
     rtol = default if rtol is None else rtol
     atol = default if atol is None else atol
+    dtype = vectorized.chain.dtype
+    cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     return Solver(
         chain=vectorized.chain,
         method=method,
-        search=search,
-        rtol=rtol,
-        atol=atol,
+        search=jtu.tree_map(cast, search),
+        rtol=cast(rtol),
+        atol=cast(atol),
         max_steps=max_steps,
         verbose=verbose,
     )
@@ -113,6 +116,10 @@ def _check(
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
         raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
+    if any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state)):
+        raise ValueError(
+            "`state` holds a batch; give the state of one solve, or `jax.vmap` over it."
+        )
     for name, value in numbers.items():
         if isinstance(value, float | int) and not value >= 0:
             raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
@@ -176,6 +183,11 @@ def solve(
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
     """
     _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
+    if not isinstance(verbose, bool) and not callable(verbose):
+        raise TypeError(
+            f"`verbose` is {verbose!r}; True, False or a function of named arrays is "
+            "expected."
+        )
     options = (max_steps, bool(history), verbose)
     tolerances = _float(rtol), _float(atol)
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
@@ -348,7 +360,7 @@ def step(problem: AbstractChain, state: SolverState) -> SolverState:
     """One accepted iteration; nothing once `state.done`.
 
     The call after the last accepted iteration finds out that the solve is over and
-    computes the policy. The numbers of `problem` may change from call to call.
+    computes the policy. The problem must be the one given to [`diffprog.init`][].
     """
     return _step_door(problem, state)
 
@@ -356,5 +368,9 @@ def step(problem: AbstractChain, state: SolverState) -> SolverState:
 def finish(
     problem: AbstractChain, state: SolverState, *, throw: bool = True
 ) -> Solution:
-    """The solution at the current iterate, with its policy."""
+    """The solution at the current iterate, with its policy.
+
+    Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
+    to be stationary: give `throw=False` to stop early.
+    """
     return throw_unless_successful(_finish_door(problem, state), throw)

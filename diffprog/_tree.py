@@ -21,7 +21,10 @@ def all_finite(*trees: PyTree) -> Array:
 def norm(*trees: PyTree) -> Array:
     """The Euclidean norm of all entries together."""
     leaves = jtu.tree_leaves(trees)
-    return jnp.sqrt(jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in leaves])))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    scale = jnp.where(largest > 0, largest, 1)  # squares neither over- nor underflow
+    squares = jnp.stack([jnp.sum((leaf / scale) ** 2) for leaf in leaves])
+    return scale * jnp.sqrt(jnp.sum(squares))
 
 
 def vary(tree: PyTree, like: PyTree) -> PyTree:

@@ -1,4 +1,17 @@
+from typing import Any
+
+import equinox as eqx
 from jaxtyping import Array, Float
+
+
+# A number that may be traced: a new value never compiles again.
+Number = float | Array
+
+
+def number(default: float) -> Any:
+    """A field with a number; an int becomes a float, since an int would be static."""
+    to_float = lambda value: float(value) if isinstance(value, int) else value
+    return eqx.field(default=default, converter=to_float)
 
 
 # Data with a row per stage: a stacked array for every segment of a chain.

@@ -317,7 +317,7 @@ def _(primals, tangents):
     return primals[0], -50.0 * tangents[0]
 
 
-@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+@pytest.mark.parametrize("method", [dp.Gradient(), dp.DDP()], ids=name)
 @pytest.mark.parametrize("kind", ["overflow", "nan start"])
 def test_an_initial_rollout_that_overflows(kind, method):
     problem, x0, us = failing(kind)
@@ -335,7 +335,7 @@ def test_an_initial_rollout_that_overflows(kind, method):
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=name)
-@pytest.mark.parametrize("method", [dp.Gradient(), dp.ILQR(), dp.DDP()], ids=name)
+@pytest.mark.parametrize("method", [dp.Gradient(), dp.DDP()], ids=name)
 def test_a_trial_outside_the_domain_never_poisons_the_iterate(method, search):
     problem, x0, us = failing("root")
     solution = dp.solve(problem, method, x0, us, search, max_steps=50, throw=False)

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._expand import Model
 from .._linalg import matmul
 from .._lqr import Sweep
 from .._rollout import (
@@ -15,15 +16,6 @@ from .._rollout import (
 )
 from .._tree import norm
 from .._types import Rows, Stacks, Tensors
-
-
-class Model(eqx.Module):
-    """F and W of every stage, V of the last state; second derivatives of f for DDP."""
-
-    F: Stacks
-    W: Stacks
-    V: Float[Array, "_ _"]
-    tensors: Tensors | None = None
 
 
 class Expansion(eqx.Module):

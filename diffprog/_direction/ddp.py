@@ -25,5 +25,4 @@ class DDP(AbstractDirection):
         return linear_quadratic(chain, F, W, V, tensors)
 
     def backward(self, chain, trajectory, model, damping):
-        F, W, V = model.F, model.W, model.V
-        return riccati(chain, trajectory, F, W, V, damping, model.tensors)
+        return riccati(chain, trajectory, model, damping)

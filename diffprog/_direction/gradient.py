@@ -15,6 +15,9 @@ class Gradient(AbstractDirection):
     The linear model of dynamics and costs with the penalty $\frac\nu2 \|v\|^2$; the
     backward pass is the adjoint recursion. O(T n (n + m)) per iteration.
 
+    There is no second-order model to judge convergence by, so $\frac12 \|\nabla J\|^2$
+    takes the place of the predicted decrease: it depends on the units of the controls.
+
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
     """
@@ -42,5 +45,10 @@ class Gradient(AbstractDirection):
         gradient = norm(model)
         slope = -(gradient**2) / penalty
         return Sweep(
-            tuple(gains), slope, -slope, -slope / 2, gradient, jnp.isfinite(gradient)
+            tuple(gains),
+            slope,
+            -slope,
+            gradient**2 / 2,
+            gradient,
+            jnp.isfinite(gradient),
         )

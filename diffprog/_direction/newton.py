@@ -24,4 +24,4 @@ class Newton(AbstractDirection):
         return linear_quadratic(chain, F, W, V)
 
     def backward(self, chain, trajectory, model, damping):
-        return riccati(chain, trajectory, model.F, model.W, model.V, damping)
+        return riccati(chain, trajectory, model, damping)

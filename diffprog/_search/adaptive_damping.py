@@ -4,7 +4,17 @@ import jax.numpy as jnp
 
 from .._result import RESULTS
 from .._tree import where
-from .base import AbstractSearch, SearchState, Verdict
+from .._types import Number, number
+from .base import (
+    AbstractSearch,
+    check_numbers,
+    FACTOR,
+    GROWTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SearchState,
+    Verdict,
+)
 
 
 class AdaptiveDamping(AbstractSearch):
@@ -22,20 +32,30 @@ class AdaptiveDamping(AbstractSearch):
     Discrete Time Nonlinear Control", 2022, arXiv 2204.02322.
     """
 
-    scale: float = 1e-2
-    increase: float = 8.0
-    decrease: float = 0.5
-    min_damping: float = 1e-9
-    max_damping: float = 1e10
+    scale: Number = number(1e-2)
+    increase: Number = number(8.0)
+    decrease: Number = number(0.5)
+    min_damping: Number = number(1e-9)
+    max_damping: Number = number(1e10)
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[RESULTS] = RESULTS.damping_limit
     infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
 
+    def __check_init__(self):
+        check_numbers(
+            self,
+            scale=NOT_NEGATIVE,
+            increase=GROWTH,
+            decrease=FACTOR,
+            min_damping=POSITIVE,
+            max_damping=POSITIVE,
+        )
+
     def init(self, dtype):
-        number = lambda value: jnp.asarray(value, dtype)
+        scalar = lambda value: jnp.asarray(value, dtype)
         zero = jnp.zeros((), jnp.int32)
-        return SearchState(number(1.0), number(0.0), number(self.scale), zero)
+        return SearchState(scalar(1.0), scalar(0.0), scalar(self.scale), zero)
 
     def begin(self, state, cost_gradient):
         damping = state.scale / self.increase * cost_gradient
@@ -58,7 +78,8 @@ class AdaptiveDamping(AbstractSearch):
 
     def reject(self, state):
         damping = jnp.maximum(state.damping / self.decrease, self.min_damping)
-        fail = damping > self.max_damping
+        # Also for numbers that are NaN or do not grow: the solve must end.
+        fail = ~(damping <= self.max_damping) | ~(damping > state.damping)
         state = SearchState(state.stepsize, damping, state.scale, state.trials)
         return state, Verdict(jnp.zeros_like(fail), ~fail, fail)
 

@@ -1,3 +1,4 @@
+import math
 from typing import ClassVar
 
 import equinox as eqx
@@ -5,7 +6,16 @@ import jax.numpy as jnp
 
 from .._result import RESULTS
 from .._tree import where
-from .base import AbstractSearch, SearchState, Verdict
+from .._types import Number, number
+from .base import (
+    AbstractSearch,
+    check_numbers,
+    FACTOR,
+    GROWTH,
+    POSITIVE,
+    SearchState,
+    Verdict,
+)
 
 
 class Backtracking(AbstractSearch):
@@ -19,22 +29,34 @@ class Backtracking(AbstractSearch):
     full steps lower it again, below `min_damping` to 0.
     """
 
-    slope_fraction: float = 1e-4
-    decrease: float = 0.5
-    increase: float = 4.0
+    slope_fraction: Number = number(1e-4)
+    decrease: Number = number(0.5)
+    increase: Number = number(4.0)
     max_trials: int = eqx.field(static=True, default=20)
-    damping_factor: float = 10.0
-    min_damping: float = 1e-6
-    max_damping: float = 1e10
+    damping_factor: Number = number(10.0)
+    min_damping: Number = number(1e-6)
+    max_damping: Number = number(1e10)
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[RESULTS] = RESULTS.no_descent
     infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
 
+    def __check_init__(self):
+        check_numbers(
+            self,
+            slope_fraction=(lambda value: 0 <= value < 1, "a number in [0, 1)"),
+            decrease=FACTOR,
+            increase=GROWTH,
+            max_trials=GROWTH,
+            damping_factor=(lambda value: 1 < value < math.inf, "a number > 1"),
+            min_damping=POSITIVE,
+            max_damping=POSITIVE,
+        )
+
     def init(self, dtype):
-        number = lambda value: jnp.asarray(value, dtype)
+        scalar = lambda value: jnp.asarray(value, dtype)
         zero = jnp.zeros((), jnp.int32)
-        return SearchState(number(1.0), number(0.0), number(0.0), zero)
+        return SearchState(scalar(1.0), scalar(0.0), scalar(0.0), zero)
 
     def begin(self, state, cost_gradient):
         stepsize = jnp.minimum(self.increase * state.stepsize, 1)
@@ -61,7 +83,8 @@ class Backtracking(AbstractSearch):
 
     def reject(self, state):
         damping = jnp.maximum(state.damping * self.damping_factor, self.min_damping)
-        fail = damping > self.max_damping
+        # Also for numbers that are NaN or do not grow: the solve must end.
+        fail = ~(damping <= self.max_damping) | ~(damping > state.damping)
         one = jnp.ones_like(state.stepsize)
         state = SearchState(one, damping, state.scale, state.trials)
         return state, Verdict(jnp.zeros_like(fail), ~fail, fail)

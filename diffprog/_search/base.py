@@ -1,10 +1,27 @@
 import abc
+import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .._result import RESULTS
+
+
+def check_numbers(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str]):
+    """Raises for fields that are Python numbers and break their rule."""
+    for name, (holds, accepted) in rules.items():
+        value = getattr(owner, name)
+        if isinstance(value, int | float) and not holds(value):
+            raise ValueError(f"`{name}` is {value}; {accepted} is expected.")
+
+
+FACTOR = (lambda value: 0 < value < 1, "a number between 0 and 1")
+GROWTH = (lambda value: value >= 1, "a number of at least 1")
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "a finite number >= 0")
+POSITIVE = (lambda value: 0 < value < math.inf, "a finite number > 0")
 
 
 class Trial(eqx.Module):

@@ -3,7 +3,15 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from .._result import RESULTS
-from .base import AbstractSearch, SearchState, Verdict
+from .._types import Number, number
+from .base import (
+    AbstractSearch,
+    check_numbers,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SearchState,
+    Verdict,
+)
 
 
 class FixedStep(AbstractSearch):
@@ -14,18 +22,21 @@ class FixedStep(AbstractSearch):
     first guess. A step that is not finite ends the solve.
     """
 
-    stepsize: float = 1.0
-    damping: float = 0.0
+    stepsize: Number = number(1.0)
+    damping: Number = number(0.0)
 
     monotone: ClassVar[bool] = False
     exhausted: ClassVar[RESULTS] = RESULTS.nonfinite_rollout
     infeasible: ClassVar[RESULTS] = RESULTS.factorization_failed
 
+    def __check_init__(self):
+        check_numbers(self, stepsize=POSITIVE, damping=NOT_NEGATIVE)
+
     def init(self, dtype):
-        number = lambda value: jnp.asarray(value, dtype)
+        scalar = lambda value: jnp.asarray(value, dtype)
         zero = jnp.zeros((), jnp.int32)
         return SearchState(
-            number(self.stepsize), number(self.damping), number(0.0), zero
+            scalar(self.stepsize), scalar(self.damping), scalar(0.0), zero
         )
 
     def begin(self, state, cost_gradient):
@@ -36,7 +47,7 @@ class FixedStep(AbstractSearch):
         return state, Verdict(finite, jnp.zeros_like(finite), ~finite)
 
     def reject(self, state):
-        fail = jnp.isfinite(state.damping)
+        fail = jnp.ones_like(state.damping, bool)
         return state, Verdict(~fail, ~fail, fail)
 
 

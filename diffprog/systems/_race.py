@@ -218,9 +218,11 @@ class Race(eqx.Module):
     def border_margin(self, x: Float[Array, " state"]) -> Float[Array, ""]:
         """The distance from the side of the car to the nearest border [m].
 
-        Positive inside; `margin` is not counted.
+        Measured across the center line, positive inside; `margin` is not counted.
         """
-        return jnp.min(self._margins(x)) + self.margin
+        left, right = self.track.half_widths(x[-2])
+        lateral = self.lateral_error(x)
+        return jnp.minimum(left + lateral, right - lateral) - self.car.width / 2
 
     def _errors(self, x):
         # e_c along the normal of the center line, e_l against its direction.

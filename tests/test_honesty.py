@@ -1,0 +1,248 @@
+"""What is wrong is never called successful, and what was found is never lost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffprog as dp
+
+from . import helpers
+from .helpers import DIRECTIONS, MONOTONE, name, SECOND_ORDER
+
+
+def one_stage(J):
+    """The problem min J(u) in one stage with x' = u."""
+    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+
+
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+def test_a_control_that_is_not_finite_is_found_even_if_nothing_depends_on_it(method):
+    problem = dp.ControlProblem(
+        lambda x, u, t: x + 0.1 * u[:1],
+        lambda x, u, t: jnp.sum(x**2) + u[0] ** 2,
+        lambda x: jnp.sum(x**2),
+        4,
+    )
+    us = jnp.zeros((4, 2)).at[:, 1].set(jnp.nan)
+    solution = dp.solve(problem, method, jnp.ones(1), us, throw=False)
+    assert solution.result == dp.RESULTS.nonfinite_rollout
+
+
+HESSIAN = jnp.array([1e6, 1e-6])
+TARGET = jnp.array([2e-8, 20.0])
+SKEWED = lambda x: jnp.sum(HESSIAN * (x - TARGET) ** 2) / 2
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
+def test_damping_cannot_pass_off_a_short_step_as_convergence(method):
+    problem, x0, us = one_stage(SKEWED), jnp.zeros(2), jnp.zeros((1, 2))
+    fixed = dp.FixedStep(damping=1.0)
+    solution = dp.solve(problem, method, x0, us, fixed, max_steps=3, throw=False)
+    assert solution.result == dp.RESULTS.max_steps_reached
+    warm = dp.FixedStep(damping=1.0).init(jnp.float64)
+    solution = dp.solve(problem, method, x0, us, state=warm)
+    tolerance = 1e-9 * (1 + abs(solution.cost))
+    assert solution.cost <= tolerance and solution.stats["decrement"] <= tolerance
+
+
+@pytest.mark.parametrize("search", MONOTONE, ids=name)
+def test_overflow_of_norms_in_float32_is_no_convergence(search):
+    J = lambda x: 1e20 * jnp.sum((x - 3.0) ** 2)
+    x0, us = jnp.zeros(1, jnp.float32), jnp.zeros((1, 1), jnp.float32)
+    solution = dp.solve(one_stage(J), dp.ILQR(), x0, us, search, throw=False)
+    assert solution.result != dp.RESULTS.successful or solution.cost < 1e10
+
+
+WRONG = [
+    (
+        dp.Backtracking,
+        dict(damping_factor=1.0),
+        "`damping_factor` is 1.0; a number > 1",
+    ),
+    (
+        dp.Backtracking,
+        dict(decrease=1.5),
+        "`decrease` is 1.5; a number between 0 and 1",
+    ),
+    (dp.Backtracking, dict(max_trials=0), "`max_trials` is 0; a number of at least 1"),
+    (dp.Backtracking, dict(slope_fraction=1.0), "`slope_fraction` is 1.0"),
+    (dp.AdaptiveDamping, dict(scale=np.nan), "`scale` is nan; a finite number >= 0"),
+    (dp.AdaptiveDamping, dict(decrease=1.0), "`decrease` is 1.0"),
+    (dp.AdaptiveDamping, dict(max_damping=np.inf), "`max_damping` is inf; a finite"),
+    (dp.FixedStep, dict(damping=np.nan), "`damping` is nan; a finite number >= 0"),
+    (dp.FixedStep, dict(stepsize=0.0), "`stepsize` is 0.0; a finite number > 0"),
+]
+
+
+@pytest.mark.parametrize("cls, numbers, message", WRONG, ids=lambda x: str(x)[:20])
+def test_wrong_numbers_of_a_search_raise_at_construction(cls, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**numbers)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        dp.Backtracking(damping_factor=jnp.asarray(1.0)),  # pyright: ignore
+        dp.AdaptiveDamping(decrease=jnp.asarray(1.0)),  # pyright: ignore
+        dp.AdaptiveDamping(scale=jnp.asarray(jnp.nan)),  # pyright: ignore
+        dp.FixedStep(damping=jnp.asarray(jnp.nan)),  # pyright: ignore
+    ],
+    ids=lambda s: repr(s)[:30],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_search_with_traced_wrong_numbers_still_ends(search):
+    saddle = one_stage(lambda x: -jnp.sum(x**2))
+    x0, us = jnp.ones(1), jnp.ones((1, 1))
+    solution = dp.solve(saddle, dp.ILQR(), x0, us, search, throw=False)
+    assert solution.result != dp.RESULTS.successful
+
+
+def test_fixed_step_returns_its_best_iterate_when_it_converges_elsewhere():
+    # A full step from the left parabola lands in the minimum of the right one.
+    J = lambda x: jnp.where(x[0] < 1.0, (x[0] - 2.0) ** 2, 5.0 + (x[0] - 2.0) ** 2)
+    x0, us = jnp.zeros(1), jnp.zeros((1, 1))
+    problem = one_stage(J)
+    solution = dp.solve(problem, dp.ILQR(), x0, us, dp.FixedStep(), throw=False)
+    np.testing.assert_allclose(solution.history["cost"][:2], [4.0, 5.0])
+    assert solution.cost == 4.0 and solution.result == dp.RESULTS.no_descent
+    np.testing.assert_array_equal(solution.us, us)
+
+
+def test_no_policy_of_an_earlier_iterate_is_returned():
+    # The optimum u = 1 is reached in one step, and there the derivative is NaN.
+    J = lambda x: jnp.where(
+        x[0] == 1.0, jnp.sqrt(jnp.abs(x[0] - 1)), 2 * (x[0] - 1) ** 2
+    )
+    problem = one_stage(J)
+    solution = dp.solve(
+        problem, dp.ILQR(), jnp.zeros(1), jnp.zeros((1, 1)), throw=False
+    )
+    assert solution.result == dp.RESULTS.nonfinite_derivative
+    assert solution.stats["num_steps"] == 1 and solution.cost == 0
+    np.testing.assert_array_equal(solution.policy.k, 0)
+    np.testing.assert_array_equal(solution.policy(0, jnp.zeros(1)), 1.0)
+
+
+@pytest.mark.parametrize("search", MONOTONE, ids=name)
+def test_a_failed_solve_leaves_a_state_that_is_fit_to_start_from(search):
+    rough = one_stage(lambda x: jnp.where(x[0] == 0, 1.0, 2.0) - x[0])
+    x0, us = jnp.zeros(1), jnp.zeros((1, 1))
+    failed = dp.solve(rough, dp.Gradient(), x0, us, search, throw=False)
+    assert failed.result != dp.RESULTS.successful
+    assert failed.state.damping <= search.max_damping / 1e6
+    problem, x0, us = helpers.spring()
+    warm = dp.solve(problem, dp.ILQR(), x0, us, search, state=failed.state)
+    cold = dp.solve(problem, dp.ILQR(), x0, us, search)
+    assert warm.stats["num_steps"] <= cold.stats["num_steps"] + 2
+
+
+def test_history_keeps_the_row_of_a_search_that_failed():
+    # Derivatives promise descent where there is none.
+    rough = one_stage(lambda x: jnp.where(x[0] == 0, 1.0, 2.0) - x[0] + x[0] ** 2)
+    x0, us = jnp.zeros(1), jnp.zeros((1, 1))
+    rows = []
+    solution = dp.solve(
+        rough, dp.ILQR(), x0, us, throw=False, verbose=lambda **row: rows.append(row)
+    )
+    jax.effects_barrier()
+    assert solution.result == dp.RESULTS.no_descent
+    assert solution.history["damping"][0] > 1e9
+    assert solution.history["trials"][0] + 1 == float(solution.stats["num_rollouts"])
+
+
+def test_trials_of_the_history_add_up_at_the_step_limit():
+    problem, x0, us = helpers.pendulum()
+    solution = dp.solve(problem, dp.ILQR(), x0, us, max_steps=3, throw=False)
+    trials = np.nansum(solution.history["trials"])
+    assert trials + 1 == float(solution.stats["num_rollouts"])
+
+
+def test_numpy_scalars_are_numbers_like_any_other():
+    problem, x0, us = helpers.spring(dtype=jnp.float32)
+    search = dp.Backtracking(decrease=np.float64(0.5), min_damping=np.float64(1e-6))
+    solution = dp.solve(problem, dp.ILQR(), x0, us, search, rtol=np.float64(1e-6))
+    assert solution.us.dtype == jnp.float32
+    arrays = jax.tree.map(jnp.asarray, dp.AdaptiveDamping())
+    solution = dp.solve(problem, dp.ILQR(), x0, us, arrays)
+    assert solution.us.dtype == jnp.float32
+
+
+def test_zero_gradients_zero_costs_and_negative_costs():
+    x0, us = jnp.zeros(1), jnp.full((1, 1), 0.5)
+    for search in MONOTONE:
+        for J, best in (
+            (lambda x: 0.0 * x[0], 0.0),
+            (lambda x: x[0] ** 2, 0.0),
+            (lambda x: x[0] ** 2 - 7.0, -7.0),
+        ):
+            solution = dp.solve(one_stage(J), dp.DDP(), x0, us, search)
+            np.testing.assert_allclose(solution.cost, best, atol=1e-8)
+
+
+# Wrong calls that would otherwise be computed with.
+
+CALLS = {
+    "a vector field of another shape": (
+        lambda: dp.discretize(lambda x, u, t: x[:1], 0.1)(jnp.ones(2), jnp.ones(1), 0),
+        r"`vector_field` returned the shapes \(1,\); those of the state, \(2,\)",
+    ),
+    "another state after one stage": (
+        lambda: dp.rollout(
+            dp.ControlProblem(
+                lambda x, u, t: jnp.ones(3),
+                lambda x, u, t: 0.0,
+                lambda x: 0.0,
+                1,
+            ),
+            jnp.ones(2),
+            jnp.ones((1, 1)),
+        ),
+        "`dynamics` returned a state with the shapes .*3.* and both must agree",
+    ),
+    "a state of another shape for a policy": (
+        lambda: helpers_policy()(0, jnp.ones(1)),
+        r"`x` has the shapes \[1\]; a state of the problem has \[2\]",
+    ),
+    "a stage that a policy does not have": (
+        lambda: helpers_policy()(12, jnp.ones(2)),
+        "`t` is 12; this policy has the stages 0 to 11",
+    ),
+    "the state of a batch": (
+        lambda: dp.solve(
+            *_spring_arguments(), state=jax.vmap(lambda _: _state())(jnp.ones(3))
+        ),
+        "`state` holds a batch",
+    ),
+}
+
+
+def _spring_arguments():
+    problem, x0, us = helpers.spring()
+    return problem, dp.ILQR(), x0, us
+
+
+def helpers_policy():
+    return dp.solve(*_spring_arguments()).policy
+
+
+def _state():
+    return dp.Backtracking().init(jnp.float64)
+
+
+@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_calls(case):
+    call, message = CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_reprs_never_fail():
+    problem, x0, us = helpers.spring()
+    solution = dp.solve(problem, dp.ILQR(), x0, us)
+    shapes = jax.eval_shape(lambda: dp.solve(problem, dp.ILQR(), x0, us))
+    for thing in (solution.policy, shapes, jax.tree.map(lambda _: None, solution)):
+        assert repr(thing)
+    assert repr(solution.policy).startswith("Policy(K=")
