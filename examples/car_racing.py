@@ -110,10 +110,8 @@ while len(controls) < num_steps and states[-1][-2] <= track.length:
 seconds = (time.perf_counter() - start) / len(controls)
 states, controls = np.stack(states), np.stack(controls)
 speed = np.hypot(states[:, 3], states[:, 4])
-# Where the car is between the borders, measured along the normal of the center line.
 lateral = np.asarray(jax.vmap(race.lateral_error)(states))
-left, right = track.half_widths(states[:, -2])
-margins = np.minimum(left + lateral, right - lateral) - race.car.width / 2
+margins = np.asarray(jax.vmap(race.border_margin)(states))
 
 print(f"{len(controls)} control steps of {1e3 * seconds:.1f} ms each")
 print(f"{np.mean(iterations):.1f} iterations per step")

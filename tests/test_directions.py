@@ -65,7 +65,7 @@ def test_second_order_directions_agree_on_a_linear_quadratic_problem():
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_rollout_near_step_size_zero(chain, method):
-    """Bit for bit the trajectory at 0; the slope is the derivative of the cost there."""
+    """Bit for bit the trajectory at 0, where the slope is the cost's derivative."""
     problem, x0, us = helpers.PROBLEMS[chain]()
 
     @jax.jit
