@@ -61,7 +61,7 @@ else:
         margin=0.01,
         method="midpoint",
     )
-num_steps, horizon, max_steps = (8, 5, 2) if args.fast else (4000, 60, 8)
+num_steps, horizon, max_steps = (8, 5, 2) if args.fast else (4000, 60, 25)
 print(f"{args.car} car, track of {track.length:.1f} m, stages of {race.dt} s")
 
 
