@@ -439,6 +439,14 @@ def test_c9_bicycle_car_ddp_lq_reg():
     matches(costs(solution)[1:4], (15.622765, 0.52927913, 0.019116174), 1e-5)
 
 
+def test_c9_bicycle_car_T_100():
+    problem, x0, us = env.bicycle_car(100)
+    search = dp.AdaptiveDamping()
+    solution = dp.solve(problem, dp.ILQR(), x0, us, search, max_steps=3, throw=False)
+    matches(first(solution, "gradient"), 284.610872432183, 1e-5)
+    matches(costs(solution)[1:4], (24.162663, 0.94817669, 0.093643948), 1e-5)
+
+
 def test_c9_bicycle_car_T_25():
     cost = float(dp.rollout(*env.bicycle_car(25)).cost)
     matches(cost, 39.33518769152664, 1e-7)
