@@ -124,9 +124,9 @@ def test_closures_over_traced_values_work_inside_jit(search):
 
 def test_jit_equals_eager():
     problem, x0, us = helpers.spring(T=2)
-    compiled = dp.solve(problem, dp.ILQR(), x0, us, max_steps=1, throw=False)
+    compiled = dp.solve(problem, dp.Gradient(), x0, us, max_steps=1, throw=False)
     with jax.disable_jit():
-        eager = dp.solve(problem, dp.ILQR(), x0, us, max_steps=1, throw=False)
+        eager = dp.solve(problem, dp.Gradient(), x0, us, max_steps=1, throw=False)
     np.testing.assert_allclose(eager.us, compiled.us, atol=1e-13)
 
 
