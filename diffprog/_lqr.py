@@ -1,6 +1,6 @@
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._door import door
@@ -228,8 +228,8 @@ class LQR(eqx.Module):
         hessian = cat(
             [cat([self.Q, self.M], 2), cat([self.M.swapaxes(1, 2), self.R], 2)], 1
         )
-        F = eqx.filter_vmap(affine)(self.c, AB)
-        W = eqx.filter_vmap(quadratic)(cat([self.q, self.r], 1), hessian)
+        F = jax.vmap(affine)(self.c, AB)
+        W = jax.vmap(quadratic)(cat([self.q, self.r], 1), hessian)
         return F, W, quadratic(self.q_final, self.Q_final)
 
 
@@ -339,6 +339,4 @@ def solve_lqr(lqr: LQR, x0: Float[Array, " n"], *, throw: bool = True) -> LQRSol
     """
     if not isinstance(lqr, LQR):
         raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
-    return throw_unless_successful(
-        _solve_lqr_door(lqr, jtu.tree_map(jnp.asarray, x0)), throw
-    )
+    return throw_unless_successful(_solve_lqr_door(lqr, jnp.asarray(x0)), throw)

@@ -250,6 +250,14 @@ def test_wrong_calls(case):
         call()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_list_of_numbers_is_a_first_state_for_lqr():
+    lqr = helpers.random_lqr(jax.random.key(0))
+    listed = dp.solve_lqr(lqr, [1.0, -1.0, 0.5])  # pyright: ignore
+    array = dp.solve_lqr(lqr, jnp.asarray([1.0, -1.0, 0.5]))
+    np.testing.assert_array_equal(listed.us, array.us)
+
+
 def test_reprs_never_fail():
     problem, x0, us = helpers.spring()
     solution = dp.solve(problem, dp.ILQR(), x0, us)

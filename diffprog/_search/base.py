@@ -75,13 +75,11 @@ class Verdict(eqx.Module):
 class AbstractSearch(eqx.Module):
     """Chooses step sizes and dampings, and says whether a trial point is accepted."""
 
-    monotone: eqx.AbstractClassVar[bool]  # never accepts a higher cost
-    exhausted: eqx.AbstractClassVar[
-        RESULTS
-    ]  # the code when `fail` follows finite trials
-    infeasible: eqx.AbstractClassVar[
-        RESULTS
-    ]  # ... and when it follows no factorization
+    # Whether a higher cost is never accepted; the codes for giving up after finite
+    # trials, and for giving up because no model had a minimum.
+    monotone: eqx.AbstractClassVar[bool]
+    exhausted: eqx.AbstractClassVar[RESULTS]
+    infeasible: eqx.AbstractClassVar[RESULTS]
 
     @abc.abstractmethod
     def init(self, dtype) -> SearchState:

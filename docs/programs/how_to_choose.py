@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffprog as dp
+from diffprog._result import NAMES
 
 
 DIRECTIONS = (dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP())
@@ -47,18 +48,7 @@ def solve(direction, search, horizon, dtype=None):
 
 
 def result(solution):
-    return next(n for n in RESULT_NAMES if solution.result == getattr(dp.RESULTS, n))
-
-
-RESULT_NAMES = (
-    "successful",
-    "max_steps_reached",
-    "no_descent",
-    "damping_limit",
-    "nonfinite_rollout",
-    "nonfinite_derivative",
-    "factorization_failed",
-)
+    return NAMES[int(solution.result._value)]
 
 
 def all_pairs(horizon):
