@@ -26,9 +26,11 @@ from ._expand import (
     quadratize as quadratize,
 )
 from ._lqr import (
+    AbstractRiccati as AbstractRiccati,
     LQR as LQR,
     LQRSolution as LQRSolution,
     Policy as Policy,
+    Riccati as Riccati,
     solve_lqr as solve_lqr,
     Sweep as Sweep,
     Value as Value,

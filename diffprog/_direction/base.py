@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._expand import Model
+from .._expand import linearized, Model, quadratized
 from .._linalg import matmul
 from .._lqr import Sweep
 from .._rollout import (
@@ -15,7 +15,7 @@ from .._rollout import (
     VectorTrajectory,
 )
 from .._tree import norm
-from .._types import Rows, Stacks, Tensors
+from .._types import Rows, Tensors
 
 
 class Expansion(eqx.Module):
@@ -85,9 +85,18 @@ class AbstractDirection(eqx.Module):
 
 
 def linear_quadratic(
-    chain: VectorChain, F: Stacks, W: Stacks, V: Array, tensors: Tensors | None = None
+    chain: VectorChain,
+    trajectory: VectorTrajectory,
+    weights: Rows | None = None,
+    tensors: Tensors | None = None,
 ) -> Expansion:
-    """The expansion with the model F, W, V and perhaps second derivatives."""
+    """Linear dynamics and quadratic costs: the model that a Riccati recursion takes.
+
+    With `weights` (a row w_t per stage) the Hessians are those of h_t + w_t' f_t;
+    `tensors` are second derivatives of f_t, for weights that the recursion knows.
+    """
+    F = linearized(chain, trajectory)
+    W, V = quadratized(chain, trajectory, weights)
     borders = tuple(w[:, 0, 1:] for w in W)  # (q_t, r_t)
     # A costate passes what is not finite down to all earlier W: look elsewhere first.
     source = first_nonfinite(chain, (F, borders), V[0])

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
-from .._expand import linearized, quadratized, second_derivatives
-from .._lqr import riccati
+from .._expand import second_derivatives
+from .._lqr import Riccati
 from .base import AbstractDirection, linear_quadratic
 
 
@@ -12,6 +12,7 @@ class DDP(AbstractDirection):
     cost-to-go of the same backward pass; gains rolled out on the true dynamics.
     Quadratic convergence near a strict minimum. O(T n (n + m)^2) time and memory per
     iteration for the second derivatives, O(T (n + m)^3) time for each backward pass.
+    That pass is always sequential: the weights p of its Hessians come out of itself.
 
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
@@ -20,9 +21,8 @@ class DDP(AbstractDirection):
     follows_dynamics: ClassVar[bool] = True
 
     def expand(self, chain, trajectory):
-        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory)
         tensors = second_derivatives(chain, trajectory)
-        return linear_quadratic(chain, F, W, V, tensors)
+        return linear_quadratic(chain, trajectory, tensors=tensors)
 
     def backward(self, chain, trajectory, model, damping):
-        return riccati(chain, trajectory, model, damping)
+        return Riccati().backward(chain, trajectory, model, damping)

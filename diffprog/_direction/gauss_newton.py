@@ -1,7 +1,6 @@
 from typing import ClassVar
 
-from .._expand import linearized, quadratized
-from .._lqr import riccati
+from .._lqr import AbstractRiccati, Riccati
 from .base import AbstractDirection, linear_quadratic
 
 
@@ -12,15 +11,18 @@ class GaussNewton(AbstractDirection):
     linear dynamics, quadratic costs, gains rolled out on the linear model.
     O(T (n + m)^3) per iteration.
 
+    - `riccati`: how the backward pass runs, [`diffprog.Riccati`][] by default.
+
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
     """
 
+    riccati: AbstractRiccati = Riccati()
+
     follows_dynamics: ClassVar[bool] = False
 
     def expand(self, chain, trajectory):
-        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory)
-        return linear_quadratic(chain, F, W, V)
+        return linear_quadratic(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):
-        return riccati(chain, trajectory, model, damping)
+        return self.riccati.backward(chain, trajectory, model, damping)

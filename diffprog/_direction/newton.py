@@ -1,7 +1,7 @@
 from typing import ClassVar
 
-from .._expand import adjoints, linearized, quadratized
-from .._lqr import riccati
+from .._expand import adjoints
+from .._lqr import AbstractRiccati, Riccati
 from .base import AbstractDirection, linear_quadratic
 
 
@@ -12,16 +12,19 @@ class Newton(AbstractDirection):
     $\lambda$ of the adjoint pass; gains rolled out on the linear model. Quadratic
     convergence near a strict minimum. O(T (n + m)^3) per iteration.
 
+    - `riccati`: how the backward pass runs, [`diffprog.Riccati`][] by default.
+
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
     """
+
+    riccati: AbstractRiccati = Riccati()
 
     follows_dynamics: ClassVar[bool] = False
 
     def expand(self, chain, trajectory):
         _, lams, _ = adjoints(chain, trajectory)
-        F, (W, V) = linearized(chain, trajectory), quadratized(chain, trajectory, lams)
-        return linear_quadratic(chain, F, W, V)
+        return linear_quadratic(chain, trajectory, weights=lams)
 
     def backward(self, chain, trajectory, model, damping):
-        return riccati(chain, trajectory, model, damping)
+        return self.riccati.backward(chain, trajectory, model, damping)

@@ -1,15 +1,16 @@
+import abc
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._door import door
-from ._expand import affine, Model, quadratic
-from ._linalg import matmul, solve_positive, symmetrize
-from ._result import RESULTS, throw_unless_successful
-from ._rollout import Segment, VectorChain, VectorTrajectory
-from ._tree import all_finite, Layout, norm
-from ._types import Stacks
+from .._expand import affine, Model, quadratic
+from .._linalg import matmul, solve_positive, symmetrize
+from .._result import RESULTS
+from .._rollout import VectorChain, VectorTrajectory
+from .._tree import Layout, norm
+from .._types import Rows, Stacks
 
 
 def bellman(F: Array, W: Array, V: Array, m: int, damping: Array):
@@ -59,35 +60,12 @@ def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> 
     return jnp.where(gradient == 0, 0.0, promised)
 
 
-def riccati(
-    chain: VectorChain,
-    trajectory: VectorTrajectory,
-    model: Model,
-    damping: Float[Array, ""],
+def summarize(
+    gains: Stacks, gradients: Rows, slope: Array, damping: Array, positive: Array
 ) -> Sweep:
-    """The backward pass from the last V; the adjoint rides along for the gradient.
-
-    If the model has second derivatives of f_t, the Hessian of p_{t+1}' f_t is added to
-    every stage (DDP).
-    """
-
-    def stage(_, carry, F, W, u, *tensor):
-        V, lam = carry
-        new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
-        if tensor:
-            hessian = jnp.einsum("i,ijk->jk", V[0, 1:], *tensor, precision="highest")
-            W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
-        V, gains, positive = bellman(F, W, V, len(u), damping)
-        return (V, new_lam), (gains, gradient, positive)
-
-    tensors = () if model.tensors is None else (model.tensors,)
-    data = (model.F, model.W, trajectory.us, *tensors)
-    (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
-    gains, gradients, positive = zip(*rows, strict=True)
+    """The `Sweep` of gains that minimize the damped model, exactly."""
     gradient = norm(gradients)
-    slope = V[0, 0]  # = sum of h'k where c = 0
     squares = norm([g[:, :, 0] for g in gains]) ** 2
-    positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
     return Sweep(
         gains=gains,
         slope=slope,
@@ -265,78 +243,33 @@ class LQRSolution(eqx.Module):
     result: RESULTS
 
 
-def _solve_lqr(lqr: LQR, x0: Float[Array, " n"]) -> LQRSolution:
-    F, W, V = lqr.blocks()
-    T, n, m = lqr.B.shape
-    if x0.shape != (n,) or x0.dtype != F.dtype:
-        raise ValueError(
-            f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {F.dtype} "
-            "are expected."
-        )
-    none = lambda *_: None
-    chain = VectorChain((Segment(none, none, 0, T),), none, F.dtype)
+class AbstractRiccati(eqx.Module):
+    """How the Riccati recursion of a linear-quadratic model is run.
 
-    def backward(_, V, F, W):
-        before, gains, positive = bellman(F, W, V, m, jnp.zeros((), F.dtype))
-        return before, (before, gains, positive)
-
-    _, ((values, gains, positive),) = chain.scan(backward, V, (F,), (W,), reverse=True)
-
-    def forward(_, x, F, gains):
-        u = matmul(gains, x)
-        return matmul(F, jnp.concatenate([x, u])), (x, u)
-
-    start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
-    last, ((xs, us),) = chain.scan(forward, start, (F,), (gains,))
-    idle, ((xs_idle, _),) = chain.scan(forward, start, (F,), (jnp.zeros_like(gains),))
-    xs = jnp.concatenate([xs, last[None]])[:, 1:]
-    xs_idle = jnp.concatenate([xs_idle, idle[None]])[:, 1:]
-    values = jnp.concatenate([values, V[None]])
-    cost = matmul(start, matmul(values[0], start)) / 2
-    positive = jnp.all(positive) & all_finite(values)
-    return LQRSolution(
-        xs,
-        us,
-        cost,
-        Policy(
-            K=gains[:, :, 1:],
-            k=gains[:, :, 0],
-            xs=jnp.zeros_like(xs[:-1]),
-            us=jnp.zeros_like(us),
-            _x=Layout.of(x0, x0.dtype),
-            _u=Layout.of(us[0], x0.dtype),
-            _start=0,
-        ),
-        Value(values[:, 1:, 1:], values[:, 0, 1:], values[:, 0, 0] / 2),
-        cost - lqr.cost(xs_idle, jnp.zeros_like(us)),
-        RESULTS.where(positive, RESULTS.successful, RESULTS.factorization_failed),
-    )
-
-
-_solve_lqr_door = door(_solve_lqr)
-
-
-def solve_lqr(lqr: LQR, x0: Float[Array, " n"], *, throw: bool = True) -> LQRSolution:
-    r"""Solves a linear-quadratic problem by the Riccati recursion.
-
-    $$G = R + B^\top P B, \; K = -G^{-1}(B^\top P A + M^\top), \;
-    k = -G^{-1}(r + B^\top (p + P c)).$$
-
-    **Arguments:**
-
-    - `lqr`: the problem.
-    - `x0`: the first state, shape `(n,)`.
-    - `throw`: raise [`diffprog.SolveError`][] when the problem has no minimum and all
-        inputs are concrete.
-
-    **Returns:** a [`diffprog.LQRSolution`][]. Its `result` is `factorization_failed`,
-    and its numbers are not finite, where some G is not positive definite.
-
-    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory. Differentiable.
-
-    Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
-    Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
+    All work on the blocks of `_expand`; [k K] are the gains of a stage.
     """
-    if not isinstance(lqr, LQR):
-        raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
-    return throw_unless_successful(_solve_lqr_door(lqr, jnp.asarray(x0)), throw)
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        chain: VectorChain,
+        trajectory: VectorTrajectory,
+        model: Model,
+        damping: Float[Array, ""],
+    ) -> Sweep:
+        """The backward pass of a direction, over all segments of the chain."""
+
+    @abc.abstractmethod
+    def values(
+        self,
+        F: Float[Array, "T _ _"],
+        W: Float[Array, "T _ _"],
+        V: Float[Array, "_ _"],
+    ) -> tuple[Float[Array, "states _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
+        """V of every state, [k K] of every stage, and whether all have a minimum."""
+
+    @abc.abstractmethod
+    def rollout(
+        self, F: Float[Array, "T _ _"], gains: Float[Array, "T _ _"], x0: Array
+    ) -> tuple[Float[Array, "states _"], Float[Array, "T _"]]:
+        """States and controls of (1, x') = F (1, x, u), u = [k K] (1, x)."""

@@ -1,0 +1,9 @@
+from .base import (
+    AbstractRiccati as AbstractRiccati,
+    LQR as LQR,
+    LQRSolution as LQRSolution,
+    Policy as Policy,
+    Sweep as Sweep,
+    Value as Value,
+)
+from .riccati import Riccati as Riccati, solve_lqr as solve_lqr

@@ -1,0 +1,153 @@
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._door import door
+from .._linalg import matmul
+from .._result import RESULTS, throw_unless_successful
+from .._tree import all_finite, Layout
+from .base import (
+    AbstractRiccati,
+    bellman,
+    LQR,
+    LQRSolution,
+    Policy,
+    summarize,
+    Value,
+)
+
+
+class Riccati(AbstractRiccati):
+    """The Riccati recursion from stage to stage: the default.
+
+    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory. Every stage needs
+    R + damping I + B'PB positive definite, and nothing else.
+
+    Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
+    Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
+    """
+
+    def backward(self, chain, trajectory, model, damping):
+        """The backward pass from the last V; the adjoint rides along for the gradient.
+
+        If the model has second derivatives of f_t, the Hessian of p_{t+1}' f_t is added
+        to every stage (DDP).
+        """
+
+        def stage(_, carry, F, W, u, *tensor):
+            V, lam = carry
+            new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
+            if tensor:
+                hessian = jnp.einsum(
+                    "i,ijk->jk", V[0, 1:], *tensor, precision="highest"
+                )
+                W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+            V, gains, positive = bellman(F, W, V, len(u), damping)
+            return (V, new_lam), (gains, gradient, positive)
+
+        tensors = () if model.tensors is None else (model.tensors,)
+        data = (model.F, model.W, trajectory.us, *tensors)
+        (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
+        gains, gradients, positive = zip(*rows, strict=True)
+        positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
+        # Where c = 0, V[0, 0] is the sum of h'k.
+        return summarize(gains, gradients, V[0, 0], damping, positive)
+
+    def values(self, F, W, V):
+        def stage(V, row):
+            F, W = row
+            m = W.shape[0] - V.shape[0]
+            before, gains, positive = bellman(F, W, V, m, jnp.zeros((), F.dtype))
+            return before, (before, gains, positive)
+
+        _, (values, gains, positive) = lax.scan(stage, V, (F, W), reverse=True)
+        return jnp.concatenate([values, V[None]]), gains, jnp.all(positive)
+
+    def rollout(self, F, gains, x0):
+        def stage(x, row):
+            F, gains = row
+            u = matmul(gains, x)
+            return matmul(F, jnp.concatenate([x, u])), (x, u)
+
+        start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
+        last, (xs, us) = lax.scan(stage, start, (F, gains))
+        return jnp.concatenate([xs, last[None]])[:, 1:], us
+
+
+def _solve_lqr(
+    lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati
+) -> LQRSolution:
+    F, W, V = lqr.blocks()
+    n = lqr.B.shape[1]
+    if x0.shape != (n,) or x0.dtype != F.dtype:
+        raise ValueError(
+            f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {F.dtype} "
+            "are expected."
+        )
+    values, gains, positive = method.values(F, W, V)
+    xs, us = method.rollout(F, gains, x0)
+    xs_idle, us_idle = method.rollout(F, jnp.zeros_like(gains), x0)
+    start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
+    cost = matmul(start, matmul(values[0], start)) / 2
+    return LQRSolution(
+        xs,
+        us,
+        cost,
+        Policy(
+            K=gains[:, :, 1:],
+            k=gains[:, :, 0],
+            xs=jnp.zeros_like(xs[:-1]),
+            us=jnp.zeros_like(us),
+            _x=Layout.of(x0, x0.dtype),
+            _u=Layout.of(us[0], x0.dtype),
+            _start=0,
+        ),
+        Value(values[:, 1:, 1:], values[:, 0, 1:], values[:, 0, 0] / 2),
+        cost - lqr.cost(xs_idle, us_idle),
+        RESULTS.where(
+            positive & all_finite(values),
+            RESULTS.successful,
+            RESULTS.factorization_failed,
+        ),
+    )
+
+
+_solve_lqr_door = door(_solve_lqr)
+
+
+def solve_lqr(
+    lqr: LQR,
+    x0: Float[Array, " n"],
+    *,
+    method: AbstractRiccati = Riccati(),
+    throw: bool = True,
+) -> LQRSolution:
+    r"""Solves a linear-quadratic problem by the Riccati recursion.
+
+    $$G = R + B^\top P B, \; K = -G^{-1}(B^\top P A + M^\top), \;
+    k = -G^{-1}(r + B^\top (p + P c)).$$
+
+    **Arguments:**
+
+    - `lqr`: the problem.
+    - `x0`: the first state, shape `(n,)`.
+    - `method`: how the recursion is run, [`diffprog.Riccati`][].
+    - `throw`: raise [`diffprog.SolveError`][] when the problem has no minimum and all
+        inputs are concrete.
+
+    **Returns:** a [`diffprog.LQRSolution`][]. Its `result` is `factorization_failed`,
+    and its numbers are not finite, where some G is not positive definite.
+
+    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory. Differentiable.
+
+    Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
+    Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
+    """
+    if not isinstance(lqr, LQR):
+        raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
+    if not isinstance(method, AbstractRiccati):
+        raise TypeError(
+            f"`method` is a {type(method).__name__}; `dp.Riccati()` is expected."
+        )
+    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method)
+    return throw_unless_successful(solution, throw)
