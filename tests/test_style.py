@@ -22,6 +22,7 @@ PACKAGE = ROOT / "diffprog"
 # family folder, from that folder's base.
 FLOORS = {
     "_types": 0,
+    "_fast_loops": 1,
     "_linalg": 1,
     "_report": 1,
     "_result": 1,
