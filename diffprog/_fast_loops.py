@@ -70,6 +70,10 @@ DTYPES = ("bool", "float32", "float64", "int32", "int64", "uint32", "uint64", "u
 Loops = OneOf["plain", "apart", "forced", "fused"]
 
 
+class FastLoopsError(ValueError):
+    """Fast loops were asked for where they are not possible."""
+
+
 def compiled(fn: Callable[[Loops], PyTree], fast_loops: bool | None) -> PyTree:
     """`fn("fused")` as one function if that is possible; else `fn("apart")`.
 
@@ -85,7 +89,7 @@ def compiled(fn: Callable[[Loops], PyTree], fast_loops: bool | None) -> PyTree:
     fast, shape = jax.make_jaxpr(lambda: fn("fused"), return_shape=True)()
     reason = reason or obstacle(fast)
     if reason and fast_loops:
-        raise ValueError(
+        raise FastLoopsError(
             f"`fast_loops=True` is not possible here because of {reason}. "
             "`fast_loops=None` makes as many loops fast as it can."
         )
@@ -140,7 +144,7 @@ def _dispatched(fast: ClosedJaxpr, plain: ClosedJaxpr, fast_loops) -> Callable:
     @unbatched.def_vmap
     def _(size, batched, _, plain_consts):
         if fast_loops:
-            raise ValueError(
+            raise FastLoopsError(
                 "`fast_loops=True` is not possible under `jax.vmap`, which runs all "
                 "problems in lock step: use `jax.lax.map`, or `dp.solve_batch`."
             )

@@ -18,9 +18,8 @@ from .helpers import DIRECTIONS, name
 MARK = "xla_cpu_small_call"
 
 
-def agree(a, b, **tolerances):
-    tolerances = dict(rtol=1e-9, atol=1e-11) | tolerances
-    compare = lambda x, y: np.testing.assert_allclose(x, y, **tolerances)
+def agree(a, b, rtol=1e-9, atol=1e-11):
+    compare = lambda x, y: np.testing.assert_allclose(x, y, rtol, atol)
     jtu.tree_map(compare, a, b)
 
 

@@ -38,7 +38,8 @@ FLOORS = {
     "_loop": 7,
     "_solution": 7,
     "_solve": 8,
-    "__init__": 9,
+    "_batch": 9,
+    "__init__": 10,
 }
 OUTSIDE = ("systems", "plot")  # these see the public door only
 
