@@ -67,7 +67,7 @@ def cart_pole_dynamics(np, x, u):
     push = u[0] + 0.3 * sin * (0.5 * rate**2 + 9.81 * cos)
     acceleration = push / (1.0 + 0.3 * sin**2)
     spin = -(acceleration * cos + 9.81 * sin) / 0.5
-    return x + 0.02 * np.array([velocity, acceleration, rate, spin])
+    return x + 0.025 * np.array([velocity, acceleration, rate, spin])
 
 
 def cart_pole_error(np, x):
@@ -76,7 +76,7 @@ def cart_pole_error(np, x):
 
 def cart_pole_cost(np, x, u):
     error = cart_pole_error(np, x)
-    return 0.5 * (squares(np, (0.1, 0.01, 0.1, 0.01), error) + 0.01 * u[0] ** 2)
+    return 0.5 * (squares(np, (1.0, 0.1, 1.0, 0.1), error) + 0.01 * u[0] ** 2)
 
 
 def cart_pole_terminal_cost(np, x):
@@ -158,6 +158,56 @@ def quadrotor_terminal_cost(np, x):
     return 0.5 * squares(np, (100.0,) * 6 + (10.0,) * 6, error)
 
 
+# An acrobot, two links of 1 kg and 1 m with a motor between them, from hanging to
+# upright, explicit Euler. The state is the angles of both links and their rates.
+
+
+def acrobot_dynamics(np, x, u):
+    cos, sin = np.cos(x[1]), np.sin(x[1])
+    a, b, c = 5.0 / 3.0 + cos, 1.0 / 3.0 + 0.5 * cos, 1.0 / 3.0
+    fall = 4.905 * np.sin(x[0] + x[1])
+    first = 0.5 * sin * x[3] * (2.0 * x[2] + x[3]) - 14.715 * np.sin(x[0]) - fall
+    first, second = first - 0.1 * x[2], u[0] - 0.5 * sin * x[2] ** 2 - fall - 0.1 * x[3]
+    determinant = a * c - b**2
+    rates = [(c * first - b * second) / determinant, (a * second - b * first) / determinant]
+    return x + 0.03 * np.array([x[2], x[3], *rates])
+
+
+def acrobot_error(np, x):
+    return np.array([x[0] - math.pi, x[1], x[2], x[3]])
+
+
+def acrobot_cost(np, x, u):
+    error = acrobot_error(np, x)
+    return 0.5 * (squares(np, (1.0, 1.0, 0.1, 0.1), error) + 0.01 * u[0] ** 2)
+
+
+def acrobot_terminal_cost(np, x):
+    return 0.5 * squares(np, (100.0, 100.0, 10.0, 10.0), acrobot_error(np, x))
+
+
+# A rocket in a plane that comes down beside its pad, explicit Euler. The state is
+# position, tilt and their rates; the controls are the thrust less the weight, in
+# weights, and the angle of the engine.
+
+
+def rocket_dynamics(np, x, u):
+    thrust = 9.81 * (1.0 + u[0])
+    side, up = np.sin(x[2] + u[1]), np.cos(x[2] + u[1])
+    turn = -0.5 * thrust * np.sin(u[1])
+    rates = [-thrust * side, thrust * up - 9.81, turn]
+    return x + 0.05 * np.concatenate([x[3:], np.array(rates)])
+
+
+def rocket_cost(np, x, u):
+    weights = (0.01, 0.01, 0.1, 0.01, 0.01, 0.1)
+    return 0.5 * (squares(np, weights, x) + squares(np, (1.0, 1.0), u))
+
+
+def rocket_terminal_cost(np, x):
+    return 0.5 * squares(np, (100.0, 100.0, 100.0, 10.0, 10.0, 10.0), x)
+
+
 PROBLEMS = (
     Problem(
         "pendulum",
@@ -197,5 +247,27 @@ PROBLEMS = (
         controls=4,
         horizon=100,
         spread=(0.3,) * 3 + (0.1,) * 9,
+    ),
+)
+
+# For these nothing was ever tuned: neither the library nor their numbers.
+UNSEEN = (
+    Problem(
+        "acrobot",
+        acrobot_dynamics,
+        acrobot_cost,
+        acrobot_terminal_cost,
+        x0=(0.0, 0.0, 0.0, 0.0),
+        controls=1,
+        horizon=150,
+    ),
+    Problem(
+        "rocket landing",
+        rocket_dynamics,
+        rocket_cost,
+        rocket_terminal_cost,
+        x0=(10.0, 30.0, 0.2, -2.0, -8.0, 0.0),
+        controls=2,
+        horizon=120,
     ),
 )

@@ -1,4 +1,4 @@
-"""CasADi: a problem as symbols, as C code, and solved by Fatrop and by Ipopt."""
+"""CasADi: a problem as symbols, and solved by Fatrop and by Ipopt."""
 
 import types
 
@@ -86,6 +86,7 @@ class MultipleShooting:
         self.solver = casadi.nlpsol("solver", solver, nlp, options)
         self.x0 = numpy.array(problem.x0)
         self.guess = self.roll_out(problem)
+        self()
 
     def roll_out(self, problem) -> numpy.ndarray:
         """States and controls of the first guess, which meets all constraints."""
@@ -95,12 +96,17 @@ class MultipleShooting:
             x = self.stage(x, u)[0].full().ravel()
         return numpy.concatenate([*parts, x])
 
-    def __call__(self) -> float:
-        answer = self.solver(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
-        return float(answer["f"])
+    def __call__(self):
+        self.answer = self.solver(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
 
+    @property
+    def cost(self) -> float:
+        return float(self.answer["f"])
+
+    @property
     def steps(self) -> int:
         return self.solver.stats()["iter_count"]
 
+    @property
     def converged(self) -> bool:
         return self.solver.stats()["success"]

@@ -75,10 +75,8 @@ def generated(problem) -> Functions:
     return Functions(*map(address, NAMES))
 
 
-class FDDP:
+class CompiledFDDP:
     """Solves a problem from a start, by default its own, and zero controls."""
-
-    language = "C++"
 
     def __init__(self, problem):
         self.library = interface()
@@ -86,15 +84,95 @@ class FDDP:
         self.solver = self.library.fddp_create(*sizes, generated(problem), TOLERANCE)
         self.x0 = numpy.array(problem.x0)
         self.us = numpy.zeros((problem.horizon, problem.controls))
-        self.cost, self.steps = ctypes.c_double(), 0
+        self.answer = ctypes.c_double()
+        self()
 
-    def __call__(self, x0=None) -> float:
-        x0 = numpy.ascontiguousarray(self.x0 if x0 is None else x0)
+    def __call__(self, x0=None):
+        x0 = self.x0 if x0 is None else numpy.ascontiguousarray(x0)
         arrays = [array.ctypes.data_as(POINTER) for array in (x0, self.us)]
-        cost = ctypes.byref(self.cost)
-        self.steps = self.library.fddp_solve(self.solver, *arrays, MAX_STEPS, cost)
-        return self.cost.value
+        answer = ctypes.byref(self.answer)
+        steps = self.library.fddp_solve(self.solver, *arrays, MAX_STEPS, answer)
+        self.steps, self.converged = abs(steps), steps > 0
 
     @property
-    def converged(self) -> bool:
-        return self.steps > 0
+    def cost(self) -> float:
+        return self.answer.value
+
+
+class PythonModel(crocoddyl.ActionModelAbstract):
+    """An action model that calls the interpreted functions of CasADi."""
+
+    def __init__(self, problem):
+        state = crocoddyl.StateVector(len(problem.x0))
+        super().__init__(state, problem.controls)
+        self.functions = functions(problem)
+
+    def calc(self, data, x, u=None):
+        if u is None:
+            data.cost = float(self.functions["last"](x))
+            data.xnext = x
+        else:
+            following, cost = self.functions["stage"](x, u)
+            data.xnext, data.cost = following.full().ravel(), float(cost)
+
+    def calcDiff(self, data, x, u=None):
+        if u is None:
+            gradient, hessian = self.functions["last_derivatives"](x)
+            data.Lx, data.Lxx = gradient.full().ravel(), hessian.full()
+            return
+        parts = [part.full() for part in self.functions["stage_derivatives"](x, u)]
+        data.Fx, data.Fu, data.Lxx, data.Lxu, data.Luu = (*parts[:2], *parts[4:])
+        data.Lx, data.Lu = parts[2].ravel(), parts[3].ravel()
+
+
+class InterpretedFDDP:
+    """The same with the model in Python."""
+
+    def __init__(self, problem):
+        model = PythonModel(problem)
+        self.x0 = numpy.array(problem.x0)
+        self.us = [numpy.zeros(problem.controls)] * problem.horizon
+        stages = [model] * problem.horizon
+        self.problem = crocoddyl.ShootingProblem(self.x0, stages, model)
+        self.problem.nthreads = 1
+        self.solver = crocoddyl.SolverFDDP(self.problem)
+        self.solver.th_stop = TOLERANCE
+        self()
+
+    def __call__(self, x0=None):
+        self.problem.x0 = self.x0 if x0 is None else x0
+        xs = self.problem.rollout(self.us)
+        self.converged = self.solver.solve(xs, self.us, MAX_STEPS, True)
+        self.steps, self.cost = self.solver.iter, self.solver.cost
+
+
+FDDP = CompiledFDDP if COMPILER else InterpretedFDDP
+NAME = "Crocoddyl FDDP, C++" if COMPILER else "Crocoddyl FDDP, Python model"
+
+
+class OneIteration:
+    """One FDDP iteration with the built-in model in C++, which solves an LQR problem."""
+
+    def __init__(self, lqr: dict, x0: numpy.ndarray):
+        T, n, m = lqr["B"].shape
+        names = ("A", "B", "Q", "R", "M", "c", "q", "r")
+        model = lambda t: crocoddyl.ActionModelLQR(*(lqr[name][t] for name in names))
+        final = crocoddyl.ActionModelLQR(
+            *(numpy.zeros(shape) for shape in ((n, n), (n, m))),
+            lqr["Q_final"],
+            numpy.eye(m),
+            *(numpy.zeros(shape) for shape in ((n, m), (n,))),
+            lqr["q_final"],
+            numpy.zeros(m),
+        )
+        problem = crocoddyl.ShootingProblem(x0, [model(t) for t in range(T)], final)
+        problem.nthreads = 1
+        self.solver = crocoddyl.SolverFDDP(problem)
+        self()
+
+    def __call__(self):
+        self.solver.solve([], [], 1, False)
+
+    @property
+    def cost(self) -> float:
+        return self.solver.cost
