@@ -17,7 +17,7 @@ import time
 from . import machine, promises, report
 
 
-SECTIONS = ("single", "door", "lqr", "batch", "first_order", "compilation", "scaling")
+SECTIONS = ("single", "door", "lqr", "batch", "others", "compilation", "scaling")
 
 
 def arguments():

@@ -9,7 +9,7 @@ import diffprog as dp
 
 
 # The stopping rule of Crocoddyl: the model promises less than this.
-TOLERANCE, MAX_STEPS = 1e-7, 500
+STOP = dict(rtol=0.0, atol=1e-7, max_steps=500, throw=False)
 METHODS = (dp.ILQR(), dp.DDP())
 
 # Fast loops are chosen by the library itself; plain ones are what it falls back on.
@@ -34,8 +34,18 @@ def start(problem) -> tuple[jax.Array, jax.Array]:
 def solver(problem, method, **options):
     """`solve(x0, us)`, for a `jax.jit` around it."""
     ours = chain(problem)
-    options = dict(rtol=0.0, atol=TOLERANCE, max_steps=MAX_STEPS, throw=False) | options
+    options = STOP | options
     return lambda x0, us: dp.solve(ours, method, x0, us, **options)
+
+
+def batch_solver(problem, method, **options):
+    """`solve(x0s, uss)` for many starts."""
+    if not hasattr(dp, "solve_batch"):
+        solve = solver(problem, method, **options)
+        return jax.jit(lambda x0s, uss: jax.lax.map(lambda a: solve(*a), (x0s, uss)))
+    ours = chain(problem)
+    options = STOP | options
+    return lambda x0s, uss: dp.solve_batch(ours, method, x0s, uss, **options)
 
 
 class Solver:

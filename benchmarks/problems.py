@@ -169,7 +169,10 @@ def acrobot_dynamics(np, x, u):
     first = 0.5 * sin * x[3] * (2.0 * x[2] + x[3]) - 14.715 * np.sin(x[0]) - fall
     first, second = first - 0.1 * x[2], u[0] - 0.5 * sin * x[2] ** 2 - fall - 0.1 * x[3]
     determinant = a * c - b**2
-    rates = [(c * first - b * second) / determinant, (a * second - b * first) / determinant]
+    rates = [
+        (c * first - b * second) / determinant,
+        (a * second - b * first) / determinant,
+    ]
     return x + 0.03 * np.array([x[2], x[3], *rates])
 
 

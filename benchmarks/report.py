@@ -6,7 +6,9 @@ def cell(value, form: str) -> str:
 
 
 def cells(rows: list[dict], columns: dict[str, str]) -> list[list[str]]:
-    lines = [[cell(row.get(key), form) for key, form in columns.items()] for row in rows]
+    lines = [
+        [cell(row.get(key), form) for key, form in columns.items()] for row in rows
+    ]
     return [list(columns), *lines]
 
 
@@ -14,9 +16,7 @@ def text_table(rows: list[dict], columns: dict[str, str]) -> str:
     """Columns of equal width: words to the left, numbers to the right."""
     lines = cells(rows, columns)
     widths = [max(map(len, column)) for column in zip(*lines)]
-    words = [
-        any(isinstance(row.get(key), str) for row in rows) for key in columns
-    ]
+    words = [any(isinstance(row.get(key), str) for row in rows) for key in columns]
     align = lambda text, width, word: text.ljust(width) if word else text.rjust(width)
     return "\n".join(
         "  ".join(map(align, line, widths, words)).rstrip() for line in lines

@@ -1,9 +1,5 @@
 """Single solves: ours, and every peer that is installed."""
 
-import jax
-
-import diffprog as dp
-
 from . import ours
 from .peers import load
 from .problems import PROBLEMS, UNSEEN
@@ -52,8 +48,8 @@ def best(rows: list, suffix: str = "") -> dict:
 
 
 def ratio(mine: dict | None, row: dict) -> float | None:
-    """Our time over the row's, if both solved the problem."""
-    if mine is None or not row["converged"]:
+    """Our time over that of a peer, if both solved the problem."""
+    if mine is None or not row["converged"] or row["solver"].startswith("diffprog"):
         return None
     same = abs(mine["cost"] - row["cost"]) <= SAME_COST * abs(row["cost"])
     return mine["ms"] / row["ms"] if same else None

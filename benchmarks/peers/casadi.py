@@ -67,7 +67,10 @@ class MultipleShooting:
         g = casadi.vertcat(gaps[:, 0], xs[:, 0] - x0, casadi.vec(gaps[:, 1:]))
         nlp = dict(x=z, p=x0, f=casadi.sum2(costs) + self.last(end), g=g)
         options = dict(
-            expand=expand, print_time=False, show_eval_warnings=False, error_on_fail=False
+            expand=expand,
+            print_time=False,
+            show_eval_warnings=False,
+            error_on_fail=False,
         )
         if solver == "fatrop":
             options |= dict(

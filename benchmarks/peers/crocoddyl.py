@@ -151,7 +151,7 @@ NAME = "Crocoddyl FDDP, C++" if COMPILER else "Crocoddyl FDDP, Python model"
 
 
 class OneIteration:
-    """One FDDP iteration with the built-in model in C++, which solves an LQR problem."""
+    """One iteration of FDDP on a linear-quadratic problem, with the built-in model."""
 
     def __init__(self, lqr: dict, x0: numpy.ndarray):
         T, n, m = lqr["B"].shape
