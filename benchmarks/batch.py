@@ -100,7 +100,8 @@ def one(problem, count: int) -> list[dict]:
         if not suffix or count == LOOPED:
             row = measure_ours(problem, x0s, **options)
             rows.append(row | {"solver": row["solver"] + suffix})
-    if crocoddyl := load("crocoddyl"):
+    crocoddyl = load("crocoddyl")
+    if crocoddyl and crocoddyl.COMPILER:
         rows.append(measure_crocoddyl(crocoddyl, problem, x0s[:LOOPED]))
     return [dict(problem=problem.name, batch=count) | row for row in compared(rows)]
 

@@ -1,5 +1,6 @@
 """What the numbers were measured on and with."""
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -23,11 +24,12 @@ PACKAGES = (
 )
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def processor() -> str:
@@ -57,5 +59,5 @@ def describe() -> dict:
         "system": platform.system(),
         "Python": platform.python_version(),
         "C++ compiler": compiler(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }

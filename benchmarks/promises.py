@@ -4,6 +4,11 @@ from . import ours, single
 
 
 TITLE = "Promises"
+NOTE = (
+    "What we want to hold on every machine, and what this one measured. A ratio is our "
+    "time over that of the other solver, unless it says rate. Where Fatrop stands "
+    "twice, the second program is the faster one."
+)
 COLUMNS = {
     "promise": "{}",
     "limit": "{:g}",

@@ -24,7 +24,8 @@ def alternate(calls: dict[str, Callable]) -> dict[str, float]:
     for name, call in calls.items():
         seconds = once(call)
         rounds = round(PATIENCE / max(seconds, BLOCK))
-        blocks[name] = max(1, round(BLOCK / seconds)), min(max(rounds, 3), ROUNDS)
+        fewest = 3 if seconds < PATIENCE else 1
+        blocks[name] = max(1, round(BLOCK / seconds)), min(max(rounds, fewest), ROUNDS)
     for turn in range(ROUNDS):
         for name, call in calls.items():
             count, rounds = blocks[name]
