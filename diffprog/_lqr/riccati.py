@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._door import door
-from .._expand import contracted
+from .._expand import curved, linear
 from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
@@ -36,28 +36,35 @@ class Riccati(AbstractRiccati):
         from the second derivatives in the model if it has them.
         """
 
-        def stage(segment, carry, F, W, x, u, t, *tensor):
+        def stage(segment, carry, x, u, t, *stored):
             V, lam = carry
-            new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
-            finite = jnp.bool_(True)
-            if second_order:
-                p = V[0, 1:]
+            p = V[0, 1:]
+            if model.F is None:
+                weight = (p,) if second_order else ()
+                F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+            else:
+                F, W, *tensor = stored
                 if tensor:
                     hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
-                else:
-                    hessian = contracted(segment, x, u, t, p)
-                # V is not finite after a stage without a minimum.
-                finite = all_finite(hessian) | ~all_finite(V)
-                W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+                    W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+            source = all_finite(F, W[0])
+            # V is not finite after a stage without a minimum.
+            late = all_finite(W) | ~all_finite(V)
+            new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
             V, gains, positive = bellman(F, W, V, len(u), damping)
-            return (V, new_lam), (gains, gradient, positive, finite)
+            return (V, new_lam), (gains, gradient, positive, source, late)
 
-        tensors = () if model.tensors is None else (model.tensors,)
-        data = (model.F, model.W, trajectory.xs, trajectory.us, chain.ts, *tensors)
+        data = (trajectory.xs, trajectory.us, chain.ts)
+        stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
+        data = (*data, *stored)
         (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
-        gains, gradients, positive, finite = zip(*rows, strict=True)
+        gains, gradients, positive, source, late = zip(*rows, strict=True)
         positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
-        first = first_false(chain, finite, True) if second_order else None
+        first = None
+        if model.F is None:
+            first = first_false(chain, source, True)
+            late = first_false(chain, late, True)
+            first = jnp.where(first > chain.horizon, late, first)
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
