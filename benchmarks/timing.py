@@ -14,8 +14,8 @@ def once(call: Callable, clock: Callable = time.perf_counter) -> float:
     return clock() - start
 
 
-def alternate(calls: dict[str, Callable]) -> dict[str, float]:
-    """Median seconds per call.
+def samples(calls: dict[str, Callable]) -> dict[str, list[float]]:
+    """Seconds per call, round by round.
 
     In every round each has a block of calls, long enough for the clock; who is slow
     sits out the last rounds. The calls have been warmed up.
@@ -32,4 +32,9 @@ def alternate(calls: dict[str, Callable]) -> dict[str, float]:
             if turn < rounds:
                 block = lambda: [call() for _ in range(count)]
                 times[name].append(once(block) / count)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def alternate(calls: dict[str, Callable]) -> dict[str, float]:
+    """Median seconds per call."""
+    return {name: statistics.median(times) for name, times in samples(calls).items()}
