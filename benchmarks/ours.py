@@ -35,9 +35,6 @@ def solver(problem, method, **options):
 
 def batch_solver(problem, method, **options):
     """`solve(x0s, uss)` for many starts."""
-    if not hasattr(dp, "solve_batch"):
-        solve = solver(problem, method, **options)
-        return jax.jit(lambda x0s, uss: jax.lax.map(lambda a: solve(*a), (x0s, uss)))
     ours, options = chain(problem), STOP | options
     return lambda x0s, uss: dp.solve_batch(ours, method, x0s, uss, **options)
 
