@@ -48,7 +48,7 @@ def measure_ours(problem, x0s: numpy.ndarray, **options) -> dict:
     call = lambda: jax.block_until_ready(solve(jnp.asarray(x0s), uss))
     solution = call()
     repeats = 3 if len(x0s) <= LOOPED else 1
-    seconds = numpy.median([once(call, time.process_time) for _ in range(repeats)])
+    seconds = numpy.median([once(call) for _ in range(repeats)])
     converged = numpy.asarray(solution.result == dp.RESULTS.successful)
     return dict(
         solver=f"diffprog {type(method).__name__}",

@@ -18,7 +18,8 @@ command
 ```
 
 measured and wrote this page; `make bench` prints the tables. Solvers take turns, one
-thread each, and the figures are medians. `ours / this` is our time divided by that of
+thread each, and the figures are medians of the processor time. Of compilation and
+first calls it is the time that passes. `ours / this` is our time divided by that of
 the row: below 1 we are faster. There is no ratio without an equal final cost.
 
 """
