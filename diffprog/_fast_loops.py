@@ -240,6 +240,7 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
     jaxpr = closed.jaxpr
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= zip(jaxpr.invars, args, strict=True)
+    sines: dict[Any, tuple] = {}
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         name, params = eqn.primitive.name, eqn.params
@@ -252,8 +253,12 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
         elif name in CALLS:
             (inner,) = _inner(eqn)
             outs = _run(inner, inner.consts, tuple(ins))
+        # A function is a call of its own: fused into others it would run once for each.
+        elif name in ("sin", "cos"):
+            if eqn.invars[0] not in sines:
+                sines[eqn.invars[0]] = _sin_cos(*ins)
+            outs = [sines[eqn.invars[0]][name == "cos"]]
         elif name in FUNCTIONS:
-            # A call of its own: fused into others it would run once for each of them.
             once = lambda *ins, eqn=eqn: eqn.primitive.bind(*ins, **eqn.params)
             outs = [jax.jit(once)(*ins)]
         else:
@@ -261,6 +266,12 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
             outs = outs if eqn.primitive.multiple_results else [outs]
         env |= zip(eqn.outvars, outs, strict=True)
     return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+
+@jax.jit
+def _sin_cos(x):
+    """Both at once, for little more than the price of one."""
+    return jnp.sin(x), jnp.cos(x)
 
 
 def _is_program(value) -> bool:

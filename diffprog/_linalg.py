@@ -23,22 +23,24 @@ def solve_positive(
 ) -> tuple[Float[Array, "m k"], Bool[Array, ""]]:
     """Solves `matrix @ x = rhs` by Cholesky; also says whether `matrix` is positive.
 
-    Where it is not, `x` is NaN or infinite.
+    Where it is not, `x` means nothing.
     """
     m = matrix.shape[0]
     if m > UNROLLED:
         factor = jnp.linalg.cholesky(matrix)
         positive = jnp.all(jnp.diagonal(factor) > 0)
         return jsl.cho_solve((factor, True), rhs), positive
-    # matrix = L L', row by row; then L y = rhs and L' x = y.
-    L, y, x = {}, {}, {}
+    # matrix = L D L', row by row, with ones on the diagonal of L; M = L D.
+    L, M, inverse, y, x = {}, {}, {}, {}, {}
+    pivots = []
     for i in range(m):
-        for j in range(i + 1):
-            entry = matrix[i, j] - sum(L[i, k] * L[j, k] for k in range(j))
-            L[i, j] = jnp.sqrt(entry) if i == j else entry / L[j, j]
+        for j in range(i):
+            M[i, j] = matrix[i, j] - sum(M[i, k] * L[j, k] for k in range(j))
+            L[i, j] = M[i, j] * inverse[j]
+        pivots.append(matrix[i, i] - sum(M[i, k] * L[i, k] for k in range(i)))
+        inverse[i] = 1 / pivots[i]
     for i in range(m):
-        y[i] = (rhs[i] - sum(L[i, k] * y[k] for k in range(i))) / L[i, i]
+        y[i] = rhs[i] - sum(L[i, k] * y[k] for k in range(i))
     for i in reversed(range(m)):
-        x[i] = (y[i] - sum(L[k, i] * x[k] for k in range(i + 1, m))) / L[i, i]
-    positive = jnp.all(jnp.stack([L[i, i] for i in range(m)]) > 0)
-    return jnp.stack([x[i] for i in range(m)]), positive
+        x[i] = y[i] * inverse[i] - sum(L[k, i] * x[k] for k in range(i + 1, m))
+    return jnp.stack([x[i] for i in range(m)]), jnp.all(jnp.stack(pivots) > 0)

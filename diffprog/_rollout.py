@@ -244,17 +244,35 @@ class Trajectory(eqx.Module):
     cost: Float[Array, ""]
 
 
-def total_cost(chain: VectorChain, xs: tuple, final: Array, us: tuple):
-    """The cost, and the first stage where anything is not finite."""
+def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *data):
+    """x_{t+1} = f_t(x_t, u_t) from x0 and its cost: the trajectory, and the `out`s.
 
-    def stage(segment, x, u, t):
+    `u, memory, out = control(x, memory, *row)`, with a row of `data` for every stage.
+    """
+    fused = chain.loops == "fused"
+
+    def judge(segment, x, u, t):
         h = segment.cost(x, u, t)
         return h, all_finite(x, u, h)
 
-    costs, finite = zip(*chain.map(stage, xs, us, chain.ts), strict=True)
+    def stage(segment, carry, t, *row):
+        x, memory, cost, first = carry
+        u, memory, out = control(x, memory, *row)
+        if fused:  # one loop; else the costs of all stages at once
+            h, finite = judge(segment, x, u, t)
+            cost, first = cost + h, jnp.where(finite, first, jnp.minimum(first, t))
+        return (segment.dynamics(x, u, t), memory, cost, first), (x, u, out)
+
+    T = chain.horizon
+    start = x0, memory, jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
+    (final, _, cost, first), rows = chain.scan(stage, start, chain.ts, *data)
+    xs, us, outs = zip(*rows, strict=True)
+    if not fused:
+        costs, finite = zip(*chain.map(judge, xs, us, chain.ts), strict=True)
+        cost, first = sum(map(jnp.sum, costs)), first_false(chain, finite, True)
     last = chain.terminal_cost(final)
-    first = first_false(chain, finite, all_finite(final, last))
-    return sum(jnp.sum(h) for h in costs) + last, first
+    end = jnp.where(all_finite(final, last), first, jnp.minimum(first, T))
+    return VectorTrajectory(xs, final, us, cost + last, end), outs
 
 
 def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Array, ""]:
@@ -267,9 +285,8 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
     """x_{t+1} = f_t(x_t, u_t) from x0, and the cost."""
-    step = lambda segment, x, u, t: (segment.dynamics(x, u, t), x)
-    final, xs = chain.scan(step, x0, us, chain.ts)
-    return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us))
+    given = lambda x, memory, u: (u, memory, None)
+    return simulate(chain, given, x0, None, us)[0]
 
 
 @door

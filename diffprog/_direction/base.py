@@ -11,7 +11,7 @@ from .._linalg import matmul
 from .._lqr import Sweep
 from .._rollout import (
     first_false,
-    total_cost,
+    simulate,
     VectorChain,
     VectorTrajectory,
 )
@@ -69,20 +69,17 @@ class AbstractDirection(eqx.Module):
         """
         linear = not self.follows_dynamics
 
-        def stage(segment, carry, x, u, t, gains, *F):
-            x_new, y = carry
+        def control(x_new, y, x, u, gains, *F):
             y = y if linear else x_new - x
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
             y = matmul(F[0][1:, 1:], jnp.concatenate([y, v])) if linear else None
-            return (segment.dynamics(x_new, u + v, t), y), (x_new, u + v, v)
+            return u + v, y, v
 
         x0 = trajectory.xs[0][0]
-        data = (trajectory.xs, trajectory.us, chain.ts, sweep.gains)
+        data = (trajectory.xs, trajectory.us, sweep.gains)
         data = (*data, model.F) if linear else data
         y0 = jnp.zeros_like(x0) if linear else None
-        (final, _), rows = chain.scan(stage, (x0, y0), *data)
-        xs, us, vs = zip(*rows, strict=True)
-        return VectorTrajectory(xs, final, us, *total_cost(chain, xs, final, us)), vs
+        return simulate(chain, control, x0, y0, *data)
 
 
 def linear_quadratic(

@@ -240,7 +240,6 @@ class LQRSolution(eqx.Module):
     - `cost`: the optimal cost, equal to the value function at `x0`.
     - `policy`: u = K x + k, see [`diffprog.Policy`][].
     - `value`: the cost-to-go of every stage, see [`diffprog.Value`][].
-    - `expected_change`: the optimal cost minus the cost of zero controls.
     - `result`: a [`diffprog.RESULTS`][] code.
     """
 
@@ -249,7 +248,6 @@ class LQRSolution(eqx.Module):
     cost: Float[Array, ""]
     policy: Policy
     value: Value
-    expected_change: Float[Array, ""]
     result: RESULTS
 
 

@@ -1,8 +1,9 @@
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._door import door
-from .._expand import curved, linear
+from .._expand import curved, first_nonfinite, linear
 from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
@@ -35,16 +36,12 @@ class Riccati(AbstractRiccati):
         from the second derivatives in the model if it has them.
         """
 
-        def stage(segment, carry, x, u, t, *stored):
+        def stage(segment, rows, x, u, t, *stored):
             # The costate lam is one more row below V.
-            rows, first, late = carry
-            V, p = rows[:-1], rows[0, 1:]
+            p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
                 F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
-                first = jnp.where(all_finite(F, W[0]), first, t)
-                # V is not finite after a stage without a minimum.
-                late = jnp.where(all_finite(W) | ~all_finite(V), late, t)
             else:
                 F, W, *tensor = stored
                 if tensor:
@@ -54,29 +51,30 @@ class Riccati(AbstractRiccati):
             V, gains, positive = bellman(F, W, product[:-1], len(u), damping)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
-            return (rows, first, late), (gains, lam[len(V) :], positive)
+            return rows, (gains, lam[len(V) :], positive)
 
-        end = jnp.full_like(chain.ts[0][0], chain.horizon + 1)
-        start = jnp.concatenate([model.V, model.V[:1]]), end, end
+        end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        (V, first, late), rows = chain.scan(stage, start, *data, reverse=True)
+        V, rows = chain.scan(stage, end, *data, reverse=True)
         gains, gradients, positive = zip(*rows, strict=True)
+        first = None
+        if model.F is None:
+            # What is not finite stays in V down to the first stage.
+            search = lambda: first_nonfinite(chain, trajectory, second_order)
+            none = lambda: jnp.full_like(chain.ts[0][0], chain.horizon + 1)
+            first = lax.cond(all_finite(V), none, search)
         positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
-        first = jnp.where(first > chain.horizon, late, first)
         # Where c = 0, V[0, 0] is the sum of h'k.
-        return summarize(
-            gains, gradients, V[0, 0], damping, positive,
-            first if model.F is None else None,
-        )  # fmt: skip
+        return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
     def values(self, F, W, V, loops):
         def stage(V, row):
             F, W = row
             m = W.shape[0] - V.shape[0]
-            before, gains, positive = bellman(
-                F, W, matmul(V, F), m, jnp.zeros((), F.dtype)
-            )
+            step = bellman(F, W, matmul(V, F), m, jnp.zeros((), F.dtype))
+            before, gains, positive = step
+            before, gains = [jnp.where(positive, a, jnp.nan) for a in (before, gains)]
             return before, (before, gains, positive)
 
         _, (values, gains, positive) = scan(stage, V, (F, W), True, loops)
@@ -86,11 +84,11 @@ class Riccati(AbstractRiccati):
         def stage(x, row):
             F, gains = row
             u = matmul(gains, x)
-            return matmul(F, jnp.concatenate([x, u])), (x, u)
+            return matmul(F, jnp.concatenate([x, u])), (x[1:], u)
 
         start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
         last, (xs, us) = scan(stage, start, (F, gains), False, loops)
-        return jnp.concatenate([xs, last[None]])[:, 1:], us
+        return jnp.concatenate([xs, last[None, 1:]]), us
 
 
 def _solve_lqr(
@@ -105,7 +103,6 @@ def _solve_lqr(
         )
     values, gains, positive = method.values(F, W, V, loops)
     xs, us = method.rollout(F, gains, x0, loops)
-    xs_idle, us_idle = method.rollout(F, jnp.zeros_like(gains), x0, loops)
     start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
     cost = matmul(start, matmul(values[0], start)) / 2
     return LQRSolution(
@@ -122,7 +119,6 @@ def _solve_lqr(
             _start=0,
         ),
         Value(values[:, 1:, 1:], values[:, 0, 1:], values[:, 0, 0] / 2),
-        cost - lqr.cost(xs_idle, us_idle),
         RESULTS.where(
             positive & all_finite(values),
             RESULTS.successful,
