@@ -265,8 +265,9 @@ class AbstractRiccati(eqx.Module):
         F: Float[Array, "T _ _"],
         W: Float[Array, "T _ _"],
         V: Float[Array, "_ _"],
-    ) -> tuple[Float[Array, "states _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
-        """V of every state, [k K] of every stage, and whether all have a minimum."""
+        m: int,
+    ) -> tuple[Float[Array, "T _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
+        """V before and [k K] of every stage, and whether all of them have a minimum."""
 
     @abc.abstractmethod
     def rollout(

@@ -53,15 +53,14 @@ class Riccati(AbstractRiccati):
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive)
 
-    def values(self, F, W, V):
+    def values(self, F, W, V, m):
         def stage(V, row):
             F, W = row
-            m = W.shape[0] - V.shape[0]
             before, gains, positive = bellman(F, W, V, m, jnp.zeros((), F.dtype))
             return before, (before, gains, positive)
 
         _, (values, gains, positive) = lax.scan(stage, V, (F, W), reverse=True)
-        return jnp.concatenate([values, V[None]]), gains, jnp.all(positive)
+        return values, gains, jnp.all(positive)
 
     def rollout(self, F, gains, x0):
         def stage(x, row):
@@ -78,13 +77,14 @@ def _solve_lqr(
     lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati
 ) -> LQRSolution:
     F, W, V = lqr.blocks()
-    n = lqr.B.shape[1]
+    _, n, m = lqr.B.shape
     if x0.shape != (n,) or x0.dtype != F.dtype:
         raise ValueError(
             f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {F.dtype} "
             "are expected."
         )
-    values, gains, positive = method.values(F, W, V)
+    values, gains, positive = method.values(F, W, V, m)
+    values = jnp.concatenate([values, V[None]])
     xs, us = method.rollout(F, gains, x0)
     xs_idle, us_idle = method.rollout(F, jnp.zeros_like(gains), x0)
     start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
@@ -131,14 +131,16 @@ def solve_lqr(
 
     - `lqr`: the problem.
     - `x0`: the first state, shape `(n,)`.
-    - `method`: how the recursion is run, [`diffprog.Riccati`][].
+    - `method`: how the recursion is run: [`diffprog.Riccati`][] from stage to stage,
+        or [`diffprog.ParallelRiccati`][] over all stages at once.
     - `throw`: raise [`diffprog.SolveError`][] when the problem has no minimum and all
         inputs are concrete.
 
     **Returns:** a [`diffprog.LQRSolution`][]. Its `result` is `factorization_failed`,
     and its numbers are not finite, where some G is not positive definite.
 
-    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory. Differentiable.
+    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory by the default method.
+    Differentiable.
 
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
@@ -147,7 +149,8 @@ def solve_lqr(
         raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
     if not isinstance(method, AbstractRiccati):
         raise TypeError(
-            f"`method` is a {type(method).__name__}; `dp.Riccati()` is expected."
+            f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
+            "`dp.ParallelRiccati()` is expected."
         )
     solution = _solve_lqr_door(lqr, jnp.asarray(x0), method)
     return throw_unless_successful(solution, throw)
