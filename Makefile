@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test check docs bench clean
+.PHONY: venv demo test check docs bench bench-gpu clean
 
 venv: .venv/.installed
 
@@ -33,8 +33,21 @@ check: venv
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: venv
-	$(BIN)/python benchmarks/control.py
+# Torch first, and this one: other versions bring gigabytes of libraries for a GPU. The
+# setup of mpc needs an old setuptools.
+.venv/.bench: .venv/.installed benchmarks/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	PIP_CONSTRAINT=benchmarks/constraints.txt \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mpc==0.0.6
+	touch $@
+
+# Options go into ARGS: make bench ARGS="--only single" or ARGS="--write docs".
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: venv
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv site out build dist

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from ._batch import solve_batch as solve_batch
 from ._chain import (
     AbstractChain as AbstractChain,
     Chain as Chain,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from ._chain import ControlProblem
 from ._door import door
 from ._linalg import matmul
-from ._rollout import run, VectorChain, vectorize, VectorTrajectory
+from ._rollout import run, Segment, VectorChain, vectorize, VectorTrajectory
 from ._types import Stacks, Tensors
 
 
@@ -34,7 +34,7 @@ class Model(eqx.Module):
 
 def affine(c: Array, AB: Array) -> Array:
     """F from c and [A B]."""
-    top = jnp.zeros_like(AB, shape=(1, 1 + AB.shape[1])).at[0, 0].set(1.0)
+    top = jnp.eye(1, 1 + AB.shape[1], dtype=AB.dtype)
     return jnp.concatenate([top, jnp.concatenate([c[:, None], AB], 1)])
 
 
@@ -50,58 +50,48 @@ def _joint(fn, x, u):
     return lambda z: fn(z[:n], z[n:]), jnp.concatenate([x, u])
 
 
-def linearized(chain: VectorChain, trajectory: VectorTrajectory) -> Stacks:
-    """F of every stage, in deviations from the trajectory: c = 0."""
-
-    def stage(segment, x, u, t):
-        f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-        AB = jax.jacfwd(f)(z)
-        return affine(jnp.zeros_like(AB[:, 0]), AB)
-
-    return chain.map(stage, trajectory.xs, trajectory.us, chain.ts)
+def linear(segment: Segment, x: Array, u: Array, t: Array) -> Array:
+    """F of a stage, in deviations from the trajectory: c = 0."""
+    f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+    AB = jax.jacfwd(f)(z)
+    return affine(jnp.zeros_like(AB[:, 0]), AB)
 
 
-def quadratized(
-    chain: VectorChain, trajectory: VectorTrajectory, weights: tuple | None = None
-) -> tuple[Stacks, Float[Array, "_ _"]]:
-    """W of every stage and V of the last state.
-
-    With `weights` (a row w_t per stage) the Hessian is that of h_t + w_t' f_t.
-    """
-
-    def stage(segment, x, u, t, *weight):
-        h, z = _joint(lambda x, u: segment.cost(x, u, t), x, u)
-        if not weight:
-            return quadratic(*_gradient_and_hessian(h, z))
-        f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-        return quadratic(
-            *_gradient_and_hessian(h, z, lambda z: matmul(weight[0], f(z)))
-        )
-
-    data = (trajectory.xs, trajectory.us, chain.ts)
-    W = chain.map(stage, *data, *(() if weights is None else (weights,)))
-    return W, quadratic(*_gradient_and_hessian(chain.terminal_cost, trajectory.final))
+def curved(segment: Segment, x: Array, u: Array, t: Array, *weight: Array) -> Array:
+    """W of a stage. With a weight w the Hessian is that of h_t + w' f_t."""
+    h, z = _joint(lambda x, u: segment.cost(x, u, t), x, u)
+    if not weight:
+        return quadratic(*_gradient_and_hessian(h, z))
+    f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+    return quadratic(*_gradient_and_hessian(h, z, lambda z: matmul(weight[0], f(z))))
 
 
-def _gradient_and_hessian(h, z, curved=None):
-    """The gradient of h and the Hessian of h + curved, sharing what they can."""
+def terminal(chain: VectorChain, x: Array) -> Array:
+    """V of the last state."""
+    return quadratic(*_gradient_and_hessian(chain.terminal_cost, x))
+
+
+def _gradient_and_hessian(h, z, more=None):
+    """The gradient of h and the Hessian of h + more, sharing what they can."""
 
     def gradients(z):
         gradient = jax.grad(h)(z)
-        return gradient + jax.grad(curved)(z) if curved else gradient, gradient
+        return gradient + jax.grad(more)(z) if more else gradient, gradient
 
     hessian, gradient = jax.jacfwd(gradients, has_aux=True)(z)
     return gradient, hessian
 
 
-def second_derivatives(chain: VectorChain, trajectory: VectorTrajectory) -> Tensors:
-    """The second derivatives of f_t in (x, u), shape (T, n, n + m, n + m)."""
+def second_derivatives(segment: Segment, x: Array, u: Array, t: Array) -> Array:
+    """The second derivatives of f_t in (x, u), shape (n, n + m, n + m)."""
+    f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+    return jax.jacfwd(jax.jacfwd(f))(z)
 
-    def stage(segment, x, u, t):
-        f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-        return jax.jacfwd(jax.jacfwd(f))(z)
 
-    return chain.map(stage, trajectory.xs, trajectory.us, chain.ts)
+def contracted(segment: Segment, x: Array, u: Array, t: Array, p: Array) -> Array:
+    """The Hessian of p' f_t in (x, u), shape (n + m, n + m)."""
+    f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
+    return jax.jacfwd(jax.grad(lambda z: matmul(p, f(z))))(z)
 
 
 def adjoints(chain: VectorChain, trajectory: VectorTrajectory):
@@ -165,14 +155,16 @@ def _around(problem, x0, us) -> tuple[VectorChain, VectorTrajectory]:
 @door
 def _linearize(problem, x0, us) -> LinearModel:
     chain, trajectory = _around(problem, x0, us)
-    ((F,), n) = linearized(chain, trajectory), trajectory.final.shape[0]
+    (F,) = chain.map(linear, trajectory.xs, trajectory.us, chain.ts)
+    n = trajectory.final.shape[0]
     return LinearModel(F[:, 1:, 1 : 1 + n], F[:, 1:, 1 + n :])
 
 
 @door
 def _quadratize(problem, x0, us) -> QuadraticModel:
     chain, trajectory = _around(problem, x0, us)
-    (W,), V = quadratized(chain, trajectory)
+    (W,) = chain.map(curved, trajectory.xs, trajectory.us, chain.ts)
+    V = terminal(chain, trajectory.final)
     x, u = slice(1, V.shape[0]), slice(V.shape[0], None)
     blocks = W[:, x, x], W[:, u, u], W[:, x, u], W[:, 0, x], W[:, 0, u]
     return QuadraticModel(*blocks, V[1:, 1:], V[0, 1:])

@@ -64,6 +64,7 @@ class Passes(eqx.Module):
     positive: Bool[Array, ""]
     converged: Bool[Array, ""]
     refuted: Bool[Array, ""]  # a test denied the convergence
+    first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
     trial: VectorTrajectory
     verdict: Verdict
     num_rollouts: Int[Array, ""]
@@ -132,6 +133,7 @@ class Solver(eqx.Module):
         expansion = self.method.expand(self.chain, before)
         usable = expansion.first_nonfinite > self.chain.horizon
         passes = self._passes(loop, before, expansion, stop, usable)
+        usable = passes.first_nonfinite > self.chain.horizon
 
         accepted, failed = passes.verdict.accept, passes.verdict.fail
         after = where(accepted, passes.trial, before)
@@ -158,7 +160,7 @@ class Solver(eqx.Module):
         ):
             result = RESULTS.where(applies, code, result)
         first = jnp.where(diverged, passes.trial.first_nonfinite, loop.first_nonfinite)
-        first = jnp.where(usable, first, expansion.first_nonfinite)
+        first = jnp.where(usable, first, passes.first_nonfinite)
 
         row = jnp.stack([
             before.cost,
@@ -178,7 +180,7 @@ class Solver(eqx.Module):
             # The row of a search that failed stays.
             written = history[loop.num_steps]
             row = jnp.where(jnp.isnan(written[0]), row, written)
-            history = history.at[loop.num_steps].set(row)
+            history = lax.dynamic_update_index_in_dim(history, row, loop.num_steps, 0)
         return Loop(
             trajectory=after,
             best=best,
@@ -220,6 +222,7 @@ class Solver(eqx.Module):
             positive=false,
             converged=false,
             refuted=false,
+            first_nonfinite=expansion.first_nonfinite,
             trial=before,
             verdict=Verdict(false, false, false),
             num_rollouts=loop.num_rollouts,
@@ -264,6 +267,10 @@ class Solver(eqx.Module):
             [TEST, SEARCH, SEARCH, FALLBACK],
             END,
         )
+        first = p.first_nonfinite
+        if sweep.first_nonfinite is not None:
+            first = sweep.first_nonfinite
+            purpose = jnp.where(first > self.chain.horizon, purpose, END)
         decrement = jnp.where(positive, sweep.decrement, p.decrement)
         return Passes(
             purpose=purpose.astype(jnp.int32),
@@ -280,6 +287,7 @@ class Solver(eqx.Module):
             positive=positive,
             converged=p.converged | converged,
             refuted=p.refuted | refuted,
+            first_nonfinite=first,
             trial=trial,
             verdict=verdict,
             num_rollouts=num_rollouts,

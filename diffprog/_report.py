@@ -24,6 +24,18 @@ def _print_row(step, cost, stepsize, damping, slope, trials, gradient):
     )
 
 
+def _print_batch(batch, problems, successful, iterations, cost, seconds):
+    sys.stdout.write(
+        f"batch {batch}: {problems} problems, {successful} successful, "
+        f"{iterations:.1f} iterations, cost {cost:.6g} on average, {seconds:.3g} s\n"
+    )
+
+
+def report_batch(verbose: bool | Callable, **figures):
+    """Prints one line, or hands it to the user's function by name."""
+    (verbose if callable(verbose) else _print_batch)(**figures)
+
+
 def report(
     verbose: bool | Callable,
     step: Int[Array, ""],

@@ -7,12 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
+from ._fast_loops import Loops, scan
 from ._tree import all_finite, float_dtype, Layout, vary
 from ._types import Rows
 
@@ -36,6 +36,7 @@ class VectorChain(eqx.Module):
     segments: tuple[Segment, ...]
     terminal_cost: Callable = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    loops: Loops = eqx.field(static=True, default="plain")
 
     @property
     def horizon(self) -> int:
@@ -64,11 +65,14 @@ class VectorChain(eqx.Module):
                 outs[i] = jtu.tree_map(lambda a: a[None], out)
             else:
                 body = lambda c, row, segment=segment: fn(segment, c, *row)
-                carry, outs[i] = lax.scan(body, carry, rows, reverse=reverse)
+                carry, outs[i] = scan(body, carry, rows, reverse, self.loops)
         return carry, tuple(outs)
 
     def map(self, fn: Callable, *data: tuple) -> tuple:
-        """`out = fn(segment, *row)` at every stage, all at once."""
+        """`out = fn(segment, *row)` at every stage: all at once, or one by one."""
+        if self.loops == "fused":
+            step = lambda segment, carry, *row: (carry, fn(segment, *row))
+            return self.scan(step, None, *data)[1]
         return tuple(
             jax.vmap(lambda *row, segment=segment: fn(segment, *row))(*rows)
             for segment, *rows in zip(self.segments, *data, strict=True)
@@ -242,23 +246,23 @@ class Trajectory(eqx.Module):
 
 def total_cost(chain: VectorChain, xs: tuple, final: Array, us: tuple):
     """The cost, and the first stage where anything is not finite."""
-    costs = chain.map(lambda s, *row: s.cost(*row), xs, us, chain.ts)
+
+    def stage(segment, x, u, t):
+        h = segment.cost(x, u, t)
+        return h, all_finite(x, u, h)
+
+    costs, finite = zip(*chain.map(stage, xs, us, chain.ts), strict=True)
     last = chain.terminal_cost(final)
-    first = first_nonfinite(chain, (xs, us, costs), (final, last))
+    first = first_false(chain, finite, all_finite(final, last))
     return sum(jnp.sum(h) for h in costs) + last, first
 
 
-def first_nonfinite(chain: VectorChain, rows: tuple, last: PyTree) -> Int[Array, ""]:
-    """The first stage with an entry of `rows` that is not finite; T for `last` only.
-
-    T + 1 if everything is finite.
-    """
+def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Array, ""]:
+    """The first stage whose flag is false; T for `last` only, T + 1 if all are true."""
     T = chain.horizon
-    when = lambda tree, t: jnp.where(all_finite(tree), T + 1, t).astype(jnp.int32)
-    stages = chain.map(lambda _, t, *row: when(row, t), chain.ts, *rows)
-    return jnp.minimum(
-        jnp.min(jnp.stack([jnp.min(t) for t in stages])), when(last, jnp.int32(T))
-    )
+    when = lambda flag, t: jnp.min(jnp.where(flag, T + 1, t).astype(jnp.int32))
+    stages = [when(flag, t) for flag, t in zip(flags, chain.ts, strict=True)]
+    return jnp.min(jnp.stack([*stages, when(last, T)]))
 
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:

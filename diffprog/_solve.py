@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door, undifferentiated
+from ._fast_loops import compiled, Loops
 from ._loop import Loop, Solver
 from ._lqr import Policy
 from ._report import HISTORY
@@ -21,15 +23,15 @@ from ._solution import Solution
 from ._tree import all_finite
 
 
-def _solver(vectorized, method, search, rtol, atol, max_steps, verbose) -> Solver:
+def _solver(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
     # For an accuracy that the dtype can deliver.
-    default = 1e-9 if vectorized.chain.dtype == jnp.float64 else 1e-6
+    default = 1e-9 if chain.dtype == jnp.float64 else 1e-6
     rtol = default if rtol is None else rtol
     atol = default if atol is None else atol
-    dtype = vectorized.chain.dtype
+    dtype = chain.dtype
     cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     return Solver(
-        chain=vectorized.chain,
+        chain=chain,
         method=method,
         search=jtu.tree_map(cast, search),
         rtol=cast(rtol),
@@ -77,12 +79,16 @@ def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
 
 
 def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solution:
-    max_steps, history, verbose = options
+    max_steps, history, verbose, fast_loops = options
     vectorized = vectorize(problem, x0, us)
-    solver = _solver(vectorized, method, search, rtol, atol, max_steps, verbose)
-    loop = solver.init(*vectorized.ravel(x0, us), state, history)
-    solution = _solution(vectorized, solver.run(loop), max_steps)
-    return _undifferentiated(solution)
+
+    def run(loops: Loops) -> Loop:
+        chain = dataclasses.replace(vectorized.chain, loops=loops)
+        solver = _solver(chain, method, search, rtol, atol, max_steps, verbose)
+        return solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
+
+    loop = compiled(run, fast_loops)
+    return _undifferentiated(_solution(vectorized, loop, max_steps))
 
 
 def _undifferentiated(tree: PyTree) -> PyTree:
@@ -143,6 +149,7 @@ def solve(
     state: SearchState | None = None,
     history: bool = True,
     verbose: bool | Callable = False,
+    fast_loops: bool | None = None,
 ) -> Solution:
     r"""Minimizes the cost of a chain over its controls.
 
@@ -168,6 +175,9 @@ def solve(
     - `history`: whether to record cost, step size and more of each iteration.
     - `verbose`: `True` prints a row for each iteration; a function receives it as named
         arrays.
+    - `fast_loops`: `None` compiles all loops into one function on the CPU where that is
+        known to work, which is several times faster for small systems; `False` never
+        does, and `True` raises `ValueError` where it is not possible.
 
     **Returns:** a [`diffprog.Solution`][]: the best finite iterate, in the dtype of the
     inputs.
@@ -188,7 +198,7 @@ def solve(
             f"`verbose` is {verbose!r}; True, False or a function of named arrays is "
             "expected."
         )
-    options = (max_steps, bool(history), verbose)
+    options = (max_steps, bool(history), verbose, fast_loops)
     tolerances = _float(rtol), _float(atol)
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
     return throw_unless_successful(solution, throw)
@@ -293,7 +303,7 @@ class SolverState(eqx.Module):
 def _init(problem, method, x0, us, search, state, rtol, atol, options) -> SolverState:
     max_steps, history = options
     vectorized = vectorize(problem, x0, us)
-    solver = _solver(vectorized, method, search, rtol, atol, max_steps, False)
+    solver = _solver(vectorized.chain, method, search, rtol, atol, max_steps, False)
     loop = solver.init(*vectorized.ravel(x0, us), state, history)
     xs = vectorized.states(loop.trajectory)
     return SolverState(
@@ -304,7 +314,7 @@ def _init(problem, method, x0, us, search, state, rtol, atol, options) -> Solver
 def _advance(problem, state: SolverState, last: bool):
     vectorized = vectorize(problem, state.x0, state.us)
     options = (state.rtol, state.atol, state.max_steps, False)
-    solver = _solver(vectorized, state.method, state.search, *options)
+    solver = _solver(vectorized.chain, state.method, state.search, *options)
     stop = last | (state.num_steps >= state.max_steps)
     loop = lax.cond(
         state.done, lambda loop: loop, lambda loop: solver.step(loop, stop), state._loop

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "diffprog"
 # family folder, from that folder's base.
 FLOORS = {
     "_types": 0,
+    "_fast_loops": 1,
     "_linalg": 1,
     "_report": 1,
     "_result": 1,
@@ -37,7 +38,8 @@ FLOORS = {
     "_loop": 7,
     "_solution": 7,
     "_solve": 8,
-    "__init__": 9,
+    "_batch": 9,
+    "__init__": 10,
 }
 OUTSIDE = ("systems", "plot")  # these see the public door only
 

@@ -5,16 +5,16 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._expand import linearized, Model, quadratized
+from .._expand import curved, linear, Model, terminal
 from .._linalg import matmul
 from .._lqr import Sweep
 from .._rollout import (
-    first_nonfinite,
+    first_false,
     total_cost,
     VectorChain,
     VectorTrajectory,
 )
-from .._tree import norm
+from .._tree import all_finite, norm
 from .._types import Rows, Tensors
 
 
@@ -95,11 +95,21 @@ def linear_quadratic(
     With `weights` (a row w_t per stage) the Hessians are those of h_t + w_t' f_t;
     `tensors` are second derivatives of f_t, for weights that the recursion knows.
     """
-    F = linearized(chain, trajectory)
-    W, V = quadratized(chain, trajectory, weights)
-    borders = tuple(w[:, 0, 1:] for w in W)  # (q_t, r_t)
-    # A costate passes what is not finite down to all earlier W: look elsewhere first.
-    source = first_nonfinite(chain, (F, borders), V[0])
-    second = first_nonfinite(chain, (W, *(() if tensors is None else (tensors,))), V)
-    first = jnp.where(source > chain.horizon, second, source)
-    return Expansion(Model(F, W, V, tensors), norm(borders, V[0, 1:]), first)
+
+    def stage(segment, x, u, t, *weight):
+        F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+        # A costate passes what is not finite down to all earlier W: look at the
+        # gradient (q_t, r_t) of the cost first.
+        return F, W, norm(W[0]), all_finite(F, W[0]), all_finite(W)
+
+    weighted = () if weights is None else (weights,)
+    data = (trajectory.xs, trajectory.us, chain.ts, *weighted)
+    F, W, norms, source, second = zip(*chain.map(stage, *data), strict=True)
+    V = terminal(chain, trajectory.final)
+    if tensors is not None:
+        finite = chain.map(lambda _, tensor: all_finite(tensor), tensors)
+        second = tuple(a & b for a, b in zip(second, finite, strict=True))
+    first = first_false(chain, source, all_finite(V[0]))
+    late = first_false(chain, second, all_finite(V))
+    first = jnp.where(first > chain.horizon, late, first)
+    return Expansion(Model(F, W, V, tensors), norm(norms, V[0]), first)

@@ -21,8 +21,11 @@ class DDP(AbstractDirection):
     follows_dynamics: ClassVar[bool] = True
 
     def expand(self, chain, trajectory):
-        tensors = second_derivatives(chain, trajectory)
+        if chain.loops == "fused":  # then the backward pass differentiates
+            return linear_quadratic(chain, trajectory)
+        data = (trajectory.xs, trajectory.us, chain.ts)
+        tensors = chain.map(second_derivatives, *data)
         return linear_quadratic(chain, trajectory, tensors=tensors)
 
     def backward(self, chain, trajectory, model, damping):
-        return Riccati().backward(chain, trajectory, model, damping)
+        return Riccati().backward(chain, trajectory, model, damping, second_order=True)

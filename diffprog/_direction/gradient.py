@@ -26,7 +26,7 @@ class Gradient(AbstractDirection):
 
     def expand(self, chain, trajectory):
         _, lams, gradients = adjoints(chain, trajectory)
-        of_stage = lambda s, x, u, t: jax.grad(s.cost, (0, 1))(x, u, t)
+        of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
         costs = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
         last = jax.grad(chain.terminal_cost)(trajectory.final)
         # What is not finite travels down from its stage: the last one is the source.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._expand import affine, Model, quadratic
+from .._fast_loops import Loops
 from .._linalg import matmul, solve_positive, symmetrize
 from .._result import RESULTS
 from .._rollout import VectorChain, VectorTrajectory
@@ -38,6 +39,8 @@ class Sweep(eqx.Module):
         convergence is judged by it.
     - `gradient`: norm of the gradient of the objective in the controls.
     - `positive`: whether every stage had a minimum.
+    - `first_nonfinite`: stage of a second derivative that is not finite, else T + 1;
+        `None` where the pass takes no derivatives.
     """
 
     gains: Stacks
@@ -46,6 +49,7 @@ class Sweep(eqx.Module):
     decrement: Float[Array, ""]
     gradient: Float[Array, ""]
     positive: Bool[Array, ""]
+    first_nonfinite: Int[Array, ""] | None = None
 
 
 def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> Array:
@@ -61,7 +65,12 @@ def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> 
 
 
 def summarize(
-    gains: Stacks, gradients: Rows, slope: Array, damping: Array, positive: Array
+    gains: Stacks,
+    gradients: Rows,
+    slope: Array,
+    damping: Array,
+    positive: Array,
+    first_nonfinite: Array | None = None,
 ) -> Sweep:
     """The `Sweep` of gains that minimize the damped model, exactly."""
     gradient = norm(gradients)
@@ -73,6 +82,7 @@ def summarize(
         decrement=decrement(slope, damping, squares, gradient),
         gradient=gradient,
         positive=positive & jnp.isfinite(slope),
+        first_nonfinite=first_nonfinite,
     )
 
 
@@ -265,12 +275,16 @@ class AbstractRiccati(eqx.Module):
         F: Float[Array, "T _ _"],
         W: Float[Array, "T _ _"],
         V: Float[Array, "_ _"],
-        m: int,
-    ) -> tuple[Float[Array, "T _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
-        """V before and [k K] of every stage, and whether all of them have a minimum."""
+        loops: Loops,
+    ) -> tuple[Float[Array, "states _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
+        """V of every state, [k K] of every stage, and whether all have a minimum."""
 
     @abc.abstractmethod
     def rollout(
-        self, F: Float[Array, "T _ _"], gains: Float[Array, "T _ _"], x0: Array
+        self,
+        F: Float[Array, "T _ _"],
+        gains: Float[Array, "T _ _"],
+        x0: Array,
+        loops: Loops,
     ) -> tuple[Float[Array, "states _"], Float[Array, "T _"]]:
         """States and controls of (1, x') = F (1, x, u), u = [k K] (1, x)."""

@@ -227,14 +227,20 @@ class ParallelRiccati(AbstractRiccati):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
             lam, gradients = self.adjoint(F, W[:, 0], lam, m)
             penalty = jnp.pad(damping * jnp.eye(m, dtype=W.dtype), ((n, 0), (n, 0)))
-            Vs, gains, positive = self.values(F, W + penalty[None], V, m)
+            Vs, gains, positive = self.recursion(F, W + penalty[None], V, m)
             rows.append((gains, gradients, positive))
             V = Vs[0]
         gains, gradients, positive = zip(*rows[::-1])
         positive = jnp.all(jnp.stack(positive))
         return summarize(gains, gradients, V[0, 0], damping, positive)
 
-    def values(self, F, W, V, m):
+    def values(self, F, W, V, loops):
+        Vs, gains, positive = self.recursion(F, W, V, W.shape[1] - V.shape[0])
+        return jnp.concatenate([Vs, V[None]]), gains, positive
+
+    def recursion(self, F, W, V, m):
+        """V before every stage, gains, and whether all stages have a minimum."""
+
         def part(V, F, W):
             after = V[None]
             if F.shape[0] > 1:
@@ -251,7 +257,7 @@ class ParallelRiccati(AbstractRiccati):
         constants = V[0, 0] + lax.cumsum(Vs[:, 0, 0], reverse=True)
         return Vs.at[:, 0, 0].set(constants), gains, jnp.all(positive)
 
-    def rollout(self, F, gains, x0):
+    def rollout(self, F, gains, x0, loops):
         def part(x, F, gains):
             Phi = jax.vmap(lambda F, gains: matmul(F, with_state(gains)))(F, gains)
             xs = matmul(lax.associative_scan(lambda a, b: matmul(b, a), Phi), x)

@@ -1,10 +1,12 @@
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from .._door import door
+from .._expand import contracted
+from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
+from .._rollout import first_false
 from .._tree import all_finite, Layout
 from .base import (
     AbstractRiccati,
@@ -27,66 +29,72 @@ class Riccati(AbstractRiccati):
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
     """
 
-    def backward(self, chain, trajectory, model, damping):
+    def backward(self, chain, trajectory, model, damping, second_order=False):
         """The backward pass from the last V; the adjoint rides along for the gradient.
 
-        If the model has second derivatives of f_t, the Hessian of p_{t+1}' f_t is added
-        to every stage (DDP).
+        With `second_order` the Hessian of p_{t+1}' f_t is added to every stage (DDP),
+        from the second derivatives in the model if it has them.
         """
 
-        def stage(_, carry, F, W, u, *tensor):
+        def stage(segment, carry, F, W, x, u, t, *tensor):
             V, lam = carry
             new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
-            if tensor:
-                hessian = jnp.einsum(
-                    "i,ijk->jk", V[0, 1:], *tensor, precision="highest"
-                )
+            finite = jnp.bool_(True)
+            if second_order:
+                p = V[0, 1:]
+                if tensor:
+                    hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
+                else:
+                    hessian = contracted(segment, x, u, t, p)
+                # V is not finite after a stage without a minimum.
+                finite = all_finite(hessian) | ~all_finite(V)
                 W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
             V, gains, positive = bellman(F, W, V, len(u), damping)
-            return (V, new_lam), (gains, gradient, positive)
+            return (V, new_lam), (gains, gradient, positive, finite)
 
         tensors = () if model.tensors is None else (model.tensors,)
-        data = (model.F, model.W, trajectory.us, *tensors)
+        data = (model.F, model.W, trajectory.xs, trajectory.us, chain.ts, *tensors)
         (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
-        gains, gradients, positive = zip(*rows, strict=True)
+        gains, gradients, positive, finite = zip(*rows, strict=True)
         positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
+        first = first_false(chain, finite, True) if second_order else None
         # Where c = 0, V[0, 0] is the sum of h'k.
-        return summarize(gains, gradients, V[0, 0], damping, positive)
+        return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
-    def values(self, F, W, V, m):
+    def values(self, F, W, V, loops):
         def stage(V, row):
             F, W = row
+            m = W.shape[0] - V.shape[0]
             before, gains, positive = bellman(F, W, V, m, jnp.zeros((), F.dtype))
             return before, (before, gains, positive)
 
-        _, (values, gains, positive) = lax.scan(stage, V, (F, W), reverse=True)
-        return values, gains, jnp.all(positive)
+        _, (values, gains, positive) = scan(stage, V, (F, W), True, loops)
+        return jnp.concatenate([values, V[None]]), gains, jnp.all(positive)
 
-    def rollout(self, F, gains, x0):
+    def rollout(self, F, gains, x0, loops):
         def stage(x, row):
             F, gains = row
             u = matmul(gains, x)
             return matmul(F, jnp.concatenate([x, u])), (x, u)
 
         start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
-        last, (xs, us) = lax.scan(stage, start, (F, gains))
+        last, (xs, us) = scan(stage, start, (F, gains), False, loops)
         return jnp.concatenate([xs, last[None]])[:, 1:], us
 
 
 def _solve_lqr(
-    lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati
+    lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati, loops: Loops
 ) -> LQRSolution:
     F, W, V = lqr.blocks()
-    _, n, m = lqr.B.shape
+    n = lqr.B.shape[1]
     if x0.shape != (n,) or x0.dtype != F.dtype:
         raise ValueError(
             f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {F.dtype} "
             "are expected."
         )
-    values, gains, positive = method.values(F, W, V, m)
-    values = jnp.concatenate([values, V[None]])
-    xs, us = method.rollout(F, gains, x0)
-    xs_idle, us_idle = method.rollout(F, jnp.zeros_like(gains), x0)
+    values, gains, positive = method.values(F, W, V, loops)
+    xs, us = method.rollout(F, gains, x0, loops)
+    xs_idle, us_idle = method.rollout(F, jnp.zeros_like(gains), x0, loops)
     start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
     cost = matmul(start, matmul(values[0], start)) / 2
     return LQRSolution(
@@ -121,6 +129,7 @@ def solve_lqr(
     *,
     method: AbstractRiccati = Riccati(),
     throw: bool = True,
+    fast_loops: bool | None = None,
 ) -> LQRSolution:
     r"""Solves a linear-quadratic problem by the Riccati recursion.
 
@@ -135,12 +144,13 @@ def solve_lqr(
         or [`diffprog.ParallelRiccati`][] over all stages at once.
     - `throw`: raise [`diffprog.SolveError`][] when the problem has no minimum and all
         inputs are concrete.
+    - `fast_loops`: `None` compiles each loop into one function on the CPU where that is
+        known to work; `False` never does, `True` raises where it is not possible.
 
     **Returns:** a [`diffprog.LQRSolution`][]. Its `result` is `factorization_failed`,
     and its numbers are not finite, where some G is not positive definite.
 
-    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory by the default method.
-    Differentiable.
+    Takes O(T (n + m)^3) time and O(T (n + m)^2) memory. Differentiable.
 
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
@@ -152,5 +162,6 @@ def solve_lqr(
             f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
             "`dp.ParallelRiccati()` is expected."
         )
-    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method)
+    loops = {None: "apart", True: "forced", False: "plain"}[fast_loops]
+    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, loops)
     return throw_unless_successful(solution, throw)

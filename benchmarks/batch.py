@@ -1,0 +1,111 @@
+"""Many starts of one problem: ours as one batch, Crocoddyl in a loop, per core."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+import diffprog as dp
+
+from . import ours
+from .peers import load
+from .problems import PROBLEMS
+from .timing import once
+
+
+TITLE = "Batches"
+COLUMNS = {
+    "problem": "{}",
+    "batch": "{}",
+    "solver": "{}",
+    "solves / s / core": "{:.0f}",
+    "converged": "{:.3f}",
+    "mean cost": "{:.8g}",
+    "same cost": "{:.3f}",
+    "ours / this": "{:.2f}",
+}
+NOTES = (
+    "Starts are normally distributed around the start of the single solve. Solves per "
+    "second of processor time, all threads together. `mean cost` is over the starts "
+    "from which all rows of the problem converged; `same cost` is the share of these "
+    "where the row and the first row end within 1e-6, since there are several local "
+    "minima.",
+    "Crocoddyl solves one after the other, which takes the same time whatever the size "
+    "of the batch: the first 512 starts at most.",
+)
+SIZES = {"pendulum": (64, 512, 4096), "cart-pole": (64, 512), "quadrotor": (64, 512)}
+METHODS = {"pendulum": dp.DDP(), "cart-pole": dp.ILQR(), "quadrotor": dp.ILQR()}
+MAX_STEPS, SAME_COST, MEAN_COST, LOOPED = 200, 1e-6, 1e-2, 512
+
+
+def measure_ours(problem, x0s: numpy.ndarray, **options) -> dict:
+    method = METHODS[problem.name]
+    solve = ours.batch_solver(problem, method, max_steps=MAX_STEPS, **options)
+    uss = jnp.zeros((len(x0s), problem.horizon, problem.controls))
+    call = lambda: jax.block_until_ready(solve(jnp.asarray(x0s), uss))
+    solution = call()
+    repeats = 3 if len(x0s) <= LOOPED else 1
+    seconds = numpy.median([once(call, time.process_time) for _ in range(repeats)])
+    converged = numpy.asarray(solution.result == dp.RESULTS.successful)
+    return dict(
+        solver=f"diffprog {type(method).__name__}",
+        rate=len(x0s) / seconds,
+        costs=numpy.asarray(solution.cost),
+        finished=converged,
+    )
+
+
+def measure_crocoddyl(crocoddyl, problem, x0s: numpy.ndarray) -> dict:
+    solver, costs, finished = crocoddyl.FDDP(problem), [], []
+    start = time.process_time()
+    for x0 in x0s:
+        solver(x0)
+        costs.append(solver.cost)
+        finished.append(solver.converged)
+    return dict(
+        solver=crocoddyl.NAME,
+        rate=len(x0s) / (time.process_time() - start),
+        costs=numpy.array(costs),
+        finished=numpy.array(finished),
+    )
+
+
+def compared(rows: list[dict]) -> list[dict]:
+    """The rows with what they have in common: starts from which all converged."""
+    count = min(len(row["costs"]) for row in rows)
+    both = numpy.all([row["finished"][:count] for row in rows], axis=0)
+    first, table = rows[0], []
+    reference = first["costs"][:count][both]
+    for row in rows:
+        costs = row["costs"][:count][both]
+        same = numpy.abs(costs - reference) <= SAME_COST * numpy.abs(reference)
+        equal = abs(costs.mean() / reference.mean() - 1) <= MEAN_COST
+        peer = not row["solver"].startswith("diffprog")
+        table.append({
+            "solver": row["solver"],
+            "solves / s / core": row["rate"],
+            "converged": float(row["finished"].mean()),
+            "mean cost": float(costs.mean()),
+            "same cost": float(same.mean()),
+            "ours / this": first["rate"] / row["rate"] if peer and equal else None,
+        })  # fmt: skip
+    return table
+
+
+def one(problem, count: int) -> list[dict]:
+    x0s = problem.starts(count)
+    rows = []
+    for suffix, options in ours.LOOPS.items():
+        if not suffix or count == LOOPED:
+            row = measure_ours(problem, x0s, **options)
+            rows.append(row | {"solver": row["solver"] + suffix})
+    crocoddyl = load("crocoddyl")
+    if crocoddyl and crocoddyl.COMPILER:
+        rows.append(measure_crocoddyl(crocoddyl, problem, x0s[:LOOPED]))
+    return [dict(problem=problem.name, batch=count) | row for row in compared(rows)]
+
+
+def run() -> list[dict]:
+    pairs = [(p, count) for p in PROBLEMS for count in SIZES.get(p.name, ())]
+    return [row for problem, count in pairs for row in one(problem, count)]

@@ -1,0 +1,71 @@
+"""How long the first call takes: tracing and compiling every problem."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+from . import ours
+from .problems import PROBLEMS, UNSEEN
+from .timing import once
+
+
+TITLE = "Compilation"
+COLUMNS = {
+    "problem": "{}",
+    "method": "{}",
+    "trace s": "{:.2f}",
+    "compile s": "{:.2f}",
+    "total s": "{:.2f}",
+    "total from the cache s": "{:.2f}",
+}
+NOTES = (
+    "Tracing and compiling a solve, in a process of its own whose caches are cleared "
+    "before each. The last column: the same with JAX's persistent compilation cache, "
+    "already filled.",
+)
+
+
+def first_call(problem, method) -> tuple[float, float]:
+    """Seconds to trace and to compile."""
+    jax.clear_caches()
+    found = []
+    solve, arguments = jax.jit(ours.solver(problem, method)), ours.start(problem)
+    trace = once(lambda: found.append(solve.lower(*arguments)))
+    return trace, once(found[0].compile)
+
+
+def one(problem, method) -> dict:
+    trace, compile = first_call(problem, method)
+    return {
+        "problem": problem.name,
+        "method": type(method).__name__,
+        "trace s": trace,
+        "compile s": compile,
+        "total s": trace + compile,
+        "total from the cache s": sum(first_call(problem, method)),
+    }
+
+
+def measure() -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        problems = PROBLEMS + UNSEEN
+        # Loads what every compilation needs, with a program that is none of these.
+        first_call(dataclasses.replace(problems[0], horizon=10), ours.METHODS[0])
+        return [one(problem, method) for problem in problems for method in ours.METHODS]
+
+
+def run() -> list[dict]:
+    command = [sys.executable, "-m", "benchmarks.compilation"]
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

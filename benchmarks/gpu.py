@@ -1,0 +1,151 @@
+"""Batches and the parallel Riccati recursion in float32, on what JAX runs on.
+
+    python -m benchmarks.gpu [--small] [--write docs]
+
+Needs JAX for the accelerator and none of the peers. The numbers go to
+`out/benchmarks_gpu.json`, the tables to `out/benchmarks_gpu.md`, or with `--write docs`
+to `docs/benchmarks-gpu.md`.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+import diffprog as dp
+
+from . import lqr, machine, ours, report
+from .problems import PROBLEMS
+from .timing import once
+
+
+BATCHES = 64, 256, 1024, 4096, 16_384
+HORIZONS = 128, 512, 2048, 8192, 16_384
+SIZES = (4, 2), (12, 4)
+ENOUGH = 2.0  # seconds: what takes longer is timed once
+
+BATCH_TITLE = "Batches under `jax.vmap`"
+BATCH_COLUMNS = {
+    "problem": "{}",
+    "batch": "{}",
+    "ms": "{:.1f}",
+    "solves / s": "{:.0f}",
+    "converged": "{:.3f}",
+    "iterations, median": "{:.0f}",
+    "iterations, most": "{}",
+    "compile s": "{:.1f}",
+}
+RICCATI_TITLE = "Riccati recursions"
+RICCATI_COLUMNS = {
+    "n, m": "{}",
+    "T": "{}",
+    "sequential ms": "{:.3f}",
+    "parallel ms": "{:.3f}",
+    "sequential / parallel": "{:.2f}",
+    "difference of the costs": "{:.1e}",
+}
+
+
+def median_seconds(call) -> float:
+    first = once(call)
+    repeats = 1 if first > ENOUGH else 5
+    return statistics.median([first] + [once(call) for _ in range(repeats - 1)])
+
+
+def batch(problem, count: int) -> dict:
+    """Solves by iLQR, with the library's own tolerances for float32."""
+    options = dict(rtol=None, atol=None, max_steps=200, history=False)
+    solve = jax.vmap(ours.solver(problem, dp.ILQR(), **options))
+    x0s = jnp.asarray(problem.starts(count), jnp.float32)
+    uss = jnp.zeros((count, problem.horizon, problem.controls), jnp.float32)
+    compiled = []
+    lowered = jax.jit(solve).lower(x0s, uss)
+    seconds_to_compile = once(lambda: compiled.append(lowered.compile()))
+    run = lambda: jax.block_until_ready(compiled[0](x0s, uss))
+    solution = run()
+    seconds = median_seconds(run)
+    steps = numpy.asarray(solution.stats["num_steps"])
+    converged = numpy.asarray(solution.result == dp.RESULTS.successful)
+    return {
+        "problem": problem.name,
+        "batch": count,
+        "ms": 1e3 * seconds,
+        "solves / s": count / seconds,
+        "converged": float(converged.mean()),
+        "iterations, median": float(numpy.median(steps)),
+        "iterations, most": int(steps.max()),
+        "compile s": seconds_to_compile,
+    }
+
+
+def riccati(n: int, m: int, T: int) -> dict:
+    terms, x0 = lqr.terms(n, m, T)
+    single = {name: value.astype(numpy.float32) for name, value in terms.items()}
+    methods = {"sequential": {"method": dp.Riccati()}}
+    if hasattr(dp, "ParallelRiccati"):
+        methods["parallel"] = {"method": dp.ParallelRiccati()}
+    found = {
+        name: lqr.Solver(single, x0.astype(numpy.float32), **options)
+        for name, options in methods.items()
+    }
+    times = {name: 1e3 * median_seconds(solver) for name, solver in found.items()}
+    costs = [solver.cost for solver in found.values()]
+    parallel = times.get("parallel")
+    return {
+        "n, m": f"{n}, {m}",
+        "T": T,
+        "sequential ms": times["sequential"],
+        "parallel ms": parallel,
+        "sequential / parallel": times["sequential"] / parallel if parallel else None,
+        "difference of the costs": abs(costs[-1] / costs[0] - 1),
+    }
+
+
+def measure(small: bool) -> dict:
+    batches = BATCHES[:1] if small else BATCHES
+    horizons = HORIZONS[:2] if small else HORIZONS
+    problems = [problem for problem in PROBLEMS if problem.spread]
+    pairs = [(problem, count) for problem in problems for count in batches]
+    sizes = [(*size, T) for size in SIZES for T in horizons]
+    return {
+        BATCH_TITLE: [batch(*pair) for pair in pairs],
+        RICCATI_TITLE: [riccati(*size) for size in sizes],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--small", action="store_true", help="the smallest sizes")
+    parser.add_argument("--write", choices=["docs"])
+    parser.add_argument("--out", type=pathlib.Path, default="out")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_x64", False)
+    device = jax.devices()[0].device_kind
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+    facts = {"device": device} | machine.describe() | {"command": command}
+    print("\n".join(report.machine_lines(facts)))
+    sections = measure(args.small)
+    columns = {BATCH_TITLE: BATCH_COLUMNS, RICCATI_TITLE: RICCATI_COLUMNS}
+    for title, rows in sections.items():
+        print(f"\n{title}\n\n{report.text_table(rows, columns[title])}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = json.dumps({"machine": facts, "sections": sections}, indent=1)
+    (args.out / "benchmarks_gpu.json").write_text(results)
+    page = report.gpu_page(facts, sections, columns)
+    docs = pathlib.Path("docs/benchmarks-gpu.md")
+    path = docs if args.write == "docs" else args.out / "benchmarks_gpu.md"
+    path.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

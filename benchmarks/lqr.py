@@ -1,0 +1,90 @@
+"""Linear-quadratic problems: `dp.solve_lqr` and one iteration of Crocoddyl."""
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+import diffprog as dp
+
+from . import ours
+from .peers import load
+from .timing import alternate
+
+
+TITLE = "Linear-quadratic problems"
+COLUMNS = {
+    "n, m, T": "{}",
+    "solver": "{}",
+    "ms": "{:.3f}",
+    "cost": "{:.9g}",
+    "ours / this": "{:.3f}",
+}
+NOTES = (
+    "Random problems that change with time; n states, m controls, T stages. Crocoddyl: "
+    "one iteration of FDDP with its built-in linear-quadratic model in C++.",
+)
+SIZES = ((4, 2, 100), (12, 4, 100), (12, 4, 1000), (32, 16, 500))
+SAME_COST = 1e-9
+
+
+def terms(n: int, m: int, T: int) -> tuple[dict[str, numpy.ndarray], numpy.ndarray]:
+    """The terms of `dp.LQR` and a first state: stable, convex, with a drift."""
+    rng = numpy.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape)
+    square = lambda W: W @ W.swapaxes(-1, -2) / W.shape[-1]
+    A = normal(T, n, n) / numpy.sqrt(n)
+    radius = numpy.abs(numpy.linalg.eigvals(A)).max(-1)[:, None, None]
+    lqr = dict(
+        A=A * numpy.minimum(1.0, 0.95 / radius),
+        B=0.5 * normal(T, n, m),
+        c=0.1 * normal(T, n),
+        Q=square(normal(T, n, n)) + 0.1 * numpy.eye(n),
+        R=square(normal(T, m, m)) + 1.1 * numpy.eye(m),
+        M=numpy.zeros((T, n, m)),
+        q=0.1 * normal(T, n),
+        r=0.1 * normal(T, m),
+        Q_final=square(normal(n, n)) + 0.1 * numpy.eye(n),
+        q_final=0.1 * normal(n),
+    )
+    return lqr, normal(n)
+
+
+class Solver:
+    """`dp.solve_lqr`, compiled."""
+
+    def __init__(self, lqr: dict, x0: numpy.ndarray, **options):
+        terms = {name: jnp.asarray(value) for name, value in lqr.items()}
+        self.arguments = dp.LQR(**terms), jnp.asarray(x0)
+        self.solve = jax.jit(lambda lqr, x0: dp.solve_lqr(lqr, x0, **options))
+        self()
+
+    def __call__(self):
+        self.solution = jax.block_until_ready(self.solve(*self.arguments))
+
+    @property
+    def cost(self) -> float:
+        return float(self.solution.cost)
+
+
+def one(n: int, m: int, T: int) -> list[dict]:
+    problem = terms(n, m, T)
+    found = {
+        f"diffprog{suffix}": Solver(*problem, **options)
+        for suffix, options in ours.LOOPS.items()
+    }
+    if crocoddyl := load("crocoddyl"):
+        found["Crocoddyl, one iteration"] = crocoddyl.OneIteration(*problem)
+    times = alternate(found)
+    mine, rows = found["diffprog"], []
+    for name, solver in found.items():
+        row = {"n, m, T": f"{n}, {m}, {T}", "solver": name, "cost": solver.cost}
+        row["ms"] = 1e3 * times[name]
+        same = abs(mine.cost - solver.cost) <= SAME_COST * abs(solver.cost)
+        peer = not name.startswith("diffprog")
+        row["ours / this"] = times["diffprog"] / times[name] if peer and same else None
+        rows.append(row)
+    return rows
+
+
+def run() -> list[dict]:
+    return [row for size in SIZES for row in one(*size)]

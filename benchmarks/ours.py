@@ -1,0 +1,72 @@
+"""What is measured: `dp.solve` inside the user's own `jax.jit`."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+
+import diffprog as dp
+
+
+# The stopping rule of Crocoddyl: the model promises less than this.
+STOP = dict(rtol=0.0, atol=1e-7, max_steps=500, throw=False)
+METHODS = (dp.ILQR(), dp.DDP())
+
+# Fast loops are chosen by the library itself; plain ones are what it falls back on.
+HAS_FAST_LOOPS = "fast_loops" in inspect.signature(dp.solve).parameters
+LOOPS = {"": {}, ", plain loops": {"fast_loops": False}} if HAS_FAST_LOOPS else {"": {}}
+
+
+def chain(problem) -> dp.ControlProblem:
+    return dp.ControlProblem(
+        lambda x, u, t: problem.dynamics(jnp, x, u),
+        lambda x, u, t: problem.cost(jnp, x, u),
+        lambda x: problem.terminal_cost(jnp, x),
+        problem.horizon,
+    )
+
+
+def start(problem) -> tuple[jax.Array, jax.Array]:
+    us = jnp.zeros((problem.horizon, problem.controls))
+    return jnp.array(problem.x0), us
+
+
+def solver(problem, method, **options):
+    """`solve(x0, us)`, for a `jax.jit` around it."""
+    ours = chain(problem)
+    options = STOP | options
+    return lambda x0, us: dp.solve(ours, method, x0, us, **options)
+
+
+def batch_solver(problem, method, **options):
+    """`solve(x0s, uss)` for many starts."""
+    if not hasattr(dp, "solve_batch"):
+        solve = solver(problem, method, **options)
+        return jax.jit(lambda x0s, uss: jax.lax.map(lambda a: solve(*a), (x0s, uss)))
+    ours = chain(problem)
+    options = STOP | options
+    return lambda x0s, uss: dp.solve_batch(ours, method, x0s, uss, **options)
+
+
+class Solver:
+    """One problem, one method, compiled."""
+
+    def __init__(self, problem, method, **options):
+        self.arguments = start(problem)
+        self.solve = jax.jit(solver(problem, method, **options))
+        self()
+
+    def __call__(self):
+        self.solution = jax.block_until_ready(self.solve(*self.arguments))
+
+    @property
+    def cost(self) -> float:
+        return float(self.solution.cost)
+
+    @property
+    def steps(self) -> int:
+        return int(self.solution.stats["num_steps"])
+
+    @property
+    def converged(self) -> bool:
+        return bool(self.solution.result == dp.RESULTS.successful)

@@ -1,0 +1,115 @@
+"""CasADi: a problem as symbols, and solved by Fatrop and by Ipopt."""
+
+import types
+
+import casadi
+import numpy
+
+
+# What the problems use of `jax.numpy`.
+MODULE = types.SimpleNamespace(
+    array=lambda parts: casadi.vertcat(*parts),
+    concatenate=lambda parts: casadi.vertcat(*parts),
+    dot=casadi.dot,
+    sin=casadi.sin,
+    cos=casadi.cos,
+    arcsin=casadi.asin,
+    sqrt=casadi.sqrt,
+)
+TOLERANCE, MAX_STEPS = 1e-8, 1000
+
+
+def functions(problem) -> dict[str, casadi.Function]:
+    """Stage and last stage with their exact derivatives, outputs dense."""
+    x = casadi.SX.sym("x", len(problem.x0))
+    u = casadi.SX.sym("u", problem.controls)
+    following = problem.dynamics(MODULE, x, u)
+    cost = problem.cost(MODULE, x, u)
+    last = problem.terminal_cost(MODULE, x)
+    gradient = lambda f, *v: [casadi.gradient(f, w) for w in v]
+    derivatives = [casadi.jacobian(following, x), casadi.jacobian(following, u)]
+    derivatives += gradient(cost, x, u)
+    derivatives += [
+        casadi.hessian(cost, x)[0],
+        casadi.jacobian(casadi.gradient(cost, x), u),
+        casadi.hessian(cost, u)[0],
+    ]
+    outputs = {
+        "stage": ([x, u], [following, cost]),
+        "stage_derivatives": ([x, u], derivatives),
+        "last": ([x], [last]),
+        "last_derivatives": ([x], [*gradient(last, x), casadi.hessian(last, x)[0]]),
+    }
+    dense = lambda expressions: [casadi.densify(e) for e in casadi.cse(expressions)]
+    return {
+        name: casadi.Function(name, inputs, dense(expressions))
+        for name, (inputs, expressions) in outputs.items()
+    }
+
+
+class MultipleShooting:
+    """Minimizes over all states and controls, stage after stage, exact Hessian.
+
+    `expand`: the whole program as one list of scalar operations instead of calls of the
+    function of a stage. Both are interpreted.
+    """
+
+    def __init__(self, problem, solver: str, expand: bool):
+        n, m, T = len(problem.x0), problem.controls, problem.horizon
+        parts = functions(problem)
+        self.stage, self.last = parts["stage"], parts["last"]
+        x0, z = casadi.MX.sym("x0", n), casadi.MX.sym("z", (n + m) * T + n)
+        pairs, end = casadi.reshape(z[:-n], n + m, T), z[-n:]
+        xs, us = pairs[:n, :], pairs[n:, :]
+        following, costs = self.stage.map(T)(xs, us)
+        gaps = casadi.horzcat(xs[:, 1:], end) - following
+        # The order that Fatrop expects: what binds a stage follows its gap.
+        g = casadi.vertcat(gaps[:, 0], xs[:, 0] - x0, casadi.vec(gaps[:, 1:]))
+        nlp = dict(x=z, p=x0, f=casadi.sum2(costs) + self.last(end), g=g)
+        options = dict(
+            expand=expand,
+            print_time=False,
+            show_eval_warnings=False,
+            error_on_fail=False,
+        )
+        if solver == "fatrop":
+            options |= dict(
+                structure_detection="manual",
+                N=T,
+                nx=[n] * (T + 1),
+                nu=[m] * T + [0],
+                ng=[n] + [0] * T,
+                equality=[True] * (n * (T + 1)),
+                fatrop=dict(print_level=0, tol=TOLERANCE, max_iter=MAX_STEPS),
+            )
+        else:
+            options["ipopt"] = dict(
+                print_level=0, sb="yes", tol=TOLERANCE, max_iter=MAX_STEPS
+            )
+        self.solver = casadi.nlpsol("solver", solver, nlp, options)
+        self.x0 = numpy.array(problem.x0)
+        self.guess = self.roll_out(problem)
+        self()
+
+    def roll_out(self, problem) -> numpy.ndarray:
+        """States and controls of the first guess, which meets all constraints."""
+        x, u, parts = self.x0, numpy.zeros(problem.controls), []
+        for _ in range(problem.horizon):
+            parts += [x, u]
+            x = self.stage(x, u)[0].full().ravel()
+        return numpy.concatenate([*parts, x])
+
+    def __call__(self):
+        self.answer = self.solver(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
+
+    @property
+    def cost(self) -> float:
+        return float(self.answer["f"])
+
+    @property
+    def steps(self) -> int:
+        return self.solver.stats()["iter_count"]
+
+    @property
+    def converged(self) -> bool:
+        return self.solver.stats()["success"]

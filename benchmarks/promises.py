@@ -1,0 +1,93 @@
+"""The limits that the measurements are held against."""
+
+from . import ours, single
+
+
+TITLE = "Promises"
+NOTE = (
+    "What we want to hold on every machine, and what this one measured. A ratio is our "
+    "time over that of the other solver, unless it says rate. Where Fatrop stands "
+    "twice, the second program is the faster one."
+)
+COLUMNS = {
+    "promise": "{}",
+    "limit": "{:g}",
+    "measured": "{:.3f}",
+    "verdict": "{}",
+}
+CROCODDYL_NAME = "Crocoddyl FDDP, C++"
+FATROP = {"pendulum": 0.4, "cart-pole": 0.15, "quadrotor": 0.5, "car parking": 0.05}
+CROCODDYL = {"pendulum": 0.6, "cart-pole": 0.6, "car parking": 0.6, "quadrotor": 1.0}
+LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
+PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
+COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
+
+
+def promise(text: str, limit: float, measured: float | None, most: bool = True) -> dict:
+    if measured is None:
+        verdict = "not measured"
+    else:
+        holds = measured <= limit if most else measured >= limit
+        verdict = "holds" if holds else "does not hold"
+    return dict(promise=text, limit=limit, measured=measured, verdict=verdict)
+
+
+def times(rows: list[dict], peer: str, limits: dict, key: str = "problem"):
+    """Our time over a peer's, for every problem with a limit."""
+    measured = {row[key]: row["ours / this"] for row in rows if row["solver"] == peer}
+    for name, limit in limits.items():
+        yield promise(f"time over {peer}: {name}", limit, measured.get(name))
+
+
+def plain_loops(rows: list[dict]):
+    """The same with fast loops switched off."""
+    suffix = list(ours.LOOPS)[-1]
+    for peer in (row for row in rows if row["solver"] == CROCODDYL_NAME):
+        same = [row for row in rows if row["problem"] == peer["problem"]]
+        measured = single.ratio(single.best(same, suffix), peer)
+        text = f"time without fast loops over {CROCODDYL_NAME}: {peer['problem']}"
+        yield promise(text, PLAIN_LOOPS, measured)
+
+
+def of_single(rows: list[dict]):
+    yield from times(rows, "Fatrop", FATROP)
+    yield from times(rows, "Fatrop, expanded", FATROP)
+    yield from times(rows, CROCODDYL_NAME, CROCODDYL)
+    yield from plain_loops(rows)
+
+
+def of_door(rows: list[dict]):
+    largest = max(row["difference us"] for row in rows)
+    yield promise("microseconds of the public door, at most", DOOR, largest)
+
+
+def of_lqr(rows: list[dict]):
+    yield from times(rows, "Crocoddyl, one iteration", LQR, "n, m, T")
+
+
+def of_batch(rows: list[dict]):
+    peer = (row for row in rows if row["solver"] == CROCODDYL_NAME)
+    measured = {(r["problem"], r["batch"]): r["ours / this"] for r in peer}
+    text = f"rate over {CROCODDYL_NAME}: 512 pendulums, at least"
+    yield promise(text, BATCH, measured.get(("pendulum", 512)), most=False)
+
+
+def of_compilation(rows: list[dict]):
+    for method, limit in COMPILATION.items():
+        slowest = max(row["total s"] for row in rows if row["method"] == method)
+        yield promise(f"seconds to compile dp.{method}, at most", limit, slowest)
+
+
+PARTS = {
+    "single": of_single,
+    "door": of_door,
+    "lqr": of_lqr,
+    "batch": of_batch,
+    "compilation": of_compilation,
+}
+
+
+def check(sections: dict) -> list[dict]:
+    """Every promise about the sections that were measured."""
+    parts = [PARTS[name](rows) for name, rows in sections.items() if name in PARTS]
+    return [row for part in parts for row in part]

@@ -1,0 +1,108 @@
+"""The results as text, and as pages of the documentation."""
+
+import importlib
+import pathlib
+
+from . import pictures, promises
+
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+INTRODUCTION = """\
+# Benchmarks
+
+diffprog beside other solvers of the same problems, on one machine, in one run. The
+command
+
+```bash
+{command}
+```
+
+measured and wrote this page; `make bench` prints the tables. Solvers take turns, one
+thread each, and the figures are medians. `ours / this` is our time divided by that of
+the row: below 1 we are faster. There is no ratio without an equal final cost.
+
+"""
+GPU_INTRODUCTION = """\
+# Benchmarks on an accelerator
+
+Bare times in float32, without peers. `make bench-gpu` prints the tables.
+
+"""
+
+
+def cell(value, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def cells(rows: list[dict], columns: dict[str, str]) -> list[list[str]]:
+    lines = [
+        [cell(row.get(key), form) for key, form in columns.items()] for row in rows
+    ]
+    return [list(columns), *lines]
+
+
+def is_text(rows: list[dict], columns: dict[str, str]) -> list[bool]:
+    return [any(isinstance(row.get(key), str) for row in rows) for key in columns]
+
+
+def text_table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Columns of equal width: words to the left, numbers to the right."""
+    lines, words = cells(rows, columns), is_text(rows, columns)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = lambda text, width, word: text.ljust(width) if word else text.rjust(width)
+    return "\n".join(
+        "  ".join(map(align, line, widths, words)).rstrip() for line in lines
+    )
+
+
+def markdown_table(rows: list[dict], columns: dict[str, str]) -> str:
+    head, *lines = cells(rows, columns)
+    rule = ["---" if word else "---:" for word in is_text(rows, columns)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
+def machine_lines(machine: dict) -> list[str]:
+    facts = {key: value for key, value in machine.items() if key != "versions"}
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    versions = (f"{name} {number}" for name, number in machine["versions"].items())
+    return [*lines, ", ".join(versions)]
+
+
+def machine_list(machine: dict) -> str:
+    return "\n".join(f"- {line}" for line in machine_lines(machine))
+
+
+def section_text(name: str, rows: list[dict]) -> str:
+    section = importlib.import_module(f".{name}", __package__)
+    parts = [f"## {section.TITLE}", *section.NOTES]
+    if name in pictures.DRAW:
+        parts.append(f"![{section.TITLE}](images/{picture_name(name)})")
+    return "\n\n".join([*parts, markdown_table(rows, section.COLUMNS)])
+
+
+def picture_name(section: str) -> str:
+    return f"benchmarks_{section}.png"
+
+
+def write_page(results: dict):
+    """`docs/benchmarks.md` and its pictures, from the results alone."""
+    machine, sections = results["machine"], results["sections"]
+    for name, rows in sections.items():
+        if name in pictures.DRAW:
+            pictures.save(name, rows, DOCS / "images" / picture_name(name))
+    parts = [
+        INTRODUCTION.format(command=machine["command"]) + machine_list(machine),
+        *(section_text(name, rows) for name, rows in sections.items()),
+        f"## {promises.TITLE}",
+        promises.NOTE,
+        markdown_table(results["promises"], promises.COLUMNS),
+    ]
+    (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+
+
+def gpu_page(machine: dict, sections: dict, columns: dict) -> str:
+    tables = (
+        f"## {title}\n\n{markdown_table(rows, columns[title])}"
+        for title, rows in sections.items()
+    )
+    return "\n\n".join([GPU_INTRODUCTION + machine_list(machine), *tables]) + "\n"

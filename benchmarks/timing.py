@@ -1,0 +1,35 @@
+"""Times of calls, taken in turns, so that what slows the machine slows everyone."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+ROUNDS, BLOCK, PATIENCE = 15, 0.04, 3.0
+
+
+def once(call: Callable, clock: Callable = time.perf_counter) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
+def alternate(calls: dict[str, Callable]) -> dict[str, float]:
+    """Median seconds per call.
+
+    In every round each has a block of calls, long enough for the clock; who is slow
+    sits out the last rounds. The calls have been warmed up.
+    """
+    blocks, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        seconds = once(call)
+        rounds = round(PATIENCE / max(seconds, BLOCK))
+        fewest = 3 if seconds < PATIENCE else 1
+        blocks[name] = max(1, round(BLOCK / seconds)), min(max(rounds, fewest), ROUNDS)
+    for turn in range(ROUNDS):
+        for name, call in calls.items():
+            count, rounds = blocks[name]
+            if turn < rounds:
+                block = lambda: [call() for _ in range(count)]
+                times[name].append(once(block) / count)
+    return {name: statistics.median(values) for name, values in times.items()}

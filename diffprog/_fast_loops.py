@@ -1,0 +1,284 @@
+"""Loops that XLA compiles into one function: the CPU's fast path.
+
+XLA's CPU runtime starts every operation of a loop body on its own, which costs more
+than the arithmetic on a state of ten numbers. A call marked `xla_cpu_small_call` is
+compiled into one function instead, loops included. The mark is an internal of XLA, and
+some programs do not compile under it, so a program gets it only if every primitive in
+it is known to be safe, and its arrays are small enough that XLA neither hands them to
+a library nor splits them over threads. Everything else runs as ordinary JAX.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal as OneOf
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.core import eval_jaxpr
+from jax.custom_batching import custom_vmap
+from jax.extend.core import ClosedJaxpr, Literal
+from jaxtyping import Array, PyTree
+
+
+try:
+    from jax.experimental.xla_metadata import set_xla_metadata
+except ImportError:  # pragma: no cover
+    set_xla_metadata: Any = None
+
+# The newest JAX whose compiler was tried with all of this.
+NEWEST = (0, 12)
+
+CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".split()
+MOVES = """
+and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p
+dynamic_slice dynamic_update_slice eq eq_to gather ge gt iota is_finite le le_to lt
+lt_to ne not or pad pcast population_count pvary reshape rev scatter scatter-add
+select_n shift_left shift_right_arithmetic shift_right_logical slice split squeeze
+stack stop_gradient tile transpose unstack xor
+""".split()
+ARITHMETIC = """
+abs add add_any ceil clamp div floor integer_pow max min mul neg reduce_precision rem
+round sign sqrt square sub
+""".split()
+FUNCTIONS = """
+acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp2 expm1 log log1p
+logistic nextafter pow rsqrt sin sinh tan tanh
+""".split()
+REDUCTIONS = """
+argmax argmin cumprod cumsum dot_general reduce_and reduce_max reduce_min reduce_or
+reduce_prod reduce_sum
+""".split()
+
+# Operations per number. A function counts as what it expands to.
+WORK = dict.fromkeys(MOVES, 0) | dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
+WORK |= dict.fromkeys(FUNCTIONS, 40)
+
+# XLA hands a reduction of 4096 numbers to a library. It splits over threads what moves
+# 512 KiB, or costs 200 000 operations where a byte moved counts as 10, after fusing
+# several operations into one. Neither compiles here.
+MAX_REDUCED = 4095
+MAX_BYTES = 1 << 16
+MAX_COMPUTED = 1024
+MAX_WORK = 100_000
+DTYPES = ("bool", "float32", "float64", "int32", "int64", "uint32", "uint64", "uint8")
+
+
+# How the loops of a program run. "plain": maps at once, scans by XLA's runtime.
+# "apart": the same, but each scan as one function ("forced": or an error). "fused":
+# maps are loops as well, so that the whole program can be compiled as one function.
+Loops = OneOf["plain", "apart", "forced", "fused"]
+
+
+class FastLoopsError(ValueError):
+    """Fast loops were asked for where they are not possible."""
+
+
+def compiled(fn: Callable[[Loops], PyTree], fast_loops: bool | None) -> PyTree:
+    """`fn("fused")` as one function if that is possible; else `fn("apart")`.
+
+    `fn` reads what it needs from its closure. Under `vmap`, differentiation, and on
+    other platforms than the CPU `fn("plain")` runs. `fast_loops=True` raises where that
+    is known now; `False` always takes `fn("plain")`.
+    """
+    if fast_loops is False:
+        return fn("plain")
+    reason = _elsewhere()
+    if reason and not fast_loops:
+        return fn("plain")
+    fast, shape = jax.make_jaxpr(lambda: fn("fused"), return_shape=True)()
+    reason = reason or obstacle(fast)
+    if reason and fast_loops:
+        raise FastLoopsError(
+            f"`fast_loops=True` is not possible here because of {reason}. "
+            "`fast_loops=None` makes as many loops fast as it can."
+        )
+    if reason:
+        return fn("apart")
+    plain = jax.make_jaxpr(lambda: fn("plain"))()
+    outs = _dispatched(fast, plain, fast_loops)(fast.consts, plain.consts)
+    return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
+
+
+def scan(fn: Callable, carry: PyTree, rows: PyTree, reverse: bool, loops: Loops):
+    """`lax.scan`, with `loops` as above."""
+    ordinary = lambda _: lax.scan(fn, carry, rows, reverse=reverse)
+    if loops in ("apart", "forced"):
+        return compiled(ordinary, loops == "forced" or None)
+    return ordinary(loops)
+
+
+def _elsewhere() -> str | None:
+    """What keeps every program from the fast path."""
+    if set_xla_metadata is None:
+        return f"JAX {jax.__version__}, which has no `xla_metadata`"
+    if jax.__version_info__[:2] > NEWEST:
+        newest = ".".join(map(str, NEWEST))
+        return f"JAX {jax.__version__}: it was tried up to JAX {newest}"
+    if jax.default_backend() != "cpu":
+        return f"the platform {jax.default_backend()}: they speed up the CPU only"
+    return None
+
+
+def _dispatched(fast: ClosedJaxpr, plain: ClosedJaxpr, fast_loops) -> Callable:
+    ordinary = lambda consts: eval_jaxpr(plain.jaxpr, consts)
+
+    # XLA aborts on an argument that its function does not use, and finds out more than
+    # JAX about what is not used: so a number of each comes back.
+    @jax.jit
+    def small_call(consts):
+        first = [c[(0,) * c.ndim] for c in consts if c.size]
+        return _run(fast, consts), first
+
+    def on_cpu(consts, _):
+        with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
+            return lax.optimization_barrier(small_call(consts))[0]
+
+    @custom_vmap
+    def unbatched(fast_consts, plain_consts):
+        elsewhere = lambda _, consts: ordinary(consts)
+        return lax.platform_dependent(
+            fast_consts, plain_consts, cpu=on_cpu, default=elsewhere
+        )
+
+    @unbatched.def_vmap
+    def _(size, batched, _, plain_consts):
+        if fast_loops:
+            raise FastLoopsError(
+                "`fast_loops=True` is not possible under `jax.vmap`, which runs all "
+                "problems in lock step: use `jax.lax.map`, or `dp.solve_batch`."
+            )
+        axes = [0 if is_batched else None for is_batched in batched[1]]
+        mapped = jax.vmap(ordinary, in_axes=(axes,), axis_size=size)
+        out = mapped(plain_consts)
+        return out, jtu.tree_map(lambda _: True, out)
+
+    differentiable = jax.custom_jvp(unbatched)
+
+    @differentiable.defjvp
+    def _(primals, tangents):
+        return jax.jvp(ordinary, primals[1:], tangents[1:])
+
+    return differentiable
+
+
+def obstacle(closed: ClosedJaxpr) -> str | None:
+    """Why a program cannot be compiled as one function; None if it can."""
+    try:
+        _work(closed)
+    except _Obstacle as error:
+        return str(error)
+    return None
+
+
+class _Obstacle(Exception):
+    pass
+
+
+def _work(closed: ClosedJaxpr) -> int:
+    """Operations of one pass through a program, without the loops in it."""
+    total = 0
+    for eqn in closed.jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in CALLS:
+            works = [_work(jaxpr) for jaxpr in _inner(eqn)]
+            total += 0 if name in ("scan", "while") else sum(works)
+        else:
+            total += _check(name, eqn)
+        if total > MAX_WORK:
+            raise _Obstacle(f"a loop body of more than {MAX_WORK} operations")
+    return total
+
+
+def _check(name: str, eqn) -> int:
+    """Operations of one primitive, if it is safe."""
+    if name not in WORK:
+        raise _Obstacle(f"the primitive `{name}`")
+    ins, outs = ([v.aval for v in vs] for vs in (eqn.invars, eqn.outvars))
+    for array in (*ins, *outs):
+        if array.dtype.name not in DTYPES:
+            raise _Obstacle(f"an array of dtype {array.dtype}")
+    size = max(array.size for array in outs)
+    if name in REDUCTIONS:
+        size = max(size, *(array.size for array in ins))
+        size = _num_products(eqn) if name == "dot_general" else size
+        if size > MAX_REDUCED:
+            raise _Obstacle(f"`{name}` over {size} numbers")
+        return 2 * size
+    if name.startswith("scatter") and ins[1].size != ins[1].shape[-1]:
+        raise _Obstacle(f"`{name}` with several indices")
+    moved = max(array.size * array.dtype.itemsize for array in outs)
+    if moved > MAX_BYTES and name != "dynamic_update_slice":
+        raise _Obstacle(f"`{name}` to an array of {moved} bytes")
+    if WORK[name] and size > MAX_COMPUTED:
+        raise _Obstacle(f"`{name}` of {size} numbers at once")
+    return size * WORK[name]
+
+
+def _inner(eqn) -> Iterator[ClosedJaxpr]:
+    for value in eqn.params.values():
+        for jaxpr in value if isinstance(value, tuple) else (value,):
+            if isinstance(jaxpr, ClosedJaxpr):
+                yield jaxpr
+
+
+def _num_products(eqn) -> int:
+    a, b = (var.aval for var in eqn.invars)
+    (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+    size = a.size * b.size
+    for axis in (*contracted, *batched):
+        size //= max(a.shape[axis], 1)
+    return size
+
+
+def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
+    """Runs a program with its small products of matrices as sums.
+
+    XLA gives a `dot_general` of more than 7 x 7 to a library, and starts each of them
+    on its own; a product and a sum stay part of the loop around them.
+    """
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env |= zip(jaxpr.invars, args, strict=True)
+    for eqn in jaxpr.eqns:
+        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
+        elif name in ("scan", "while", "cond"):
+            outs = eqn.primitive.bind(
+                *ins, **jtu.tree_map(_rewritten, params, is_leaf=_is_program)
+            )
+        elif name in CALLS:
+            (inner,) = _inner(eqn)
+            outs = _run(inner, inner.consts, tuple(ins))
+        else:
+            outs = eqn.primitive.bind(*ins, **params)
+            outs = outs if eqn.primitive.multiple_results else [outs]
+        env |= zip(eqn.outvars, outs, strict=True)
+    return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _is_program(value) -> bool:
+    return isinstance(value, ClosedJaxpr)
+
+
+def _rewritten(value):
+    if not isinstance(value, ClosedJaxpr):
+        return value
+    run = lambda *args: _run(value, value.consts, args)
+    return jax.make_jaxpr(run)(*value.in_avals)
+
+
+def _product(a: Array, b: Array, dimensions) -> Array:
+    """`lax.dot_general` as a product and a sum."""
+    (a_sum, b_sum), (a_batch, b_batch) = dimensions
+    a_free = [i for i in range(a.ndim) if i not in (*a_sum, *a_batch)]
+    b_free = [i for i in range(b.ndim) if i not in (*b_sum, *b_batch)]
+    # Axes: batch, free of a, free of b, summed.
+    a = jnp.transpose(a, (*a_batch, *a_free, *a_sum))
+    b = jnp.transpose(b, (*b_batch, *b_free, *b_sum))
+    lead, split = len(a_batch), len(a_batch) + len(a_free)
+    a = jnp.expand_dims(a, range(split, split + len(b_free)))
+    b = jnp.expand_dims(b, range(lead, split))
+    return jnp.sum(a * b, axis=range(split + len(b_free), a.ndim))

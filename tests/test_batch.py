@@ -1,0 +1,104 @@
+"""Many problems in one call equal the same problems one by one."""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import diffprog as dp
+
+from . import helpers
+
+
+def batch(size=5):
+    problem, x0, us = helpers.spring()
+    x0s = x0[None] + 0.3 * jnp.asarray(np.random.default_rng(0).normal(size=(size, 2)))
+    return problem, x0s, jnp.stack([us] * size)
+
+
+def agree(a, b, atol=1e-9):
+    jtu.tree_map(lambda x, y: np.testing.assert_allclose(x, y, 1e-9, atol), a, b)
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    problem, x0s, uss = batch()
+    each = [dp.solve(problem, dp.ILQR(), *pair) for pair in zip(x0s, uss)]
+    return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+@pytest.mark.parametrize("fast_loops", [None, False])
+def test_a_batch_equals_its_problems(fast_loops, one_by_one):
+    problem, x0s, uss = batch()
+    solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, fast_loops=fast_loops)
+    assert solution.history == {}
+    agree(solution.us, one_by_one.us)
+    agree(solution.policy, one_by_one.policy)
+    agree(solution.stats["num_steps"], one_by_one.stats["num_steps"])
+    assert jnp.all(solution.result == dp.RESULTS.successful)
+
+
+def test_batches_of_a_size_that_does_not_divide(one_by_one, capsys):
+    problem, x0s, uss = batch()
+    solution = dp.solve_batch(
+        problem, dp.ILQR(), x0s, uss, batch_size=2, history=True, verbose=True
+    )
+    agree(solution, one_by_one)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("batch 1 of 3: 2 problems, 2 successful, ")
+    assert lines[2].startswith("batch 3 of 3: 1 problems, 1 successful, ")
+
+
+def test_a_function_receives_the_figures_and_jit_works():
+    problem, x0s, uss = batch()
+    figures = []
+    receive = lambda **row: figures.append(row)
+
+    def solve(x0s):
+        return dp.solve_batch(
+            problem, dp.ILQR(), x0s, uss, batch_size=3, max_steps=1, verbose=receive
+        ).us
+
+    plain = solve(x0s)
+    assert [f["problems"] for f in figures] == [3, 2]
+    assert figures[0]["iterations"] == 1 and figures[0]["seconds"] > 0
+    agree(jax.jit(solve)(x0s), plain)
+    assert len(figures) == 2
+
+
+def test_a_batch_starts_from_the_state_of_another():
+    problem, x0s, uss = batch()
+    first = dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+    again = dp.solve_batch(problem, dp.ILQR(), x0s, first.us, state=first.state)
+    np.testing.assert_array_equal(again.stats["num_steps"], 0)
+
+
+def test_problems_that_fail_leave_the_others_alone():
+    problem, x0s, uss = batch()
+    x0s = x0s.at[2].set(1e200)
+    solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, max_steps=50)
+    good = solution.result == dp.RESULTS.successful
+    np.testing.assert_array_equal(good, [True, True, False, True, True])
+    code = jtu.tree_map(lambda leaf: leaf[2], solution.result)
+    assert code == dp.RESULTS.nonfinite_rollout
+
+
+def test_wrong_calls(unchecked):
+    problem, x0s, uss = batch()
+    call = lambda *args, **options: dp.solve_batch(problem, dp.ILQR(), *args, **options)
+    with pytest.raises(ValueError, match=r"`x0s` has 5 problems, `uss` has 4 problems"):
+        call(x0s, uss[:4])
+    with pytest.raises(ValueError, match=r"`uss` has 12 problems.*broadcast_to"):
+        call(x0s, uss[0])
+    with pytest.raises(ValueError, match=r"`x0s\[1\]` has no axis"):
+        call((x0s, 0.0), uss)
+    with pytest.raises(ValueError, match=r"`batch_size` is 0 for 5 problems"):
+        call(x0s, uss, batch_size=0)
+    with pytest.raises(TypeError, match="`batch_size` is 2.5; a Python int"):
+        call(x0s, uss, batch_size=2.5)
+    with pytest.raises(ValueError, match="callback|primitive"):
+        sort = lambda x, u, t: jnp.sort(x) + u
+        sorting = dp.ControlProblem(sort, problem.cost, problem.terminal_cost, 12)
+        dp.solve_batch(sorting, dp.ILQR(), x0s, uss, fast_loops=True)

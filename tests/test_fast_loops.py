@@ -1,0 +1,253 @@
+"""Loops compiled as one function give what ordinary loops give, or step aside."""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jax import lax
+
+import diffprog as dp
+from diffprog import _fast_loops
+from diffprog._fast_loops import compiled, obstacle
+
+from . import helpers
+from .helpers import DIRECTIONS, name
+
+
+MARK = "xla_cpu_small_call"
+
+
+def agree(a, b, rtol=1e-9, atol=1e-11):
+    compare = lambda x, y: np.testing.assert_allclose(x, y, rtol, atol)
+    jtu.tree_map(compare, a, b)
+
+
+def both(problem, x0, us, method, *args, **options):
+    return [
+        dp.solve(problem, method, x0, us, *args, fast_loops=fast, **options)
+        for fast in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+def test_solutions_equal_those_of_ordinary_loops(method):
+    problem, x0, us = helpers.spring()
+    steps = dict(throw=False, max_steps=5)
+    fast, plain = both(problem, x0, us, method, **steps)
+    agree(fast.us, plain.us)
+    agree(fast.history, plain.history, atol=1e-9)
+    agree(fast.policy, plain.policy, atol=1e-8)
+    assert fast.result == plain.result
+    for key in ("num_steps", "num_rollouts", "num_backwards"):
+        assert fast.stats[key] == plain.stats[key]
+
+
+def test_float32_solutions_equal_those_of_ordinary_loops():
+    problem, x0, us = helpers.spring(dtype=jnp.float32)
+    fast, plain = both(problem, x0, us, dp.DDP())
+    assert fast.us.dtype == jnp.float32
+    agree(fast.cost, plain.cost, rtol=1e-6)
+
+
+def marked(fn, *args) -> bool:
+    return MARK in jax.jit(fn).lower(*args).as_text()
+
+
+def test_whole_solves_are_marked_and_long_ones_loop_by_loop():
+    for T, fast, mark in [(12, None, True), (12, False, False), (3000, None, True)]:
+        problem, x0, us = helpers.spring(T)
+        solve = lambda us: dp.solve(problem, dp.ILQR(), x0, us, fast_loops=fast).us
+        assert marked(solve, us) == mark
+    with pytest.raises(ValueError, match=r"not possible here because of `\w+`"):
+        dp.solve(problem, dp.ILQR(), x0, us, fast_loops=True)
+
+
+def test_long_horizons_equal_ordinary_loops():
+    problem, x0, us = helpers.spring(3000)
+    fast, plain = [
+        dp.solve(problem, dp.DDP(), x0, us, max_steps=2, throw=False, fast_loops=loops)
+        for loops in (None, False)
+    ]
+    agree(fast.us, plain.us)
+
+
+def test_a_chain_of_phases_equals_ordinary_loops():
+    problem, x0, us = helpers.two_phase()
+    fast, plain = both(problem, x0, us, dp.GaussNewton())
+    agree(fast.us, plain.us, atol=1e-8)
+
+
+def test_products_of_matrices_become_sums():
+    shapes = [
+        ((3, 4), (4, 5), (((1,), (0,)), ((), ()))),
+        ((2, 3, 4), (4, 2, 5), (((2,), (0,)), ((0,), (1,)))),
+        ((4, 3), (3, 4), (((0, 1), (1, 0)), ((), ()))),
+        ((3,), (5,), (((), ()), ((), ()))),
+    ]
+    rng = np.random.default_rng(0)
+    for a_shape, b_shape, dimensions in shapes:
+        a, b = (jnp.asarray(rng.normal(size=s)) for s in (a_shape, b_shape))
+        dot = lax.dot_general(a, b, dimensions, precision="highest")
+        np.testing.assert_allclose(
+            _fast_loops._product(a, b, dimensions), dot, rtol=1e-13
+        )
+
+
+def test_every_primitive_of_the_list_compiles():
+    one = {name: getattr(lax, name) for name in _fast_loops.FUNCTIONS if name != "pow"}
+    two = ("atan2", "nextafter", "pow")
+    rest = "abs ceil floor neg round sign sqrt square".split()
+
+    def every(x, i):
+        y = x[::-1] + 0.05
+        out = [f(x) for n, f in one.items() if n not in two]
+        out += [getattr(lax, n)(x) for n in rest]
+        out += [getattr(lax, n)(x, y) for n in (*two, "div", "rem", "max", "min")]
+        out += [jnp.cumsum(x), jnp.cumprod(x), x.at[i].set(1.0), x.at[i].add(y[i])]
+        out += [jnp.clip(x, 0.2, 0.5), x**3, jnp.roll(x, 1), jnp.tile(x, 2)[:7]]
+        out += [lax.reduce_precision(x, 5, 10), jnp.where(x > y, x, y), jnp.pad(x, 1)]
+        row = jnp.stack([x, y]) @ jnp.outer(x, y)
+        out += [row, jnp.interp(x, x, y), jnp.take(x, jnp.asarray([i, 0])), x[i]]
+        out += [lax.cond(x[0] > 0.5, jnp.sin, jnp.cos, x), jnp.prod(x), jnp.max(x)]
+        out += [jax.hessian(lambda x: x[i] ** 3 * x.at[0].set(x[1] ** 2).sum())(x)]
+        out += [jnp.argmax(x), jnp.argmin(x), jnp.all(x > 0), jnp.any(x > 0.5), i << 2]
+        return lax.scan(lambda c, a: (c + a, c * a), x, jnp.stack([x, y])), out
+
+    for dtype in (jnp.float32, jnp.float64):
+        x, i = jnp.linspace(0.1, 0.9, 7, dtype=dtype), jnp.int32(2)
+        fast = jax.jit(lambda x, i: compiled(lambda _: every(x, i), True))
+        close = dict(rtol=2e-5, atol=1e-6) if dtype == jnp.float32 else {}
+        agree(fast(x, i), jax.jit(every)(x, i), **close)
+
+
+@pytest.mark.parametrize("size, terms", [(1024, 35), (16, 2400)])
+def test_what_is_just_small_enough_compiles(size, terms):
+    """Loop bodies at the limits, where XLA would fuse them into one operation."""
+
+    def program(x):
+        def body(_, x):
+            for _ in range(terms):
+                x = 1.01 * x + 0.3
+            small = x[:15] @ jnp.ones((15, 15)) @ jnp.ones((15, 18))
+            return x - jnp.pad(small @ jnp.ones((18, 4095 // 18)), (0, size))[:size]
+
+        return lax.fori_loop(0, 3, body, x)
+
+    x = jnp.linspace(0.0, 1.0, size)
+    assert obstacle(jax.make_jaxpr(program)(x)) is None
+    agree(jax.jit(lambda x: compiled(lambda _: program(x), True))(x), program(x))
+
+
+OBSTACLES = {
+    "`sort`": (lambda x: jnp.sort(x), 4),
+    "`top_k`": (lambda x: lax.top_k(x, 2)[0], 4),
+    "`cholesky`": (lambda x: jnp.linalg.cholesky(jnp.outer(x, x)), 4),
+    "`debug_callback`": (lambda x: jax.debug.callback(print, x) or x, 4),
+    "`scatter` with several": (lambda x: x.at[jnp.asarray([0, 2])].set(0.0), 4),
+    "dtype bfloat16": (lambda x: x.astype(jnp.bfloat16).astype(x.dtype), 4),
+    "`reduce_max` over 4096": (jnp.max, 4096),
+    "`dot_general` over 8000": (lambda x: jnp.ones((20, 20)) @ jnp.ones((20, 20)), 4),
+    "`sin` of 1025 numbers": (jnp.sin, 1025),
+    "to an array of 65544 bytes": (lambda x: x[::-1], 8193),
+    "more than 100000 operations": (
+        lambda x: [x := jnp.tanh(x) for _ in range(40)][-1], 64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_what_is_not_known_to_compile_is_said_and_runs_anyway(reason):
+    fn, size = OBSTACLES[reason]
+    x = jnp.linspace(1.0, 2.0, size)
+    with pytest.raises(ValueError, match=reason) as error:
+        compiled(lambda _: fn(x), True)
+    assert "`fast_loops=None`" in str(error.value)
+    agree(compiled(lambda _: fn(x), None), fn(x))
+
+
+def test_dynamics_with_lapack_still_solve():
+    def dynamics(x, u, t):
+        mass = jnp.diag(1.0 + 0.1 * x**2)
+        return x + 0.1 * jnp.linalg.solve(mass, jnp.stack([x[1], u[0] - x[0]]))
+
+    cost = lambda x, u, t: x @ x + u @ u
+    problem = dp.ControlProblem(dynamics, cost, lambda x: x @ x, 12)
+    x0, us = jnp.asarray([1.0, 0.0]), jnp.zeros((12, 1))
+    with pytest.raises(ValueError, match="the primitive `lu`"):
+        dp.solve(problem, dp.ILQR(), x0, us, fast_loops=True)
+    mixed = dp.solve(problem, dp.ILQR(), x0, us)
+    plain = dp.solve(problem, dp.ILQR(), x0, us, fast_loops=False)
+    agree(mixed.us, plain.us)
+
+
+def test_verbose_takes_the_ordinary_loops():
+    problem, x0, us = helpers.spring()
+    with pytest.raises(ValueError, match="callback"):
+        dp.solve(problem, dp.ILQR(), x0, us, verbose=print, fast_loops=True)
+
+
+@pytest.mark.parametrize("search", [dp.FixedStep(), dp.Backtracking()], ids=name)
+def test_a_missing_minimum_has_the_same_code(search):
+    saddle = lambda x, u, t: x[0] ** 2 - u[0] ** 2
+    step = lambda x, u, t: x + u
+    problem = dp.ControlProblem(step, saddle, lambda x: 0.1 * x[0] ** 2, 3)
+    args = problem, jnp.ones(1), 0.1 * jnp.ones((3, 1)), dp.ILQR(), search
+    fast, plain = both(*args, throw=False)
+    assert fast.result == plain.result != dp.RESULTS.successful
+
+
+def test_a_second_derivative_that_is_not_finite_has_the_same_code():
+    step = lambda x, u, t: x + jnp.sign(u) * jnp.abs(u) ** 1.5
+    cost = lambda x, u, t: x[0] ** 2 + 0.1 * (u[0] - 1.0) ** 2
+    problem = dp.ControlProblem(step, cost, lambda x: (x[0] - 2.0) ** 2, 4)
+    us = jnp.ones((4, 1)).at[2].set(0.0)
+    fast, plain = both(problem, jnp.ones(1), us, dp.DDP(), throw=False)
+    assert fast.result == plain.result == dp.RESULTS.nonfinite_derivative
+    assert fast.stats["first_nonfinite"] == plain.stats["first_nonfinite"] == 2
+
+
+def test_vmap_takes_the_ordinary_loops():
+    problem, x0, us = helpers.spring()
+    x0s = jnp.stack([x0, -x0, 0.5 * x0])
+    solve = lambda x0, fast=None: (
+        dp.solve(problem, dp.ILQR(), x0, us, fast_loops=fast).us
+    )
+    batch = jax.jit(jax.vmap(solve))
+    assert MARK not in batch.lower(x0s).as_text()
+    looped = jax.jit(lambda x0s: lax.map(solve, x0s))
+    assert MARK in looped.lower(x0s).as_text()
+    agree(batch(x0s), looped(x0s))
+    with pytest.raises(ValueError, match=r"under `jax.vmap`.*`dp.solve_batch`"):
+        jax.vmap(lambda x0: solve(x0, True))(x0s)
+
+
+def test_linear_quadratic_problems_and_their_derivatives(getkey):
+    lqr = helpers.random_lqr(getkey())
+    x0 = jnp.asarray([1.0, -1.0, 0.5])
+    cost = lambda fast: lambda lqr: dp.solve_lqr(lqr, x0, fast_loops=fast).cost
+    fast, plain = [dp.solve_lqr(lqr, x0, fast_loops=fast) for fast in (True, False)]
+    assert marked(cost(None), lqr) and not marked(cost(False), lqr)
+    agree(fast, plain)
+    agree(jax.jit(jax.grad(cost(None)))(lqr), jax.jit(jax.grad(cost(False)))(lqr))
+    wrong = helpers.eqx.tree_at(lambda l: l.R, lqr, -lqr.R)
+    code = dp.solve_lqr(wrong, x0, throw=False, fast_loops=True).result
+    assert code == dp.RESULTS.factorization_failed
+
+
+def test_other_platforms_and_versions_take_the_ordinary_loops(monkeypatch):
+    problem, x0, us = helpers.spring()
+    solve = lambda fast: dp.solve(problem, dp.DDP(), x0, us, fast_loops=fast)
+    for name_, value, reason in (
+        ("NEWEST", (0, 9), r"tried up to JAX 0\.9"),
+        ("set_xla_metadata", None, "no `xla_metadata`"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(_fast_loops, name_, value)
+            with pytest.raises(ValueError, match=reason):
+                solve(True)
+            assert not marked(lambda us: dp.rollout(problem, x0, us).cost, us)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        with pytest.raises(ValueError, match="the platform gpu"):
+            solve(True)
