@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import diffprog as dp
 from diffprog._expand import Model
-from diffprog._lqr.parallel import combine, combine_costates
+from diffprog._lqr.parallel import combine, combine_affine
 
 from . import helpers
 from .test_lqr import close, random_lqr
@@ -48,7 +48,7 @@ def closed_stages(*shape: int):
     return Phi, N + N.swapaxes(-1, -2)
 
 
-def costate_stages(count: int, n: int):
+def affine_maps(count: int, n: int):
     rng = np.random.default_rng((count, n))
     Phi, w = rng.standard_normal((count, n, n)), rng.standard_normal((count, n))
     return jnp.asarray(Phi), jnp.asarray(w)
@@ -56,7 +56,7 @@ def costate_stages(count: int, n: int):
 
 @pytest.mark.parametrize(
     "fn, stages",
-    [(combine, closed_stages(3, 4, 4)), (combine_costates, costate_stages(3, 4))],
+    [(combine, closed_stages(3, 4, 4)), (combine_affine, affine_maps(3, 4))],
 )
 def test_combining_is_associative(fn, stages):
     first, second, third = [tuple(a[i] for a in stages) for i in range(3)]

@@ -59,10 +59,17 @@ def combine(later: tuple, earlier: tuple) -> tuple[Array, Array]:
     return matmul(Phi2, Phi1), pull_back(Phi1, N1, N2)
 
 
-def combine_costates(later: tuple, earlier: tuple) -> tuple[Array, Array]:
-    """Two stages lam = w + lam' Phi as one."""
-    (Phi2, w2), (Phi1, w1) = later, earlier
-    return matmul(Phi2, Phi1), w1 + matmul(w2, Phi1)
+def combine_affine(first: tuple, second: tuple) -> tuple[Array, Array]:
+    """y'' = M2 (M1 y + f1) + f2 as one map."""
+    (M1, f1), (M2, f2) = first, second
+    return matmul(M2, M1), matmul(M2, f1) + f2
+
+
+def affine_scan(M: Array, f: Array, start: Array, reverse: bool = False) -> Array:
+    """y = M y' + f at every stage, y' being that of the stage before (or after) it."""
+    first = -1 if reverse else 0
+    maps = M, f.at[first].add(matmul(M[first], start))
+    return lax.associative_scan(jax.vmap(combine_affine), maps, reverse=reverse)[1]
 
 
 def evaluate(F: Array, W: Array, V: Array, gains: Array) -> Array:
@@ -187,7 +194,10 @@ class ParallelRiccati(AbstractRiccati):
     among them, and about as accurately, also in float32 with control costs near 0.
 
     - `chunk`: stages that are treated at once, from the last ones to the first; `None`
-        is all of them. It bounds the memory of the scans and the time to compile.
+        is all of them. It bounds the memory of the scans and the time to compile. The
+        scans multiply transition matrices, those of the costates without feedback: a
+        chunk should be short enough that these products neither overflow nor, over
+        thousands of stages in float32, lose digits. 256 is a good start.
     - `max_policies`: how many policies are evaluated at most, in each chunk. Two to
         eight are usual; without running cost it can take about $5 + \log_2 T$.
 
@@ -265,15 +275,15 @@ class ParallelRiccati(AbstractRiccati):
 
     def rollout(self, F, gains, x0, loops):
         def part(x, F, gains):
-            Phi = jax.vmap(lambda F, gains: matmul(F, with_state(gains)))(F, gains)
-            xs = matmul(lax.associative_scan(lambda a, b: matmul(b, a), Phi), x)
+            M = jax.vmap(matmul)(F, jax.vmap(with_state)(gains))
+            xs = affine_scan(M[:, 1:, 1:], M[:, 1:, 0], x)
             before = jnp.concatenate([x[None], xs[:-1]])
-            return xs[-1], (before, jax.vmap(matmul)(gains, before))
+            us = jax.vmap(matmul)(gains[:, :, 1:], before) + gains[:, :, 0]
+            return xs[-1], (before, us)
 
         idle = jnp.eye(*F.shape[1:], dtype=F.dtype), jnp.zeros_like(gains[0])
-        start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
-        last, (xs, us) = by_chunks(part, start, (F, gains), idle, self.chunk)
-        return jnp.concatenate([xs, last[None]])[:, 1:], us
+        last, (xs, us) = by_chunks(part, x0, (F, gains), idle, self.chunk)
+        return jnp.concatenate([xs, last[None]]), us
 
     def adjoint(self, F, w, lam, m):
         """lam before the first stage, and the objective's gradient in every control.
@@ -284,10 +294,8 @@ class ParallelRiccati(AbstractRiccati):
         def part(lam, F, w):
             after, n = lam[None], len(lam)
             if F.shape[0] > 1:
-                Phi, w_x = F[:, :, :n], w[:, :n]
-                stages = Phi, w_x.at[-1].add(matmul(lam, Phi[-1]))
-                both = jax.vmap(combine_costates)
-                after = shift(lax.associative_scan(both, stages, reverse=True)[1], lam)
+                lams = affine_scan(F[:, :, :n].mT, w[:, :n], lam, reverse=True)
+                after = shift(lams, lam)
             before, gradients = jnp.split(
                 w + jax.vmap(matmul)(after, F), [F.shape[2] - m], 1
             )
