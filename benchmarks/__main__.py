@@ -29,7 +29,10 @@ def arguments():
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--write", choices=["docs"])
     parser.add_argument("--out", type=pathlib.Path, default="out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.write and tuple(args.only) != SECTIONS:
+        parser.error("the page needs all sections: give --write without --only")
+    return args
 
 
 def main():

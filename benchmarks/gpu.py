@@ -13,6 +13,7 @@ import pathlib
 import shlex
 import statistics
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,10 @@ RICCATI_COLUMNS = {
 
 
 def median_seconds(call) -> float:
-    first = once(call)
+    wall = lambda: once(call, time.perf_counter)
+    first = wall()
     repeats = 1 if first > ENOUGH else 5
-    return statistics.median([first] + [once(call) for _ in range(repeats - 1)])
+    return statistics.median([first] + [wall() for _ in range(repeats - 1)])
 
 
 def batch(problem, count: int) -> dict:
@@ -66,7 +68,8 @@ def batch(problem, count: int) -> dict:
     uss = jnp.zeros((count, problem.horizon, problem.controls), jnp.float32)
     compiled = []
     lowered = jax.jit(solve).lower(x0s, uss)
-    seconds_to_compile = once(lambda: compiled.append(lowered.compile()))
+    compile = lambda: compiled.append(lowered.compile())
+    seconds_to_compile = once(compile, time.perf_counter)
     run = lambda: jax.block_until_ready(compiled[0](x0s, uss))
     solution = run()
     seconds = median_seconds(run)

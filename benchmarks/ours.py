@@ -1,7 +1,5 @@
 """What is measured: `dp.solve` inside the user's own `jax.jit`."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 
@@ -9,12 +7,10 @@ import diffprog as dp
 
 
 # The stopping rule of Crocoddyl: the model promises less than this.
-STOP = dict(rtol=0.0, atol=1e-7, max_steps=500, throw=False)
+STOP = dict(rtol=0.0, atol=1e-7, max_steps=500)
 METHODS = (dp.ILQR(), dp.DDP())
-
-# Fast loops are chosen by the library itself; plain ones are what it falls back on.
-HAS_FAST_LOOPS = "fast_loops" in inspect.signature(dp.solve).parameters
-LOOPS = {"": {}, ", plain loops": {"fast_loops": False}} if HAS_FAST_LOOPS else {"": {}}
+# The library makes loops fast where it can; plain ones are what it falls back on.
+LOOPS = {"": {}, ", plain loops": {"fast_loops": False}}
 
 
 def chain(problem) -> dp.ControlProblem:
@@ -33,18 +29,13 @@ def start(problem) -> tuple[jax.Array, jax.Array]:
 
 def solver(problem, method, **options):
     """`solve(x0, us)`, for a `jax.jit` around it."""
-    ours = chain(problem)
-    options = STOP | options
-    return lambda x0, us: dp.solve(ours, method, x0, us, **options)
+    ours, options = chain(problem), STOP | options
+    return lambda x0, us: dp.solve(ours, method, x0, us, throw=False, **options)
 
 
 def batch_solver(problem, method, **options):
     """`solve(x0s, uss)` for many starts."""
-    if not hasattr(dp, "solve_batch"):
-        solve = solver(problem, method, **options)
-        return jax.jit(lambda x0s, uss: jax.lax.map(lambda a: solve(*a), (x0s, uss)))
-    ours = chain(problem)
-    options = STOP | options
+    ours, options = chain(problem), STOP | options
     return lambda x0s, uss: dp.solve_batch(ours, method, x0s, uss, **options)
 
 

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import numpy
+
 
 OURS, PLAIN = "diffprog", "diffprog, plain loops"
 COLORS = {
@@ -50,6 +52,8 @@ def single(rows: list[dict]):
         axes.bar(places, times.values(), 0.92 * width, label=one, color=COLORS[one])
     axes.set(yscale="log", ylabel="ms per solve", xticks=range(len(problems)))
     axes.set_xticklabels(problems)
+    axes.set_ylim(bottom=0.1)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     tidy(axes)
     return figure
@@ -60,10 +64,10 @@ def batch(rows: list[dict]):
     from matplotlib import pyplot
 
     problems = names(rows, "problem")
-    size = 3 * len(problems), 3.2
     figure, every = pyplot.subplots(
-        1, len(problems), figsize=size, layout="constrained", squeeze=False
-    )
+        ncols=len(problems), sharey=True, squeeze=False, figsize=(9, 3.4),
+        layout="constrained",
+    )  # fmt: skip
     for axes, problem in zip(every[0], problems):
         mine = [row for row in rows if row["problem"] == problem]
         for solver in names(mine, "solver"):
@@ -75,10 +79,13 @@ def batch(rows: list[dict]):
         ticks = names(mine, "batch")
         axes.set(title=problem, xscale="log", yscale="log", xlabel="batch")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(pyplot.NullLocator())
         tidy(axes)
-    every[0][0].set_ylabel("solves per second and core")
-    every[0][0].legend(frameon=False, fontsize="small")
+    first = every[0][0]
+    first.set_ylabel("solves per second and core")
+    first.set_ylim(bottom=10)
+    first.yaxis.set_major_formatter("{x:g}")
+    first.legend(frameon=False, fontsize="small", loc="lower left")
     return figure
 
 
@@ -91,9 +98,13 @@ def scaling(rows: list[dict]):
     for what, color in zip(names(rows, "what"), colors):
         line = [row for row in rows if row["what"] == what]
         horizons = [row["T"] for row in line]
-        axes.plot(horizons, [row["line ms"] for row in line], color=color, alpha=0.5)
+        every = numpy.geomspace(horizons[0], horizons[-1])
+        fit = numpy.interp(every, horizons, [row["line ms"] for row in line])
+        axes.plot(every, fit, color=color, alpha=0.5)
         axes.plot(horizons, [row["ms"] for row in line], "o", color=color, label=what)
     axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     tidy(axes)
     return figure

@@ -18,14 +18,21 @@ command
 ```
 
 measured and wrote this page; `make bench` prints the tables. Solvers take turns, one
-thread each, and the figures are medians. `ours / this` is our time divided by that of
+thread each, and the figures are medians of the processor time. Of compilation and
+first calls it is the time that passes. `ours / this` is our time divided by that of
 the row: below 1 we are faster. There is no ratio without an equal final cost.
 
 """
 GPU_INTRODUCTION = """\
 # Benchmarks on an accelerator
 
-Bare times in float32, without peers. `make bench-gpu` prints the tables.
+Bare times in float32, without peers. The command
+
+```bash
+{command}
+```
+
+measured and wrote this page; `make bench-gpu` prints the tables.
 
 """
 
@@ -62,8 +69,8 @@ def markdown_table(rows: list[dict], columns: dict[str, str]) -> str:
 
 
 def machine_lines(machine: dict) -> list[str]:
-    facts = {key: value for key, value in machine.items() if key != "versions"}
-    lines = [f"{key}: {value}" for key, value in facts.items()]
+    apart = ("versions", "command")
+    lines = [f"{key}: {value}" for key, value in machine.items() if key not in apart]
     versions = (f"{name} {number}" for name, number in machine["versions"].items())
     return [*lines, ", ".join(versions)]
 
@@ -105,4 +112,5 @@ def gpu_page(machine: dict, sections: dict, columns: dict) -> str:
         f"## {title}\n\n{markdown_table(rows, columns[title])}"
         for title, rows in sections.items()
     )
-    return "\n\n".join([GPU_INTRODUCTION + machine_list(machine), *tables]) + "\n"
+    introduction = GPU_INTRODUCTION.format(command=machine["command"])
+    return "\n\n".join([introduction + machine_list(machine), *tables]) + "\n"

@@ -21,6 +21,10 @@ NOTES = (
     "a solver did not converge or the final cost differs by more than 1e-6.",
     "Fatrop and Ipopt have the exact Hessian, and the problem either as calls of the "
     "function of a stage or expanded to scalar operations; both are interpreted.",
+    "Crocoddyl comes as a wheel for any x86-64 processor; the functions of the problem "
+    "are C code for this one. All programs stop by their own rule: diffprog and "
+    "Crocoddyl when the model promises a decrease below 1e-7, Fatrop and Ipopt at the "
+    "tolerance 1e-8.",
 )
 SAME_COST = 1e-6
 

@@ -1,4 +1,8 @@
-"""Times of calls, taken in turns, so that what slows the machine slows everyone."""
+"""Times of calls, taken in turns, so that what slows the machine slows everyone.
+
+The clock is the processor time of the process: with one thread at work it is the time
+that passes, less what other programs take away.
+"""
 
 import statistics
 import time
@@ -8,14 +12,14 @@ from collections.abc import Callable
 ROUNDS, BLOCK, PATIENCE = 15, 0.04, 3.0
 
 
-def once(call: Callable, clock: Callable = time.perf_counter) -> float:
+def once(call: Callable, clock: Callable = time.process_time) -> float:
     start = clock()
     call()
     return clock() - start
 
 
-def alternate(calls: dict[str, Callable]) -> dict[str, float]:
-    """Median seconds per call.
+def samples(calls: dict[str, Callable]) -> dict[str, list[float]]:
+    """Seconds per call, round by round.
 
     In every round each has a block of calls, long enough for the clock; who is slow
     sits out the last rounds. The calls have been warmed up.
@@ -32,4 +36,9 @@ def alternate(calls: dict[str, Callable]) -> dict[str, float]:
             if turn < rounds:
                 block = lambda: [call() for _ in range(count)]
                 times[name].append(once(block) / count)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def alternate(calls: dict[str, Callable]) -> dict[str, float]:
+    """Median seconds per call."""
+    return {name: statistics.median(times) for name, times in samples(calls).items()}

@@ -24,10 +24,13 @@ from ._types import Stacks, Tensors
 
 
 class Model(eqx.Module):
-    """F and W of every stage, V of the last state; second derivatives of f for DDP."""
+    """F and W of every stage, V of the last state; second derivatives of f for DDP.
 
-    F: Stacks
-    W: Stacks
+    Without F and W the backward pass differentiates, stage by stage.
+    """
+
+    F: Stacks | None
+    W: Stacks | None
     V: Float[Array, "_ _"]
     tensors: Tensors | None = None
 
@@ -86,12 +89,6 @@ def second_derivatives(segment: Segment, x: Array, u: Array, t: Array) -> Array:
     """The second derivatives of f_t in (x, u), shape (n, n + m, n + m)."""
     f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
     return jax.jacfwd(jax.jacfwd(f))(z)
-
-
-def contracted(segment: Segment, x: Array, u: Array, t: Array, p: Array) -> Array:
-    """The Hessian of p' f_t in (x, u), shape (n + m, n + m)."""
-    f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
-    return jax.jacfwd(jax.grad(lambda z: matmul(p, f(z))))(z)
 
 
 def adjoints(chain: VectorChain, trajectory: VectorTrajectory):

@@ -252,6 +252,10 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
         elif name in CALLS:
             (inner,) = _inner(eqn)
             outs = _run(inner, inner.consts, tuple(ins))
+        elif name in FUNCTIONS:
+            # A call of its own: fused into others it would run once for each of them.
+            once = lambda *ins, eqn=eqn: eqn.primitive.bind(*ins, **eqn.params)
+            outs = [jax.jit(once)(*ins)]
         else:
             outs = eqn.primitive.bind(*ins, **params)
             outs = outs if eqn.primitive.multiple_results else [outs]

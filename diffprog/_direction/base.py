@@ -2,6 +2,7 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -113,3 +114,17 @@ def linear_quadratic(
     late = first_false(chain, second, all_finite(V))
     first = jnp.where(first > chain.horizon, late, first)
     return Expansion(Model(F, W, V, tensors), norm(norms, V[0]), first)
+
+
+def deferred(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
+    """The expansion whose F and W the backward pass finds itself.
+
+    For roll-outs that follow the true dynamics. In a loop that is compiled as one
+    function, writing and reading F and W costs as much as computing them.
+    """
+    of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
+    norms = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
+    V = terminal(chain, trajectory.final)
+    T = jnp.int32(chain.horizon)
+    first = jnp.where(all_finite(V), T + 1, T)
+    return Expansion(Model(None, None, V), norm(norms, V[0]), first)

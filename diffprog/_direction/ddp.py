@@ -2,7 +2,7 @@ from typing import ClassVar
 
 from .._expand import second_derivatives
 from .._lqr import Riccati
-from .base import AbstractDirection, linear_quadratic
+from .base import AbstractDirection, deferred, linear_quadratic
 
 
 class DDP(AbstractDirection):
@@ -21,8 +21,8 @@ class DDP(AbstractDirection):
     follows_dynamics: ClassVar[bool] = True
 
     def expand(self, chain, trajectory):
-        if chain.loops == "fused":  # then the backward pass differentiates
-            return linear_quadratic(chain, trajectory)
+        if chain.loops == "fused":
+            return deferred(chain, trajectory)
         data = (trajectory.xs, trajectory.us, chain.ts)
         tensors = chain.map(second_derivatives, *data)
         return linear_quadratic(chain, trajectory, tensors=tensors)

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 from .._lqr import AbstractRiccati, Riccati
-from .base import AbstractDirection, linear_quadratic
+from .base import AbstractDirection, deferred, linear_quadratic
 
 
 class ILQR(AbstractDirection):
@@ -23,6 +23,8 @@ class ILQR(AbstractDirection):
     follows_dynamics: ClassVar[bool] = True
 
     def expand(self, chain, trajectory):
+        if chain.loops == "fused" and isinstance(self.riccati, Riccati):
+            return deferred(chain, trajectory)
         return linear_quadratic(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):

@@ -82,7 +82,8 @@ def evaluate(F: Array, W: Array, V: Array, gains: Array) -> Array:
 def improve(F: Array, W: Array, after: Array, m: int) -> tuple[Array, Array, Array]:
     """A Bellman step at every stage, from V after it."""
     zero = jnp.zeros((), F.dtype)
-    return jax.vmap(lambda F, W, V: bellman(F, W, V, m, zero))(F, W, after)
+    step = lambda F, W, V: bellman(F, W, matmul(V, F), m, zero)
+    return jax.vmap(step)(F, W, after)
 
 
 def shift(rows: Array, last: Array) -> Array:
@@ -228,9 +229,9 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        if model.tensors is not None:
+        if model.F is None or model.W is None or model.tensors is not None:
             raise ValueError(
-                "The Hessians of this model come out of the recursion itself (DDP), "
+                "Parts of this model come out of the recursion itself, as in DDP, "
                 "which is therefore sequential: use `dp.Riccati()`."
             )
         V, lam, rows = model.V, model.V[0], []

@@ -2,11 +2,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._door import door
-from .._expand import contracted
+from .._expand import curved, linear
 from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
-from .._rollout import first_false
 from .._tree import all_finite, Layout
 from .base import (
     AbstractRiccati,
@@ -36,36 +35,48 @@ class Riccati(AbstractRiccati):
         from the second derivatives in the model if it has them.
         """
 
-        def stage(segment, carry, F, W, x, u, t, *tensor):
-            V, lam = carry
-            new_lam, gradient = jnp.split(W[0] + matmul(lam, F), [W.shape[0] - len(u)])
-            finite = jnp.bool_(True)
-            if second_order:
-                p = V[0, 1:]
+        def stage(segment, carry, x, u, t, *stored):
+            # The costate lam is one more row below V.
+            rows, first, late = carry
+            V, p = rows[:-1], rows[0, 1:]
+            if model.F is None:
+                weight = (p,) if second_order else ()
+                F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+                first = jnp.where(all_finite(F, W[0]), first, t)
+                # V is not finite after a stage without a minimum.
+                late = jnp.where(all_finite(W) | ~all_finite(V), late, t)
+            else:
+                F, W, *tensor = stored
                 if tensor:
                     hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
-                else:
-                    hessian = contracted(segment, x, u, t, p)
-                # V is not finite after a stage without a minimum.
-                finite = all_finite(hessian) | ~all_finite(V)
-                W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
-            V, gains, positive = bellman(F, W, V, len(u), damping)
-            return (V, new_lam), (gains, gradient, positive, finite)
+                    W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+            product = matmul(rows, F)
+            V, gains, positive = bellman(F, W, product[:-1], len(u), damping)
+            lam = W[0] + product[-1]  # and the gradient in u
+            rows = jnp.concatenate([V, lam[None, : len(V)]])
+            return (rows, first, late), (gains, lam[len(V) :], positive)
 
-        tensors = () if model.tensors is None else (model.tensors,)
-        data = (model.F, model.W, trajectory.xs, trajectory.us, chain.ts, *tensors)
-        (V, _), rows = chain.scan(stage, (model.V, model.V[0]), *data, reverse=True)
-        gains, gradients, positive, finite = zip(*rows, strict=True)
+        end = jnp.full_like(chain.ts[0][0], chain.horizon + 1)
+        start = jnp.concatenate([model.V, model.V[:1]]), end, end
+        stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
+        data = (trajectory.xs, trajectory.us, chain.ts, *stored)
+        (V, first, late), rows = chain.scan(stage, start, *data, reverse=True)
+        gains, gradients, positive = zip(*rows, strict=True)
         positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
-        first = first_false(chain, finite, True) if second_order else None
+        first = jnp.where(first > chain.horizon, late, first)
         # Where c = 0, V[0, 0] is the sum of h'k.
-        return summarize(gains, gradients, V[0, 0], damping, positive, first)
+        return summarize(
+            gains, gradients, V[0, 0], damping, positive,
+            first if model.F is None else None,
+        )  # fmt: skip
 
     def values(self, F, W, V, loops):
         def stage(V, row):
             F, W = row
             m = W.shape[0] - V.shape[0]
-            before, gains, positive = bellman(F, W, V, m, jnp.zeros((), F.dtype))
+            before, gains, positive = bellman(
+                F, W, matmul(V, F), m, jnp.zeros((), F.dtype)
+            )
             return before, (before, gains, positive)
 
         _, (values, gains, positive) = scan(stage, V, (F, W), True, loops)
