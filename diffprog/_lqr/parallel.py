@@ -208,7 +208,7 @@ class ParallelRiccati(AbstractRiccati):
     [`diffprog.solve_lqr`][] returns `factorization_failed`.
 
     A policy takes O(T (n + m)^3) time in O(log T) steps one after the other, and
-    O(T (n + m)^2) memory. On a CPU this is 12 to 60 times slower than
+    O(T (n + m)^2) memory. On a CPU this is 10 to 60 times slower than
     [`diffprog.Riccati`][] (measured). Differentiable to any order.
 
     Sources: Särkkä, García-Fernández, "Temporal Parallelisation of Dynamic Programming
