@@ -30,6 +30,7 @@ from ._lqr import (
     AbstractRiccati as AbstractRiccati,
     LQR as LQR,
     LQRSolution as LQRSolution,
+    ParallelRiccati as ParallelRiccati,
     Policy as Policy,
     Riccati as Riccati,
     solve_lqr as solve_lqr,

@@ -122,10 +122,11 @@ GOLDEN = {
 }
 
 
+@pytest.mark.parametrize("method", [dp.Riccati(), dp.ParallelRiccati()])
 @pytest.mark.parametrize("rho", GOLDEN)
-def test_c1_golden_lqr(rho):
+def test_c1_golden_lqr(rho, method):
     lqr, x0 = env.golden_lqr(rho)
-    solution = dp.solve_lqr(lqr, x0)
+    solution = dp.solve_lqr(lqr, x0, method=method)
     cost, K, k, last = GOLDEN[rho]
     # The reference has 12 decimals, so it is known up to half of the last one.
     printed = ft.partial(np.testing.assert_allclose, rtol=1e-12, atol=5e-13)

@@ -11,7 +11,8 @@ class GaussNewton(AbstractDirection):
     linear dynamics, quadratic costs, gains rolled out on the linear model.
     O(T (n + m)^3) per iteration.
 
-    - `riccati`: how the backward pass runs, [`diffprog.Riccati`][] by default.
+    - `riccati`: how the backward pass runs: [`diffprog.Riccati`][], the default, or
+        [`diffprog.ParallelRiccati`][].
 
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.

@@ -11,7 +11,8 @@ class ILQR(AbstractDirection):
     trial near the trajectory that was linearized, so steps are longer than those of
     [`diffprog.GaussNewton`][] on unstable systems. O(T (n + m)^3) per iteration.
 
-    - `riccati`: how the backward pass runs, [`diffprog.Riccati`][] by default.
+    - `riccati`: how the backward pass runs: [`diffprog.Riccati`][], the default, or
+        [`diffprog.ParallelRiccati`][].
 
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.

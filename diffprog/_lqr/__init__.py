@@ -6,4 +6,5 @@ from .base import (
     Sweep as Sweep,
     Value as Value,
 )
+from .parallel import ParallelRiccati as ParallelRiccati
 from .riccati import Riccati as Riccati, solve_lqr as solve_lqr

@@ -147,7 +147,8 @@ def solve_lqr(
 
     - `lqr`: the problem.
     - `x0`: the first state, shape `(n,)`.
-    - `method`: how the recursion is run, [`diffprog.Riccati`][].
+    - `method`: how the recursion is run: [`diffprog.Riccati`][] from stage to stage,
+        or [`diffprog.ParallelRiccati`][] over all stages at once.
     - `throw`: raise [`diffprog.SolveError`][] when the problem has no minimum and all
         inputs are concrete.
     - `fast_loops`: `None` compiles each loop into one function on the CPU where that is
@@ -165,7 +166,8 @@ def solve_lqr(
         raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
     if not isinstance(method, AbstractRiccati):
         raise TypeError(
-            f"`method` is a {type(method).__name__}; `dp.Riccati()` is expected."
+            f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
+            "`dp.ParallelRiccati()` is expected."
         )
     loops = {None: "apart", True: "forced", False: "plain"}[fast_loops]
     solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, loops)
