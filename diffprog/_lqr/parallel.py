@@ -253,6 +253,7 @@ class ParallelRiccati(AbstractRiccati):
                 "takes all stages at once: use `dp.Riccati()`."
             )
         Vs, gains, positive = self.recursion(F, W, V, W.shape[1] - V.shape[0])
+        Vs, gains = [jnp.where(positive, a, jnp.nan) for a in (Vs, gains)]
         return jnp.concatenate([Vs, V[None]]), gains, positive
 
     def recursion(self, F, W, V, m):
