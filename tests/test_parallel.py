@@ -29,7 +29,7 @@ def numbers(solution):
     value, policy = solution.value, solution.policy
     return dict(
         xs=solution.xs, us=solution.us, cost=solution.cost, K=policy.K, k=policy.k,
-        P=value.P, p=value.p, constant=value.constant, change=solution.expected_change,
+        P=value.P, p=value.p, constant=value.constant,
     )  # fmt: skip
 
 
