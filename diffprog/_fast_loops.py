@@ -79,25 +79,29 @@ def compiled(fn: Callable[[Loops], PyTree], fast_loops: bool | None) -> PyTree:
 
     `fn` reads what it needs from its closure. Under `vmap`, differentiation, and on
     other platforms than the CPU `fn("plain")` runs. `fast_loops=True` raises where that
-    is known now; `False` always takes `fn("plain")`.
+    is known now; `False` always takes `fn("plain")`. Either way small products of
+    matrices are sums on the CPU.
     """
-    if fast_loops is False:
+    if jax.default_backend() != "cpu" and not fast_loops:
         return fn("plain")
-    reason = _elsewhere()
-    if reason and not fast_loops:
-        return fn("plain")
-    fast, shape = jax.make_jaxpr(lambda: fn("fused"), return_shape=True)()
-    reason = reason or obstacle(fast)
-    if reason and fast_loops:
-        raise FastLoopsError(
-            f"`fast_loops=True` is not possible here because of {reason}. "
-            "`fast_loops=None` makes as many loops fast as it can."
-        )
-    if reason:
-        return fn("apart")
-    plain = jax.make_jaxpr(lambda: fn("plain"))()
-    outs = _dispatched(fast, plain, fast_loops)(fast.consts, plain.consts)
-    return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
+    trace = lambda loops: jax.make_jaxpr(lambda: fn(loops), return_shape=True)()
+    elsewhere = _elsewhere()
+    if fast_loops or (fast_loops is None and not elsewhere):
+        fast, shape = trace("fused")
+        reason = elsewhere or obstacle(fast)
+        if reason and fast_loops:
+            raise FastLoopsError(
+                f"`fast_loops=True` is not possible here because of {reason}. "
+                "`fast_loops=None` makes as many loops fast as it can."
+            )
+        if not reason:
+            plain, _ = trace("plain")
+            return _dispatch(fast, plain, shape, "forced" if fast_loops else "fast")
+    program, shape = trace("plain" if fast_loops is False or elsewhere else "apart")
+    if program.effects or not _is_known(program):
+        outs = eval_jaxpr(program.jaxpr, program.consts)
+        return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
+    return _dispatch(program, program, shape, "sums")
 
 
 def scan(fn: Callable, carry: PyTree, rows: PyTree, reverse: bool, loops: Loops):
@@ -120,7 +124,8 @@ def _elsewhere() -> str | None:
     return None
 
 
-def _dispatched(fast: ClosedJaxpr, plain: ClosedJaxpr, fast_loops) -> Callable:
+def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyTree:
+    """`program` on the CPU, marked unless its `kind` is "sums"; elsewhere `plain`."""
     ordinary = lambda consts: eval_jaxpr(plain.jaxpr, consts)
 
     # XLA aborts on an argument that its function does not use, and finds out more than
@@ -128,22 +133,24 @@ def _dispatched(fast: ClosedJaxpr, plain: ClosedJaxpr, fast_loops) -> Callable:
     @jax.jit
     def small_call(consts):
         first = [c[(0,) * c.ndim] for c in consts if c.size]
-        return _run(fast, consts), first
+        return _run(program, consts), first
 
     def on_cpu(consts, _):
+        if kind == "sums":
+            return _run(program, consts)
         with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
             return lax.optimization_barrier(small_call(consts))[0]
 
     @custom_vmap
-    def unbatched(fast_consts, plain_consts):
+    def unbatched(consts, plain_consts):
         elsewhere = lambda _, consts: ordinary(consts)
         return lax.platform_dependent(
-            fast_consts, plain_consts, cpu=on_cpu, default=elsewhere
+            consts, plain_consts, cpu=on_cpu, default=elsewhere
         )
 
     @unbatched.def_vmap
     def _(size, batched, _, plain_consts):
-        if fast_loops:
+        if kind == "forced":
             raise FastLoopsError(
                 "`fast_loops=True` is not possible under `jax.vmap`, which runs all "
                 "problems in lock step: use `jax.lax.map`, or `dp.solve_batch`."
@@ -159,7 +166,18 @@ def _dispatched(fast: ClosedJaxpr, plain: ClosedJaxpr, fast_loops) -> Callable:
     def _(primals, tangents):
         return jax.jvp(ordinary, primals[1:], tangents[1:])
 
-    return differentiable
+    outs = differentiable(program.consts, plain.consts)
+    return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
+
+
+def _is_known(closed: ClosedJaxpr) -> bool:
+    """Whether all primitives are on the list, whatever the sizes."""
+    return all(
+        all(map(_is_known, _inner(eqn)))
+        if eqn.primitive.name in CALLS
+        else eqn.primitive.name in WORK
+        for eqn in closed.jaxpr.eqns
+    )
 
 
 def obstacle(closed: ClosedJaxpr) -> str | None:
@@ -244,7 +262,7 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
+        if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
             outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
         elif name in ("scan", "while", "cond"):
             outs = eqn.primitive.bind(
