@@ -265,6 +265,7 @@ def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *
 
     T = chain.horizon
     start = x0, memory, jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
+    start = vary(start, like=(x0, data))
     (final, _, cost, first), rows = chain.scan(stage, start, chain.ts, *data)
     xs, us, outs = zip(*rows, strict=True)
     if not fused:

@@ -7,7 +7,7 @@ from .._expand import curved, first_nonfinite, linear
 from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
-from .._tree import all_finite, Layout
+from .._tree import all_finite, Layout, vary
 from .base import (
     AbstractRiccati,
     bellman,
@@ -36,8 +36,9 @@ class Riccati(AbstractRiccati):
         from the second derivatives in the model if it has them.
         """
 
-        def stage(segment, rows, x, u, t, *stored):
+        def stage(segment, carry, x, u, t, *stored):
             # The costate lam is one more row below V.
+            rows, positive = carry
             p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
@@ -48,23 +49,23 @@ class Riccati(AbstractRiccati):
                     hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
                     W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
             product = matmul(rows, F)
-            V, gains, positive = bellman(F, W, product[:-1], len(u), damping)
+            V, gains, minimum = bellman(F, W, product[:-1], len(u), damping)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
-            return rows, (gains, lam[len(V) :], positive)
+            return (rows, positive & minimum), (gains, lam[len(V) :])
 
         end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        V, rows = chain.scan(stage, end, *data, reverse=True)
-        gains, gradients, positive = zip(*rows, strict=True)
+        start = end, jnp.isfinite(end[0, 0])
+        (V, positive), rows = chain.scan(stage, start, *data, reverse=True)
+        gains, gradients = zip(*rows, strict=True)
         first = None
         if model.F is None:
             # What is not finite stays in V down to the first stage.
             search = lambda: first_nonfinite(chain, trajectory, second_order)
-            none = lambda: jnp.full_like(chain.ts[0][0], chain.horizon + 1)
-            first = lax.cond(all_finite(V), none, search)
-        positive = jnp.all(jnp.stack([jnp.all(p) for p in positive]))
+            none = vary(jnp.full_like(chain.ts[0][0], chain.horizon + 1), like=V)
+            first = lax.cond(all_finite(V), lambda: none, search)
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
