@@ -14,20 +14,18 @@ cost-to-go is (1, x)' V (1, x) / 2.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ._chain import ControlProblem
 from ._door import door
 from ._linalg import matmul
 from ._rollout import (
-    first_false,
     run,
     Segment,
     VectorChain,
     vectorize,
     VectorTrajectory,
 )
-from ._tree import all_finite
 from ._types import Stacks, Tensors
 
 
@@ -97,22 +95,6 @@ def second_derivatives(segment: Segment, x: Array, u: Array, t: Array) -> Array:
     """The second derivatives of f_t in (x, u), shape (n, n + m, n + m)."""
     f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
     return jax.jacfwd(jax.jacfwd(f))(z)
-
-
-def first_nonfinite(
-    chain: VectorChain, trajectory: VectorTrajectory, second_order: bool
-) -> Int[Array, ""]:
-    """The stage of the first derivative that is not finite, else T + 1."""
-
-    def stage(segment, x, u, t):
-        weight = (jnp.ones_like(x),) if second_order else ()
-        F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
-        return all_finite(F, W[0]), all_finite(W)
-
-    data = (trajectory.xs, trajectory.us, chain.ts)
-    source, late = zip(*chain.map(stage, *data), strict=True)
-    first = first_false(chain, source, True)
-    return jnp.where(first > chain.horizon, first_false(chain, late, True), first)
 
 
 def adjoints(chain: VectorChain, trajectory: VectorTrajectory):

@@ -139,6 +139,7 @@ def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyT
         if kind == "sums":
             return _run(program, consts)
         with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
+            consts = lax.optimization_barrier(consts)
             return lax.optimization_barrier(small_call(consts))[0]
 
     @custom_vmap

@@ -38,7 +38,7 @@ def solve_positive(
             M[i, j] = matrix[i, j] - sum(M[i, k] * L[j, k] for k in range(j))
             L[i, j] = M[i, j] * inverse[j]
         pivots.append(matrix[i, i] - sum(M[i, k] * L[i, k] for k in range(i)))
-        inverse[i] = 1 / pivots[i]
+        inverse[i] = 1 / jnp.where(pivots[i] == 0, 1, pivots[i])
     for i in range(m):
         y[i] = rhs[i] - sum(L[i, k] * y[k] for k in range(i))
     for i in reversed(range(m)):

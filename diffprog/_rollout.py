@@ -256,21 +256,24 @@ def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *
         return h, all_finite(x, u, h)
 
     def stage(segment, carry, t, *row):
-        x, memory, cost, first = carry
+        x, memory, total = carry
         u, memory, out = control(x, memory, *row)
         if fused:  # one loop; else the costs of all stages at once
             h, finite = judge(segment, x, u, t)
-            cost, first = cost + h, jnp.where(finite, first, jnp.minimum(first, t))
-        return (segment.dynamics(x, u, t), memory, cost, first), (x, u, out)
+            cost, first = total
+            total = cost + h, jnp.where(finite, first, jnp.minimum(first, t))
+        return (segment.dynamics(x, u, t), memory, total), (x, u, out)
 
-    T = chain.horizon
-    start = x0, memory, jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
-    start = vary(start, like=(x0, data))
-    (final, _, cost, first), rows = chain.scan(stage, start, chain.ts, *data)
+    T, total = chain.horizon, None
+    if fused:
+        total = jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
+    start = vary((x0, memory, total), like=(x0, data))
+    (final, _, total), rows = chain.scan(stage, start, chain.ts, *data)
     xs, us, outs = zip(*rows, strict=True)
     if not fused:
         costs, finite = zip(*chain.map(judge, xs, us, chain.ts), strict=True)
-        cost, first = sum(map(jnp.sum, costs)), first_false(chain, finite, True)
+        total = sum(map(jnp.sum, costs)), first_false(chain, finite, True)
+    cost, first = total
     last = chain.terminal_cost(final)
     end = jnp.where(all_finite(final, last), first, jnp.minimum(first, T))
     return VectorTrajectory(xs, final, us, cost + last, end), outs

@@ -1,9 +1,8 @@
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from .._door import door
-from .._expand import curved, first_nonfinite, linear
+from .._expand import curved, linear
 from .._fast_loops import Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
@@ -38,7 +37,7 @@ class Riccati(AbstractRiccati):
 
         def stage(segment, carry, x, u, t, *stored):
             # The costate lam is one more row below V.
-            rows, positive = carry
+            rows, positive, fine = carry
             p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
@@ -52,20 +51,20 @@ class Riccati(AbstractRiccati):
             V, gains, minimum = bellman(F, W, product[:-1], len(u), damping)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
-            return (rows, positive & minimum), (gains, lam[len(V) :])
+            if model.F is None:
+                # What is not finite in V spreads over its row of V F, where F[:, 0] is
+                # (1, 0): so V is still finite after this stage.
+                fine = jnp.where(all_finite(product[:, 0]), t, fine)
+            return (rows, positive & minimum, fine), (gains, lam[len(V) :])
 
         end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        start = end, jnp.isfinite(end[0, 0])
-        (V, positive), rows = chain.scan(stage, start, *data, reverse=True)
+        T = jnp.full_like(chain.ts[0][0], chain.horizon) if model.F is None else None
+        start = vary((end, jnp.isfinite(end[0, 0]), T), like=trajectory)
+        (V, positive, fine), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
-        first = None
-        if model.F is None:
-            # What is not finite stays in V down to the first stage.
-            search = lambda: first_nonfinite(chain, trajectory, second_order)
-            none = vary(jnp.full_like(chain.ts[0][0], chain.horizon + 1), like=V)
-            first = lax.cond(all_finite(V), lambda: none, search)
+        first = None if T is None else jnp.where(all_finite(V), T + 1, fine)
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
