@@ -3,7 +3,7 @@ from jaxtyping import Array, Float
 
 from .._door import door
 from .._expand import curved, linear
-from .._fast_loops import Loops, scan
+from .._fast_loops import compiled, Loops, scan
 from .._linalg import matmul
 from .._result import RESULTS, throw_unless_successful
 from .._tree import all_finite, Layout, vary
@@ -127,7 +127,12 @@ def _solve_lqr(
     )
 
 
-_solve_lqr_door = door(_solve_lqr)
+@door
+def _solve_lqr_door(lqr, x0, method, fast_loops) -> LQRSolution:
+    solved = lambda loops: _solve_lqr(lqr, x0, method, loops)
+    if fast_loops is False:
+        return compiled(solved, False)
+    return solved("forced" if fast_loops else "apart")
 
 
 def solve_lqr(
@@ -169,6 +174,5 @@ def solve_lqr(
             f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
             "`dp.ParallelRiccati()` is expected."
         )
-    loops = {None: "apart", True: "forced", False: "plain"}[fast_loops]
-    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, loops)
+    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, fast_loops)
     return throw_unless_successful(solution, throw)
