@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 
-from . import machine, promises, report
+from . import machine, pin, promises, report
 
 
 SECTIONS = ("single", "door", "lqr", "batch", "others", "compilation", "scaling")
@@ -37,6 +37,7 @@ def arguments():
 
 def main():
     args = arguments()
+    pin()
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     results = {"machine": machine.describe() | {"command": command}, "sections": {}}
     print("\n".join(report.machine_lines(results["machine"])))

@@ -90,22 +90,23 @@ def batch(problem, count: int) -> dict:
 def riccati(n: int, m: int, T: int) -> dict:
     terms, x0 = lqr.terms(n, m, T)
     single = {name: value.astype(numpy.float32) for name, value in terms.items()}
-    methods = {"sequential": {"method": dp.Riccati()}}
-    if hasattr(dp, "ParallelRiccati"):
-        methods["parallel"] = {"method": dp.ParallelRiccati()}
+    methods = {
+        "sequential": {"method": dp.Riccati()},
+        "parallel": {"method": dp.ParallelRiccati()},
+    }
     found = {
         name: lqr.Solver(single, x0.astype(numpy.float32), **options)
         for name, options in methods.items()
     }
     times = {name: 1e3 * median_seconds(solver) for name, solver in found.items()}
     costs = [solver.cost for solver in found.values()]
-    parallel = times.get("parallel")
+    parallel = times["parallel"]
     return {
         "n, m": f"{n}, {m}",
         "T": T,
         "sequential ms": times["sequential"],
         "parallel ms": parallel,
-        "sequential / parallel": times["sequential"] / parallel if parallel else None,
+        "sequential / parallel": times["sequential"] / parallel,
         "difference of the costs": abs(costs[-1] / costs[0] - 1),
     }
 

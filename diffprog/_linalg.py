@@ -11,7 +11,7 @@ matmul = ft.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 # Up to this size a Cholesky factorization is written out as scalar operations, which
 # XLA fuses into the loop around it; a LAPACK call would cost more than the arithmetic.
-UNROLLED = 8
+UNROLLED = 7
 
 
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -27,7 +27,7 @@ def test_solve_positive_equals_numpy_and_knows_what_is_positive(seed, m):
     assert not positive
 
 
-@pytest.mark.parametrize("m", [1, 3, 6])
+@pytest.mark.parametrize("m", [1, 3, 6, 8])
 def test_nan_and_zero_are_not_positive(m):
     for matrix in (jnp.full((m, m), jnp.nan), jnp.zeros((m, m)), -jnp.eye(m)):
         assert not solve(matrix, jnp.ones((m, 3)))[1]

@@ -49,13 +49,11 @@ def lqr(n, m, growth=1.0, dtype=float, T=100):
     return dp.LQR(*dynamics, eye(n), eye(m), Q_final=eye(n)[0]), jnp.ones(n, dtype)
 
 
-def one_pass(size, fast, sums=False, module=_fast_loops, **constants):
+def one_pass(size, fast, module=_fast_loops, **constants):
     with changed(module, **constants):
-        problem, options = lqr(*size), dict(throw=False, fast_loops=fast)
-        solve = lambda *a: dp.solve_lqr(*a, **options)
-        program = jax.make_jaxpr(solve)(*problem)
-        run = lambda *a: _fast_loops._run(program, program.consts, jax.tree.leaves(a))
-        return compiled(run if sums else solve, *problem)
+        return compiled(
+            lambda *a: dp.solve_lqr(*a, throw=False, fast_loops=fast), *lqr(*size)
+        )
 
 
 def medians(calls):
@@ -80,14 +78,14 @@ def passes():
     print("ordinary loops, products as sums up to MAX_REDUCED = 4095, 0 and 10**6\n")
     print("   n   m       fast       sums   dot_general   all sums")
     for size in SIZES:
-        call = lambda k, size=size: one_pass(size, False, True, MAX_REDUCED=k)[0]
+        call = lambda k, size=size: one_pass(size, False, MAX_REDUCED=k)[0]
         times = medians([one_pass(size, None)[0], *map(call, (4095, 0, 10**6))])
         print("{:4}{:4}{:11.0f}{:11.0f}{:14.0f}{:11.0f}".format(*size, *times))
 
 
 def factorizations():
     print("\ndp.solve_lqr, n = 8, T = 100, microseconds, and seconds to compile.")
-    print("lapack: UNROLLED = 0, which is 4 where m > 4; written out: UNROLLED = 8\n")
+    print("lapack: UNROLLED = 0; written out: UNROLLED = 8\n")
     print("      fast_loops=None        fast_loops=False         compile, None")
     print("  m   lapack  written out    lapack  written out    lapack  written out")
     row = "{:3}{:9.0f}{:13.0f}{:10.0f}{:13.0f}{:10.1f}{:13.1f}"
