@@ -83,11 +83,13 @@ CEILINGS = dict(Gradient=750, GaussNewton=950, Newton=1100, ILQR=950, DDP=1050)
 def test_size_of_the_program_does_not_depend_on_the_horizon(method, monkeypatch):
     # As on an accelerator: on the CPU the program stands there twice.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
     sizes = []
     for T in (10, 100, 1000):
         problem, x0, us = helpers.pendulum(T)
         solve = lambda us: dp.solve(problem, method, x0, us).us
         sizes.append(count_equations(jax.make_jaxpr(solve)(us).jaxpr))
+    jax.clear_caches()
     assert sizes[0] == sizes[1] == sizes[2] <= CEILINGS[name(method)]
 
 

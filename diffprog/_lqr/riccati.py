@@ -37,7 +37,7 @@ class Riccati(AbstractRiccati):
 
         def stage(segment, carry, x, u, t, *stored):
             # The costate lam is one more row below V.
-            rows, positive, fine = carry
+            rows, positive, found = carry
             p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
@@ -52,19 +52,28 @@ class Riccati(AbstractRiccati):
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if model.F is None:
-                # What is not finite in V spreads over its row of V F, where F[:, 0] is
-                # (1, 0): so V is still finite after this stage.
-                fine = jnp.where(all_finite(product[:, 0]), t, fine)
-            return (rows, positive & minimum, fine), (gains, lam[len(V) :])
+                # Sums over columns are finite if everything is. W of a second-order
+                # pass depends on V: what is not finite there spreads over a row of
+                # V F, where F[:, 0] is (1, 0), so V is finite down to stage `fine`.
+                first, fine = found
+                own = jnp.sum(F, 0), W[0] if second_order else jnp.sum(W, 0)
+                first = jnp.where(all_finite(own), first, t)
+                found = first, jnp.where(all_finite(product[:, 0]), t, fine)
+            return (rows, positive & minimum, found), (gains, lam[len(V) :])
 
         end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        T = jnp.full_like(chain.ts[0][0], chain.horizon) if model.F is None else None
-        start = vary((end, jnp.isfinite(end[0, 0]), T), like=trajectory)
-        (V, positive, fine), rows = chain.scan(stage, start, *data, reverse=True)
+        T, found = chain.horizon, None
+        if model.F is None:
+            found = tuple(jnp.full_like(chain.ts[0][0], t) for t in (T + 1, T))
+        start = vary((end, jnp.isfinite(end[0, 0]), found), like=trajectory)
+        (V, positive, found), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
-        first = None if T is None else jnp.where(all_finite(V), T + 1, fine)
+        first = None
+        if found is not None:
+            lost = jnp.where(all_finite(V), T + 1, found[1])
+            first = jnp.where(found[0] > T, lost, found[0]).astype(jnp.int32)
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
