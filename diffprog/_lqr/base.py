@@ -209,15 +209,20 @@ class LQR(eqx.Module):
         stages = jnp.einsum("ti,tij,tj->", z, W, z, precision="highest")
         return (stages + matmul(last, matmul(V, last))) / 2
 
+    @property
+    def stages(self) -> tuple[Array, ...]:
+        """The terms that have a row per stage."""
+        return (self.A, self.B, self.c, self.Q, self.R, self.M, self.q, self.r)
+
     def blocks(self):
         """F and W of every stage and the last V, see `_expand`."""
-        cat = jnp.concatenate
-        AB = cat([self.A, self.B], 2)
-        hessian = cat(
-            [cat([self.Q, self.M], 2), cat([self.M.swapaxes(1, 2), self.R], 2)], 1
-        )
-        F = jax.vmap(affine)(self.c, AB)
-        W = jax.vmap(quadratic)(cat([self.q, self.r], 1), hessian)
+
+        def stage(A, B, c, Q, R, M, q, r):
+            cat = jnp.concatenate
+            hessian = cat([cat([Q, M], 1), cat([M.T, R], 1)])
+            return affine(c, cat([A, B], 1)), quadratic(cat([q, r]), hessian)
+
+        F, W = jax.vmap(stage)(*self.stages)
         return F, W, quadratic(self.q_final, self.Q_final)
 
 
@@ -270,19 +275,18 @@ class AbstractRiccati(eqx.Module):
     @abc.abstractmethod
     def values(
         self,
-        F: Float[Array, "T _ _"],
-        W: Float[Array, "T _ _"],
-        V: Float[Array, "_ _"],
+        lqr: LQR,
         loops: Loops,
-    ) -> tuple[Float[Array, "states _ _"], Float[Array, "T _ _"], Bool[Array, ""]]:
-        """V of every state, [k K] of every stage, and whether all have a minimum."""
+    ) -> tuple[Value, Float[Array, "T m n"], Float[Array, "T m"], Bool[Array, ""]]:
+        """The cost-to-go, K and k of every stage, and whether all have a minimum."""
 
     @abc.abstractmethod
     def rollout(
         self,
-        F: Float[Array, "T _ _"],
-        gains: Float[Array, "T _ _"],
+        lqr: LQR,
+        K: Float[Array, "T m n"],
+        k: Float[Array, "T m"],
         x0: Array,
         loops: Loops,
     ) -> tuple[Float[Array, "states _"], Float[Array, "T _"]]:
-        """States and controls of (1, x') = F (1, x, u), u = [k K] (1, x)."""
+        """States and controls of x' = A x + B u + c, u = K x + k."""

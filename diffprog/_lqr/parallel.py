@@ -31,7 +31,7 @@ from jaxtyping import Array
 from .._fast_loops import FastLoopsError
 from .._linalg import matmul, symmetrize
 from .._tree import vary
-from .base import AbstractRiccati, bellman, summarize
+from .base import AbstractRiccati, bellman, summarize, Value
 
 
 LOOKAHEAD = 8  # Bellman steps before the first policy, which then needs few successors
@@ -246,15 +246,18 @@ class ParallelRiccati(AbstractRiccati):
         positive = jnp.all(jnp.stack(positive))
         return summarize(gains, gradients, V[0, 0], damping, positive)
 
-    def values(self, F, W, V, loops):
+    def values(self, lqr, loops):
         if loops == "forced":
             raise FastLoopsError(
                 "`fast_loops=True` is not possible with `dp.ParallelRiccati`, which "
                 "takes all stages at once: use `dp.Riccati()`."
             )
-        Vs, gains, positive = self.recursion(F, W, V, W.shape[1] - V.shape[0])
+        F, W, V = lqr.blocks()
+        Vs, gains, positive = self.recursion(F, W, V, lqr.B.shape[2])
         Vs, gains = [jnp.where(positive, a, jnp.nan) for a in (Vs, gains)]
-        return jnp.concatenate([Vs, V[None]]), gains, positive
+        Vs = jnp.concatenate([Vs, V[None]])
+        value = Value(Vs[:, 1:, 1:], Vs[:, 0, 1:], Vs[:, 0, 0] / 2)
+        return value, gains[:, :, 1:], gains[:, :, 0], positive
 
     def recursion(self, F, W, V, m):
         """V before every stage, gains, and whether all stages have a minimum."""
@@ -275,7 +278,9 @@ class ParallelRiccati(AbstractRiccati):
         constants = V[0, 0] + lax.cumsum(Vs[:, 0, 0], reverse=True)
         return Vs.at[:, 0, 0].set(constants), gains, jnp.all(positive)
 
-    def rollout(self, F, gains, x0, loops):
+    def rollout(self, lqr, K, k, x0, loops):
+        (F, _, _), gains = lqr.blocks(), jnp.concatenate([k[:, :, None], K], 2)
+
         def part(x, F, gains):
             M = jax.vmap(matmul)(F, jax.vmap(with_state)(gains))
             xs = affine_scan(M[:, 1:, 1:], M[:, 1:, 0], x)

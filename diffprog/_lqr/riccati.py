@@ -4,7 +4,7 @@ from jaxtyping import Array, Float
 from .._door import door
 from .._expand import curved, linear
 from .._fast_loops import compiled, Loops, scan
-from .._linalg import matmul
+from .._linalg import matmul, solve_positive, symmetrize
 from .._result import RESULTS, throw_unless_successful
 from .._tree import all_finite, Layout, vary
 from .base import (
@@ -37,7 +37,7 @@ class Riccati(AbstractRiccati):
 
         def stage(segment, carry, x, u, t, *stored):
             # The costate lam is one more row below V.
-            rows, positive, found = carry
+            rows, positive, first = carry
             p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
@@ -52,88 +52,88 @@ class Riccati(AbstractRiccati):
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if model.F is None:
-                # Sums over columns are finite if everything is. W of a second-order
-                # pass depends on V: what is not finite there spreads over a row of
-                # V F, where F[:, 0] is (1, 0), so V is finite down to stage `fine`.
-                first, fine = found
-                own = jnp.sum(F, 0), W[0] if second_order else jnp.sum(W, 0)
-                first = jnp.where(all_finite(own), first, t)
-                found = first, jnp.where(all_finite(product[:, 0]), t, fine)
-            return (rows, positive & minimum, found), (gains, lam[len(V) :])
+                # What is not finite in F or W spreads to V, so that V tells where they
+                # are not: from a stage that failed the pass goes on with V = 0.
+                finite = all_finite(jnp.sum(V, 0))
+                first = jnp.where(finite, first, t)
+                minimum = minimum & finite
+                rows = jnp.where(minimum, rows, 0)
+            return (rows, positive & minimum, first), (gains, lam[len(V) :])
 
         end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        T, found = chain.horizon, None
-        if model.F is None:
-            found = tuple(jnp.full_like(chain.ts[0][0], t) for t in (T + 1, T))
-        start = vary((end, jnp.isfinite(end[0, 0]), found), like=trajectory)
-        (V, positive, found), rows = chain.scan(stage, start, *data, reverse=True)
-        gains, gradients = zip(*rows, strict=True)
         first = None
-        if found is not None:
-            lost = jnp.where(all_finite(V), T + 1, found[1])
-            first = jnp.where(found[0] > T, lost, found[0]).astype(jnp.int32)
+        if model.F is None:
+            first = jnp.full_like(chain.ts[0][0], chain.horizon + 1)
+        start = vary((end, jnp.isfinite(end[0, 0]), first), like=trajectory)
+        (V, positive, first), rows = chain.scan(stage, start, *data, reverse=True)
+        gains, gradients = zip(*rows, strict=True)
         # Where c = 0, V[0, 0] is the sum of h'k.
         return summarize(gains, gradients, V[0, 0], damping, positive, first)
 
-    def values(self, F, W, V, loops):
-        def stage(V, row):
-            F, W = row
-            m = W.shape[0] - V.shape[0]
-            step = bellman(F, W, matmul(V, F), m, jnp.zeros((), F.dtype))
-            before, gains, positive = step
-            before, gains = [jnp.where(positive, a, jnp.nan) for a in (before, gains)]
-            return before, (before, gains, positive)
+    def values(self, lqr, loops):
+        """`bellman` with the terms of a stage apart.
 
-        _, (values, gains, positive) = scan(stage, V, (F, W), True, loops)
-        return jnp.concatenate([values, V[None]]), gains, jnp.all(positive)
+        The blocks would have to be copied together first, and loops over n columns are
+        faster than over n + 1 for the usual even n.
+        """
 
-    def rollout(self, F, gains, x0, loops):
+        def stage(value, terms):
+            (P, p, constant), (A, B, c, Q, R, M, q, r) = value, terms
+            PA, PB, g = matmul(P, A), matmul(P, B), p + matmul(P, c)
+            H, h = M.T + matmul(B.T, PA), r + matmul(B.T, g)
+            hH = jnp.concatenate([h[:, None], H], 1)
+            gains, positive = solve_positive(R + matmul(B.T, PB), -hH)
+            gains = jnp.where(positive, gains, jnp.nan)
+            k, K = gains[:, 0], gains[:, 1:]
+            constant = constant + (matmul(c, g + p) + matmul(h, k)) / 2
+            P = symmetrize(Q + matmul(A.T, PA) + matmul(H.T, K))
+            value = P, q + matmul(A.T, g) + matmul(H.T, k), constant
+            return value, (value, K, k, positive)
+
+        last = lqr.Q_final, lqr.q_final, jnp.zeros_like(lqr.q_final[0])
+        _, (values, K, k, positive) = scan(stage, last, lqr.stages, True, loops)
+        join = lambda rows, last: jnp.concatenate([rows, last[None]])
+        return Value(*map(join, values, last)), K, k, jnp.all(positive)
+
+    def rollout(self, lqr, K, k, x0, loops):
         def stage(x, row):
-            F, gains = row
-            u = matmul(gains, x)
-            return matmul(F, jnp.concatenate([x, u])), (x[1:], u)
+            A, B, c, K, k = row
+            u = matmul(K, x) + k
+            return matmul(A, x) + matmul(B, u) + c, (x, u)
 
-        start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
-        last, (xs, us) = scan(stage, start, (F, gains), False, loops)
-        return jnp.concatenate([xs, last[None, 1:]]), us
+        rows = (lqr.A, lqr.B, lqr.c, K, k)
+        last, (xs, us) = scan(stage, x0, rows, False, loops)
+        return jnp.concatenate([xs, last[None]]), us
 
 
 def _solve_lqr(
     lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati, loops: Loops
 ) -> LQRSolution:
-    F, W, V = lqr.blocks()
-    n = lqr.B.shape[1]
-    if x0.shape != (n,) or x0.dtype != F.dtype:
+    n, dtype = lqr.B.shape[1], lqr.B.dtype
+    if x0.shape != (n,) or x0.dtype != dtype:
         raise ValueError(
-            f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {F.dtype} "
+            f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {dtype} "
             "are expected."
         )
-    values, gains, positive = method.values(F, W, V, loops)
-    xs, us = method.rollout(F, gains, x0, loops)
-    start = jnp.concatenate([jnp.ones_like(x0[:1]), x0])
-    cost = matmul(start, matmul(values[0], start)) / 2
-    return LQRSolution(
-        xs,
-        us,
-        cost,
-        Policy(
-            K=gains[:, :, 1:],
-            k=gains[:, :, 0],
-            xs=jnp.zeros_like(xs[:-1]),
-            us=jnp.zeros_like(us),
-            _x=Layout.of(x0, x0.dtype),
-            _u=Layout.of(us[0], x0.dtype),
-            _start=0,
-        ),
-        Value(values[:, 1:, 1:], values[:, 0, 1:], values[:, 0, 0] / 2),
-        RESULTS.where(
-            positive & all_finite(values),
-            RESULTS.successful,
-            RESULTS.factorization_failed,
-        ),
+    value, K, k, positive = method.values(lqr, loops)
+    xs, us = method.rollout(lqr, K, k, x0, loops)
+    policy = Policy(
+        K=K,
+        k=k,
+        xs=jnp.zeros_like(xs[:-1]),
+        us=jnp.zeros_like(us),
+        _x=Layout.of(x0, x0.dtype),
+        _u=Layout.of(us[0], x0.dtype),
+        _start=0,
     )
+    P, p, constant = value.P[0], value.p[0], value.constant[0]
+    cost = matmul(x0, matmul(P, x0)) / 2 + matmul(p, x0) + constant
+    result = RESULTS.where(
+        positive & all_finite(value), RESULTS.successful, RESULTS.factorization_failed
+    )
+    return LQRSolution(xs, us, cost, policy, value, result)
 
 
 @door
