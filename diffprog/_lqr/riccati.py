@@ -130,9 +130,10 @@ def _solve_lqr(
     )
     P, p, constant = value.P[0], value.p[0], value.constant[0]
     cost = matmul(x0, matmul(P, x0)) / 2 + matmul(p, x0) + constant
-    result = RESULTS.where(
-        positive & all_finite(value), RESULTS.successful, RESULTS.factorization_failed
-    )
+    # What is not finite at some stage is not finite at all earlier ones.
+    solved = positive & all_finite(P, p, constant)
+    failed = RESULTS.factorization_failed
+    result = RESULTS.where(solved, RESULTS.successful, failed)
     return LQRSolution(xs, us, cost, policy, value, result)
 
 
