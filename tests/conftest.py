@@ -18,6 +18,9 @@ def getkey():
     return lambda: jr.key(int(rng.integers(2**31)))
 
 
+FAST = ("test_fast_loops.py",)
+
+
 @pytest.fixture
 def unchecked():
     """As users run it: no run-time types, which would object first."""
@@ -30,6 +33,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--plain-loops", action="store_true", help="run as if fast loops did not exist"
     )
+
+
+def pytest_ignore_collect(collection_path, config):
+    # These ask for fast loops.
+    if config.getoption("--plain-loops") and collection_path.name in FAST:
+        return True
 
 
 def pytest_configure(config):
