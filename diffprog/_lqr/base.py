@@ -277,8 +277,8 @@ class AbstractRiccati(eqx.Module):
         self,
         lqr: LQR,
         loops: Loops,
-    ) -> tuple[Value, Float[Array, "T m n"], Float[Array, "T m"], Bool[Array, ""]]:
-        """The cost-to-go, K and k of every stage, and whether all have a minimum."""
+    ) -> tuple[Value, Float[Array, "T m n"], Float[Array, "T m"]]:
+        """Costs-to-go, K and k of every stage; NaN before a stage without minimum."""
 
     @abc.abstractmethod
     def rollout(

@@ -257,7 +257,7 @@ class ParallelRiccati(AbstractRiccati):
         Vs, gains = [jnp.where(positive, a, jnp.nan) for a in (Vs, gains)]
         Vs = jnp.concatenate([Vs, V[None]])
         value = Value(Vs[:, 1:, 1:], Vs[:, 0, 1:], Vs[:, 0, 0] / 2)
-        return value, gains[:, :, 1:], gains[:, :, 0], positive
+        return value, gains[:, :, 1:], gains[:, :, 0]
 
     def recursion(self, F, W, V, m):
         """V before every stage, gains, and whether all stages have a minimum."""

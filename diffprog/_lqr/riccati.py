@@ -90,12 +90,12 @@ class Riccati(AbstractRiccati):
             constant = constant + (matmul(c, g + p) + matmul(h, k)) / 2
             P = symmetrize(Q + matmul(A.T, PA) + matmul(H.T, K))
             value = P, q + matmul(A.T, g) + matmul(H.T, k), constant
-            return value, (value, K, k, positive)
+            return value, (value, K, k)
 
         last = lqr.Q_final, lqr.q_final, jnp.zeros_like(lqr.q_final[0])
-        _, (values, K, k, positive) = scan(stage, last, lqr.stages, True, loops)
+        _, (values, K, k) = scan(stage, last, lqr.stages, True, loops)
         join = lambda rows, last: jnp.concatenate([rows, last[None]])
-        return Value(*map(join, values, last)), K, k, jnp.all(positive)
+        return Value(*map(join, values, last)), K, k
 
     def rollout(self, lqr, K, k, x0, loops):
         def stage(x, row):
@@ -117,7 +117,7 @@ def _solve_lqr(
             f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {dtype} "
             "are expected."
         )
-    value, K, k, positive = method.values(lqr, loops)
+    value, K, k = method.values(lqr, loops)
     xs, us = method.rollout(lqr, K, k, x0, loops)
     policy = Policy(
         K=K,
@@ -130,10 +130,9 @@ def _solve_lqr(
     )
     P, p, constant = value.P[0], value.p[0], value.constant[0]
     cost = matmul(x0, matmul(P, x0)) / 2 + matmul(p, x0) + constant
-    # What is not finite at some stage is not finite at all earlier ones.
-    solved = positive & all_finite(P, p, constant)
+    # A stage without a minimum has NaN for gains, and so has every value before it.
     failed = RESULTS.factorization_failed
-    result = RESULTS.where(solved, RESULTS.successful, failed)
+    result = RESULTS.where(jnp.isfinite(cost), RESULTS.successful, failed)
     return LQRSolution(xs, us, cost, policy, value, result)
 
 
