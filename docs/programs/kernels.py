@@ -17,7 +17,7 @@ import diffprog as dp
 from benchmarks import ours, timing
 from benchmarks.problems import PROBLEMS
 from diffprog import _fast_loops, _linalg
-from diffprog._lqr import base
+from diffprog._lqr import riccati
 
 
 SIZES = [(2, 1), (4, 2), (8, 3), (12, 4), (14, 5), (16, 8), (32, 16)]
@@ -101,8 +101,8 @@ def symmetry():
     print("growth of the open loop    symmetrized    not symmetrized")
     for growth in (0.5, 1.0, 2.0, 4.0):
         exact, errors = dp.solve_lqr(*lqr(4, 2, growth)).value.P, []
-        for symmetrize in (base.symmetrize, lambda matrix: matrix):
-            with changed(base, symmetrize=symmetrize):
+        for symmetrize in (riccati.symmetrize, lambda matrix: matrix):
+            with changed(riccati, symmetrize=symmetrize):
                 P = dp.solve_lqr(*lqr(4, 2, growth, "f4"), throw=False).value.P
             error = jnp.abs(P - exact).max((1, 2)) / jnp.abs(exact).max((1, 2))
             errors.append(float(error.max()))
