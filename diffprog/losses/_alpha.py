@@ -77,6 +77,9 @@ class Power(AbstractDivergence):
     def pair(self, w):
         e = self.alpha - 1
         y = jnp.maximum(e * w, 0) if self.sparse else e * w
+        if 2 * (1 / e - 1) != int(2 * (1 / e - 1)):  # no square root or product
+            u = power(y, 1 / e)
+            return u, jnp.where(u > 0, u / jnp.where(u > 0, y, 1), 0)
         if self.alpha > 2:  # the curvature is infinite at the edge of the support
             curvature = jnp.where(y > 0, power(jnp.where(y > 0, y, 1), 1 / e - 1), 0)
         else:
@@ -104,7 +107,10 @@ class TracedAlpha(AbstractDivergence):
 
     alpha: Float[Array, "..."]
     sparse: ClassVar[bool] = True
-    convex_ratio: ClassVar[bool] = False  # not where alpha > 2
+
+    @property
+    def convex_ratio(self):
+        return self.alpha <= 2
 
     @property
     def near(self):

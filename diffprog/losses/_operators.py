@@ -1,146 +1,18 @@
 """softmax, softargmax and Fenchel-Young losses of any f-divergence."""
 
 import functools as ft
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._alpha import Alpha
-from ._divergence import AbstractDivergence, ChiSquare, KL
-from ._generated import as_divergence
-from ._root import (
-    Classes,
-    height,
-    largest,
-    Problem,
-    probabilities,
-    same_for_all,
-    solve,
-    sums,
-)
-
-
-Divergence = AbstractDivergence | Callable
-Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
-
-
-class Setup(NamedTuple):
-    """A call of an operator: its classes on the last axis, its scores over beta."""
-
-    classes: Classes
-    f: AbstractDivergence
-    problem: Problem
-    beta: Array
-    axis: int
-    dtype: Any
-
-    def rows(self, a: Array) -> Array:
-        """An array like the scores, as the caller has them."""
-        return jnp.moveaxis(a, -1, self.axis).astype(self.dtype)
-
-    def row(self, a: Array) -> Array:
-        """One number per row, as the caller has them."""
-        return a[..., 0].astype(self.dtype)
-
-    @property
-    def present(self) -> Array:
-        return self.problem.scores > -jnp.inf
-
-
-def set_up(
-    scores, f, reference, axis, where, temperature, axis_name, few=None
-) -> Setup:
-    scores = jnp.asarray(scores)
-    _check_scores(scores, axis)
-    f, shape = as_divergence(f), scores.shape
-    dtype = jnp.promote_types(scores.dtype, jnp.float32)
-    f = jtu.tree_map(lambda a: _per_row("alpha", a, shape, axis, dtype), f)
-    last = lambda a: jnp.moveaxis(jnp.asarray(a), axis, -1)
-    theta, q, excluded = last(scores).astype(dtype), None, []
-    if where is not None:
-        excluded.append(~last(jnp.broadcast_to(where, shape)))
-    if not isinstance(reference, str) and reference is not None:
-        q = last(_measure(reference, shape)).astype(dtype)
-        excluded.append(q <= 0)
-    beta = jnp.ones((), dtype)
-    if not isinstance(temperature, (int, float)) or temperature != 1:
-        beta = _per_row("temperature", temperature, shape, axis, dtype)
-        excluded.append(theta == -jnp.inf)
-        theta = jnp.where(excluded[-1], 0, theta) / beta
-    if excluded:
-        theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
-    unit = reference == "unit" if isinstance(reference, str) else reference is None
-    if reference is None and not isinstance(f, KL):
-        raise TypeError(
-            f"`reference` is missing; for {type(f).__name__} it matters: \"unit\" "
-            '(as in entmax and sparsemax), "uniform" (1 / number of classes), or an '
-            "array are accepted. Only KL gives the same probabilities for the first two."
-        )
-    classes = Classes(axis_name, unit and f.sparse if few is None else few)
-    if q is None:
-        count = classes.sum(jnp.where(theta > -jnp.inf, 1, jnp.zeros_like(theta)))
-        q = jnp.ones((), dtype) if unit else 1 / jnp.maximum(count, 1)
-        Q = q * count
-    else:
-        Q = classes.sum(jnp.where(theta > -jnp.inf, q, 0))
-    problem = Problem(theta, q, Q, largest(theta, classes))
-    return Setup(classes, f, problem, beta, axis, scores.dtype)
-
-
-def _check_scores(scores: Array, axis: int):
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise TypeError(
-            f"`scores` has dtype {scores.dtype}; floats are expected: convert integers "
-            "with `scores.astype(float)`."
-        )
-    if not isinstance(axis, int) or not -scores.ndim <= axis < scores.ndim:
-        raise ValueError(
-            f"`axis` is {axis}; an integer from {-scores.ndim} to {scores.ndim - 1} is "
-            f"expected for `scores` of shape {scores.shape}."
-        )
-    if scores.shape[axis] == 0:
-        raise ValueError(f"`scores` has shape {scores.shape}: no class on axis {axis}.")
-
-
-def _per_row(name: str, value, shape: tuple, axis: int, dtype) -> Array:
-    """A number for all rows, or one for each, with an axis for the classes."""
-    value = jnp.asarray(value, dtype)
-    batch = shape[:axis] + shape[axis:][1:]
-    try:
-        fits = np.broadcast_shapes(value.shape, batch) == batch
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`{name}` has shape {value.shape}; one that broadcasts to {batch}, the "
-            "shape of `scores` without its class axis, is expected."
-        )
-    return value[..., None] if value.ndim else value
-
-
-def _measure(reference, shape: tuple) -> Array:
-    reference = jnp.asarray(reference)
-    try:
-        fits = np.broadcast_shapes(reference.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`reference` has shape {reference.shape}; \"unit\", \"uniform\" or an array "
-            f"that broadcasts to the shape {shape} of `scores` is expected."
-        )
-    if not isinstance(reference, jax.core.Tracer) and not np.all(reference >= 0):
-        raise ValueError(
-            "`reference` has a negative or NaN entry; a measure is >= 0 everywhere, and "
-            "0 excludes a class."
-        )
-    return jnp.broadcast_to(reference, shape)
+from ._call import Call, check, Divergence, is_known, Reference, Setup
+from ._divergence import AbstractDivergence, ChiSquare
+from ._root import height, probabilities, same_for_all, solve
 
 
 def f_softargmax(
@@ -187,8 +59,14 @@ def f_softargmax(
     Source: Roulet, Liu, Vieillard, Sander, Blondel, "Loss Functions and Operators
     Generated by f-Divergences", 2025, arXiv 2501.18537.
     """
-    s = set_up(scores, f, reference, axis, where, temperature, axis_name)
-    return s.rows(probabilities(s.classes, s.f, s.problem))
+    call = check(scores, f, reference, axis, where, temperature, axis_name)
+    return _softargmax(call)
+
+
+@jax.jit
+def _softargmax(call: Call) -> Array:
+    s = call.set_up()
+    return call.rows(probabilities(s.classes, s.f, s.problem))
 
 
 def f_softmax(
@@ -214,9 +92,15 @@ def f_softmax(
     **Returns:** the value of every row, without the class axis: -inf where all classes
     are excluded.
     """
-    s = set_up(scores, f, reference, axis, where, temperature, axis_name)
+    call = check(scores, f, reference, axis, where, temperature, axis_name)
+    return _softmax(call)
+
+
+@jax.jit
+def _softmax(call: Call) -> Array:
+    s = call.set_up()
     value = s.problem.m + height(s.classes, s.f, s.problem) - s.f.lift * s.problem.Q
-    return s.row(s.beta * jnp.where(s.problem.Q > 0, value, -jnp.inf))
+    return call.row(s.beta * jnp.where(s.problem.Q > 0, value, -jnp.inf))
 
 
 def f_loss(
@@ -258,31 +142,39 @@ def f_loss(
     **Raises:** `ValueError` for labels out of range, where they are known, and for
     labels with a generator whose f(0) is infinite.
     """
-    s = set_up(scores, f, reference, axis, where, temperature, axis_name)
-    targets = jnp.asarray(targets)
+    call = check(scores, f, reference, axis, where, temperature, axis_name)
+    targets, shape = jnp.asarray(targets), call.scores.shape
     labels = jnp.issubdtype(targets.dtype, jnp.integer)
-    shape = s.problem.scores.shape
-    expected = shape[:-1] if labels else jnp.shape(scores)
-    if targets.shape != expected or targets.dtype == bool:
+    batch = shape[:axis] + shape[axis:][1:]
+    if targets.shape != (batch if labels else shape) or targets.dtype == bool:
         raise ValueError(
             f"`targets` has shape {targets.shape} and dtype {targets.dtype}; labels "
-            f"are integers of shape {shape[:-1]}, probabilities floats of shape "
-            f"{jnp.shape(scores)}."
+            f"are integers of shape {batch}, probabilities floats of shape {shape}."
         )
+    if isinstance(smoothing, (int, float)) and smoothing == 0:
+        smoothing = None
     if labels:
         if axis_name is None:
-            _check_labels(targets, shape[-1])
-        _check_at_zero(s.f, smoothing, constant)
+            _check_labels(targets, shape[axis])
+        if constant and smoothing is None:
+            _check_at_zero(call.f)
+    return _loss(call, targets, smoothing, constant)
+
+
+@ft.partial(jax.jit, static_argnames="constant")
+def _loss(call: Call, targets: Array, smoothing, constant: bool) -> Array:
+    s = call.set_up()
+    if jnp.issubdtype(targets.dtype, jnp.integer):
         loss, valid = _labelled(s, targets[..., None], smoothing, constant)
     else:
-        y = jnp.moveaxis(targets, axis, -1).astype(s.problem.scores.dtype)
+        y = jnp.moveaxis(targets, call.axis, -1).astype(s.problem.scores.dtype)
         loss, valid = _soft(s, y, smoothing, constant), True
     loss = loss + height(s.classes, s.f, s.problem)
-    return s.row(jnp.where((s.problem.Q > 0) & valid, s.beta * loss, 0))
+    return call.row(jnp.where((s.problem.Q > 0) & valid, s.beta * loss, 0))
 
 
 def _check_labels(labels: Array, k: int):
-    if not isinstance(labels, jax.core.Tracer):
+    if is_known(labels):
         outside = np.asarray((labels < 0) | (labels >= k))
         if outside.any():
             bad = np.asarray(labels)[outside][0]
@@ -291,58 +183,154 @@ def _check_labels(labels: Array, k: int):
             )
 
 
-def _check_at_zero(f: AbstractDivergence, smoothing, constant: bool):
-    if constant and isinstance(smoothing, (int, float)) and smoothing == 0:
-        at_zero = f.at_zero
-        if not isinstance(at_zero, jax.core.Tracer) and np.any(np.isinf(at_zero)):
-            raise ValueError(
-                f"The loss of labels is infinite with {f}, whose f(0) is: use "
-                "`smoothing=0.1`, or `constant=False` for the loss without D_f(y, q), "
-                "which is unbounded below."
-            )
+def _check_at_zero(f: AbstractDivergence):
+    if is_known(f.at_zero) and np.any(np.isinf(f.at_zero)):
+        raise ValueError(
+            f"The loss of labels is infinite with {f}, whose f(0) is: use "
+            "`smoothing=0.1`, or `constant=False` for the loss without D_f(y, q), "
+            "which is unbounded below."
+        )
+
+
+def _positive(a: Array) -> Array:
+    """`a`, or 1 where it is 0: to divide by, where the result does not matter."""
+    return jnp.where(a > 0, a, 1)
 
 
 def _labelled(s: Setup, labels: Array, smoothing, constant: bool):
-    """The loss less its `height`, and where labels are in range."""
-    scores, q, Q, m = s.problem
-    k = scores.shape[-1]
+    """The loss of labels less its `height`, and where the labels are in range.
+
+    With D_f(e_c, q) = q_c f(1 / q_c) + (Q - q_c) f(0), and the lift taken from each.
+    """
+    (scores, q, Q, m), lift = s.problem, s.f.lift
+    k, labels = scores.shape[-1], labels.astype(jnp.int32)
     first = lax.axis_index(s.classes.axis_name) * k if s.classes.axis_name else 0
     mine = (labels >= first) & (labels < first + k)
     index = jnp.clip(labels - first, 0, k - 1)
 
     def at_label(a):
-        value = jnp.take_along_axis(a, index, -1) if a.shape[-1:] == (k,) else a
-        return s.classes.sum(jnp.where(mine, value, 0))
+        entry = a if same_for_all(a) else jnp.take_along_axis(a, index, -1)
+        return s.classes.sum(jnp.where(mine, entry, 0))
 
-    valid = s.classes.sum(jnp.where(mine, 1, 0)) > 0
-    drop, q_label = m - at_label(scores), at_label(jnp.broadcast_to(q, q.shape))
-    plain = isinstance(smoothing, (int, float)) and smoothing == 0
-    if plain:
-        # f(0) of the other classes is the lift of the height; or it is infinite.
-        constants = q_label * (s.f.value(1 / jnp.where(q_label > 0, q_label, 1)))
-        others = (s.f.at_zero - s.f.lift) * (Q - q_label)
-        return drop + (constants - s.f.lift * q_label + others if constant else 0), valid
-    share = smoothing * q_label / jnp.where(Q > 0, Q, 1)
-    mean = s.classes.sum(jnp.where(s.present, q * (m - scores), 0)) / jnp.where(
-        Q > 0, Q, 1
-    )
-    drop = (1 - smoothing) * drop + smoothing * mean
-    ratio = (1 - smoothing + share) / jnp.where(q_label > 0, q_label, 1)
-    own = q_label * (s.f.value(ratio) - s.f.lift)
-    rest = s.f.value(smoothing / jnp.where(Q > 0, Q, 1)) - s.f.lift
-    return drop + (own + (Q - q_label) * rest if constant else 0), valid
+    valid = s.classes.sum(mine.astype(jnp.int32)) > 0
+    drop, own = m - at_label(scores), at_label(q)
+    if smoothing is None:
+        ratio, rest = 1 / _positive(own), s.f.at_zero - lift
+    else:
+        mean = s.classes.sum(jnp.where(s.present, q * (m - scores), 0)) / _positive(Q)
+        drop = (1 - smoothing) * drop + smoothing * mean
+        share = smoothing / _positive(Q)
+        ratio, rest = (1 - smoothing) / _positive(own) + share, s.f.value(share) - lift
+    if constant:
+        # 0 times an infinite f(0) where there is no other class
+        others = jnp.where(Q > own, (Q - own) * rest, 0)
+        drop = drop + own * (s.f.value(ratio) - lift) + others
+    return drop, valid
 
 
 def _soft(s: Setup, y: Array, smoothing, constant: bool) -> Array:
-    """The loss less its `height`."""
+    """The loss of probabilities less its `height`."""
     scores, q, Q, m = s.problem
-    if not (isinstance(smoothing, (int, float)) and smoothing == 0):
-        y = (1 - smoothing) * y + smoothing * q / jnp.where(Q > 0, Q, 1)
-    safe = jnp.where(s.present, scores, m)
-    drop = s.classes.sum(jnp.where(y > 0, (m - safe) * y, 0))
+    if smoothing is not None:
+        y = (1 - smoothing) * y + smoothing * jnp.where(s.present, q, 0) / _positive(Q)
+    drop = s.classes.sum(jnp.where(s.present, m - scores, 0) * y)
     lost = s.classes.sum(jnp.where(s.present, 0, y)) > 0
-    drop = jnp.where(lost, jnp.inf, drop)  # a target on an excluded class
+    drop = jnp.where(lost, jnp.inf, drop)  # a target on a class that is excluded
     if not constant:
         return drop
-    u = jnp.where(s.present, y / jnp.where(s.present, q, 1), 1)
-    return drop + s.classes.sum(jnp.where(s.present, q * (s.f.value(u) - s.f.lift), 0))
+    u = jnp.where(s.present, y / _positive(q), 1)
+    values = jnp.where(s.present, q * (s.f.value(u) - s.f.lift), 0)
+    return drop + s.classes.sum(values)
+
+
+def f_softplus(scores, f: Divergence, reference: Reference = None, **options):
+    r"""The f-softmax of the two scores 0 and s, for every entry s.
+
+    **Arguments:** `scores`, any shape; an array as `reference` has the two measures on
+    its last axis; `temperature` as in [`diffprog.losses.f_softargmax`][].
+
+    **Returns:** an array of the shape of `scores`; its derivative is
+    [`diffprog.losses.f_sigmoid`][].
+    """
+    return f_softmax(_binary(scores), f, reference, **options)
+
+
+def f_sigmoid(scores, f: Divergence, reference: Reference = None, **options):
+    r"""The probability of s in the f-softargmax of 0 and s, for every entry s.
+
+    With chi-square and the reference "unit" it is (1 + s) / 2, clipped to [0, 1].
+
+    **Arguments:** those of [`diffprog.losses.f_softplus`][].
+
+    **Returns:** an array of the shape of `scores`.
+    """
+    return f_softargmax(_binary(scores), f, reference, **options)[..., 1]
+
+
+def _binary(scores) -> Array:
+    scores = jnp.asarray(scores)
+    return jnp.stack([jnp.zeros_like(scores), scores], -1)
+
+
+def entmax(scores, alpha, **options):
+    """alpha-entmax: `f_softargmax(scores, Alpha(alpha), "unit")`.
+
+    A number alpha is static, an array is traced and differentiable.
+    """
+    return f_softargmax(scores, Alpha(alpha), "unit", **options)
+
+
+def entmax15(scores, **options):
+    """1.5-entmax: `f_softargmax(scores, Alpha(1.5), "unit")`."""
+    return entmax(scores, 1.5, **options)
+
+
+def sparsemax(scores, **options):
+    """The Euclidean projection on the simplex: `entmax` with alpha = 2."""
+    return f_softargmax(scores, ChiSquare(), "unit", **options)
+
+
+class Diagnostics(NamedTuple):
+    """How well a row was solved.
+
+    - `residual`: |S - 1|, which is the L1 error of its probabilities.
+    - `support`: the number of classes with a positive probability.
+    - `evaluations`: how often the sums over the classes were taken, after the warm
+        start, for all rows together.
+    """
+
+    residual: Float[Array, "*batch"]
+    support: Int[Array, "*batch"]
+    evaluations: Int[Array, ""]
+
+
+def diagnose(
+    scores: Float[Array, "..."],
+    f: Divergence,
+    reference: Reference = None,
+    *,
+    axis: int = -1,
+    where=None,
+    temperature=1.0,
+    axis_name: str | None = None,
+) -> Diagnostics:
+    """What [`diffprog.losses.f_softargmax`][] does for these scores.
+
+    **Arguments:** those of [`diffprog.losses.f_softargmax`][].
+
+    **Returns:** a [`diffprog.losses.Diagnostics`][].
+    """
+    call = check(scores, f, reference, axis, where, temperature, axis_name)
+    return _diagnose(call)
+
+
+@jax.jit
+def _diagnose(call: Call) -> Diagnostics:
+    s = call.set_up()
+    sigma, evaluations = solve(s.classes, s.f, s.problem)
+    u, _ = s.f.pair(sigma + (s.problem.scores - s.problem.m))
+    mass = s.classes.sum(s.problem.q * u)
+    support = s.classes.sum(jnp.where(u > 0, 1, jnp.zeros_like(u)))
+    return Diagnostics(
+        jnp.abs(mass - 1)[..., 0], support[..., 0].astype(jnp.int32), evaluations
+    )

@@ -130,9 +130,7 @@ def lowered_change(f: TracedAlpha, df: TracedAlpha, u: Array) -> Array:
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def root(
-    classes: Classes, f: AbstractDivergence, problem: Problem
-) -> Row:
+def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
     sigma, _ = solve(classes, f, problem)
     return sigma
@@ -201,7 +199,7 @@ def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
     else:
         low, high = bracket(classes, f, problem)
         start = jnp.fmin(warm_start(classes, f, problem, high), high)
-        start = start if f.convex_ratio else jnp.fmax(start, low)
+        start = start if f.convex_ratio is True else jnp.fmax(start, low)
         sigma, count = newton(classes, f, y, q, Q, (low, high), start)
     # Rows whose classes are all excluded have no root.
     return jnp.where(jnp.isinf(sigma) & (m == 0), 0, sigma), count
@@ -220,6 +218,21 @@ def bracket(classes: Classes, f: AbstractDivergence, problem: Problem):
     return f.link(1 / jnp.where(Q > 0, Q, 1)) + 0 * m, high + 0 * m
 
 
+def bisect(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
+    """The sigma of every row by halving its bracket: slow, and true for every f."""
+    y = problem.scores - problem.m
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        S, _ = sums(classes, f, middle + y, problem.q)
+        return jnp.where(S < 1, middle, low), jnp.where(S < 1, high, middle)
+
+    steps = jnp.finfo(y.dtype).nmant + 16
+    low, high = lax.fori_loop(0, steps, halve, bracket(classes, f, problem))
+    return (low + high) / 2
+
+
 def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
     """Newton's method from `sigma`, for all rows together.
 
@@ -227,8 +240,8 @@ def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
     f''' <= 0 does not hold, S <= 1 and S >= 1 bound the root, and a step that leaves
     these bounds is replaced by their middle, as is every other one after eight.
     """
-    safe = f.convex_ratio
-    close = 4 * jnp.sqrt(jnp.finfo(y.dtype).eps)
+    safe, eps = f.convex_ratio is True, jnp.finfo(y.dtype).eps
+    close = jnp.where(f.convex_ratio, 4 * jnp.sqrt(eps), 8 * eps)
     limit = MAX_EVALUATIONS if safe else MAX_SAFEGUARDED
 
     def unfinished(carry):
@@ -239,13 +252,16 @@ def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
         i, sigma, bounds, _ = carry
         S, W = sums(classes, f, sigma + y, q)
         new = sigma - f.mean_step(S, Q) / W
-        done = (jnp.abs(S - 1) <= close) | (new == sigma)
-        if not safe:
+        done = jnp.abs(S - 1) <= close
+        if safe:
+            done = done | (new == sigma)
+        else:
             low, high = bounds
             low, high = jnp.where(S < 1, sigma, low), jnp.where(S < 1, high, sigma)
             middle = (low + high) / 2
-            inside = (new >= low) & (new <= high) & ((i < 8) | (i % 2 == 0))
-            new = jnp.where(inside, new, middle)
+            inside = (new > low) & (new < high) & ((i < 8) | (i % 2 == 0))
+            new = jnp.where(inside | done, new, middle)
+            done = done | (middle == low) | (middle == high)
             bounds = low, high
         stuck = ~jnp.isfinite(new)
         return i + 1, jnp.where(stuck, sigma, new), bounds, done | stuck

@@ -1,0 +1,166 @@
+"""The arguments of an operator: checked, and put in the order of the solver."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from ._divergence import AbstractDivergence, KL
+from ._generated import as_divergence
+from ._root import Classes, largest, Problem
+
+
+Divergence = AbstractDivergence | Callable
+Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
+
+
+class Setup(NamedTuple):
+    """A call with its classes on the last axis and its scores divided by beta."""
+
+    classes: Classes
+    f: AbstractDivergence
+    problem: Problem
+    beta: Array
+
+    @property
+    def present(self) -> Array:
+        return self.problem.scores > -jnp.inf
+
+
+class Call(eqx.Module):
+    """The arguments of an operator, checked. `None` stands for what is not given."""
+
+    scores: Array
+    f: AbstractDivergence
+    reference: Array | None
+    where: Array | None
+    temperature: Array | None
+    unit: bool = eqx.field(static=True)
+    axis: int = eqx.field(static=True)
+    axis_name: str | None = eqx.field(static=True)
+
+    def set_up(self) -> Setup:
+        dtype = jnp.promote_types(self.scores.dtype, jnp.float32)
+        last = lambda a: jnp.moveaxis(a, self.axis, -1)
+        theta, excluded = last(self.scores).astype(dtype), []
+        beta = jnp.ones((), dtype)
+        if self.where is not None:
+            excluded.append(~last(self.where))
+        if self.reference is not None:
+            excluded.append(last(self.reference) <= 0)
+        if self.temperature is not None:
+            beta = self.temperature.astype(dtype)
+            excluded.append(theta == -jnp.inf)
+            theta = jnp.where(excluded[-1], 0, theta) / beta
+        if excluded:
+            theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
+        f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
+        classes = Classes(self.axis_name, self.unit and f.sparse)
+        if self.reference is None:
+            count = classes.sum(jnp.where(theta > -jnp.inf, 1, jnp.zeros_like(theta)))
+            q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
+            Q = q * count
+        else:
+            q = last(self.reference).astype(dtype)
+            Q = classes.sum(jnp.where(theta > -jnp.inf, q, 0))
+        return Setup(classes, f, Problem(theta, q, Q, largest(theta, classes)), beta)
+
+    def rows(self, a: Array) -> Array:
+        """An array like the scores, as the caller has them."""
+        return jnp.moveaxis(a, -1, self.axis).astype(self.scores.dtype)
+
+    def row(self, a: Array) -> Array:
+        """One number per row, as the caller has them."""
+        return a[..., 0].astype(self.scores.dtype)
+
+
+def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
+    scores, f = jnp.asarray(scores), as_divergence(f)
+    _check_scores(scores, axis)
+    per_row = lambda name, value: _per_row(name, value, scores.shape, axis)
+    f = jtu.tree_map(lambda a: per_row("alpha", a), f)
+    if where is not None:
+        where = _like_scores("where", where, scores.shape)
+        if where.dtype != bool:
+            raise TypeError(f"`where` has dtype {where.dtype}; booleans are expected.")
+    if isinstance(temperature, (int, float)) and temperature == 1:
+        temperature = None
+    else:
+        temperature = per_row("temperature", temperature)
+    if reference is None and not isinstance(f, KL):
+        raise TypeError(
+            f'`reference` is missing; for {type(f).__name__} it matters: "unit" '
+            '(as in entmax and sparsemax), "uniform" (1 / number of classes), or an '
+            "array. Only KL gives the same probabilities for the first two."
+        )
+    unit = reference is None
+    if isinstance(reference, str):
+        if reference not in ("unit", "uniform"):
+            raise ValueError(
+                f'`reference` is "{reference}"; "unit", "uniform" or an array is '
+                "expected."
+            )
+        unit, reference = reference == "unit", None
+    elif reference is not None:
+        reference = _like_scores("reference", reference, scores.shape)
+        if is_known(reference) and not np.all(np.asarray(reference) >= 0):
+            raise ValueError(
+                "`reference` has a negative or NaN entry; a measure is >= 0 "
+                "everywhere, and 0 excludes a class."
+            )
+    return Call(scores, f, reference, where, temperature, unit, axis, axis_name)
+
+
+def is_known(array) -> bool:
+    return not isinstance(array, jax.core.Tracer)
+
+
+def _check_scores(scores: Array, axis: int):
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(
+            f"`scores` has dtype {scores.dtype}; floats are expected: convert integers "
+            "with `scores.astype(float)`."
+        )
+    if not isinstance(axis, int) or not -scores.ndim <= axis < scores.ndim:
+        raise ValueError(
+            f"`axis` is {axis}; an integer from {-scores.ndim} to {scores.ndim - 1} is "
+            f"expected for `scores` of shape {scores.shape}."
+        )
+    if scores.shape[axis] == 0:
+        raise ValueError(f"`scores` has shape {scores.shape}: no class on axis {axis}.")
+
+
+def _per_row(name: str, value, shape: tuple, axis: int) -> Array:
+    """A number for all rows, or one for each, with an axis for the classes."""
+    value = jnp.asarray(value)
+    batch = shape[:axis] + shape[axis:][1:]
+    try:
+        fits = np.broadcast_shapes(value.shape, batch) == batch
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` has shape {value.shape}; one that broadcasts to {batch}, the "
+            "shape of `scores` without its class axis, is expected."
+        )
+    return jnp.broadcast_to(value, batch)[..., None] if value.ndim else value
+
+
+def _like_scores(name: str, value, shape: tuple) -> Array:
+    value = jnp.asarray(value)
+    try:
+        fits = np.broadcast_shapes(value.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` has shape {value.shape}; one that broadcasts to {shape}, the "
+            "shape of `scores`, is expected."
+        )
+    return jnp.broadcast_to(value, shape)
