@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from ._divergence import (
     AbstractDivergence,
@@ -21,7 +21,7 @@ from ._divergence import (
 )
 
 
-def power(y: Array, exponent: float) -> Array:
+def power(y: ArrayLike, exponent: float) -> Array:
     """y^exponent for y >= 0: products and roots where they do, else by logarithms."""
     if exponent == int(exponent):
         return lax.integer_pow(y, int(exponent))

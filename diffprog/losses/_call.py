@@ -46,7 +46,8 @@ class Call(eqx.Module):
     axis_name: str | None = eqx.field(static=True)
 
     def set_up(self) -> Setup:
-        dtype = jnp.promote_types(self.scores.dtype, jnp.float32)
+        small = self.scores.dtype.itemsize < 4
+        dtype = jnp.dtype(jnp.float32) if small else self.scores.dtype
         last = lambda a: jnp.moveaxis(a, self.axis, -1)
         theta, excluded = last(self.scores).astype(dtype), []
         beta = jnp.ones((), dtype)

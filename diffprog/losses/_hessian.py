@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from ._call import check, Divergence, Reference
 from ._root import ratio, root
@@ -85,7 +85,7 @@ def _(operator):
 
 
 def hessian_operator(
-    scores: Float[Array, " k"],
+    scores: Float[ArrayLike, " k"],
     f: Divergence,
     reference: Reference = None,
     *,

@@ -16,7 +16,7 @@ from ._root import height, probabilities, same_for_all, solve
 
 
 def f_softargmax(
-    scores: Float[Array, "..."],
+    scores: Float[ArrayLike, "..."],
     f: Divergence,
     reference: Reference = None,
     *,
@@ -70,7 +70,7 @@ def _softargmax(call: Call) -> Array:
 
 
 def f_softmax(
-    scores: Float[Array, "..."],
+    scores: Float[ArrayLike, "..."],
     f: Divergence,
     reference: Reference = None,
     *,
@@ -104,7 +104,7 @@ def _softmax(call: Call) -> Array:
 
 
 def f_loss(
-    scores: Float[Array, "..."],
+    scores: Float[ArrayLike, "..."],
     targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
     f: Divergence,
     reference: Reference = None,
@@ -305,7 +305,7 @@ class Diagnostics(NamedTuple):
 
 
 def diagnose(
-    scores: Float[Array, "..."],
+    scores: Float[ArrayLike, "..."],
     f: Divergence,
     reference: Reference = None,
     *,
