@@ -25,7 +25,7 @@ from diffprog.losses import (
     SquaredHellinger,
 )
 from diffprog.losses._call import check
-from diffprog.losses._root import bisect, bracket, newton, solve, sums
+from diffprog.losses._root import bisect, bracket, solve, sums
 
 
 FAMILIES = {
@@ -188,7 +188,9 @@ def test_t6_the_residual_is_the_l1_error(name):
         moved = mass(sigma + shift)
         residual = jnp.abs(moved.sum(-1) - 1)
         close(jnp.abs(moved - mass(sigma)).sum(-1), residual, 1e-13)
-    dual = lambda sigma: jnp.sum(s.problem.q * s.f.conjugate(sigma + y), -1) - sigma[:, 0]
+    dual = lambda sigma: (
+        jnp.sum(s.problem.q * s.f.conjugate(sigma + y), -1) - sigma[:, 0]
+    )
     _, W = sums(s.classes, s.f, sigma + y, s.problem.q)
     h = 1e-4 * jnp.minimum(jnp.abs(sigma), 1)
     excess = (dual(sigma - h) - dual(sigma))[:, None]
@@ -200,7 +202,10 @@ def test_t11_margins(name):
     f = FAMILIES[name]
     margin = dict(ChiSquare=1.0, LeCam=3.0).get(name) or 1 / (f.alpha - 1)
     scores = jnp.array([[margin, 0, -1.0], [margin - 1e-3, 0, -1.0]])
-    p, loss = f_softargmax(scores, f, "unit"), f_loss(scores, jnp.zeros(2, int), f, "unit")
+    p, loss = (
+        f_softargmax(scores, f, "unit"),
+        f_loss(scores, jnp.zeros(2, int), f, "unit"),
+    )
     close(p[0], [1, 0, 0])
     assert p[1, 0] < 1 and loss[1] > 0
     close(loss[0], 0, 1e-14)
@@ -245,3 +250,477 @@ def test_t16_binary():
     close(losses.f_sigmoid(s, KL(), "uniform"), jax.nn.sigmoid(s))
     prior = losses.f_sigmoid(s, KL(), np.array([0.2, 0.8]))
     close(prior, jax.nn.sigmoid(s + np.log(4)))
+
+
+# Derivatives ----------------------------------------------------------------------
+
+
+def derivatives(f, theta, q):
+    """Everything of one row: value, gradients, Hessian, Jacobian in q."""
+    value = lambda theta, q: f_softmax(theta, f, q)
+    p = lambda theta, q: f_softargmax(theta, f, q)
+    return dict(
+        p=p(theta, q),
+        gradient=jax.grad(value)(theta, q),
+        in_q=jax.grad(value, 1)(theta, q),
+        hessian=jax.hessian(value)(theta, q),
+        forward=jax.jacfwd(p)(theta, q),
+        reverse=jax.jacrev(p)(theta, q),
+        mixed=jax.jacfwd(jax.grad(value), 1)(theta, q),
+        mixed_back=jax.jacfwd(jax.grad(value, 1))(theta, q),
+    )
+
+
+@family
+def test_t8_t9_first_and_second_derivatives(name):
+    f, theta, q = FAMILIES[name], jnp.asarray(THETA[1]), jnp.asarray(MEASURE)
+    d = jax.jit(lambda theta, q: derivatives(f, theta, q))(theta, q)
+    J, p = d["hessian"], d["p"]
+    close(d["gradient"], p)
+    close(J, d["forward"]), close(J, d["reverse"])
+    close(J, J.T, 1e-14)
+    close(J.sum(1), 0)
+    assert np.linalg.eigvalsh(J).min() > -1e-14
+    support = p > 0
+    w = jnp.where(support, q * f.curvature(p / q), 0)
+    close(J, jnp.diag(w) - jnp.outer(w, w) / w.sum())
+    close(d["mixed"], d["mixed_back"].T)
+    # d softmax / dq = f*(theta - tau), where theta - tau is f'(u) on the support.
+    u = jnp.where(support, p / q, 1)
+    conjugate = u * (f.link(u) + f.origin) - f.value(u)
+    conjugate = jnp.where(support, conjugate, 0 if name in INFINITE else -f.at_zero)
+    close(d["in_q"], conjugate, 1e-11)
+    h = 1e-5 * np.eye(K)[2]
+    ends = [f_softargmax(theta, f, q + sign * h) for sign in (1, -1)]
+    close(d["mixed"][:, 2], (ends[0] - ends[1]) / 2e-5, 1e-8)
+
+
+@family
+def test_t9_the_hessian_operator(name):
+    f = FAMILIES[name]
+    operator = losses.hessian_operator(THETA[1], f, MEASURE, temperature=0.7)
+    scaled = lambda theta: f_softmax(theta, f, MEASURE, temperature=0.7)
+    J = jax.hessian(scaled)(jnp.asarray(THETA[1]))
+    close(operator.as_matrix(), J)
+    close(lx.diagonal(operator), jnp.diag(J))
+    b = jnp.asarray(np.random.default_rng(1).normal(size=K))
+    A = jax.vmap(operator.sqrt_mv, out_axes=1)(jnp.eye(K))
+    close(A @ A.T, J)
+    close(jax.vmap(operator.sqrt_transpose_mv, out_axes=1)(jnp.eye(K)), A.T)
+    pinv = np.linalg.pinv(J, rtol=1e-10)
+    np.testing.assert_allclose(operator.pinv_mv(b), pinv @ b, rtol=1e-9, atol=1e-9)
+    damped = operator + 0.1 * lx.IdentityLinearOperator(operator.in_structure())
+    damped = lx.TaggedLinearOperator(damped, lx.positive_semidefinite_tag)
+    x = lx.linear_solve(damped, b, lx.CG(1e-12, 1e-12)).value
+    close((J + 0.1 * jnp.eye(K)) @ x, b, 1e-9)
+
+
+@pytest.mark.parametrize("name", ("KL", "1.5", "JensenShannon", "LeCam", "traced 0.3"))
+def test_t17_third_derivatives(name):
+    f, theta = FAMILIES[name], jnp.asarray(THETA[1])
+    h = jnp.asarray(np.random.default_rng(2).normal(size=K))
+
+    @jax.jit
+    def both(theta):
+        p = lambda theta: f_softargmax(theta, f, MEASURE)
+        along = lambda theta: jax.jvp(p, (theta,), (h,))[1]
+        twice = jax.jvp(along, (theta,), (h,))[1]
+        cubic = jax.hessian(lambda theta: jnp.vdot(h, p(theta)))(theta)
+        return p(theta), twice, cubic
+
+    p, twice, cubic = both(theta)
+    # d2p = m delta^2 - w d2tau, with m = q f*'''
+    u = jnp.where(p > 0, p / MEASURE, 1)
+    w = jnp.where(p > 0, MEASURE * f.curvature(u), 0)
+    slope = jax.vmap(jax.grad(f.curvature))(u) * f.curvature(u)
+    m = jnp.where(p > 0, MEASURE * slope, 0)
+    delta = h - jnp.vdot(w, h) / w.sum()
+    d2tau = jnp.vdot(m, delta**2) / w.sum()
+    close(twice, m * delta**2 - w * d2tau, 1e-11)
+    close(cubic, cubic.T, 1e-11)
+
+
+def test_derivatives_in_alpha_and_temperature():
+    theta, y = jnp.asarray(THETA[1]), jnp.asarray(MEASURE / MEASURE.sum())
+
+    @jax.jit
+    def functions(alpha, beta):
+        f = Alpha(alpha)
+        p = f_softargmax(theta, f, MEASURE, temperature=beta)
+        loss = f_loss(theta, y, f, MEASURE, temperature=beta)
+        return jnp.append(p, jnp.stack([f_softmax(theta, f, MEASURE), loss]))
+
+    both = jax.jit(jax.jacfwd(functions, (0, 1)))
+    second = jax.jit(jax.jacfwd(jax.jacrev(functions)))
+    third = jax.jit(lambda a: functions(a, 0.8))
+    for alpha in (-0.4, 0.0, 0.5, 0.93, 1.0, 1.0 + 1e-7, 1.05, 1.5, 2.0):
+        h, at = 1e-5, lambda a, b: functions(jnp.asarray(a), jnp.asarray(b))
+        in_alpha, in_beta = both(jnp.asarray(alpha), jnp.asarray(0.8))
+        close(in_alpha, (third(alpha + h) - third(alpha - h)) / (2 * h), 2e-8)
+        close(in_beta, (at(alpha, 0.8 + h) - at(alpha, 0.8 - h)) / (2 * h), 2e-8)
+        curve = third(alpha + 1e-3) - 2 * third(alpha) + third(alpha - 1e-3)
+        curvature = second(jnp.asarray(alpha), jnp.asarray(0.8))
+        np.testing.assert_allclose(curvature, curve / 1e-6, rtol=2e-4, atol=2e-4)
+
+
+def test_t8_the_derivative_in_the_temperature():
+    for f in (KL(), Alpha(1.5), JensenShannon()):
+        value = lambda beta, f=f: f_softmax(THETA[1], f, MEASURE, temperature=beta)
+        p = f_softargmax(THETA[1], f, MEASURE, temperature=0.6)
+        close(jax.grad(value)(0.6), -divergence(f, p, jnp.asarray(MEASURE)), 1e-11)
+
+
+# Losses ---------------------------------------------------------------------------
+
+
+@family
+def test_t10_losses(name):
+    f, q = FAMILIES[name], jnp.asarray(MEASURE)
+    theta, y = jnp.asarray(THETA[1]), jnp.asarray([0.1, 0.2, 0.05, 0.4, 0.1, 0.15])
+    soft = lambda theta, y: f_loss(theta, y, f, q)
+    label = lambda theta: f_loss(theta, jnp.asarray(3), f, q, smoothing=0.1)
+
+    @jax.jit
+    def everything(theta, y):
+        p = f_softargmax(theta, f, q)
+        return dict(
+            p=p,
+            value=f_softmax(theta, f, q),
+            loss=soft(theta, y),
+            own=soft(theta, p),
+            gradient=jax.grad(soft)(theta, y),
+            hessian=jax.hessian(soft)(theta, y),
+            jacobian=jax.jacfwd(lambda t: f_softargmax(t, f, q))(theta),
+            label=label(theta),
+            label_gradient=jax.grad(label)(theta),
+        )
+
+    d = everything(theta, y)
+    D = divergence(f, y, q)
+    close(d["loss"], d["value"] + D - theta @ y, 1e-11)
+    assert d["loss"] > 0
+    close(d["own"], 0, 1e-13)
+    close(d["gradient"], d["p"] - y)
+    close(d["hessian"], d["jacobian"])
+    smooth = 0.9 * jnp.eye(K)[3] + 0.1 * q / q.sum()
+    close(d["label"], d["value"] + divergence(f, smooth, q) - theta @ smooth, 1e-11)
+    close(d["label_gradient"], d["p"] - smooth)
+
+
+@family
+def test_labels_are_one_hot_probabilities(name):
+    f, labels = FAMILIES[name], jnp.array([0, 5, 2, 1])
+    constant = name not in INFINITE
+    hard = f_loss(THETA, labels, f, MEASURE, constant=constant)
+    hot = jax.nn.one_hot(labels, K, dtype=float)
+    close(hard, f_loss(THETA, hot, f, MEASURE, constant=constant), 1e-11)
+    assert (hard >= 0).all() or not constant
+
+
+def test_losses_with_common_offsets_and_temperature():
+    for f in (KL(), Alpha(1.5), LeCam()):
+        loss = lambda theta: f_loss(theta, jnp.array([0, 5, 2, 1]), f, "unit")
+        np.testing.assert_allclose(loss(THETA + 1e4), loss(THETA), atol=1e-11)
+        warm = f_loss(THETA, jnp.array([0, 5, 2, 1]), f, "unit", temperature=2.0)
+        close(warm, 2 * loss(THETA / 2))
+    cross_entropy = -jax.nn.log_softmax(THETA)[np.arange(4), [0, 5, 2, 1]]
+    close(f_loss(THETA, jnp.array([0, 5, 2, 1]), KL()), cross_entropy)
+
+
+def test_supervised_losses():
+    outputs, labels = jnp.asarray(THETA), jnp.array([0, 5, 2, 1])
+    close(
+        losses.SoftmaxCrossEntropy()(outputs, labels),
+        losses.FLoss(KL())(outputs, labels),
+    )
+    hot = jax.nn.one_hot(labels, K, dtype=float)
+    close(losses.SoftmaxCrossEntropy()(outputs, hot), f_loss(outputs, labels, KL()))
+    tokens = losses.FLoss(Alpha(1.5), "unit", temperature=0.5)(
+        outputs.reshape(2, 2, K), labels.reshape(2, 2)
+    )
+    each = f_loss(outputs, labels, Alpha(1.5), "unit", temperature=0.5)
+    close(tokens, each.reshape(2, 2).sum(1))
+    u, y = jnp.array([[0.5, -3.0], [1.0, 0.0]]), jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    close(losses.Squared()(u, y), [(0.25 + 4) / 2, (4 + 1) / 2])
+    logistic = np.log1p(np.exp(-np.asarray(y) * np.asarray(u))).sum(1)
+    close(losses.Logistic()(u, y), logistic)
+    close(losses.Hinge()(u, y), [0.5, 3.0])
+    close(losses.Huber(1.5)(u, y), [0.125 + 1.5 * (2 - 0.75), 1.5 * (2 - 0.75) + 0.5])
+    scores = jnp.array([[2.0, 0.5, 0.0], [0.0, 2.0, 1.5]])
+    close(losses.Hinge()(scores, jnp.array([0, 2])), [0.0, 1.5])
+
+
+# The solver -----------------------------------------------------------------------
+
+
+def set_up(theta, f, q):
+    return check(jnp.asarray(theta), f, q, -1, None, 1.0, None).set_up()
+
+
+@family
+def test_t18_brackets_and_bisection(name):
+    f = FAMILIES[name]
+    rng = np.random.default_rng(3)
+    hard = np.stack(
+        [np.zeros(K), [0, 0, -1e3, -1e3, 0, -2], 50.0 * np.arange(K), THETA[0]]
+    )
+    for theta, q in ((hard, 10.0 ** rng.uniform(-6, 6, K)), (THETA, "unit")):
+        s = set_up(theta, f, q)
+        low, high = bracket(s.classes, s.f, s.problem)
+        y = s.problem.scores - s.problem.m
+        S_low, _ = sums(s.classes, s.f, low + y, s.problem.q)
+        S_high, _ = sums(s.classes, s.f, high + y, s.problem.q)
+        assert (S_low <= 1 + 1e-9).all() and (S_high >= 1 - 1e-9).all()
+    halved = s.problem.q * s.f.pair(bisect(s.classes, s.f, s.problem) + y)[0]
+    close(f_softargmax(THETA, f, "unit"), halved, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, f in FAMILIES.items() if f.convex_ratio is True]
+)
+def test_t19_newton_falls_to_the_root(name):
+    f = FAMILIES[name]
+    s = set_up(THETA, f, "uniform")
+    y = s.problem.scores - s.problem.m
+    low, high = bracket(s.classes, s.f, s.problem)
+    root, sigma = bisect(s.classes, s.f, s.problem), high
+    for _ in range(8):
+        S, W = sums(s.classes, s.f, sigma + y, s.problem.q)
+        new = sigma - s.f.mean_step(S, s.problem.Q) / W
+        slack = 1e-13 * jnp.abs(sigma)
+        if name not in ("Jeffreys", "LeCam"):
+            assert (new <= sigma + slack).all() and (new >= root - slack).all()
+        sigma = jnp.clip(new, low, high)
+
+
+def stress(k=512):
+    """Rows of many shapes: ramps, ties around the edge of the support, heavy tails."""
+    rng, j = np.random.default_rng(4), np.arange(k)
+    rows = [
+        np.zeros(k),
+        -j / k,
+        -8.0 * j / k,
+        -np.log1p(j),
+        -2 * np.log1p(j),
+        40.0 * (j == 3),
+    ]
+    for ties, gap in itertools.product((1, 2, 30), (0.5, 1.0, 1.99, 2.01, 4.0)):
+        rows.append(np.where(j < ties, 0.0, -gap))
+    rows += [scale * rng.normal(size=k) for scale in (0.1, 1, 4, 12)]
+    rows += [rng.standard_t(2, k), rng.gumbel(size=k), rng.uniform(0, 5, k)]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("3", "-0.5", "0.5")])
+def test_at_most_nine_evaluations(name):
+    for q in ("unit", "uniform"):
+        found = losses.diagnose(stress(), FAMILIES[name], q)
+        assert found.evaluations <= 9
+        assert found.residual.max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name, k",
+    [
+        *((name, 32_000) for name in FAMILIES),
+        ("1.5", 1000),
+        ("LeCam", 1000),
+        ("1.5", 2**18),
+    ],
+)
+def test_float32_mass(name, k):
+    f, rng = FAMILIES[name], np.random.default_rng(5)
+    theta = (rng.normal(size=(2, k)) * [[1], [4]]).astype("f4")
+    for q in ("unit", "uniform"):
+        p = f_softargmax(theta, f, q)
+        exact = f_softargmax(theta.astype(float), f, q)
+        assert p.dtype == jnp.float32
+        assert jnp.abs(p.astype(float) - exact).sum(-1).max() < 5e-6
+
+
+def test_a_generator_given_as_a_function():
+    def jensen_shannon(u):  # not normalized
+        return u * jnp.log(u) - (u + 1) * jnp.log((u + 1) / 2) + 3 * u
+
+    own, named = losses.generator(jensen_shannon), JensenShannon()
+    close(f_softargmax(THETA, own, MEASURE), f_softargmax(THETA, named, MEASURE), 1e-9)
+    close(
+        f_softmax(THETA, jensen_shannon, MEASURE),
+        f_softmax(THETA, named, MEASURE),
+        1e-9,
+    )
+    gradient = jax.grad(
+        lambda t: f_loss(t, jnp.asarray(1), own, MEASURE, smoothing=0.1)
+    )
+    p = f_softargmax(THETA[1], named, MEASURE)
+    y = 0.9 * np.eye(K)[1] + 0.1 * MEASURE / MEASURE.sum()
+    close(gradient(jnp.asarray(THETA[1])), p - y, 1e-8)
+    with pytest.raises(ValueError, match=r"f''\(0.0001\) = -.*strictly convex"):
+        f_softargmax(THETA, lambda u: -(u**2), "unit")
+
+
+# Hard inputs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ("KL", "ReverseKL", "Jeffreys", "LeCam", "1.5", "0.5", "traced 0.3")
+)
+def test_excluded_classes(name):
+    f, keep = FAMILIES[name], np.array([True, True, False, True, False, True])
+    q = MEASURE
+    p = f_softargmax(THETA[:, keep], f, q[keep])
+    value, labels = f_softmax(THETA[:, keep], f, q[keep]), jnp.array([0, 1, 3, 2])
+    loss = f_loss(THETA[:, keep], labels, f, q[keep], smoothing=0.2)
+    old = jnp.array([0, 1, 5, 3])
+    masked = np.where(keep, THETA, -np.inf)
+    everywhere = np.ones_like(keep)
+    calls = (masked, q, everywhere), (THETA, q * keep, everywhere), (THETA, q, keep)
+
+    @jax.jit
+    def evaluate(scores, q, where):
+        def all_of(scores):
+            return (
+                f_softargmax(scores, f, q, where=where),
+                f_softmax(scores, f, q, where=where),
+                f_loss(scores, old, f, q, where=where, smoothing=0.2),
+            )
+
+        got, pull = jax.vjp(all_of, scores)
+        return got, pull((jnp.ones_like(scores), jnp.zeros(4), jnp.ones(4)))[0]
+
+    for call in calls:
+        (got, top, lost), gradient = evaluate(*call)
+        close(got[:, keep], p, 1e-11)
+        assert (got[:, ~keep] == 0).all()
+        close(top, value, 1e-11), close(lost, loss, 1e-11)
+        assert np.isfinite(gradient).all() and (gradient[:, ~keep] == 0).all()
+    uniform = f_softargmax(masked, f, "uniform")
+    close(uniform[:, keep], f_softargmax(THETA[:, keep], f, "uniform"), 1e-11)
+
+
+@pytest.mark.parametrize("name", ("KL", "1.5", "ReverseKL", "LeCam", "traced 0.3", "3"))
+def test_rows_without_classes(name):
+    f, scores = FAMILIES[name], jnp.asarray(THETA).at[1].set(-jnp.inf)
+    for q in ("uniform", MEASURE):
+
+        def outputs(scores, f=f, q=q):
+            options = dict(smoothing=0.1)
+            return (
+                f_softargmax(scores, f, q),
+                f_softmax(scores, f, q),
+                f_loss(scores, jnp.zeros(4, int), f, q, **options),
+            )
+
+        (p, value, loss), pull = jax.vjp(outputs, scores)
+        assert (p[1] == 0).all() and value[1] == -jnp.inf and loss[1] == 0
+        close(p[0], f_softargmax(THETA[:1], f, q)[0], 1e-11)
+        gradient = pull((jnp.ones_like(p), jnp.ones(4), jnp.ones(4)))[0]
+        assert np.isfinite(gradient).all() and (gradient[1] == 0).all()
+
+
+@family
+def test_one_class_ties_and_distant_scores(name):
+    f = FAMILIES[name]
+    close(f_softargmax(np.array([[3.0]]), f, "unit"), [[1.0]])
+    scores = np.array([[0.0, 1e4, 1e4, -1e4, 0.0, 0.0], [1e4, 0, 0, 0, 0, 0]])
+    for q in ("unit", "uniform"):
+        p = f_softargmax(np.concatenate([scores, scores]), f, q)
+        assert np.isfinite(p).all()
+        close(p.sum(-1), 1, 1e-11)
+        close(p[0, 1], p[0, 2], 1e-14)
+    single = f_softargmax(THETA.astype("f4") + np.float32(1e4), f, "unit")
+    rounded = (THETA.astype("f4") + np.float32(1e4)).astype(float)
+    np.testing.assert_allclose(single, f_softargmax(rounded, f, "unit"), atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_short_floats_are_computed_in_float32(dtype):
+    scores = jnp.asarray(np.tile(THETA, (1, 50)), dtype)
+    for f in (KL(), Alpha(1.5), JensenShannon()):
+        p = f_softargmax(scores, f, "unit")
+        assert p.dtype == scores.dtype
+        exact = f_softargmax(scores.astype("f4"), f, "unit")
+        assert (p == exact.astype(dtype)).all()
+        gradient = jax.grad(lambda s: f_loss(s, jnp.zeros(4, int), f, "unit").sum())  # noqa: B023
+        assert gradient(scores).dtype == scores.dtype
+
+
+def test_axes_batches_and_alpha_per_row():
+    scores = np.random.default_rng(7).normal(size=(2, 5, 3))
+    f = Alpha(1.5)
+    p = f_softargmax(scores, f, "unit", axis=1)
+    close(p, jnp.moveaxis(f_softargmax(np.moveaxis(scores, 1, -1), f, "unit"), -1, 1))
+    mapped = jax.vmap(lambda s: f_softargmax(s, f, "unit", axis=0))(jnp.asarray(scores))
+    close(p, mapped)
+    alphas = jnp.array([[1.2, 1.5, 2.0], [0.5, 1.0, 3.0]])
+    rows = f_softargmax(scores, Alpha(alphas), "unit", axis=1)
+    for i, j in itertools.product(range(2), range(3)):
+        own = f_softargmax(scores[i, :, j], Alpha(float(alphas[i, j])), "unit")
+        close(rows[i, :, j], own, 1e-10)
+    heads = f_softargmax(scores, Alpha(alphas[:, :1]), "unit", axis=1)
+    close(heads[:, :, 0], rows[:, :, 0])
+    jitted = jax.jit(lambda s: f_softargmax(s, f, "unit", axis=1))
+    close(jitted(scores), p, 1e-14)
+
+
+def test_diagnostics():
+    found = losses.diagnose(THETA, Alpha(1.5), "unit")
+    p = losses.entmax15(THETA)
+    np.testing.assert_array_equal(found.support, (p > 0).sum(-1))
+    assert found.residual.max() < 1e-14 and found.evaluations <= 9
+
+
+def test_wrong_calls(unchecked):
+    raises = lambda kind, match: pytest.raises(kind, match=match)
+    with raises(TypeError, "`scores` has dtype int64; floats are expected"):
+        f_softargmax(np.arange(3), KL())
+    with raises(ValueError, r"`axis` is 2; an integer from -2 to 1"):
+        f_softargmax(THETA, KL(), axis=2)
+    with raises(TypeError, r"`reference` is missing; for ChiSquare it matters"):
+        f_softargmax(THETA, ChiSquare())
+    with raises(ValueError, r'`reference` is "prior"; "unit", "uniform" or an array'):
+        f_softargmax(THETA, KL(), "prior")
+    with raises(ValueError, r"`reference` has shape \(5,\); one that broadcasts to"):
+        f_softargmax(THETA, KL(), np.ones(5))
+    with raises(ValueError, "`reference` has a negative or NaN entry"):
+        f_softargmax(THETA, KL(), -MEASURE)
+    with raises(ValueError, r"`alpha` has shape \(3,\); one that broadcasts to \(4,\)"):
+        f_softargmax(THETA, Alpha(jnp.ones(3)), "unit")
+    with raises(ValueError, "`alpha` is nan; a finite number is expected"):
+        Alpha(float("nan"))
+    with raises(ValueError, "`alpha` is .*inf.*; finite numbers are expected"):
+        Alpha(jnp.array([1.0, jnp.inf]))
+    with raises(TypeError, "`alpha` is an array of dtype int32"):
+        Alpha(jnp.array(1, jnp.int32))
+    with raises(TypeError, "`alpha` is a str"):
+        Alpha("1.5")
+    with raises(TypeError, "`f` is a str; a generator such as"):
+        f_softargmax(THETA, "kl", "unit")
+    with raises(TypeError, "`where` has dtype float64; booleans are expected"):
+        f_softargmax(THETA, KL(), where=np.ones(K))
+    with raises(ValueError, "contains the label 6; the 6 classes are 0 to 5"):
+        f_loss(THETA, np.array([0, 1, 2, 6]), KL())
+    with raises(ValueError, r"`targets` has shape \(3,\) and dtype int64; labels"):
+        f_loss(THETA, np.array([0, 1, 2]), KL())
+    with raises(ValueError, r"infinite with ReverseKL\(\).*smoothing=0.1"):
+        f_loss(THETA, np.array([0, 1, 2, 3]), ReverseKL(), "unit")
+    with raises(ValueError, r"`scores` has shape \(4, 6\); one row \(k,\) is expected"):
+        losses.hessian_operator(THETA, KL())
+    with raises(ValueError, r"`scores` has shape \(2, 0\): no class on axis -1"):
+        f_softargmax(np.zeros((2, 0)), KL())
+
+
+def test_labels_out_of_range_under_jit():
+    loss = jax.jit(
+        jax.value_and_grad(lambda s, y: f_loss(s, y, Alpha(1.5), "unit").sum())
+    )
+    labels = jnp.array([0, -1, 99, 3])
+    value, gradient = loss(jnp.asarray(THETA), labels)
+    kept = f_loss(THETA[[0, 3]], labels[jnp.array([0, 3])], Alpha(1.5), "unit")
+    close(value, kept.sum())
+    assert (gradient[1:3] == 0).all() and (jnp.abs(gradient[::3]).sum(-1) > 0).all()
+
+
+def test_gradients_in_both_modes_to_second_order():
+    f = lambda t, q: f_softargmax(t, LeCam(), q)
+    check_grads(f, (jnp.asarray(THETA[1]), jnp.asarray(MEASURE)), 2, ("fwd", "rev"))

@@ -77,7 +77,7 @@ class Power(AbstractDivergence):
     def pair(self, w):
         e = self.alpha - 1
         y = jnp.maximum(e * w, 0) if self.sparse else e * w
-        if 2 * (1 / e - 1) != int(2 * (1 / e - 1)):  # no square root or product
+        if self.alpha < 1 or 2 / e != int(2 / e):  # else no logarithm is needed
             u = power(y, 1 / e)
             return u, jnp.where(u > 0, u / jnp.where(u > 0, y, 1), 0)
         if self.alpha > 2:  # the curvature is infinite at the edge of the support

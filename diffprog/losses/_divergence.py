@@ -276,7 +276,7 @@ class Jeffreys(AbstractDivergence):
         return jnp.log(u) + 1 - 1 / u
 
     def pair(self, w):
-        u = 1 / wright_omega(1 - w)
+        u = jnp.where(w > -jnp.inf, 1 / wright_omega(1 - w), 0)
         return u, self.curvature(u)
 
     def curvature(self, u):

@@ -47,7 +47,8 @@ class SoftargmaxJacobian(lx.AbstractLinearOperator):
         """The pseudo-inverse of J times v: v / w, with mean 0 on the support."""
         support = self.w > 0
         count = jnp.maximum(jnp.sum(support), 1).astype(vector.dtype)
-        center = lambda v: jnp.where(support, v - jnp.sum(v * support) / count, 0)
+        on = lambda v: jnp.where(support, v, 0)
+        center = lambda v: on(v - jnp.sum(on(v)) / count)
         return center(center(vector) / jnp.where(support, self.w, 1))
 
     def as_matrix(self):

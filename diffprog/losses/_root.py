@@ -65,7 +65,7 @@ def chunks(scores: Rows) -> tuple[Array, Array] | None:
     return head.reshape(*scores.shape[:-1], -1, length), tail
 
 
-def tops(scores: Rows) -> Rows:
+def tops(scores: Rows) -> Array:
     """The largest score of every chunk."""
     parts = chunks(scores)
     if parts is None:
@@ -253,16 +253,14 @@ def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
         S, W = sums(classes, f, sigma + y, q)
         new = sigma - f.mean_step(S, Q) / W
         done = jnp.abs(S - 1) <= close
-        if safe:
-            done = done | (new == sigma)
-        else:
+        if not safe:
             low, high = bounds
             low, high = jnp.where(S < 1, sigma, low), jnp.where(S < 1, high, sigma)
             middle = (low + high) / 2
             inside = (new > low) & (new < high) & ((i < 8) | (i % 2 == 0))
-            new = jnp.where(inside | done, new, middle)
-            done = done | (middle == low) | (middle == high)
+            new = jnp.where(inside | done | f.convex_ratio, new, middle)
             bounds = low, high
+        done = done | (new == sigma)
         stuck = ~jnp.isfinite(new)
         return i + 1, jnp.where(stuck, sigma, new), bounds, done | stuck
 
@@ -292,7 +290,7 @@ def warm_start(classes, f, problem: Problem, high: Row) -> Row:
         means = jnp.where(jnp.isnan(others), -jnp.inf, others / (length - 1))
         few = jnp.concatenate([top, means], -1)
         counts = np.repeat([1.0, length - 1], [top.shape[-1], number])
-        weights = q * jnp.asarray(counts, q.dtype)
+        weights = q * jnp.broadcast_to(jnp.asarray(counts, q.dtype), few.shape)
     mass = classes.sum(jnp.where(few > -jnp.inf, weights, 0))
     low = f.link(1 / jnp.where(mass > 0, mass, 1)) + 0 * m
     return newton(classes, f, few, weights, mass, (low, high), high)[0]
