@@ -59,7 +59,7 @@ from ._solve import (
 )
 
 
-from . import plot as plot, systems as systems  # isort: skip  (import this door)
+from . import losses as losses, plot as plot, systems as systems  # isort: skip  (import this door)
 
 
 __version__ = importlib.metadata.version("diffprog")

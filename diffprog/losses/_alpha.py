@@ -1,0 +1,232 @@
+"""The alpha-divergences: of a fixed number, and of an array."""
+
+import math
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from ._divergence import (
+    AbstractDivergence,
+    ChiSquare,
+    expm1_over,
+    KL,
+    Neyman,
+    positive_power,
+    ReverseKL,
+)
+
+
+def power(y: Array, exponent: float) -> Array:
+    """y^exponent for y >= 0: products and roots where they do, else by logarithms."""
+    if exponent == int(exponent):
+        return lax.integer_pow(y, int(exponent))
+    if 2 * exponent == int(2 * exponent):
+        return lax.integer_pow(jnp.sqrt(y), int(2 * exponent))
+    return jnp.exp(exponent * jnp.log(y))  # XLA's own power is slower on the CPU
+
+
+def alpha_value(alpha: Any, u: Array) -> Array:
+    """f(u) of the alpha-divergence; where alpha < 1/2 by f_a(u) = u f_{1-a}(1/u)."""
+    dual = alpha < 0.5
+    safe = jnp.where(u > 0, u, 1)
+    a, v = jnp.where(dual, 1 - alpha, alpha), jnp.where(dual, 1 / safe, safe)
+    log = jnp.log(v)
+    value = (v * log * expm1_over((a - 1) * log) - (v - 1)) / a
+    value = jnp.where(dual, safe * value, value)
+    positive = alpha > 0
+    at_zero = jnp.where(positive, 1 / jnp.where(positive, alpha, 1), jnp.inf)
+    return jnp.where(u > 0, value, at_zero)
+
+
+class Power(AbstractDivergence):
+    """The alpha-divergence of a number alpha: see [`diffprog.losses.Alpha`][]."""
+
+    alpha: float = eqx.field(static=True)
+
+    @property
+    def sparse(self):
+        return self.alpha > 1
+
+    @property
+    def convex_ratio(self):
+        return self.alpha <= 2
+
+    @property
+    def origin(self):
+        return 1 / (1 - self.alpha)
+
+    @property
+    def at_zero(self):
+        return 1 / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def lift(self):
+        return 1 / self.alpha if self.alpha > 0.1 else 0.0
+
+    def value(self, u):
+        return alpha_value(self.alpha, u)
+
+    def link(self, u):
+        return power(u, self.alpha - 1) / (self.alpha - 1)
+
+    def pair(self, w):
+        e = self.alpha - 1
+        y = jnp.maximum(e * w, 0) if self.sparse else e * w
+        if self.alpha > 2:  # the curvature is infinite at the edge of the support
+            curvature = jnp.where(y > 0, power(jnp.where(y > 0, y, 1), 1 / e - 1), 0)
+        else:
+            curvature = power(y, 1 / e - 1)
+        return curvature * y, curvature
+
+    def curvature(self, u):
+        return positive_power(u, 2 - self.alpha)
+
+    def conjugate(self, w):
+        u, _ = self.pair(w)
+        if self.lift:
+            return u * jnp.where(u > 0, (self.alpha - 1) * w, 0) * self.lift
+        return jnp.log(u) * expm1_over(self.alpha * jnp.log(u))
+
+    def mean_step(self, S, Q):
+        return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
+
+
+class TracedAlpha(AbstractDivergence):
+    """The alpha-divergence of an array alpha: see [`diffprog.losses.Alpha`][].
+
+    Where alpha is near 1, and v_0 or v_inf far away, v is counted from 0.
+    """
+
+    alpha: Float[Array, "..."]
+    sparse: ClassVar[bool] = True
+    convex_ratio: ClassVar[bool] = False  # not where alpha > 2
+
+    @property
+    def near(self):
+        return jnp.abs(self.alpha - 1) <= 0.1
+
+    @property
+    def origin(self):
+        return jnp.where(self.near, 0, 1 / jnp.where(self.near, 1, 1 - self.alpha))
+
+    @property
+    def at_zero(self):
+        positive = self.alpha > 0
+        return jnp.where(positive, 1 / jnp.where(positive, self.alpha, 1), jnp.inf)
+
+    @property
+    def lift(self):
+        large = self.alpha > 0.1
+        return jnp.where(large, 1 / jnp.where(large, self.alpha, 1), 0)
+
+    def value(self, u):
+        return alpha_value(self.alpha, u)
+
+    def link(self, u):
+        z, near = (self.alpha - 1) * jnp.log(u), self.near
+        far = jnp.exp(z) / jnp.where(near, 1, self.alpha - 1)
+        return jnp.where(near, jnp.log(u) * expm1_over(z), far)
+
+    def logarithms(self, w):
+        """ln u and y = u^(alpha - 1); -inf and 1 where u is 0."""
+        e, near = self.alpha - 1, self.near
+        y = jnp.where(near, 1 + e * w, e * w)
+        inside = (y > 0) & (y < jnp.inf)
+        y = jnp.where(inside, y, 1)
+        # ln(1 + x) / x = ln(y) / (y - 1) for y = 1 + x as it was rounded.
+        t = jnp.where(near, y - 1, e)
+        log = jnp.log(y) * (jnp.where(near, w, 1) / jnp.where(t == 0, 1, t))
+        log = jnp.where(t == 0, w, log)
+        return jnp.where(inside, log, -jnp.inf), y
+
+    def pair(self, w):
+        log, y = self.logarithms(w)
+        u = jnp.exp(log)
+        return u, u / y
+
+    def curvature(self, u):
+        return positive_power(u, 2 - self.alpha)
+
+    def conjugate(self, w):
+        log, y = self.logarithms(w)
+        return jnp.where(
+            self.alpha > 0.1,
+            jnp.exp(log) * y * self.lift,
+            log * expm1_over(self.alpha * log),
+        )
+
+    def mean_step(self, S, Q):
+        return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
+
+    def drift(self, u):
+        """The derivative of u in alpha where w stays."""
+        e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
+        far = (1 - e * log) / jnp.where(near, 1, e) ** 2
+        change = jnp.where(near, log * log * second_remainder(e * log), far)
+        return jnp.where(u > 0, u * change, 0)
+
+
+def second_remainder(z: Array) -> Array:
+    """(1 - e^-z - z) / z^2, which is -1/2 at 0; differentiable there."""
+    small = jnp.abs(z) < 0.5
+    large, z = jnp.where(small, 1, z), jnp.where(small, z, 0)
+    series = 1.0
+    for n in range(16, 2, -1):
+        series = 1 - z / n * series
+    return jnp.where(small, -series / 2, (-jnp.expm1(-large) - large) / large**2)
+
+
+NAMED = {1.0: KL(), 0.0: ReverseKL(), 2.0: ChiSquare(), -1.0: Neyman()}
+
+
+def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
+    r"""The alpha-divergence.
+
+    $$f(u) = \frac{u^\alpha - 1 - \alpha (u - 1)}{\alpha (\alpha - 1)}.$$
+
+    $\alpha = 1$ is KL, 0 reverse KL, 2 chi-square, -1 Neyman, 1/2 twice the squared
+    Hellinger distance. With the reference "unit", 1.5 is 1.5-entmax, 2 sparsemax, and
+    any $\alpha > 1$ alpha-entmax. Ratios can be 0 where $\alpha > 1$. Other authors
+    count otherwise: Amari's alpha is $1 - 2\alpha$ or $2\alpha - 1$, the lambda of
+    Cressie and Read $\alpha - 1$.
+
+    **Arguments:**
+
+    - `alpha`: a Python number, which is static and has code of its own, or an array,
+        which is traced and differentiable; its shape broadcasts against that of the
+        scores without their class axis, so that it can differ from row to row.
+
+    **Returns:** a generator.
+
+    **Raises:** `ValueError` if `alpha` is not finite, where that is known.
+
+    Source: Roulet, Liu, Vieillard, Sander, Blondel, "Loss Functions and Operators
+    Generated by f-Divergences", 2025, arXiv 2501.18537.
+    """
+    if isinstance(alpha, (jax.Array, np.ndarray)):
+        array = jnp.asarray(alpha)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"`alpha` is an array of dtype {array.dtype}; a Python number or an "
+                "array of floats is expected."
+            )
+        if not isinstance(alpha, jax.core.Tracer) and not np.isfinite(alpha).all():
+            raise ValueError(f"`alpha` is {alpha}; finite numbers are expected.")
+        return TracedAlpha(array)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)):
+        raise TypeError(
+            f"`alpha` is a {type(alpha).__name__}; a number or an array is expected."
+        )
+    number = float(alpha)
+    if not math.isfinite(number):
+        raise ValueError(f"`alpha` is {number}; a finite number is expected.")
+    if number in NAMED:
+        return NAMED[number]
+    if abs(number - 1) <= 0.1:
+        return TracedAlpha(jnp.asarray(number))
+    return Power(number)

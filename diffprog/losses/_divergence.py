@@ -1,0 +1,338 @@
+"""Generators of f-divergences.
+
+A generator f is strictly convex on (0, inf) with f(1) = f'(1) = 0. Four functions of
+the ratio u = p / q or of v = f'(u) are all that the operators need:
+
+    f(u),  link(u) = f'(u),  its inverse u(v) = (f*)'(v),
+    conjugate(v) = f*(v),    curvature(u) = (f*)''(v) = 1 / f''(u).
+
+v is counted from an `origin`: w = v - origin. Where f' has a pole at v_inf the origin
+is the pole, and where it begins at a finite v_0, below which the ratio is 0, the origin
+is v_0: next to these points v itself has lost its digits in float32.
+"""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import xlogy
+from jaxtyping import Array
+
+
+def positive_power(u: Array, exponent: Any) -> Array:
+    """u^exponent for u > 0, else 0, with a derivative that is 0 there too."""
+    return jnp.where(u > 0, jnp.where(u > 0, u, 1) ** exponent, 0)
+
+
+def expm1_over(z: Array) -> Array:
+    """(e^z - 1) / z, which is 1 at 0; differentiable there."""
+    small = jnp.abs(z) < 1e-3
+    safe = jnp.where(small, 1, z)
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    return jnp.where(small, series, jnp.expm1(safe) / safe)
+
+
+class AbstractDivergence(eqx.Module):
+    r"""A generator f of the divergence $D_f(p, q) = \sum_j q_j f(p_j / q_j)$.
+
+    `value(u)` is f(u). Instances are passed to the operators of `diffprog.losses`.
+
+    - `sparse`: whether ratios can be exactly 0.
+    - `convex_ratio`: whether f''' <= 0, so that Newton's method needs no safeguard.
+    - `origin`: the point from which v is counted.
+    - `at_zero`: f(0), possibly infinite.
+    - `lift`: a number that `conjugate` contains, f(0) where that is moderate. Off the
+        support f* is -f(0); summed over many classes it would swallow the others.
+    """
+
+    sparse: eqx.AbstractVar[bool]
+    convex_ratio: eqx.AbstractVar[bool]
+    origin: eqx.AbstractVar[Any]
+    at_zero: eqx.AbstractVar[Any]
+    lift: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def value(self, u: Array) -> Array:
+        """f(u) for u >= 0."""
+
+    @abc.abstractmethod
+    def link(self, u: Array) -> Array:
+        """f'(u) - origin."""
+
+    @abc.abstractmethod
+    def pair(self, w: Array) -> tuple[Array, Array]:
+        """u with f'(u) = origin + w, 0 below the range of f'; and its curvature."""
+
+    @abc.abstractmethod
+    def curvature(self, u: Array) -> Array:
+        """1 / f''(u), and 0 at u = 0: the derivative of u in v."""
+
+    @abc.abstractmethod
+    def conjugate(self, w: Array) -> Array:
+        """f*(origin + w) + lift."""
+
+    @abc.abstractmethod
+    def mean_step(self, S: Array, Q: Array) -> Array:
+        """Q (f'(S / Q) - f'(1 / Q)) / f''(S / Q), accurate where S is near 1.
+
+        Divided by -dS/dtau it is Newton's step for f'(S / Q) = f'(1 / Q), where S is
+        the mass of all classes and Q that of their reference.
+        """
+
+
+class KL(AbstractDivergence):
+    r"""Kullback-Leibler: $f(u) = u \ln u - u + 1$. Its operator is the softmax."""
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 0.0
+    at_zero: ClassVar[float] = 1.0
+    lift: ClassVar[float] = 1.0
+
+    def value(self, u):
+        return xlogy(u, u) - u + 1
+
+    def link(self, u):
+        return jnp.log(u)
+
+    def pair(self, w):
+        u = jnp.exp(w)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u
+
+    def conjugate(self, w):
+        return jnp.exp(w)
+
+    def mean_step(self, S, Q):
+        return S * jnp.log(S)
+
+
+class ReverseKL(AbstractDivergence):
+    r"""Reverse Kullback-Leibler: $f(u) = -\ln u + u - 1$."""
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 1.0
+    at_zero: ClassVar[float] = float("inf")
+    lift: ClassVar[float] = 0.0
+
+    def value(self, u):
+        return -jnp.log(u) + u - 1
+
+    def link(self, u):
+        return -1 / u
+
+    def pair(self, w):
+        u = -1 / w
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u * u
+
+    def conjugate(self, w):
+        return -jnp.log(-w)
+
+    def mean_step(self, S, Q):
+        return S * (S - 1)
+
+
+class ChiSquare(AbstractDivergence):
+    r"""Pearson's chi-square: $f(u) = (u - 1)^2 / 2$. Its operator is sparsemax."""
+
+    sparse: ClassVar[bool] = True
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = -1.0
+    at_zero: ClassVar[float] = 0.5
+    lift: ClassVar[float] = 0.5
+
+    def value(self, u):
+        return (u - 1) ** 2 / 2
+
+    def link(self, u):
+        return u
+
+    def pair(self, w):
+        u = jnp.maximum(w, 0)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return jnp.where(u > 0, 1, jnp.zeros_like(u))
+
+    def conjugate(self, w):
+        return jnp.maximum(w, 0) ** 2 / 2
+
+    def mean_step(self, S, Q):
+        return S - 1
+
+
+class Neyman(AbstractDivergence):
+    r"""Neyman's chi-square: $f(u) = (u - 1)^2 / (2u)$."""
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 0.5
+    at_zero: ClassVar[float] = float("inf")
+    lift: ClassVar[float] = 0.0
+
+    def value(self, u):
+        return (u - 1) ** 2 / (2 * u)
+
+    def link(self, u):
+        return -0.5 / (u * u)
+
+    def pair(self, w):
+        u = lax.rsqrt(-2 * w)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u * u * u
+
+    def conjugate(self, w):
+        return 1 - jnp.sqrt(-2 * w)
+
+    def mean_step(self, S, Q):
+        return S * (S * S - 1) / 2
+
+
+class SquaredHellinger(AbstractDivergence):
+    r"""Squared Hellinger distance: $f(u) = (\sqrt u - 1)^2$."""
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 1.0
+    at_zero: ClassVar[float] = 1.0
+    lift: ClassVar[float] = 1.0
+
+    def value(self, u):
+        return (positive_power(u, 0.5) - 1) ** 2
+
+    def link(self, u):
+        return -lax.rsqrt(u)
+
+    def pair(self, w):
+        u = 1 / (w * w)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return 2 * u * positive_power(u, 0.5)
+
+    def conjugate(self, w):
+        return -1 / w
+
+    def mean_step(self, S, Q):
+        root = jnp.sqrt(S)
+        return 2 * S * (S - 1) / (root + 1)
+
+
+class JensenShannon(AbstractDivergence):
+    r"""Jensen-Shannon, twice the textbook's: $f(u) = u \ln u - (u+1) \ln\frac{u+1}2$.
+
+    The divergence is KL(p || m) + KL(q || m) with m = (p + q) / 2.
+    """
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 0.6931471805599453  # ln 2
+    at_zero: ClassVar[float] = 0.6931471805599453
+    lift: ClassVar[float] = 0.6931471805599453
+
+    def value(self, u):
+        return xlogy(u, u) - (u + 1) * jnp.log1p((u - 1) / 2)
+
+    def link(self, u):
+        return -jnp.log1p(1 / u)
+
+    def pair(self, w):
+        u = 1 / jnp.expm1(-w)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u * (1 + u)
+
+    def conjugate(self, w):
+        return -jnp.log(-jnp.expm1(w))
+
+    def mean_step(self, S, Q):
+        return S * (1 + S / Q) * jnp.log1p(Q * (S - 1) / (S + Q))
+
+
+class Jeffreys(AbstractDivergence):
+    r"""Jeffreys' divergence, KL + reverse KL: $f(u) = (u - 1) \ln u$."""
+
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 0.0
+    at_zero: ClassVar[float] = float("inf")
+    lift: ClassVar[float] = 0.0
+
+    def value(self, u):
+        return (u - 1) * jnp.log(u)
+
+    def link(self, u):
+        return jnp.log(u) + 1 - 1 / u
+
+    def pair(self, w):
+        u = 1 / wright_omega(1 - w)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u * u / (1 + u)
+
+    def conjugate(self, w):
+        omega = wright_omega(1 - w)
+        return omega + 1 / omega + w - 2
+
+    def mean_step(self, S, Q):
+        difference = jnp.log(S) + Q * (S - 1) / S
+        return S * S / (Q + S) * difference
+
+
+class LeCam(AbstractDivergence):
+    r"""Le Cam's (triangular) divergence: $f(u) = (u - 1)^2 / (u + 1)$."""
+
+    sparse: ClassVar[bool] = True
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 1.0
+    at_zero: ClassVar[float] = 1.0
+    lift: ClassVar[float] = 1.0
+
+    def value(self, u):
+        return (u - 1) ** 2 / (u + 1)
+
+    def link(self, u):
+        return -4 / (1 + u) ** 2
+
+    def pair(self, w):
+        u = jnp.maximum(2 * lax.rsqrt(-w) - 1, 0)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return jnp.where(u > 0, (u + 1) ** 3 / 8, 0)
+
+    def conjugate(self, w):
+        return jnp.maximum(2 - jnp.sqrt(-w), 0) ** 2
+
+    def mean_step(self, S, Q):
+        # 4 / (1 + 1/Q)^2 - 4 / (1 + S/Q)^2 over f''(S/Q) = 8 / (1 + S/Q)^3
+        return (S - 1) * (2 * Q + S + 1) * (Q + S) / (2 * (Q + 1) ** 2)
+
+
+def wright_omega(x: Array) -> Array:
+    """The w > 0 with w + ln w = x.
+
+    Two steps of the iteration of Fritsch, Shafer and Crowley, "Algorithm 443: Solution
+    of the transcendental equation w e^w = x", 1973, of fourth order.
+    """
+    x = jnp.minimum(x, 1e30)
+    small = jnp.exp(jnp.minimum(x, 1))
+    w = jnp.where(x > 1, x - jnp.log(jnp.maximum(x, 1)), small / (1 + 0.632 * small))
+    for _ in range(2):
+        r = x - w - jnp.log(w)
+        b = 2 * (1 + w) * (1 + w + 2 / 3 * r)
+        w = w * (1 + r / (1 + w) * (b - r) / (b - 2 * r))
+    return w
