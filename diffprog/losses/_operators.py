@@ -59,7 +59,8 @@ def set_up(
     scores = jnp.asarray(scores)
     _check_scores(scores, axis)
     f, shape = as_divergence(f), scores.shape
-    dtype = jnp.promote_types(scores.dtype, jnp.float32)
+    wide = scores.dtype.itemsize >= 4  # `promote_types` would object to float64
+    dtype = scores.dtype if wide else jnp.dtype("float32")
     f = jtu.tree_map(lambda a: _per_row("alpha", a, shape, axis, dtype), f)
     last = lambda a: jnp.moveaxis(jnp.asarray(a), axis, -1)
     theta, q, excluded = last(scores).astype(dtype), None, []
