@@ -67,7 +67,7 @@ def capped_f_softargmax(
     f: Divergence,
     reference: Reference = None,
     *,
-    cap: float | Float[Array, "..."],
+    cap: int | float | Float[Array, "..."],
     axis: int = -1,
     where=None,
     temperature=1.0,

@@ -15,6 +15,7 @@ from ._operators import Divergence
 
 
 Vector = Float[Array, " n"]
+Number = int | float | Float[Array, ""]
 Kind = Literal["superquantile", "extremile", "esrm"]
 
 # Which parameters are accepted, and which mean the plain average.
@@ -25,7 +26,7 @@ ACCEPTED = {
 }
 
 
-def spectrum(kind: Kind, n: int, parameter: float) -> Float[Array, " n"]:
+def spectrum(kind: Kind, n: int, parameter: int | float) -> Float[Array, " n"]:
     r"""The weights of a spectral risk: $\sigma_i = \int_{(i-1)/n}^{i/n} s(t)\, dt$.
 
     | `kind` | $s(t)$ | `parameter` | the risk is |
@@ -78,7 +79,7 @@ def spectral_risk(
     sigma: Float[Array, " n"],
     f: Divergence | None = None,
     *,
-    smoothing: float | Float[Array, ""] | None = None,
+    smoothing: Number | None = None,
 ) -> Float[Array, ""]:
     r"""A weighted sum of sorted losses, the largest with the largest weight.
 
@@ -130,7 +131,7 @@ def spectral_weights(
     sigma: Float[Array, " n"],
     f: Divergence | None = None,
     *,
-    smoothing: float | Float[Array, ""] | None = None,
+    smoothing: Number | None = None,
 ) -> Float[Array, " n"]:
     r"""The weights of the losses in a spectral risk: the q that attains the maximum.
 

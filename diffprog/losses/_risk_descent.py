@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._operators import Divergence
-from ._risk import spectral_weights
+from ._risk import Number, spectral_weights
 
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -107,9 +107,9 @@ def prospect(
     sigma: Float[Array, " n"],
     f: Divergence,
     *,
-    smoothing: float | Float[Array, ""],
-    learning_rate: float | Float[Array, ""],
-    l2: float | Float[Array, ""] = 0.0,
+    smoothing: Number,
+    learning_rate: Number,
+    l2: Number = 0.0,
 ) -> RiskDescent:
     r"""Prospect: a gradient method for smoothed spectral risks with one rate to tune.
 
@@ -181,9 +181,9 @@ def lsvrg(
     sigma: Float[Array, " n"],
     f: Divergence | None = None,
     *,
-    smoothing: float | Float[Array, ""] | None = None,
-    learning_rate: float | Float[Array, ""],
-    l2: float | Float[Array, ""] = 0.0,
+    smoothing: Number | None = None,
+    learning_rate: Number,
+    l2: Number = 0.0,
     period: int | None = None,
 ) -> RiskDescent:
     r"""LSVRG: stochastic gradients of a spectral risk, corrected at checkpoints.
