@@ -23,7 +23,6 @@ GENERATORS = {
     "Neyman": L.Neyman(),
     "alpha 1.5": L.Alpha(1.5),
     "alpha 3": L.Alpha(3.0),
-    "alpha -2": L.Alpha(-2.0),
     "Hellinger": L.SquaredHellinger(),
     "Jensen-Shannon": L.JensenShannon(),
     "Jeffreys": L.Jeffreys(),
@@ -42,12 +41,11 @@ SPECTRA = {
 
 every_f = pytest.mark.parametrize("f", GENERATORS.values(), ids=GENERATORS)
 closed_f = pytest.mark.parametrize("f", [CHI2, KL], ids=["chi2", "KL"])
-some_f = pytest.mark.parametrize("name", ["chi2", "KL", "alpha 1.5", "Jeffreys"])
 every_sigma = pytest.mark.parametrize("sigma", SPECTRA.values(), ids=SPECTRA)
 
 
 @ft.cache
-def compiled(f):
+def _compiled(f):
     """The weights, as the gradient of the risk, and the risk."""
 
     @jax.jit
@@ -60,9 +58,19 @@ def compiled(f):
 
 
 @ft.cache
-def compiled_weights(f):
+def _compiled_weights(f):
     return jax.jit(
         lambda losses, sigma, nu: L.spectral_weights(losses, sigma, f, smoothing=nu)
+    )
+
+
+def compiled(f):
+    return lambda losses, sigma, nu: _compiled(f)(losses, sigma, jnp.asarray(nu))
+
+
+def compiled_weights(f):
+    return lambda losses, sigma, nu: _compiled_weights(f)(
+        losses, sigma, jnp.asarray(nu)
     )
 
 
@@ -193,7 +201,7 @@ def test_value_is_primal_value(f):
         assert abs(h - (jnp.sum(q * LOSSES) - 0.3 * divergence(f, q))) < 1e-14
 
 
-@some_f
+@pytest.mark.parametrize("name", ["chi2", "KL", "alpha 1.5", "Le Cam"])
 def test_gradient_of_risk_is_weights(name):
     f = GENERATORS[name]
     for sigma in SPECTRA.values():
@@ -333,7 +341,7 @@ def _first(f, ordered, sigma, nu):
     return np.concatenate([[True], np.diff(levels) > 1e-9])
 
 
-@pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
+@pytest.mark.parametrize("name", ["chi2"])
 def test_second_derivative_of_risk_is_derivative_of_weights(name):
     f, sigma = GENERATORS[name], SPECTRA["extremile"]
     value = lambda l: L.spectral_risk(l, sigma, f, smoothing=0.3)
@@ -361,18 +369,19 @@ def test_risk_changes_with_spectrum_and_smoothing(name):
 def test_traced_alpha():
     sigma = SPECTRA["extremile"]
 
-    @jax.jit
     def fn(alpha):
         f = L.Alpha(alpha)
         q = L.spectral_weights(LOSSES, sigma, f, smoothing=0.3)
         return q, L.spectral_risk(LOSSES, sigma, f, smoothing=0.3)
 
+    both = jax.jit(lambda alpha: jax.jvp(fn, (alpha,), (jnp.ones(()),)))
     for alpha, f in ((1.5, L.Alpha(1.5)), (2.0, CHI2), (1.0, KL)):
-        q, h = fn(jnp.asarray(alpha))
+        (q, h), _ = both(jnp.asarray(alpha))
         np.testing.assert_allclose(q, weights(LOSSES, sigma, f, 0.3), atol=1e-13)
         assert abs(h - risk(LOSSES, sigma, f, 0.3)) < 1e-13
-    dq, dh = jax.jit(jax.jacfwd(fn))(jnp.asarray(1.5))
-    (q1, h1), (q0, h0) = fn(jnp.asarray(1.5 + 1e-6)), fn(jnp.asarray(1.5 - 1e-6))
+    _, (dq, dh) = both(jnp.asarray(1.5))
+    (q1, h1), _ = both(jnp.asarray(1.5 + 1e-6))
+    (q0, h0), _ = both(jnp.asarray(1.5 - 1e-6))
     np.testing.assert_allclose(dq, (q1 - q0) / 2e-6, rtol=0, atol=1e-9)
     assert abs(dh - (h1 - h0) / 2e-6) < 1e-8
 
@@ -393,8 +402,11 @@ def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
 # The capped softargmax ------------------------------------------------------------
 
 
-@every_f
-def test_capped_softargmax_gives_the_weights_of_the_superquantile(f):
+@pytest.mark.parametrize(
+    "name", ["KL", "chi2", "alpha 1.5", "alpha 3", "Neyman", "Jeffreys"]
+)
+def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
+    f = GENERATORS[name]
     capped = jax.jit(
         lambda losses, cap, nu: L.capped_f_softargmax(
             losses, f, "uniform", cap=cap, temperature=nu
@@ -408,7 +420,7 @@ def test_capped_softargmax_gives_the_weights_of_the_superquantile(f):
             np.testing.assert_allclose(p, q, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["chi2", "KL", "Neyman"])
+@pytest.mark.parametrize("name", ["chi2", "Neyman"])
 def test_derivatives_of_capped_softargmax(name):
     f, direction = GENERATORS[name], jnp.cos(jnp.arange(1.0 * N))
 
@@ -430,12 +442,9 @@ def test_capped_softargmax_of_rows_and_masks():
     scores = LOSSES[:20].reshape(4, 5)
     caps = jnp.asarray([0.25, 0.3, 0.5, 1.0])
     capped = ft.partial(L.capped_f_softargmax, temperature=0.3)
-    p = capped(scores, CHI2, "uniform", cap=caps)
-    for row, cap, expected in zip(scores, caps, p):
-        one = capped(row, CHI2, "uniform", cap=cap)
-        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-15)
-    across = capped(scores.T, CHI2, "uniform", cap=caps, axis=0)
-    np.testing.assert_allclose(across.T, p, rtol=0, atol=1e-15)
+    p = capped(scores.T, CHI2, "uniform", cap=caps, axis=0).T
+    one = lambda row, cap: capped(row, CHI2, "uniform", cap=cap)
+    np.testing.assert_allclose(jax.vmap(one)(scores, caps), p, rtol=0, atol=1e-15)
     # Without effect it is the softargmax.
     whole = L.f_softargmax(scores[3], CHI2, "uniform", temperature=0.3)
     np.testing.assert_allclose(p[3], whole, rtol=0, atol=1e-14)
@@ -464,17 +473,17 @@ def test_vmap_equals_loop(name):
 @pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
 def test_float32(name):
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
-    q64, h64 = compiled(f)(LOSSES, sigma, 0.3)
-    single = lambda a: a.astype(jnp.float32)
-    q, h = compiled(f)(single(LOSSES), single(sigma), 0.3)
+    losses = LOSSES.astype(jnp.float32)
+    q, h = compiled(f)(losses, sigma.astype(jnp.float32), 0.3)
     assert q.dtype == h.dtype == jnp.float32
+    q64, h64 = compiled(f)(LOSSES, sigma, 0.3)
     np.testing.assert_allclose(q, q64, rtol=0, atol=1e-6)
     assert abs(float(h) - float(h64)) < 1e-6
-    p = L.capped_f_softargmax(
-        single(LOSSES), f, "uniform", cap=1 / (N * 0.53), temperature=0.3
-    )
-    assert p.dtype == jnp.float32
-    np.testing.assert_allclose(p, q64, rtol=0, atol=1e-6)
+    if name == "chi2":
+        cap = 1 / (N * 0.53)
+        p = L.capped_f_softargmax(losses, f, "uniform", cap=cap, temperature=0.3)
+        assert p.dtype == jnp.float32
+        np.testing.assert_allclose(p, q64, rtol=0, atol=1e-6)
 
 
 def test_bfloat16_and_one_loss():
@@ -613,7 +622,6 @@ def errors(method, solution, num_steps, seed=0):
 CASES = [
     ("prospect", "superquantile", 0.47, CHI2),
     ("prospect", "extremile", 2.0, KL),
-    ("lsvrg", "superquantile", 0.47, CHI2),
     ("lsvrg", "esrm", 1.0, L.Alpha(1.5)),
 ]
 
@@ -625,7 +633,7 @@ def test_methods_converge_linearly(name, kind, parameter, f):
     method = getattr(L, name)(
         squared, sigma, f, smoothing=1.0, learning_rate=0.05, l2=L2
     )
-    state, error = errors(method, solution, 20 * 240)
+    state, error = errors(method, solution, 20 * (240 if name == "prospect" else 60))
     assert error[-1] < 1e-12
     # Four more digits take as long as the four before.
     at = [int(np.argmax(error < tolerance)) for tolerance in (1e-4, 1e-8, 1e-12)]
