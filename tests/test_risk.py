@@ -201,7 +201,7 @@ def test_value_is_primal_value(f):
         assert abs(h - (jnp.sum(q * LOSSES) - 0.3 * divergence(f, q))) < 1e-14
 
 
-@pytest.mark.parametrize("name", ["chi2", "KL", "alpha 1.5", "Le Cam"])
+@pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_gradient_of_risk_is_weights(name):
     f = GENERATORS[name]
     for sigma in SPECTRA.values():
@@ -310,7 +310,7 @@ def test_weights_are_isotonic_regression(f):
 # Derivatives ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chi2", "KL", "alpha 1.5", "Le Cam"])
+@pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_derivatives_of_weights(name):
     f, nu, n = GENERATORS[name], jnp.asarray(0.3), compiled_weights(GENERATORS[name])
     jacobians = jax.jit(jax.jacrev(n, (0, 2)))
@@ -353,7 +353,7 @@ def test_second_derivative_of_risk_is_derivative_of_weights(name):
     np.testing.assert_allclose(hessian.sum(1), 0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["KL", "Le Cam"])
+@pytest.mark.parametrize("name", ["Le Cam"])
 def test_risk_changes_with_spectrum_and_smoothing(name):
     f, sigma = GENERATORS[name], SPECTRA["extremile"]
     other = SPECTRA["esrm"] - sigma
@@ -386,7 +386,7 @@ def test_traced_alpha():
     assert abs(dh - (h1 - h0) / 2e-6) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["chi2", "KL", "alpha 1.5"])
+@pytest.mark.parametrize("name", ["chi2", "Le Cam"])
 def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
     # The largest have weight sigma whatever their order: q does not change there.
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
@@ -402,9 +402,7 @@ def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
 # The capped softargmax ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["KL", "chi2", "alpha 1.5", "alpha 3", "Neyman", "Jeffreys"]
-)
+@pytest.mark.parametrize("name", ["KL", "chi2", "alpha 3", "Neyman", "Jeffreys"])
 def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
     f = GENERATORS[name]
     capped = jax.jit(
@@ -442,17 +440,19 @@ def test_capped_softargmax_of_rows_and_masks():
     scores = LOSSES[:20].reshape(4, 5)
     caps = jnp.asarray([0.25, 0.3, 0.5, 1.0])
     capped = ft.partial(L.capped_f_softargmax, temperature=0.3)
-    p = capped(scores.T, CHI2, "uniform", cap=caps, axis=0).T
-    one = lambda row, cap: capped(row, CHI2, "uniform", cap=cap)
-    np.testing.assert_allclose(jax.vmap(one)(scores, caps), p, rtol=0, atol=1e-15)
+    p = jax.jit(ft.partial(capped, f=CHI2, reference="uniform", axis=0))(
+        scores.T, cap=caps
+    ).T
+    one = jax.jit(lambda row, cap: capped(row, CHI2, "uniform", cap=cap))
+    for row, cap, expected in zip(scores, caps, p):
+        np.testing.assert_allclose(one(row, cap), expected, rtol=0, atol=1e-15)
     # Without effect it is the softargmax.
     whole = L.f_softargmax(scores[3], CHI2, "uniform", temperature=0.3)
     np.testing.assert_allclose(p[3], whole, rtol=0, atol=1e-14)
-    masked = capped(scores[0], KL, cap=0.5, where=jnp.arange(5) > 1)
-    np.testing.assert_array_equal(masked[:2], 0)
-    inner = capped(scores[0, 2:], KL, cap=0.5)
-    np.testing.assert_allclose(masked[2:], inner, rtol=0, atol=1e-15)
-    far = capped(jnp.asarray([0.0, 1e4, 2e4]), KL, cap=0.5)
+    three = jax.jit(lambda scores, where: capped(scores, KL, cap=0.5, where=where))
+    masked = three(scores[0, :3], jnp.asarray([True, False, True]))
+    np.testing.assert_allclose(masked, [0.5, 0, 0.5], rtol=0, atol=1e-15)
+    far = three(jnp.asarray([0.0, 1e4, 2e4]), jnp.ones(3, bool))
     np.testing.assert_allclose(far, [0, 0.5, 0.5], rtol=0, atol=1e-15)
 
 
@@ -684,7 +684,7 @@ def test_lsvrg_without_smoothing_and_float32():
     sigma = L.spectrum("esrm", 20, 1.0)
     method = L.lsvrg(squared, sigma, learning_rate=0.02, l2=L2, period=40)
     params, data = jax.tree_util.tree_map(lambda a: a.astype(jnp.float32), regression())
-    state = method.init(params, data)
+    state = jax.jit(method.init)(params, data)
     keys = jax.random.split(jax.random.key(0), 4000)
     run = jax.jit(
         lambda s: lax.scan(lambda s, k: (method.step(s, data, k), None), s, keys)[0]
@@ -698,6 +698,7 @@ def test_lsvrg_without_smoothing_and_float32():
         return L.spectral_risk(losses, sigma.astype(jnp.float32)) + L2 / 2 * squares
 
     # No direction decreases the risk: a kink, so no gradient says it.
+    risk_at = jax.jit(risk_at)
     best = risk_at(end.params)
     assert best < risk_at(params)
     rng = np.random.default_rng(0)
