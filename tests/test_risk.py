@@ -2,6 +2,7 @@
 
 import functools as ft
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +271,7 @@ def test_equal_losses_have_equal_weights(f):
         q = np.asarray(weights(ties, sigma, f, 0.3))
         for value in np.unique(ties):
             assert np.ptp(q[np.asarray(ties) == value]) < 1e-13
-    q = weights(jnp.ones(N), sigma, f, 0.3)
+    q = weights(jnp.ones(N), SPECTRA["extremile"], f, 0.3)
     np.testing.assert_allclose(q, 1 / N, rtol=1e-13)
 
 
@@ -497,17 +498,19 @@ def test_bfloat16_and_one_loss():
 
 # Wrong calls ----------------------------------------------------------------------
 
+SPECTRUM: Any = L.spectrum  # for arguments of wrong types
+
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda: L.spectrum("cvar", 3, 0.5), ValueError, "'cvar'.*superquantile"),
+        (lambda: SPECTRUM("cvar", 3, 0.5), ValueError, "'cvar'.*superquantile"),
         (lambda: L.spectrum("superquantile", 3, 1.0), ValueError, r"1; a number in \["),
         (lambda: L.spectrum("extremile", 3, 0.5), ValueError, "0.5; a number >= 1"),
         (lambda: L.spectrum("esrm", 3, 0.0), ValueError, "0; a number > 0"),
         (lambda: L.spectrum("esrm", 0, 1.0), ValueError, "`n` is 0; an integer >= 1"),
-        (lambda: L.spectrum("esrm", 3, "1"), TypeError, "`parameter` is a str"),
+        (lambda: SPECTRUM("esrm", 3, "1"), TypeError, "`parameter` is a str"),
         (lambda: L.spectral_risk(jnp.ones((2, 3)), jnp.ones(3)), ValueError, "vmap"),
         (
             lambda: L.spectral_risk(jnp.ones(3), jnp.ones(2)),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
@@ -74,7 +75,7 @@ def capped_f_softargmax(
 ) -> Float[Array, "..."]:
     r"""The f-softargmax whose probabilities are at most `cap`.
 
-    $$\arg\max_{p \in \Delta,\ p \le c} \langle p, \theta \rangle - \beta D_f(p, q),
+    $$\operatorname{argmax}_{p \in \Delta,\ p \le c} \langle p, \theta \rangle - \beta D_f(p, q),
     \quad p_j = \min(q_j\, (f^*)'(\theta_j / \beta - \tau),\ c).$$
 
     With `"uniform"` and $c = 1 / (n (1 - q_0))$ these are the smoothed weights of the
@@ -108,7 +109,7 @@ def capped_f_softargmax(
 
 
 def _check_cap(cap: Array, k: int):
-    if not isinstance(cap, jax.core.Tracer):
+    if not isinstance(cap, Tracer):
         least = float(np.min(np.asarray(cap)))
         if not least * k >= 1 - 1e-6:
             raise ValueError(

@@ -225,11 +225,14 @@ def lsvrg(
         weights = spectral_weights(
             losses, sigma.astype(losses.dtype), f, smoothing=smoothing
         )
-        return params, weights, *pull_back(weights)
+        (gradient,) = pull_back(weights)
+        return params, weights, gradient
 
     def init(params: PyTree, data: PyTree) -> LSVRGState:
         count(data, sigma)
-        return LSVRGState(params, *check_in(params, data), jnp.zeros((), jnp.int32))
+        checkpoint, weights, G = check_in(params, data)
+        zero = jnp.zeros((), jnp.int32)
+        return LSVRGState(params, checkpoint, weights, G, zero)
 
     def step(state: LSVRGState, data: PyTree, key: Array) -> LSVRGState:
         n = count(data, sigma)
