@@ -11,6 +11,7 @@ LIMITS = {"car_racing.py": 250}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
+    "robust_regression.py": {"robust_regression.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
 0.0,0.0,6.0,6.0

@@ -1,6 +1,12 @@
 """Losses and operators of f-divergences."""
 
 from ._alpha import Alpha as Alpha
+from ._bellman import (
+    arm_from_ebm as arm_from_ebm,
+    ebm_from_arm as ebm_from_arm,
+    rewards_from_logits as rewards_from_logits,
+)
+from ._capped import capped_f_softargmax as capped_f_softargmax
 from ._divergence import (
     AbstractDivergence as AbstractDivergence,
     ChiSquare as ChiSquare,
@@ -11,6 +17,14 @@ from ._divergence import (
     Neyman as Neyman,
     ReverseKL as ReverseKL,
     SquaredHellinger as SquaredHellinger,
+)
+from ._energy import (
+    Enumeration as Enumeration,
+    exact_objective as exact_objective,
+    minmin_objective as minmin_objective,
+    Normalization as Normalization,
+    Permutations as Permutations,
+    Subsets as Subsets,
 )
 from ._generated import generator as generator
 from ._hessian import (
@@ -29,6 +43,18 @@ from ._operators import (
     f_softplus as f_softplus,
     sparsemax as sparsemax,
 )
+from ._risk import (
+    spectral_risk as spectral_risk,
+    spectral_weights as spectral_weights,
+    spectrum as spectrum,
+)
+from ._risk_descent import (
+    lsvrg as lsvrg,
+    LSVRGState as LSVRGState,
+    prospect as prospect,
+    ProspectState as ProspectState,
+    RiskDescent as RiskDescent,
+)
 from ._supervised import (
     AbstractLoss as AbstractLoss,
     FLoss as FLoss,
@@ -38,3 +64,4 @@ from ._supervised import (
     SoftmaxCrossEntropy as SoftmaxCrossEntropy,
     Squared as Squared,
 )
+from ._viterbi import soft_viterbi as soft_viterbi, viterbi as viterbi

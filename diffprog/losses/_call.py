@@ -84,8 +84,8 @@ class Call(eqx.Module):
 def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     scores, f = jnp.asarray(scores), as_divergence(f)
     _check_scores(scores, axis)
-    per_row = lambda name, value: _per_row(name, value, scores.shape, axis)
-    f = jtu.tree_map(lambda a: per_row("alpha", a), f)
+    shape = scores.shape
+    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axis), f)
     if where is not None:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
@@ -93,7 +93,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     if isinstance(temperature, (int, float)) and temperature == 1:
         temperature = None
     else:
-        temperature = per_row("temperature", temperature)
+        temperature = per_row("temperature", temperature, shape, axis)
     if reference is None and not isinstance(f, KL):
         raise TypeError(
             f'`reference` is missing; for {type(f).__name__} it matters: "unit" '
@@ -137,7 +137,7 @@ def _check_scores(scores: Array, axis: int):
         raise ValueError(f"`scores` has shape {scores.shape}: no class on axis {axis}.")
 
 
-def _per_row(name: str, value, shape: tuple, axis: int) -> Array:
+def per_row(name: str, value, shape: tuple, axis: int) -> Array:
     """A number for all rows, or one for each, with an axis for the classes."""
     value = jnp.asarray(value)
     batch = shape[:axis] + shape[axis:][1:]

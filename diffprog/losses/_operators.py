@@ -100,7 +100,7 @@ def f_softmax(
 def _softmax(call: Call) -> Array:
     s = call.set_up()
     value = s.problem.m + height(s.classes, s.f, s.problem) - s.f.lift * s.problem.Q
-    return call.row(s.beta * jnp.where(s.problem.Q > 0, value, -jnp.inf))
+    return call.row(jnp.where(s.problem.Q > 0, s.beta * value, -jnp.inf))
 
 
 def f_loss(
@@ -175,9 +175,10 @@ def _loss(call: Call, targets: Array, smoothing, constant: bool) -> Array:
 
 def _check_labels(labels: Array, k: int):
     if is_known(labels):
-        outside = np.asarray((labels < 0) | (labels >= k))
+        known = np.asarray(labels)
+        outside = (known < 0) | (known >= k)
         if outside.any():
-            bad = np.asarray(labels)[outside][0]
+            bad = known[outside][0]
             raise ValueError(
                 f"`targets` contains the label {bad}; the {k} classes are 0 to {k - 1}."
             )

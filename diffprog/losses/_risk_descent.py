@@ -1,0 +1,251 @@
+"""Stochastic gradient methods for spectral risks: Prospect and LSVRG.
+
+Both minimize R(l_1(w), ..., l_n(w)) + (l2 / 2) |w|^2 with one example per step, and
+correct it by what they remember, so that a constant learning rate converges.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._call import Divergence
+from ._risk import Number, spectral_weights
+
+
+Loss = Callable[[Any, Any], Float[Array, ""]]
+
+
+class RiskDescent(NamedTuple):
+    """A method that minimizes a spectral risk: two pure functions.
+
+    - `init`: `init(params, data)` returns the first state. `params` is a pytree of
+        arrays, `data` one whose leaves have the n examples on their first axis.
+    - `step`: `step(state, data, key)` returns the next state, whose `params` are the
+        iterate. It can be jitted, scanned and batched.
+    """
+
+    init: Callable
+    step: Callable
+
+
+class ProspectState(NamedTuple):
+    """What Prospect remembers: one loss, two weights and one gradient per example.
+
+    - `params`: the iterate w.
+    - `losses`: the loss of every example when it was last drawn, shape `(n,)`.
+    - `weights`: q, the weights of these losses, shape `(n,)`.
+    - `table_weights`: rho, the weight of every example when it was last drawn.
+    - `gradients`: g, the gradient of every example when it was last drawn: `params`
+        with a first axis n.
+    - `mean_gradient`: the sum of rho_i g_i, like `params`.
+    """
+
+    params: PyTree
+    losses: Float[Array, " n"]
+    weights: Float[Array, " n"]
+    table_weights: Float[Array, " n"]
+    gradients: PyTree
+    mean_gradient: PyTree
+
+
+class LSVRGState(NamedTuple):
+    """What LSVRG remembers: one checkpoint.
+
+    - `params`: the iterate w.
+    - `checkpoint`: the iterate at the last full pass.
+    - `weights`: lambda, the weights of the losses there, shape `(n,)`.
+    - `mean_gradient`: the gradient of the risk there, like `params`.
+    - `num_steps`: how many steps were taken.
+    """
+
+    params: PyTree
+    checkpoint: PyTree
+    weights: Float[Array, " n"]
+    mean_gradient: PyTree
+    num_steps: Int[Array, ""]
+
+
+def combine(*terms: tuple[Any, PyTree]) -> PyTree:
+    """The sum of scalar times tree."""
+    scalars, trees = zip(*terms)
+    weighted = lambda *leaves: sum(
+        jnp.asarray(c, a.dtype) * a for c, a in zip(scalars, leaves)
+    )
+    return jtu.tree_map(weighted, *trees)
+
+
+def average(weights: Array, rows: PyTree) -> PyTree:
+    """sum_i weights_i rows_i."""
+    dot = lambda a: jnp.tensordot(weights.astype(a.dtype), a, 1)
+    return jtu.tree_map(dot, rows)
+
+
+def pick(tree: PyTree, i: Array) -> PyTree:
+    return jtu.tree_map(lambda a: a[i], tree)
+
+
+def count(data: PyTree, sigma: Array) -> int:
+    """The number of examples."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(data)}
+    n = jnp.shape(sigma)[0]
+    if sizes != {(n,)}:
+        found = ", ".join(str(size[0]) if size else "none" for size in sorted(sizes))
+        raise ValueError(
+            f"The first axis of `data` has length {found or 'none'}; {n}, the length "
+            "of `sigma`, is expected for every leaf."
+        )
+    return n
+
+
+def prospect(
+    loss: Loss,
+    sigma: Float[Array, " n"],
+    f: Divergence,
+    *,
+    smoothing: Number,
+    learning_rate: Number,
+    l2: Number = 0.0,
+) -> RiskDescent:
+    r"""Prospect: a gradient method for smoothed spectral risks with one rate to tune.
+
+    $$\min_w h_\nu(\ell_1(w), \dots, \ell_n(w)) + \tfrac\mu2 \|w\|^2.$$
+
+    A step draws an example i, and with q the weights of the table of losses, and g and
+    rho the gradient and the weight of each example when it was last drawn,
+
+    $$v = n q_i \nabla \ell_i(w) - n \rho_i g_i + \sum_j \rho_j g_j, \quad
+    w \leftarrow (w - \eta v) / (1 + \eta \mu).$$
+
+    Then the tables take $\ell_i(w)$, $q_i$ and $\nabla \ell_i(w)$, at the w before.
+
+    **Arguments:**
+
+    - `loss`: `loss(params, example)`, the loss of one example, a scalar.
+    - `sigma`: the spectrum, shape `(n,)`: see [`diffprog.losses.spectrum`][].
+    - `f`, `smoothing`: those of [`diffprog.losses.spectral_risk`][].
+    - `learning_rate`: eta. It shrinks with n times the largest weight, the smoothness
+        of the losses, and 1 / nu.
+    - `l2`: mu >= 0, the weight of the quadratic regularization.
+
+    **Returns:** a [`diffprog.losses.RiskDescent`][] with states
+    [`diffprog.losses.ProspectState`][].
+
+    A step costs one gradient, the weights of n losses, and O(n) memory traffic. Memory
+    is n times that of the gradient. `init` costs one pass over the data. Not for losses
+    that change from call to call, as under dropout: the tables would be stale.
+
+    Source: Mehta, Roulet, Pillutla, Harchaoui, "Distributionally Robust Optimization
+    with Bias and Variance Reduction", 2024, arXiv 2310.13863.
+    """
+    value_and_gradient = jax.value_and_grad(loss)
+    weigh = lambda losses: spectral_weights(
+        losses, sigma.astype(losses.dtype), f, smoothing=smoothing
+    )
+
+    def init(params: PyTree, data: PyTree) -> ProspectState:
+        count(data, sigma)
+        each = jax.vmap(value_and_gradient, (None, 0))
+        losses, gradients = each(params, data)
+        q = weigh(losses)
+        return ProspectState(params, losses, q, q, gradients, average(q, gradients))
+
+    def step(state: ProspectState, data: PyTree, key: Array) -> ProspectState:
+        w, losses, q, rho, gradients, G = state
+        n = count(data, sigma)
+        i = jax.random.randint(key, (), 0, n)
+        value, gradient = value_and_gradient(w, pick(data, i))
+        old = pick(gradients, i)
+        # v = n q_i grad l_i(w) - n rho_i g_i + G
+        v = combine((n * q[i], gradient), (-n * rho[i], old), (1, G))
+        shrink = 1 / (1 + learning_rate * l2)
+        losses = losses.at[i].set(value)
+        return ProspectState(
+            params=combine((shrink, w), (-learning_rate * shrink, v)),
+            losses=losses,
+            weights=weigh(losses),
+            table_weights=rho.at[i].set(q[i]),
+            gradients=jtu.tree_map(lambda a, b: a.at[i].set(b), gradients, gradient),
+            mean_gradient=combine((1, G), (q[i], gradient), (-rho[i], old)),
+        )
+
+    return RiskDescent(init, step)
+
+
+def lsvrg(
+    loss: Loss,
+    sigma: Float[Array, " n"],
+    f: Divergence | None = None,
+    *,
+    smoothing: Number | None = None,
+    learning_rate: Number,
+    l2: Number = 0.0,
+    period: int | None = None,
+) -> RiskDescent:
+    r"""LSVRG: stochastic gradients of a spectral risk, corrected at checkpoints.
+
+    Every `period` steps it passes over all examples, at the checkpoint $\bar w$: the
+    weights $\lambda$ of the losses there, and the gradient $\bar g$ of the risk. A step
+    draws an example i,
+
+    $$v = n \lambda_i (\nabla \ell_i(w) - \nabla \ell_i(\bar w)) + \bar g, \quad
+    w \leftarrow (1 - \eta \mu) w - \eta v.$$
+
+    **Arguments:**
+
+    - `loss`, `sigma`, `l2`: those of [`diffprog.losses.prospect`][].
+    - `f`, `smoothing`: those of [`diffprog.losses.spectral_risk`][]; without them the
+        risk is not smoothed, and convergence to its minimum is not assured.
+    - `learning_rate`: eta.
+    - `period`: steps from one checkpoint to the next; `None` is n.
+
+    **Returns:** a [`diffprog.losses.RiskDescent`][] with states
+    [`diffprog.losses.LSVRGState`][].
+
+    A step costs two gradients, and every `period` of them a pass over the data and one
+    sort. O(n) memory.
+
+    Source: Mehta, Roulet, Pillutla, Liu, Harchaoui, "Stochastic Optimization for
+    Spectral Risk Measures", 2023, arXiv 2212.05149.
+    """
+    if period is not None and (not isinstance(period, int) or period < 1):
+        raise ValueError(
+            f"`period` is {period!r}; an integer >= 1 or None is expected."
+        )
+    gradient_of = jax.grad(loss)
+
+    def check_in(params: PyTree, data: PyTree):
+        """The weights of the losses, and the gradient of the risk."""
+        each = lambda params: jax.vmap(loss, (None, 0))(params, data)
+        losses, pull_back = jax.vjp(each, params)
+        weights = spectral_weights(
+            losses, sigma.astype(losses.dtype), f, smoothing=smoothing
+        )
+        (gradient,) = pull_back(weights)
+        return params, weights, gradient
+
+    def init(params: PyTree, data: PyTree) -> LSVRGState:
+        count(data, sigma)
+        checkpoint, weights, G = check_in(params, data)
+        zero = jnp.zeros((), jnp.int32)
+        return LSVRGState(params, checkpoint, weights, G, zero)
+
+    def step(state: LSVRGState, data: PyTree, key: Array) -> LSVRGState:
+        n = count(data, sigma)
+        w, *memory, t = state
+        due = (t % (period or n) == 0) & (t > 0)  # `init` was the first
+        memory = lax.cond(due, lambda: check_in(w, data), lambda: tuple(memory))
+        checkpoint, weights, G = memory
+        i = jax.random.randint(key, (), 0, n)
+        example, scale = pick(data, i), n * weights[i]
+        new, old = gradient_of(w, example), gradient_of(checkpoint, example)
+        # v = n lambda_i (grad l_i(w) - grad l_i(checkpoint)) + G
+        v = combine((scale, new), (-scale, old), (1, G))
+        w = combine((1 - learning_rate * l2, w), (-learning_rate, v))
+        return LSVRGState(w, checkpoint, weights, G, t + 1)
+
+    return RiskDescent(init, step)
