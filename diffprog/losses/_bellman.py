@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._divergence import KL
 from ._operators import Divergence
 from ._smooth import smooth_max
 
 
-Tables = Sequence[Float[Array, "..."]]
+Tables = Sequence[Float[ArrayLike, "..."]]
 
 
 def arm_from_ebm(
@@ -64,7 +64,7 @@ def arm_from_ebm(
     Source: Blondel, Sander, Vivier-Ardisson, Liu, Roulet, "Autoregressive Language
     Models are Secretly Energy-Based Models", 2025, arXiv 2512.15605.
     """
-    _check_tables("rewards", rewards, eos)
+    rewards = _check_tables("rewards", rewards, eos)
     logits = [rewards[-1]]
     value = smooth_max(logits[0], f, reference)
     for r in reversed(rewards[:-1]):
@@ -92,7 +92,7 @@ def ebm_from_arm(
 
     **Returns:** the rewards, in the layout of `logits`.
     """
-    _check_tables("logits", logits, eos)
+    logits = _check_tables("logits", logits, eos)
     following = [_without_eos(smooth_max(q, f, reference), eos) for q in logits[1:]]
     # An impossible token stays so, whatever comes next.
     minus = lambda q, V: jnp.where(q > -jnp.inf, q - jnp.where(q > -jnp.inf, V, 0), q)
@@ -100,8 +100,8 @@ def ebm_from_arm(
 
 
 def rewards_from_logits(
-    logits: Float[Array, "*batch T V"],
-    tokens: Int[Array, "*batch T"],
+    logits: Float[ArrayLike, "*batch T V"],
+    tokens: Int[ArrayLike, "*batch T"],
     f: Divergence = KL(),
     reference=None,
     *,
@@ -126,6 +126,7 @@ def rewards_from_logits(
 
     Source: that of [`diffprog.losses.arm_from_ebm`][].
     """
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     _check_eos(eos, logits.shape[-1])
     if tokens.shape != logits.shape[:-1]:
         raise ValueError(
@@ -155,7 +156,7 @@ def _without_eos(value: Array, eos: int | None) -> Array:
     return jnp.where(ends, 0, value)
 
 
-def _check_tables(name: str, tables: Tables, eos: int | None):
+def _check_tables(name: str, tables: Tables, eos: int | None) -> list[Array]:
     if len(tables) == 0:
         raise ValueError(f"`{name}` is empty; one array per token is expected.")
     V = np.shape(tables[0])[-1] if np.ndim(tables[0]) else 0
@@ -166,6 +167,7 @@ def _check_tables(name: str, tables: Tables, eos: int | None):
                 f"length, that of `{name}[0]`, are expected: prefix, then token."
             )
     _check_eos(eos, V)
+    return [jnp.asarray(table) for table in tables]
 
 
 def _check_eos(eos: int | None, V: int):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._divergence import KL
 from ._generated import as_divergence
@@ -14,7 +14,8 @@ from ._operators import Divergence, f_softargmax
 from ._smooth import smooth_max
 
 
-Potentials = Float[Array, "T S S"]
+Potentials = Float[ArrayLike, "T S S"]
+Scores = Float[ArrayLike, " S"] | None
 
 ARRAY = "array"  # the reference is neither "unit" nor "uniform"
 
@@ -24,9 +25,9 @@ def soft_viterbi(
     f: Divergence = KL(),
     reference=None,
     *,
-    start: Float[Array, " S"] | None = None,
-    final: Float[Array, " S"] | None = None,
-    mask: Bool[Array, " T"] | None = None,
+    start: Scores = None,
+    final: Scores = None,
+    mask: Bool[ArrayLike, " T"] | None = None,
     temperature: Any = 1.0,
 ) -> Float[Array, ""]:
     r"""The score of the best path, every maximum on the way smoothed.
@@ -66,7 +67,7 @@ def soft_viterbi(
             f"`temperature` is {temperature}; a positive number is expected. For the "
             "limit 0 use `viterbi`."
         )
-    start, final, mask = _check(potentials, start, final, mask)
+    potentials, start, final, mask = _check(potentials, start, final, mask)
 
     name = reference if reference is None or isinstance(reference, str) else ARRAY
     dtype = potentials.dtype
@@ -125,9 +126,9 @@ def _(name, primals, tangents):
 def viterbi(
     potentials: Potentials,
     *,
-    start: Float[Array, " S"] | None = None,
-    final: Float[Array, " S"] | None = None,
-    mask: Bool[Array, " T"] | None = None,
+    start: Scores = None,
+    final: Scores = None,
+    mask: Bool[ArrayLike, " T"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, " T+1"]]:
     """The best path: the limit of [`diffprog.losses.soft_viterbi`][] at temperature 0.
 
@@ -136,7 +137,7 @@ def viterbi(
     **Returns:** its score, and its T + 1 states; a move that is skipped stays where it
     is. Of equal paths it is the one of lower states at the end.
     """
-    start, final, mask = _check(potentials, start, final, mask)
+    potentials, start, final, mask = _check(potentials, start, final, mask)
     states = jnp.arange(potentials.shape[-1])
 
     def move(v, stage):
@@ -166,7 +167,8 @@ def _add(a: Array, b: Array) -> Array:
     return jnp.where(possible, total, -jnp.inf)
 
 
-def _check(potentials: Array, start, final, mask):
+def _check(potentials, start, final, mask):
+    potentials = jnp.asarray(potentials)
     shape = potentials.shape
     if potentials.ndim != 3 or shape[1] != shape[2] or shape[1] == 0:
         raise ValueError(
@@ -175,14 +177,14 @@ def _check(potentials: Array, start, final, mask):
         )
     ends = []
     for name, scores in (("start", start), ("final", final)):
-        scores = jnp.zeros(shape[1]) if scores is None else scores
+        scores = jnp.zeros(shape[1]) if scores is None else jnp.asarray(scores)
         if scores.shape != shape[1:2]:
             raise ValueError(
                 f"`{name}` has shape {scores.shape}; {shape[1:2]} is expected for "
                 f"`potentials` of shape {shape}."
             )
         ends.append(scores.astype(potentials.dtype))
-    mask = jnp.ones(shape[0], bool) if mask is None else mask
+    mask = jnp.ones(shape[0], bool) if mask is None else jnp.asarray(mask)
     if mask.shape != shape[:1]:
         raise ValueError(f"`mask` has shape {mask.shape}; {shape[:1]} is expected.")
-    return *ends, mask
+    return potentials, *ends, mask
