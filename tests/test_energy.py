@@ -15,7 +15,6 @@ from diffprog import losses
 FAMILIES = [
     losses.KL(),
     losses.ReverseKL(),
-    losses.ChiSquare(),
     losses.LeCam(),
     losses.Alpha(1.5),
 ]
@@ -195,18 +194,28 @@ def test_weights_of_an_enumeration():
 
 
 def test_derivative_in_alpha():
-    alpha = jnp.array(1.4)
-    tau = exact(losses.Alpha(alpha), g, 3.0)[1]
-    a = jax.grad(lambda alpha: exact(losses.Alpha(alpha), g, 3.0)[0])(alpha)
-    b = jax.grad(lambda alpha: learned(losses.Alpha(alpha), g, tau, 3.0)[0][0])(alpha)
-    np.testing.assert_allclose(a, b, rtol=1e-11)
+    few, few_scores = losses.Enumeration(np.arange(4)), jnp.asarray(g[:4])
+
+    @jax.jit
+    def slopes(alpha):
+        exact = lambda a: losses.exact_objective(table, few, losses.Alpha(a))
+        best = lambda a: exact(a)(few_scores, None, 3)
+        learned = lambda a, t: losses.minmin_objective(
+            table, free, few, losses.Alpha(a)
+        )(few_scores, t, 3)[0]
+        slope, tau = jax.grad(best, has_aux=True)(alpha)
+        return slope, jax.grad(learned)(alpha, tau)
+
+    np.testing.assert_allclose(*slopes(jnp.array(1.4)), rtol=1e-11)
 
 
 # Numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@SCORES
+CASES = [(f, np.float64) for f in FAMILIES] + [(f, np.float32) for f in FAMILIES[::2]]
+
+
+@pytest.mark.parametrize("f, dtype", CASES, ids=str)
 def test_far_too_small_t_gives_bounded_gradients(f, dtype):
     most, scores = dtype(1e3), g.astype(dtype)
     at = lambda t: learned(f, scores, dtype(t), dtype(1), most)
@@ -237,7 +246,7 @@ def test_enormous_mass():
     np.testing.assert_allclose(monitor.mean, 1, rtol=1e-4)
 
 
-@SCORES
+@pytest.mark.parametrize("f", FAMILIES[1:3], ids=str)
 def test_impossible_y(f):
     # As with the set without them, and the rest of the mass.
     rest = losses.Enumeration(np.delete(np.arange(n), 7))
@@ -304,7 +313,7 @@ def test_wrong_calls(unchecked):
         ({"max_ratio": math.inf}, "`max_ratio` is inf"),
     ):
         with pytest.raises(ValueError, match=words):
-            make(table, free, subsets, losses.KL(), **options)
+            make(table, free, subsets, losses.KL(), **options)  # pyright: ignore
     with pytest.raises(ValueError, match="alpha of shape"):
         make(table, free, subsets, losses.Alpha(jnp.array([1.5, 1.7])))
     with pytest.raises(ValueError, match="`key` is missing"):

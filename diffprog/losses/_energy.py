@@ -21,6 +21,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ._divergence import AbstractDivergence, KL
@@ -181,7 +182,7 @@ def minmin_objective(
     def objective(params, x, y, key=None) -> tuple[Array, Normalization]:
         t = _scalar("log_partition", log_partition(params, x))
         g = _scalar("energy", energy(params, x, y))
-        dtype = jnp.promote_types(g.dtype, jnp.float32)
+        dtype = g.dtype if jnp.finfo(g.dtype).bits >= 32 else jnp.dtype("float32")
         others, q = _draw(sampler, x, key, num_samples, dtype)
         scores = _energies(energy, params, x, others)
         at = jtu.tree_map(lambda a: jnp.asarray(a, dtype), f)
@@ -279,7 +280,7 @@ def _scalar(name: str, value) -> Array:
 
 def _check_options(f: AbstractDivergence, num_samples: int, mass, max_ratio):
     for name, value in (("mass", mass), ("max_ratio", max_ratio)):
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         if np.shape(value) != () or not 0 < float(value) < math.inf:
             raise ValueError(f"`{name}` is {value}; a positive number is expected.")

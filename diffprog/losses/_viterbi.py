@@ -67,14 +67,13 @@ def soft_viterbi(
             f"`temperature` is {temperature}; a positive number is expected. For the "
             "limit 0 use `viterbi`."
         )
-    potentials, start, final, mask = _check(potentials, start, final, mask)
-
+    potentials, first, last, mask = _check(potentials, start, final, mask)
     name = reference if reference is None or isinstance(reference, str) else ARRAY
     dtype = potentials.dtype
     q = jnp.asarray(reference, dtype) if name is ARRAY else None
     beta, f = jnp.asarray(temperature, dtype), as_divergence(f)
-    v = _values(name, f, q, beta, start, potentials, mask)[-1]
-    return _largest(name, f, q, beta, _add(final, v)[None])[0]
+    v = _values(name, f, q, beta, first, potentials, mask)[-1]
+    return _largest(name, f, q, beta, _add(last, v)[None])[0]
 
 
 def _largest(name, f, q, beta, scores: Array) -> Array:
@@ -137,7 +136,7 @@ def viterbi(
     **Returns:** its score, and its T + 1 states; a move that is skipped stays where it
     is. Of equal paths it is the one of lower states at the end.
     """
-    potentials, start, final, mask = _check(potentials, start, final, mask)
+    potentials, first, last, mask = _check(potentials, start, final, mask)
     states = jnp.arange(potentials.shape[-1])
 
     def move(v, stage):
@@ -149,10 +148,10 @@ def viterbi(
     def back(state, origin):
         return origin[state], state
 
-    v, origins = lax.scan(move, start, (potentials, mask))
-    v = v + final
-    first, path = lax.scan(back, jnp.argmax(v), origins, reverse=True)
-    return jnp.max(v), jnp.concatenate([first[None], path])
+    v, origins = lax.scan(move, first, (potentials, mask))
+    v = v + last
+    origin, path = lax.scan(back, jnp.argmax(v), origins, reverse=True)
+    return jnp.max(v), jnp.concatenate([origin[None], path])
 
 
 def _arrive(theta: Array, v: Array) -> Array:
@@ -167,7 +166,7 @@ def _add(a: Array, b: Array) -> Array:
     return jnp.where(possible, total, -jnp.inf)
 
 
-def _check(potentials, start, final, mask):
+def _check(potentials, start, final, mask) -> tuple[Array, Array, Array, Array]:
     potentials = jnp.asarray(potentials)
     shape = potentials.shape
     if potentials.ndim != 3 or shape[1] != shape[2] or shape[1] == 0:
@@ -175,7 +174,7 @@ def _check(potentials, start, final, mask):
             f"`potentials` has shape {shape}; (T, S, S), a square of scores per move, "
             "is expected: `jax.vmap` over sequences."
         )
-    ends = []
+    ends: list[Array] = []
     for name, scores in (("start", start), ("final", final)):
         scores = jnp.zeros(shape[1]) if scores is None else jnp.asarray(scores)
         if scores.shape != shape[1:2]:
@@ -187,4 +186,4 @@ def _check(potentials, start, final, mask):
     mask = jnp.ones(shape[0], bool) if mask is None else jnp.asarray(mask)
     if mask.shape != shape[:1]:
         raise ValueError(f"`mask` has shape {mask.shape}; {shape[:1]} is expected.")
-    return potentials, *ends, mask
+    return potentials, ends[0], ends[1], mask
