@@ -23,7 +23,7 @@ def promotion():
 
 
 @ft.partial(jax.jit, static_argnames="eos")
-def to_logits(rewards, f=KL, eos=None):
+def _to_logits(rewards, f, eos):
     """Logits and value of the root; the gradient of the value; the policies."""
     value = lambda r: losses.arm_from_ebm(r, f, "unit", eos=eos)[::-1]
     (root, logits), visits = jax.value_and_grad(value, has_aux=True)(rewards)
@@ -31,12 +31,20 @@ def to_logits(rewards, f=KL, eos=None):
 
 
 @ft.partial(jax.jit, static_argnames="eos")
-def to_rewards(logits, f=KL, eos=None):
+def _to_rewards(logits, f, eos):
     return losses.ebm_from_arm(logits, f, "unit", eos=eos)
 
 
+def to_logits(rewards, f=KL, eos=None):
+    return _to_logits(rewards, f, eos)
+
+
+def to_rewards(logits, f=KL, eos=None):
+    return _to_rewards(logits, f, eos)
+
+
 @jax.jit
-def policies(logits, f=KL):
+def policies(logits, f):
     return [losses.f_softargmax(q, f, "unit") for q in logits]
 
 
@@ -66,7 +74,7 @@ def logsumexp(scores):
 
 
 def log_probabilities(logits, eos):
-    return totals([np.log(p) for p in policies(logits)], eos)
+    return totals([np.log(p) for p in policies(logits, KL)], eos)
 
 
 # Energy models and autoregressive models ------------------------------------------
@@ -139,7 +147,7 @@ def test_the_value_is_mean_reward_plus_entropy(eos):
 
 def divergences(logits, other):
     """KL between the policies of each state, and the spread of the difference."""
-    a, b = ([np.asarray(p) for p in policies(q)] for q in (logits, other))
+    a, b = ([np.asarray(p) for p in policies(q, KL)] for q in (logits, other))
     kl = [np.sum(p * np.log(p / q), -1) for p, q in zip(a, b, strict=True)]
     return kl, [np.ptp(p - q, -1) for p, q in zip(logits, other, strict=True)]
 
@@ -250,25 +258,25 @@ FAMILIES = pytest.mark.parametrize("f, reference", CASES, ids=str)
 ZEROS = np.zeros(S)
 
 
-@ft.partial(jax.jit, static_argnames="reference")
 def smooth(
     theta, f=KL, reference="unit", temperature=1.0, start=ZEROS, final=ZEROS, mask=None
 ):
     """Value and marginals."""
+    mask = np.ones(len(theta), bool) if mask is None else mask
+    return _smooth(theta, f, reference, temperature, start, final, mask)
+
+
+@ft.partial(jax.jit, static_argnames="reference")
+def _smooth(theta, f, reference, temperature, start, final, mask):
+    ends = {"start": start, "final": final, "mask": mask}
     value = lambda theta: losses.soft_viterbi(
-        theta,
-        f,
-        reference,
-        start=start,
-        final=final,
-        temperature=temperature,
-        mask=mask,
+        theta, f, reference, temperature=temperature, **ends
     )
     return jax.value_and_grad(value)(theta)
 
 
 @ft.partial(jax.jit, static_argnames="reference")
-def product(theta, Z, f=KL, reference="unit"):
+def product(theta, Z, f, reference):
     """The Hessian times Z."""
     marginals = lambda theta: smooth(theta, f, reference, 0.7)[1]
     return jax.jvp(marginals, (theta,), (Z,))[1]
@@ -347,7 +355,7 @@ def test_marginals_sum_to_one_and_shifts_pass_through(f, reference):
         np.testing.assert_allclose(same, marginals, atol=1e-12)
 
 
-@pytest.mark.parametrize("f, reference", [*CASES, (JS, "unit")], ids=str)
+@pytest.mark.parametrize("f, reference", [(KL, "unit"), (JS, "unit")], ids=str)
 def test_products_with_the_hessian(f, reference):
     Z, Y, step = potentials(4), potentials(5), 1e-5
     for theta in (potentials(6), blocked(6)):

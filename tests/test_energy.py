@@ -45,10 +45,19 @@ SCORES = pytest.mark.parametrize("f", FAMILIES, ids=str)
 MASS = pytest.mark.parametrize("mass", [1.0, float(n)], ids=["uniform", "unit"])
 
 
-@jax.jit
 def learned(f, g, t, mass=1.0, most=1e6):
     """The objective of y = 3 and its monitor, and the derivatives in g and t."""
+    # In one dtype, and all of them, to compile once.
+    return _learned(f, g, *(np.asarray(a, g.dtype) for a in (t, mass, most)))
 
+
+def exact(f, g, mass=1.0):
+    """The objective of y = 3 at the best t; this t; the softmax, the softargmax."""
+    return _exact(f, g, np.asarray(mass, g.dtype))
+
+
+@jax.jit
+def _learned(f, g, t, mass, most):
     def value(g, t):
         objective = losses.minmin_objective(
             table, free, everything, f, mass=mass, max_ratio=most
@@ -59,8 +68,7 @@ def learned(f, g, t, mass=1.0, most=1e6):
 
 
 @jax.jit
-def exact(f, g, mass=1.0):
-    """The objective of y = 3 at the best t; this t; the softmax, the softargmax."""
+def _exact(f, g, mass):
     value, tau = losses.exact_objective(table, everything, f, mass=mass)(g, None, 3)
     q = jnp.full(n, mass / n)
     return value, tau, losses.f_softmax(g, f, q), losses.f_softargmax(g, f, q)
