@@ -11,7 +11,8 @@ import pytest
 from diffprog import losses
 
 
-KL, CHI, JS = losses.KL(), losses.ChiSquare(), losses.JensenShannon()
+KL = losses.KL()
+CHI, JS = losses.ChiSquare(), losses.JensenShannon()
 MOVES, S = 4, 3
 PATHS = np.array(list(itertools.product(range(S), repeat=MOVES + 1)))
 CASES = [(KL, "unit"), (losses.Alpha(1.5), "uniform")]
@@ -30,7 +31,13 @@ def logsumexp(scores):
 
 
 def smooth(
-    theta, f=KL, reference="unit", temperature=1.0, start=ZEROS, final=ZEROS, mask=None
+    theta,
+    f: losses.AbstractDivergence = KL,
+    reference="unit",
+    temperature=1.0,
+    start=ZEROS,
+    final=ZEROS,
+    mask=None,
 ):
     """Value and marginals."""
     mask = np.ones(len(theta), bool) if mask is None else mask
