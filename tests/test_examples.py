@@ -10,6 +10,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 LIMITS = {"car_racing.py": 250}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
+    "multilabel.py": {"multilabel.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
     "robust_regression.py": {"robust_regression.png"},
 }

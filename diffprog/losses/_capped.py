@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._divergence import AbstractDivergence
 from ._call import Call, check, Divergence, is_known, per_row, Reference
+from ._divergence import AbstractDivergence
 from ._root import ratio
 
 

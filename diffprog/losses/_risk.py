@@ -9,10 +9,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
+from ._call import Divergence
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
-from ._call import Divergence
 
 
 Vector = Float[Array, " n"]
