@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -33,10 +35,51 @@ print("agree")
 """
 
 
-def test_solves_split_over_devices_equal_solves_on_one():
+VOCABULARY = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from diffprog.losses import Alpha, f_loss, f_softargmax, f_softmax, JensenShannon, KL
+from jax.sharding import PartitionSpec as P
+
+auto = (jax.sharding.AxisType.Auto,) * 2
+mesh = jax.make_mesh((2, 4), ("batch", "classes"), axis_types=auto)
+rng = np.random.default_rng(0)
+scores = jnp.asarray(2 * rng.normal(size=(6, 800))).at[2, 100:500].set(-jnp.inf)
+labels = jnp.array([0, 799, 5, 600, 200, 199])
+prior = jnp.asarray(rng.uniform(size=800))
+rows, row, tail = P("batch", "classes"), P("batch"), P("classes")
+traced = Alpha(jnp.asarray(1.3))
+for f, named in ((KL(), "unit"), (Alpha(1.5), "unit"), (JensenShannon(), "uniform"),
+                 (traced, "unit"), (Alpha(1.5), None)):
+    for check in (True, False):
+        def outputs(scores, labels, prior, axis_name=None):
+            options = dict(reference=named or prior, axis_name=axis_name)
+            loss = lambda s: f_loss(s, labels, f, **options)
+            value, pull = jax.vjp(loss, scores)
+            return (f_softargmax(scores, f, **options), f_softmax(scores, f, **options),
+                    value, pull(jnp.cos(value))[0])
+
+        whole = jax.jit(outputs)(scores, labels, prior[None])
+        split = jax.shard_map(
+            lambda s, l, q: outputs(s, l, q[None], "classes"), mesh=mesh,
+            in_specs=(rows, row, tail), out_specs=(rows, row, row, rows),
+            check_vma=check,
+        )
+        if not check:  # the transpose of a sum over devices needs the check
+            split_outputs = jax.jit(split)(scores, labels, prior)[:3]
+        else:
+            split_outputs = jax.jit(split)(scores, labels, prior)
+        for a, b in zip(split_outputs, whole):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+print("agree")
+"""
+
+
+@pytest.mark.parametrize("program", (PROGRAM, VOCABULARY), ids=("solves", "vocabulary"))
+def test_what_is_split_over_devices_equals_what_is_on_one(program):
     flags = "--xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
+        [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         env={"XLA_FLAGS": flags, "PATH": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},

@@ -74,8 +74,8 @@ def capped_f_softargmax(
 ) -> Float[Array, "..."]:
     r"""The f-softargmax whose probabilities are at most `cap`.
 
-    $$\operatorname{argmax}_{p \in \Delta,\ p \le c} \langle p, \theta \rangle - \beta D_f(p, q),
-    \quad p_j = \min(q_j\, (f^*)'(\theta_j / \beta - \tau),\ c).$$
+    $$\operatorname{argmax}_{p \in \Delta,\ p \le c} \langle p, \theta \rangle
+    - \beta D_f(p, q), \quad p_j = \min(q_j\, (f^*)'(\theta_j / \beta - \tau),\ c).$$
 
     With `"uniform"` and $c = 1 / (n (1 - q_0))$ these are the smoothed weights of the
     superquantile at $q_0$ of n losses, with $\beta = \nu$, and no sort:

@@ -28,7 +28,7 @@ def f_softargmax(
     r"""The probabilities that trade score against divergence from a reference.
 
     $$\operatorname{softargmax}_f(\theta; q)
-    = \arg\max_{p \in \Delta} \langle p, \theta \rangle - \beta D_f(p, q),
+    = \operatorname{argmax}_{p \in \Delta} \langle p, \theta \rangle - \beta D_f(p, q),
     \quad p_j = q_j\, (f^*)'(\theta_j / \beta - \tau).$$
 
     **Arguments:**
