@@ -10,6 +10,8 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 LIMITS = {"car_racing.py": 250}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
+    "character_model.py": {"characters.png"},
+    "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
