@@ -118,7 +118,7 @@ figure.savefig(args.out / "digits_curves.png", dpi=120)
 # %%
 # The operators: the probability of the first of three classes with the scores x, y
 # and 0. Where it is hatched, it is exactly 0 (white) or exactly 1 (black).
-grid = np.linspace(-4, 4, 241, dtype=np.float32)
+grid = np.linspace(-4, 4, 240, dtype=np.float32)
 x, y = np.meshgrid(grid, grid)
 plane = np.stack([x, y, np.zeros_like(x)], -1)
 figure = Figure(figsize=(9, 6.2), layout="constrained")
