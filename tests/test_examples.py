@@ -11,6 +11,8 @@ LIMITS = {"car_racing.py": 250}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "multilabel.py": {"multilabel.png"},
+    "character_model.py": {"characters.png"},
+    "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
     "robust_regression.py": {"robust_regression.png"},
 }
