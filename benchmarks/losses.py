@@ -7,6 +7,7 @@ with `--write docs` the tables to `docs/benchmarks-losses.md`.
 """
 
 import argparse
+import ctypes
 import json
 import pathlib
 import shlex
@@ -235,12 +236,22 @@ def promises(first: list[dict], second: list[dict]) -> list[dict]:
     return rows
 
 
+def keep_memory():
+    """Results of megabytes would else go back to the system after each call (glibc)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses")
     parser.add_argument("--write", choices=["docs"])
     parser.add_argument("--out", type=pathlib.Path, default="out")
     args = parser.parse_args()
     pin()
+    keep_memory()
     import jax
     import torch
 

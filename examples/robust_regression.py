@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-
 from sklearn.datasets import load_diabetes
 
 import diffprog as dp

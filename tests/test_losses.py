@@ -85,7 +85,8 @@ def test_generators_are_consistent(name):
     # f*(f'(u)) = u f'(u) - f(u)
     close(f.conjugate(f.link(u)) - f.lift, u * slope - f.value(u), 1e-10)
     at_zero = f.value(jnp.zeros(()))
-    close(at_zero, f.at_zero) if name not in INFINITE else None
+    if name not in INFINITE:
+        close(at_zero, f.at_zero)
     assert np.isinf(f.at_zero) == (name in INFINITE)
 
 
@@ -277,7 +278,8 @@ def test_t8_t9_first_and_second_derivatives(name):
     d = jax.jit(lambda theta, q: derivatives(f, theta, q))(theta, q)
     J, p = d["hessian"], d["p"]
     close(d["gradient"], p)
-    close(J, d["forward"]), close(J, d["reverse"])
+    close(J, d["forward"])
+    close(J, d["reverse"])
     close(J, J.T, 1e-14)
     close(J.sum(1), 0)
     assert np.linalg.eigvalsh(J).min() > -1e-14
@@ -592,7 +594,8 @@ def test_excluded_classes(name):
         (got, top, lost), gradient = evaluate(*call)
         close(got[:, keep], p, 1e-11)
         assert (got[:, ~keep] == 0).all()
-        close(top, value, 1e-11), close(lost, loss, 1e-11)
+        close(top, value, 1e-11)
+        close(lost, loss, 1e-11)
         assert np.isfinite(gradient).all() and (gradient[:, ~keep] == 0).all()
     uniform = f_softargmax(masked, f, "uniform")
     close(uniform[:, keep], f_softargmax(THETA[:, keep], f, "uniform"), 1e-11)
@@ -601,19 +604,19 @@ def test_excluded_classes(name):
 @pytest.mark.parametrize("name", ("KL", "1.5", "ReverseKL", "LeCam", "traced 0.3", "3"))
 def test_rows_without_classes(name):
     f, scores = FAMILIES[name], jnp.asarray(THETA).at[1].set(-jnp.inf)
-    for q in ("uniform", MEASURE):
+    for q in (np.ones(K), MEASURE):
 
         def outputs(scores, f=f, q=q):
-            options = dict(smoothing=0.1)
             return (
                 f_softargmax(scores, f, q),
                 f_softmax(scores, f, q),
-                f_loss(scores, jnp.zeros(4, int), f, q, **options),
+                f_loss(scores, jnp.zeros(4, int), f, q, smoothing=0.1),
             )
 
         (p, value, loss), pull = jax.vjp(outputs, scores)
         assert (p[1] == 0).all() and value[1] == -jnp.inf and loss[1] == 0
         close(p[0], f_softargmax(THETA[:1], f, q)[0], 1e-11)
+        assert (f_softargmax(scores, f, "uniform")[1] == 0).all()
         gradient = pull((jnp.ones_like(p), jnp.ones(4), jnp.ones(4)))[0]
         assert np.isfinite(gradient).all() and (gradient[1] == 0).all()
 
@@ -679,7 +682,7 @@ def test_wrong_calls(unchecked):
     with raises(TypeError, r"`reference` is missing; for ChiSquare it matters"):
         f_softargmax(THETA, ChiSquare())
     with raises(ValueError, r'`reference` is "prior"; "unit", "uniform" or an array'):
-        f_softargmax(THETA, KL(), "prior")
+        f_softargmax(THETA, KL(), "prior")  # pyright: ignore
     with raises(ValueError, r"`reference` has shape \(5,\); one that broadcasts to"):
         f_softargmax(THETA, KL(), np.ones(5))
     with raises(ValueError, "`reference` has a negative or NaN entry"):
@@ -693,9 +696,9 @@ def test_wrong_calls(unchecked):
     with raises(TypeError, "`alpha` is an array of dtype int32"):
         Alpha(jnp.array(1, jnp.int32))
     with raises(TypeError, "`alpha` is a str"):
-        Alpha("1.5")
+        Alpha("1.5")  # pyright: ignore
     with raises(TypeError, "`f` is a str; a generator such as"):
-        f_softargmax(THETA, "kl", "unit")
+        f_softargmax(THETA, "kl", "unit")  # pyright: ignore
     with raises(TypeError, "`where` has dtype float64; booleans are expected"):
         f_softargmax(THETA, KL(), where=np.ones(K))
     with raises(ValueError, "contains the label 6; the 6 classes are 0 to 5"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from ._divergence import (
@@ -221,9 +222,9 @@ def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
                 f"`alpha` is an array of dtype {array.dtype}; a Python number or an "
                 "array of floats is expected."
             )
-        if not isinstance(alpha, jax.core.Tracer) and not np.isfinite(alpha).all():
+        if not isinstance(alpha, Tracer) and not np.isfinite(alpha).all():
             raise ValueError(f"`alpha` is {alpha}; finite numbers are expected.")
-        return TracedAlpha(array)
+        return TracedAlpha(array)  # pyright: ignore
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)):
         raise TypeError(
             f"`alpha` is a {type(alpha).__name__}; a number or an array is expected."
@@ -234,5 +235,5 @@ def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
     if number in NAMED:
         return NAMED[number]
     if abs(number - 1) <= 0.1:
-        return TracedAlpha(jnp.asarray(number))
-    return Power(number)
+        return TracedAlpha(jnp.asarray(number))  # pyright: ignore
+    return Power(number)  # pyright: ignore

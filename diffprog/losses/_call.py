@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from ._divergence import AbstractDivergence, KL
@@ -119,7 +119,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
 
 
 def is_known(array) -> bool:
-    return not isinstance(array, jax.core.Tracer)
+    return not isinstance(array, Tracer)
 
 
 def _check_scores(scores: Array, axis: int):

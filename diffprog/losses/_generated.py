@@ -101,7 +101,7 @@ def generator(fn: Callable) -> AbstractDivergence:
         raise ValueError(
             f"f''({u:.3g}) = {value:.3g}; a generator is strictly convex: f'' > 0."
         )
-    return Generated(fn)
+    return Generated(fn)  # pyright: ignore
 
 
 def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:

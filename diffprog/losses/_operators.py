@@ -1,7 +1,7 @@
 """softmax, softargmax and Fenchel-Young losses of any f-divergence."""
 
 import functools as ft
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def f_softargmax(
     *,
     axis: int = -1,
     where=None,
-    temperature=1.0,
+    temperature: Any = 1.0,
     axis_name: str | None = None,
 ) -> Float[Array, "..."]:
     r"""The probabilities that trade score against divergence from a reference.
@@ -76,7 +76,7 @@ def f_softmax(
     *,
     axis: int = -1,
     where=None,
-    temperature=1.0,
+    temperature: Any = 1.0,
     axis_name: str | None = None,
 ) -> Float[Array, "..."]:
     r"""The largest score, smoothed: the value of [`diffprog.losses.f_softargmax`][].
@@ -111,8 +111,8 @@ def f_loss(
     *,
     axis: int = -1,
     where=None,
-    temperature=1.0,
-    smoothing: float = 0.0,
+    temperature: Any = 1.0,
+    smoothing=0.0,
     constant: bool = True,
     axis_name: str | None = None,
 ) -> Float[Array, "..."]:
@@ -312,7 +312,7 @@ def diagnose(
     *,
     axis: int = -1,
     where=None,
-    temperature=1.0,
+    temperature: Any = 1.0,
     axis_name: str | None = None,
 ) -> Diagnostics:
     """What [`diffprog.losses.f_softargmax`][] does for these scores.

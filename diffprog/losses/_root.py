@@ -195,7 +195,8 @@ def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
     scores, q, Q, m = problem
     y = scores - m  # -inf .. 0
     if isinstance(f, KL):
-        sigma, count = -jnp.log(classes.sum(q * jnp.exp(y))), 1
+        sigma = -jnp.log(classes.sum(q * jnp.exp(y)))
+        count = jnp.ones((), jnp.int32)
     else:
         low, high = bracket(classes, f, problem)
         start = jnp.fmin(warm_start(classes, f, problem, high), high)
