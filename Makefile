@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test check docs bench bench-gpu clean
+.PHONY: venv demo test check docs bench bench-losses bench-gpu clean
 
 venv: .venv/.installed
 
@@ -45,6 +45,9 @@ docs: .venv/.docs
 # Options go into ARGS: make bench ARGS="--only single" or ARGS="--write docs".
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-losses: .venv/.bench
+	$(BIN)/python -m benchmarks.losses $(ARGS)
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
