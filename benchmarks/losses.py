@@ -2,8 +2,9 @@
 
     python -m benchmarks.losses [--write docs]
 
-`make bench-losses` installs the peers and prints the tables. The numbers go to `out/benchmarks_losses.json`, and
-with `--write docs` the tables to `docs/benchmarks-losses.md`.
+`make bench-losses` installs the peers and prints the tables. The numbers go to
+`out/benchmarks_losses.json`, and with `--write docs` the tables to
+`docs/benchmarks-losses.md`.
 """
 
 import argparse
@@ -29,10 +30,10 @@ said. The command
 {command}
 ```
 
-measured and wrote this page; `make bench-losses` prints the tables. Methods take turns,
-one thread each; the figures are medians of the processor time, and the memory of results
-stays with the process. Backward passes have a fixed random cotangent, losses are means
-over rows with labels.
+measured and wrote this page; `make bench-losses` prints the tables. Methods take
+turns, one thread each; the figures are medians of the processor time, and the memory of
+results stays with the process. Backward passes have a fixed random cotangent, losses
+are means over rows with labels.
 
 """
 PROBABILITIES = {

@@ -49,6 +49,9 @@ class Power(AbstractDivergence):
 
     alpha: float = eqx.field(static=True)
 
+    def __repr__(self):
+        return f"Alpha({self.alpha:g})"
+
     @property
     def sparse(self):
         return self.alpha > 1
@@ -108,6 +111,9 @@ class TracedAlpha(AbstractDivergence):
 
     alpha: Float[Array, "..."]
     sparse: ClassVar[bool] = True
+
+    def __repr__(self):
+        return f"Alpha({eqx.tree_pformat(self.alpha)})"
 
     @property
     def convex_ratio(self):

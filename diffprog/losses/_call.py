@@ -139,22 +139,18 @@ def _check_scores(scores: Array, axis: int):
 
 def per_row(name: str, value, shape: tuple, axis: int) -> Array:
     """A number for all rows, or one for each, with an axis for the classes."""
-    value = jnp.asarray(value)
-    batch = shape[:axis] + shape[axis:][1:]
-    try:
-        fits = np.broadcast_shapes(value.shape, batch) == batch
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`{name}` has shape {value.shape}; one that broadcasts to {batch}, the "
-            "shape of `scores` without its class axis, is expected."
-        )
+    batch, value = shape[:axis] + shape[axis:][1:], jnp.asarray(value)
+    _check_broadcasts(name, value, batch, "of `scores` without its class axis")
     return jnp.broadcast_to(value, batch)[..., None] if value.ndim else value
 
 
 def _like_scores(name: str, value, shape: tuple) -> Array:
     value = jnp.asarray(value)
+    _check_broadcasts(name, value, shape, "of `scores`")
+    return jnp.broadcast_to(value, shape)
+
+
+def _check_broadcasts(name: str, value: Array, shape: tuple, what: str):
     try:
         fits = np.broadcast_shapes(value.shape, shape) == shape
     except ValueError:
@@ -162,6 +158,5 @@ def _like_scores(name: str, value, shape: tuple) -> Array:
     if not fits:
         raise ValueError(
             f"`{name}` has shape {value.shape}; one that broadcasts to {shape}, the "
-            "shape of `scores`, is expected."
+            f"shape {what}, is expected."
         )
-    return jnp.broadcast_to(value, shape)
