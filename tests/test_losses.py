@@ -37,6 +37,7 @@ FAMILIES = {
     "JensenShannon": JensenShannon(),
     "Jeffreys": Jeffreys(),
     "LeCam": LeCam(),
+    "LeCam from its edge": LeCam(from_edge=True),
     "1.5": Alpha(1.5),
     "0.5": Alpha(0.5),
     "1.3": Alpha(1.3),
@@ -538,6 +539,14 @@ def test_float32_mass(name, k):
         exact = f_softargmax(theta.astype(float), f, q)
         assert p.dtype == jnp.float32
         assert jnp.abs(p.astype(float) - exact).sum(-1).max() < 5e-6
+
+
+@pytest.mark.parametrize("name", ("LeCam", "ChiSquare", "JensenShannon", "1.5"))
+def test_float32_mass_of_nearly_equal_scores(name):
+    theta = (1e-3 * np.random.default_rng(8).normal(size=(1, 32_768))).astype("f4")
+    p = f_softargmax(theta, FAMILIES[name], "unit")
+    exact = f_softargmax(theta.astype(float), FAMILIES[name], "unit")
+    assert jnp.abs(p.astype(float) - exact).sum() < 5e-6
 
 
 def test_a_generator_given_as_a_function():

@@ -294,26 +294,45 @@ class Jeffreys(AbstractDivergence):
 class LeCam(AbstractDivergence):
     r"""Le Cam's (triangular) divergence: $f(u) = (u - 1)^2 / (u + 1)$."""
 
+    # It has a pole and an edge of its support, 4 apart: v is counted from the one that
+    # the ratios are nearer to.
+    from_edge: bool = eqx.field(static=True, default=False)
     sparse: ClassVar[bool] = True
     convex_ratio: ClassVar[bool] = True
-    origin: ClassVar[float] = 1.0
     at_zero: ClassVar[float] = 1.0
     lift: ClassVar[float] = 1.0
+
+    def __repr__(self):
+        return "LeCam()"
+
+    @property
+    def origin(self):
+        return -3.0 if self.from_edge else 1.0
 
     def value(self, u):
         return (u - 1) ** 2 / (u + 1)
 
     def link(self, u):
+        if self.from_edge:
+            return 4 * u * (2 + u) / (1 + u) ** 2
         return -4 / (1 + u) ** 2
 
     def pair(self, w):
-        u = jnp.maximum(2 / jnp.sqrt(-w) - 1, 0)
+        if self.from_edge:
+            w = jnp.clip(w, 0, 4)
+            root = jnp.sqrt(4 - w)
+            u = w / ((2 + root) * root)  # 2 / root - 1
+        else:
+            u = jnp.maximum(2 / jnp.sqrt(-w) - 1, 0)
         return u, self.curvature(u)
 
     def curvature(self, u):
         return jnp.where(u > 0, (u + 1) ** 3 / 8, 0)
 
     def conjugate(self, w):
+        if self.from_edge:
+            w = jnp.clip(w, 0, 4)
+            return (w / (2 + jnp.sqrt(4 - w))) ** 2
         return jnp.maximum(2 - jnp.sqrt(-w), 0) ** 2
 
     def mean_step(self, S, Q):
