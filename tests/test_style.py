@@ -48,6 +48,7 @@ FLOORS = {
 LOSSES = [
     ["_divergence", "_bracket"],
     ["_alpha", "_generated"],
+    ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
