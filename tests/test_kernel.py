@@ -24,7 +24,6 @@ FAMILIES = {
     "LeCam": losses.LeCam(),
     "1.5": Alpha(1.5),
     "1.3": Alpha(1.3),
-    "-0.5": Alpha(-0.5),
 }
 # Compiles in half the time.
 quick = ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -72,10 +71,9 @@ def test_agrees(f, k, use):
     assert np.all(found[4] == 0)
 
 
-@pytest.mark.parametrize("name", ["1.5", "Jeffreys"])
-def test_derivatives_agree(name, use):
+def test_derivatives_agree(use):
     """The rules are the same: they ask for sigma only."""
-    f, scores = FAMILIES[name], rows(20)[:3]
+    f, scores = Alpha(1.5), rows(20)[:3]
     direction = jnp.cos(jnp.arange(60.0)).reshape(3, 20).astype(jnp.float32)
     labels, options = jnp.array([0, 3, 6]), dict(reference="unit", constant=False)
     loss = lambda s: f_loss(s, labels, f, **options).sum()

@@ -10,7 +10,8 @@ share the 65 536 registers of a multiprocessor: 64 for each, of which 32 hold th
 where it has `LIMIT` classes. A longer one would be spilled to memory.
 
 A kernel is opaque to the partitioner of `jax.jit`: rows that it has split over devices
-would be gathered first. Inside `shard_map(..., check_vma=False)` they are not.
+would be gathered first. Inside `shard_map(..., check_vma=False)` they are not. That
+and missing measurements are why it is off: `benchmarks/gpu.py` compares both paths.
 """
 
 import math
@@ -40,7 +41,7 @@ Mode = Literal["auto", "interpret", "off"]
 
 MODE: Mode = "off"  # "auto": on CUDA; "interpret": everywhere, slowly, for tests
 LIMIT = 32_768
-MAX_UPDATES = 24  # 16 are the most that were seen where float32 can hold the mass
+MAX_UPDATES = 24  # 15 or fewer brought all that could be solved to 4 sqrt(eps)
 PER_THREAD = 16  # numbers, where there are threads enough
 MAX_WARPS = 32
 
