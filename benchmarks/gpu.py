@@ -1,4 +1,4 @@
-"""Batches and the parallel Riccati recursion in float32, on what JAX runs on.
+"""Batches, the parallel Riccati recursion and entmax in float32, on what JAX runs on.
 
     python -m benchmarks.gpu [--small] [--write docs]
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy
 
 import diffprog as dp
+from diffprog.losses import _kernel, entmax15
 
 from . import lqr, machine, ours, report
 from .problems import PROBLEMS
@@ -29,6 +30,7 @@ from .timing import once
 BATCHES = 64, 256, 1024, 4096, 16_384
 HORIZONS = 128, 512, 2048, 8192, 16_384
 SIZES = (4, 2), (12, 4)
+ROWS = (64, 131_072), (4096, 32_000)
 ENOUGH = 2.0  # seconds: what takes longer is timed once
 
 BATCH_TITLE = "Batches under `jax.vmap`"
@@ -50,6 +52,17 @@ RICCATI_COLUMNS = {
     "parallel ms": "{:.3f}",
     "sequential / parallel": "{:.2f}",
     "difference of the costs": "{:.1e}",
+}
+ENTMAX_TITLE = "1.5-entmax, of rows of scores"
+ENTMAX_COLUMNS = {
+    "rows, classes": "{}",
+    "row kernel": "{}",
+    "softmax ms": "{:.3f}",
+    "entmax ms": "{:.3f}",
+    "entmax / softmax": "{:.2f}",
+    "with derivative, softmax ms": "{:.3f}",
+    "with derivative, entmax ms": "{:.3f}",
+    "difference to kernel off": "{:.1e}",
 }
 
 
@@ -111,15 +124,57 @@ def riccati(n: int, m: int, T: int) -> dict:
     }
 
 
+def entmax(rows: int, classes: int) -> list[dict]:
+    """Against `jax.nn.softmax`, with the row kernel off and on.
+
+    Rows longer than its limit take the other path in both.
+    """
+    shape = rows, classes
+    scores = 2 * numpy.random.default_rng(0).normal(size=shape).astype(numpy.float32)
+    scores = jnp.asarray(scores)
+
+    def timed(operator) -> tuple[float, float, jax.Array]:
+        forward = jax.jit(operator)
+        backward = jax.jit(lambda a: jax.vjp(operator, a)[1](a))
+        run = lambda call: jax.block_until_ready(call(scores))
+        p, _ = run(forward), run(backward)
+        seconds = [median_seconds(lambda c=c: run(c)) for c in (forward, backward)]
+        return 1e3 * seconds[0], 1e3 * seconds[1], p
+
+    softmax, softmax_vjp, _ = timed(jax.nn.softmax)
+    found, before, expected = [], _kernel.MODE, None
+    for mode in ("off", "auto"):
+        _kernel.MODE = mode
+        ms, vjp, p = timed(lambda a: entmax15(a))  # a new function: traced anew
+        expected = p if expected is None else expected
+        cuda = jax.devices()[0].platform == "gpu"
+        on = mode == "auto" and cuda and classes <= _kernel.LIMIT
+        row = {
+            "rows, classes": f"{rows}, {classes}",
+            "row kernel": "on" if on else "off" if mode == "off" else "not applicable",
+            "softmax ms": softmax,
+            "entmax ms": ms,
+            "entmax / softmax": ms / softmax,
+            "with derivative, softmax ms": softmax_vjp,
+            "with derivative, entmax ms": vjp,
+            "difference to kernel off": float(jnp.abs(p - expected).sum(-1).max()),
+        }
+        found.append(row)
+    _kernel.MODE = before
+    return found
+
+
 def measure(small: bool) -> dict:
     batches = BATCHES[:1] if small else BATCHES
     horizons = HORIZONS[:2] if small else HORIZONS
     problems = [problem for problem in PROBLEMS if problem.spread]
     pairs = [(problem, count) for problem in problems for count in batches]
     sizes = [(*size, T) for size in SIZES for T in horizons]
+    rows = [(16, 4096)] if small else ROWS
     return {
         BATCH_TITLE: [batch(*pair) for pair in pairs],
         RICCATI_TITLE: [riccati(*size) for size in sizes],
+        ENTMAX_TITLE: [row for shape in rows for row in entmax(*shape)],
     }
 
 
@@ -139,7 +194,11 @@ def main():
     facts = {"device": device} | machine.describe() | {"command": command}
     print("\n".join(report.machine_lines(facts)))
     sections = measure(args.small)
-    columns = {BATCH_TITLE: BATCH_COLUMNS, RICCATI_TITLE: RICCATI_COLUMNS}
+    columns = {
+        BATCH_TITLE: BATCH_COLUMNS,
+        RICCATI_TITLE: RICCATI_COLUMNS,
+        ENTMAX_TITLE: ENTMAX_COLUMNS,
+    }
     for title, rows in sections.items():
         print(f"\n{title}\n\n{report.text_table(rows, columns[title])}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from diffprog import losses
 FAMILIES = [
     losses.KL(),
     losses.ReverseKL(),
-    losses.LeCam(),
+    losses.LeCam(),  # pyright: ignore
     losses.Alpha(1.5),
 ]
 k = 5

@@ -36,8 +36,8 @@ FAMILIES = {
     "SquaredHellinger": SquaredHellinger(),
     "JensenShannon": JensenShannon(),
     "Jeffreys": Jeffreys(),
-    "LeCam": LeCam(),
-    "LeCam from its edge": LeCam(from_edge=True),
+    "LeCam": LeCam(),  # pyright: ignore
+    "LeCam from its edge": LeCam(from_edge=True),  # pyright: ignore
     "1.5": Alpha(1.5),
     "0.5": Alpha(0.5),
     "1.3": Alpha(1.3),
@@ -421,7 +421,7 @@ def test_labels_are_one_hot_probabilities(name):
 
 
 def test_losses_with_common_offsets_and_temperature():
-    for f in (KL(), Alpha(1.5), LeCam()):
+    for f in (KL(), Alpha(1.5), LeCam()):  # pyright: ignore
         loss = lambda theta: f_loss(theta, jnp.array([0, 5, 2, 1]), f, "unit")
         np.testing.assert_allclose(loss(THETA + 1e4), loss(THETA), atol=1e-11)
         warm = f_loss(THETA, jnp.array([0, 5, 2, 1]), f, "unit", temperature=2.0)
@@ -734,5 +734,5 @@ def test_labels_out_of_range_under_jit():
 
 
 def test_gradients_in_both_modes_to_second_order():
-    f = lambda t, q: f_softargmax(t, LeCam(), q)
+    f = lambda t, q: f_softargmax(t, LeCam(), q)  # pyright: ignore
     check_grads(f, (jnp.asarray(THETA[1]), jnp.asarray(MEASURE)), 2, ("fwd", "rev"))

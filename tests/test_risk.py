@@ -27,7 +27,7 @@ GENERATORS = {
     "Hellinger": L.SquaredHellinger(),
     "Jensen-Shannon": L.JensenShannon(),
     "Jeffreys": L.Jeffreys(),
-    "Le Cam": L.LeCam(),
+    "Le Cam": L.LeCam(),  # pyright: ignore
     "function": L.generator(lambda u: (u - 1) ** 2 + (u - 1) ** 4 / 4),
 }
 

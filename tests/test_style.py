@@ -48,6 +48,7 @@ FLOORS = {
 LOSSES = [
     ["_divergence", "_bracket"],
     ["_alpha", "_generated"],
+    ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
@@ -175,7 +176,11 @@ PUBLIC = [n for n in vars(dp) if not n.startswith("_") and n not in OUTSIDE]
 PUBLIC = [n for n in PUBLIC if not inspect.ismodule(getattr(dp, n))]
 
 
-LOSS_NAMES = [f"losses.{n}" for n in vars(dp.losses) if not n.startswith("_")]
+LOSS_NAMES = [
+    f"losses.{name}"
+    for name, item in vars(dp.losses).items()
+    if not name.startswith("_") and not inspect.ismodule(item)
+]
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, *LOSS_NAMES])

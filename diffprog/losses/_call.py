@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ._divergence import AbstractDivergence, KL, LeCam
 from ._generated import as_divergence
+from ._kernel import Mode, mode
 from ._root import Classes, largest, Problem
 
 
@@ -44,6 +45,7 @@ class Call(eqx.Module):
     unit: bool = eqx.field(static=True)
     axis: int = eqx.field(static=True)
     axis_name: str | None = eqx.field(static=True)
+    kernel: Mode = eqx.field(static=True)
 
     def set_up(self) -> Setup:
         small = self.scores.dtype.itemsize < 4
@@ -63,8 +65,8 @@ class Call(eqx.Module):
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
         if isinstance(f, LeCam):
-            f = LeCam(from_edge=self.unit)  # where no ratio is above 1
-        classes = Classes(self.axis_name, self.unit and f.sparse)
+            f = LeCam(from_edge=self.unit)  # where no ratio is above 1  # pyright: ignore
+        classes = Classes(self.axis_name, self.unit and f.sparse, self.kernel)
         if self.reference is None:
             count = classes.sum(jnp.where(theta > -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
@@ -117,7 +119,8 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
                 "`reference` has a negative or NaN entry; a measure is >= 0 "
                 "everywhere, and 0 excludes a class."
             )
-    return Call(scores, f, reference, where, temperature, unit, axis, axis_name)
+    options = unit, axis, axis_name, mode()
+    return Call(scores, f, reference, where, temperature, *options)
 
 
 def is_known(array) -> bool:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._divergence import AbstractDivergence, KL
+from ._kernel import applies, choose, Mode, shares, sigmas
 
 
 Rows = Float[Array, "*batch classes"]
@@ -35,6 +36,7 @@ class Classes(NamedTuple):
 
     axis_name: str | None = None
     few: bool = False  # most have no mass: then the means of chunks say nothing
+    kernel: Mode = "off"  # whether a program for the GPU may do a whole row
 
     def sum(self, rows: Array) -> Array:
         total = jnp.sum(rows, -1, keepdims=True)
@@ -132,8 +134,14 @@ def lowered_change(f: TracedAlpha, df: TracedAlpha, u: Array) -> Array:
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
-    sigma, _ = solve(classes, f, problem)
-    return sigma
+    default = lambda *problem: solve(classes, f, Problem(*problem))[0]
+    if not on_chip(classes, f, problem):
+        return default(*problem)
+
+    def kernel(scores, q, Q, m, **options):
+        return sigmas(f, scores, q, **options)
+
+    return choose(classes.kernel, kernel, default, *problem)
 
 
 @root.defjvp
@@ -151,8 +159,36 @@ def _(classes, primals, tangents):
 
 def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     """q u(theta - tau)."""
+    by = on_chip_probabilities if on_chip(classes, f, problem) else from_root
+    return by(classes, f, problem)
+
+
+def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     sigma = root(classes, f, problem)
     return problem.q * ratio(f, sigma + (problem.scores - problem.m))
+
+
+def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
+    """Whether a program for the GPU may do a whole row."""
+    whole = classes.axis_name is None
+    return whole and applies(classes.kernel, f, problem.scores, problem.q)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def on_chip_probabilities(classes, f, problem: Problem) -> Rows:
+    def kernel(scores, q, Q, m, **options):
+        return shares(f, scores, q, **options)
+
+    def default(*problem):
+        return from_root(classes._replace(kernel="off"), f, Problem(*problem))
+
+    return choose(classes.kernel, kernel, default, *problem)
+
+
+@on_chip_probabilities.defjvp
+def _(classes, primals, tangents):
+    # Derivatives need sigma: the kernel finds that alone.
+    return jax.jvp(ft.partial(from_root, classes), primals, tangents)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
