@@ -21,6 +21,8 @@ PACKAGES = (
     "optimistix",
     "mpc",
     "torch",
+    "optax",
+    "entmax",
 )
 
 
