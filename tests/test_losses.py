@@ -37,7 +37,7 @@ FAMILIES = {
     "JensenShannon": JensenShannon(),
     "Jeffreys": Jeffreys(),
     "LeCam": LeCam(),  # pyright: ignore
-    "LeCam from its edge": LeCam(from_edge=True),  # pyright: ignore
+    "LeCam from its edge": LeCam(at_most_one=True),  # pyright: ignore
     "1.5": Alpha(1.5),
     "0.5": Alpha(0.5),
     "1.3": Alpha(1.3),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
-from ._divergence import AbstractDivergence, KL, LeCam
+from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
 from ._kernel import Mode, mode
 from ._root import Classes, largest, Problem
@@ -64,8 +64,8 @@ class Call(eqx.Module):
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
-        if isinstance(f, LeCam):
-            f = LeCam(from_edge=self.unit)  # where no ratio is above 1  # pyright: ignore
+        if isinstance(f, (Jeffreys, LeCam)):
+            f = type(f)(at_most_one=self.unit)  # pyright: ignore
         classes = Classes(self.axis_name, self.unit and f.sparse, self.kernel)
         if self.reference is None:
             count = classes.sum(jnp.where(theta > -jnp.inf, 1, jnp.zeros_like(theta)))

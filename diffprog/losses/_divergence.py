@@ -263,11 +263,15 @@ class JensenShannon(AbstractDivergence):
 class Jeffreys(AbstractDivergence):
     r"""Jeffreys' divergence, KL + reverse KL: $f(u) = (u - 1) \ln u$."""
 
+    at_most_one: bool = eqx.field(static=True, default=False)  # the ratios
     sparse: ClassVar[bool] = False
     convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 0.0
     at_zero: ClassVar[float] = float("inf")
     lift: ClassVar[float] = 0.0
+
+    def __repr__(self):
+        return "Jeffreys()"
 
     def value(self, u):
         return (u - 1) * jnp.log(u)
@@ -276,14 +280,15 @@ class Jeffreys(AbstractDivergence):
         return jnp.log(u) + 1 - 1 / u
 
     def pair(self, w):
-        u = jnp.where(w > -jnp.inf, 1 / wright_omega(1 - w), 0)
+        omega = wright_omega(1 - w, self.at_most_one)
+        u = jnp.where(w > -jnp.inf, 1 / omega, 0)
         return u, self.curvature(u)
 
     def curvature(self, u):
         return u * u / (1 + u)
 
     def conjugate(self, w):
-        omega = wright_omega(1 - w)
+        omega = wright_omega(1 - w, self.at_most_one)
         return omega + 1 / omega + w - 2
 
     def mean_step(self, S, Q):
@@ -296,7 +301,7 @@ class LeCam(AbstractDivergence):
 
     # It has a pole and an edge of its support, 4 apart: v is counted from the one that
     # the ratios are nearer to.
-    from_edge: bool = eqx.field(static=True, default=False)
+    at_most_one: bool = eqx.field(static=True, default=False)
     sparse: ClassVar[bool] = True
     convex_ratio: ClassVar[bool] = True
     at_zero: ClassVar[float] = 1.0
@@ -307,18 +312,18 @@ class LeCam(AbstractDivergence):
 
     @property
     def origin(self):
-        return -3.0 if self.from_edge else 1.0
+        return -3.0 if self.at_most_one else 1.0
 
     def value(self, u):
         return (u - 1) ** 2 / (u + 1)
 
     def link(self, u):
-        if self.from_edge:
+        if self.at_most_one:
             return 4 * u * (2 + u) / (1 + u) ** 2
         return -4 / (1 + u) ** 2
 
     def pair(self, w):
-        if self.from_edge:
+        if self.at_most_one:
             w = jnp.clip(w, 0, 4)
             root = jnp.sqrt(4 - w)
             u = w / ((2 + root) * root)  # 2 / root - 1
@@ -330,7 +335,7 @@ class LeCam(AbstractDivergence):
         return jnp.where(u > 0, (u + 1) ** 3 / 8, 0)
 
     def conjugate(self, w):
-        if self.from_edge:
+        if self.at_most_one:
             w = jnp.clip(w, 0, 4)
             return (w / (2 + jnp.sqrt(4 - w))) ** 2
         return jnp.maximum(2 - jnp.sqrt(-w), 0) ** 2
@@ -340,23 +345,26 @@ class LeCam(AbstractDivergence):
         return (S - 1) * (2 * Q + S + 1) * (Q + S) / (2 * (Q + 1) ** 2)
 
 
-def wright_omega(x: Array) -> Array:
-    """The w > 0 with w + ln w = x.
+def wright_omega(x: Array, at_least_one: bool = False) -> Array:
+    """The w > 0 with w + ln w = x; in about half the time if no x is below 1.
 
-    From a first value that is right to 7 percent, two steps of the iteration of fourth
-    order of Fritsch, Shafer and Crowley, "Algorithm 443: Solution of the transcendental
-    equation w e^w = x", 1973.
+    From a first value that is right to 7 percent (1 percent where x >= 1), one or two
+    steps of the iteration of fourth order of Fritsch, Shafer and Crowley, "Algorithm
+    443: Solution of the transcendental equation w e^w = x", 1973.
     """
-    x = jnp.minimum(x, 1e30)
-    z = jnp.exp(jnp.minimum(x, 1))
-    low = z * (1 + 4 / 3 * z) / (1 + 7 / 3 * z + 5 / 6 * z * z)
-    w = jnp.where(x > 1, x - 4.2 * (x - 1) / (jnp.maximum(x, 1) + 7.5), low)
 
     def improve(_, w):
         r = x - w - jnp.log(w)
         b = 2 * (1 + w) * (1 + w + 2 / 3 * r)
         return w + w * r * (b - r) / ((1 + w) * (b - 2 * r))
 
+    x = jnp.minimum(x, 1e30)
+    if at_least_one:
+        w = improve(0, x - 4.2 * (x - 1) / (x + 7.5))
+        return w if x.dtype == jnp.float32 else improve(0, w)
+    z = jnp.exp(jnp.minimum(x, 1))
+    low = z * (1 + 4 / 3 * z) / (1 + 7 / 3 * z + 5 / 6 * z * z)
+    w = jnp.where(x > 1, x - 4.2 * (x - 1) / (jnp.maximum(x, 1) + 7.5), low)
     # A loop, because XLA on the CPU would compute w anew for each of its uses.
     return lax.fori_loop(0, 2, improve, w)
 
