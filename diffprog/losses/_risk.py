@@ -5,11 +5,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
-from ._call import Divergence
+from ._call import Divergence, is_known
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
@@ -235,7 +234,7 @@ def _prepare(losses, sigma, f, smoothing) -> tuple[Any, ...]:
 
 
 def _check_spectrum(sigma: Array):
-    if isinstance(sigma, Tracer):
+    if not is_known(sigma):
         return
     values = np.asarray(sigma)
     rises = np.all(np.diff(values) >= 0) and values[0] >= 0
@@ -250,7 +249,7 @@ def _positive(smoothing, dtype) -> Array:
     nu = jnp.asarray(smoothing, dtype)
     if nu.ndim:
         raise ValueError(f"`smoothing` has shape {nu.shape}; one number is expected.")
-    if not isinstance(nu, Tracer) and not nu > 0:
+    if is_known(nu) and not nu > 0:
         raise ValueError(
             f"`smoothing` is {nu}; a number > 0 is expected. For no smoothing leave "
             "`f` and `smoothing` out."

@@ -118,9 +118,9 @@ def conjugate(f: AbstractDivergence, w: Array) -> Array:
 @conjugate.defjvp
 def _(primals, tangents):
     (f, w), (df, dw) = primals, tangents
-    change = ratio(f, w) * dw
+    u = ratio(f, w)
+    change = u * dw
     if isinstance(f, TracedAlpha):
-        u = ratio(f, w)
         _, dorigin = jax.jvp(lambda f: f.origin, (f,), (df,))
         change = change + u * dorigin - lowered_change(f, df, u)
     return conjugate(f, w), change
