@@ -90,6 +90,19 @@ class Power(AbstractDivergence):
             curvature = power(y, 1 / e - 1)
         return curvature * y, curvature
 
+    @property
+    def by_logarithm(self):
+        """Whether 1 < alpha < 2 and u is no product of roots."""
+        e = self.alpha - 1
+        return 0 < e < 1 and 2 / e != int(2 / e)
+
+    def powers(self, w):
+        """u and its curvature in one array, (..., 2, classes), if `by_logarithm`."""
+        e = self.alpha - 1
+        shape = (*(w.ndim - 1) * [1], 2, 1)
+        exponents = jnp.reshape(jnp.asarray([1 / e, 1 / e - 1], w.dtype), shape)
+        return jnp.exp(exponents * jnp.log(jnp.maximum(e * w, 0))[..., None, :])
+
     def curvature(self, u):
         return positive_power(u, 2 - self.alpha)
 

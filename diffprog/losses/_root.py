@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._alpha import TracedAlpha
+from ._alpha import Power, TracedAlpha
 from ._divergence import AbstractDivergence, KL
 from ._kernel import applies, choose, Mode, shares, sigmas
 
@@ -61,7 +61,9 @@ def chunks(scores: Rows) -> tuple[Array, Array] | None:
     k = scores.shape[-1]
     if k < 64:
         return None
-    length = 128 if k >= 4096 else math.isqrt(k)
+    root = math.isqrt(k)
+    divisors = (n for n in range(root, root // 2, -1) if k % n == 0)
+    length = 128 if k >= 4096 else next(divisors, root)
     whole = k // length * length
     head, tail = scores[..., :whole], scores[..., whole:]
     return head.reshape(*scores.shape[:-1], -1, length), tail
@@ -222,6 +224,11 @@ def _(classes, primals, tangents):
 
 def sums(classes: Classes, f: AbstractDivergence, w: Rows, q) -> tuple[Row, Row]:
     """S and dS/dsigma."""
+    if isinstance(f, Power) and f.by_logarithm:
+        # Of two sums XLA would store the powers in between.
+        q = jnp.expand_dims(q, -2) if jnp.ndim(q) else q
+        both = classes.sum(q * f.powers(w))
+        return both[..., 0, :], both[..., 1, :]
     u, curvature = f.pair(w)
     return classes.sum(q * u), classes.sum(q * curvature)
 
