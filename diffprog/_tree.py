@@ -112,3 +112,20 @@ class _Shape:
 
 def _count(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=int))
+
+
+def vdot(a: PyTree, b: PyTree) -> Array:
+    """The inner product of two trees of arrays."""
+    dot = lambda a, b: jnp.vdot(a, b, precision="highest")
+    products = jtu.tree_leaves(jtu.tree_map(dot, a, b))
+    return jnp.sum(jnp.stack(products))
+
+
+def add(a: PyTree, b: PyTree, factor: Any = 1) -> PyTree:
+    """a + factor b."""
+    return jtu.tree_map(lambda a, b: a + factor * b, a, b)
+
+
+def scale(factor: Any, tree: PyTree) -> PyTree:
+    """factor tree, in the dtype of the tree."""
+    return jtu.tree_map(lambda a: (factor * a).astype(a.dtype), tree)

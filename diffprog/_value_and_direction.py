@@ -1,0 +1,402 @@
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ._door import door
+from ._network_problem import check_reduction, Reduction
+from ._result import RESULTS, throw_unless_successful
+from ._tree import all_finite, norm, scale, vdot, where
+from .losses import AbstractLoss, as_loss
+from .oracles._damping import AbstractDamping, as_damping, DampingState
+from .oracles.base import AbstractOracle, Linearization, linearize, Proposal
+
+
+Scale = Literal["step", "gradient"]
+
+
+class DirectionState(eqx.Module):
+    """What a [`diffprog.ValueAndDirection`][] remembers between batches.
+
+    - `damping`: the damping of the next step, and how fast it grows.
+    - `memory`: what the oracle keeps.
+    - `model_state`: the state of the model after the last batch, or `None`.
+    """
+
+    damping: DampingState | None
+    memory: PyTree
+    model_state: PyTree
+
+
+class DirectionAux(eqx.Module):
+    """What is known of a direction besides itself.
+
+    - `result`: `successful`, or why the direction was withheld.
+    - `outputs`: of the model, on the batch.
+    - `gradient`: the norm of the gradient.
+    - `slope`: the derivative of the loss along the step; negative.
+    - `decrease`: by how much the oracle's model of the loss falls with the step.
+    - `ratio`: the decrease of the loss with the whole step over `decrease`; NaN where
+        the damping does not depend on it.
+    - `damping`: that of this step.
+    - `gap`: the duality gap of the problem the oracle solved; NaN if it has none.
+    - `num_inner`: its inner iterations.
+    """
+
+    result: RESULTS
+    outputs: Array
+    gradient: Float[Array, ""]
+    slope: Float[Array, ""]
+    decrease: Float[Array, ""]
+    ratio: Float[Array, ""]
+    damping: Float[Array, ""]
+    gap: Float[Array, ""]
+    num_inner: Int[Array, ""]
+
+
+class ValueAndDirection(eqx.Module):
+    """What [`diffprog.value_and_direction`][] returns."""
+
+    loss: AbstractLoss
+    oracle: AbstractOracle
+    predict: Callable | None
+    scale: Scale = eqx.field(static=True)
+    reduction: Reduction = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True)
+    fallback: bool = eqx.field(static=True)
+    check: bool = eqx.field(static=True)
+
+    def __call__(
+        self,
+        model: PyTree,
+        inputs: PyTree,
+        targets: PyTree,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Any, PyTree]:
+        """`value, direction`, or `(value, aux), direction` with `has_aux`."""
+        arrays, frozen = self._split(model, inputs, key)
+        value, aux, direction = _call_door(self, arrays, frozen, inputs, targets, key)
+        if not self.fallback:
+            _throw(aux.result if self.has_aux else aux)
+        return ((value, aux) if self.has_aux else value), direction
+
+    def init(self, model: PyTree, model_state: PyTree = None) -> DirectionState:
+        """The state before the first batch.
+
+        With a `model_state` (running means, say) `predict` is given it as `state=`, and
+        returns the outputs and the new one.
+        """
+        arrays, frozen = _split(model, self.predict)
+        return _init_door(self, arrays, frozen, model_state)
+
+    def step(
+        self,
+        model: PyTree,
+        state: DirectionState,
+        inputs: PyTree,
+        targets: PyTree,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[tuple[Float[Array, ""], DirectionAux], PyTree, DirectionState]:
+        """`(value, aux), direction, state`; nothing is thrown.
+
+        A direction that cannot be trusted is 0 (or the gradient, with `fallback`), and
+        `aux.result` says why. `predict` is given the `key`, if there is one, as `key=`;
+        the default splits it among the examples.
+        """
+        if not isinstance(state, DirectionState):
+            raise TypeError(
+                f"`state` is a {type(state).__name__}; start with `init(model)`."
+            )
+        arrays, frozen = self._split(model, inputs, key, state.model_state)
+        return _step_door(self, arrays, frozen, state, inputs, targets, key)
+
+    def _split(self, model, inputs, key, model_state=None):
+        arrays, frozen = _split(model, self.predict)
+        if self.check:
+            options = (inputs, model_state, key)
+            _check_apart(_outputs_door(self, arrays, frozen, *options))
+        return arrays, frozen
+
+
+def value_and_direction(
+    loss: Callable,
+    oracle: AbstractOracle,
+    predict: Callable | None = None,
+    *,
+    scale: Scale = "step",
+    reduction: Reduction = "mean",
+    has_aux: bool = False,
+    fallback: bool = False,
+    check: bool = False,
+) -> ValueAndDirection:
+    r"""A replacement for `value_and_grad` that follows another rule backward.
+
+    ```python
+    vd = dp.value_and_direction(loss, dp.oracles.GaussNewton(damping=0.1))
+    value, direction = vd(model, inputs, targets)
+    updates, opt_state = optax.sgd(1.0).update(direction, opt_state)
+    ```
+
+    The direction is minus the step of the oracle, arranged like the gradient, so that
+    any optax optimizer takes it: `optax.sgd(1.0)` makes the whole step.
+
+    **Arguments:**
+
+    - `loss`: `loss(outputs, targets)`, one number per example: one of
+        [`diffprog.losses`][diffprog.losses.AbstractLoss], or any function.
+    - `oracle`: one of `dp.oracles`, such as [`diffprog.oracles.GaussNewton`][].
+    - `predict`: `(model, inputs) -> outputs` of the whole batch. By default
+        `jax.vmap(model)(inputs)`. With Flax: `lambda params, x: module.apply(params,
+        x)`.
+    - `scale`: `"step"`; or `"gradient"`, which multiplies by the damping (divides by
+        the step size of the targets, or by alpha) so that the direction tends to the
+        gradient as the damping grows.
+    - `reduction`: `"mean"` or `"sum"` of the losses over the examples. With `"sum"` the
+        damping is weighed against the sum.
+    - `has_aux`: whether a call returns `(value, aux), direction`, with a
+        [`diffprog.DirectionAux`][].
+    - `fallback`: return the gradient instead of a direction that cannot be trusted.
+    - `check`: raise if the output of one example depends on the input of another, as in
+        batch normalization. Runs the model twice more; for debugging.
+
+    **Returns:** a [`diffprog.ValueAndDirection`][]. Call it, or keep its state from
+    batch to batch with `init` and `step`, for oracles that adapt their damping or
+    start from their last step.
+
+    **Fails:** a call raises [`diffprog.SolveError`][] where the direction cannot be
+    trusted, or returns NaN under `jit` and `vmap`; `step` returns 0 and a code.
+    `TypeError` or `ValueError` at once for a wrong call.
+    """
+    for name, value, kind, example in (
+        ("oracle", oracle, AbstractOracle, "`dp.oracles.GaussNewton()`"),
+        ("predict", predict, Callable | None, "`lambda model, inputs: ...`"),
+    ):
+        if not isinstance(value, kind) or isinstance(value, type):
+            came = f"the class {value.__name__}" if isinstance(value, type) else value
+            raise TypeError(
+                f"`{name}` is {came!s:.200}; something like {example} is expected."
+            )
+    if scale not in ("step", "gradient"):
+        raise ValueError(f'`scale` is {scale!r}; "step" or "gradient" is expected.')
+    check_reduction(reduction)
+    return ValueAndDirection(
+        as_loss(loss),
+        oracle,
+        predict,
+        scale=scale,
+        reduction=reduction,
+        has_aux=has_aux,
+        fallback=fallback,
+        check=check,
+    )
+
+
+# The model, taken apart -----------------------------------------------------------
+
+
+class _Frozen:
+    """The part of a model that is code: everything but its arrays."""
+
+    def __init__(self, tree: PyTree):
+        leaves, self.treedef = jtu.tree_flatten(tree)
+        self.leaves = tuple(leaves)
+
+    def _key(self):
+        return self.treedef, self.leaves, tuple(map(type, self.leaves))
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __eq__(self, other):
+        return isinstance(other, _Frozen) and self._key() == other._key()
+
+    def tree(self) -> PyTree:
+        return jtu.tree_unflatten(self.treedef, self.leaves)
+
+
+def _is_array(leaf) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _is_parameter(leaf) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _split(model: PyTree, predict: Callable | None) -> tuple[PyTree, _Frozen]:
+    """The arrays of a model, and the rest."""
+    if predict is None and not callable(model):
+        raise TypeError(
+            f"The model is a {type(model).__name__}, which cannot be called: give "
+            "`dp.value_and_direction` a `predict`, such as `lambda params, x: "
+            "module.apply(params, x)`."
+        )
+    leaves = jtu.tree_leaves_with_path(model)
+    if not any(_is_parameter(leaf) for _, leaf in leaves):
+        raise TypeError(
+            "The model has no floating array, so there is nothing to train."
+        )
+    if not isinstance(model, eqx.Module):  # a module may well hold indices
+        for path, leaf in leaves:
+            if _is_array(leaf) and not _is_parameter(leaf):
+                raise TypeError(
+                    f"The parameter {jtu.keystr(path)} has dtype {leaf.dtype}; "
+                    "parameters are floating: convert it with `.astype(float)`, or "
+                    "keep it out of the parameters."
+                )
+    arrays, rest = eqx.partition(model, _is_array)
+    return arrays, _Frozen(rest)
+
+
+def _predictor(vd: ValueAndDirection, arrays, frozen, inputs, model_state, key):
+    """`params -> outputs, model_state`, and the parameters."""
+    params, constants = eqx.partition(jtu.tree_map(jnp.asarray, arrays), _is_parameter)
+    rest = eqx.combine(constants, frozen.tree())
+
+    def predict(params):
+        model = eqx.combine(params, rest)
+        if vd.predict is None:
+            if model_state is not None:
+                raise ValueError(
+                    "The model has a state: give `dp.value_and_direction` a `predict` "
+                    "that takes `state=` and returns the outputs and the new state."
+                )
+            if key is None:
+                return jax.vmap(model)(inputs), None
+            keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])
+            return jax.vmap(lambda x, key: model(x, key=key))(inputs, keys), None
+        options = {} if key is None else {"key": key}
+        if model_state is None:
+            return vd.predict(model, inputs, **options), None
+        return vd.predict(model, inputs, state=model_state, **options)
+
+    return predict, params
+
+
+# The compiled part ----------------------------------------------------------------
+
+
+def _damping_of(vd: ValueAndDirection) -> AbstractDamping | None:
+    return None if vd.oracle.damping is None else as_damping(vd.oracle.damping)
+
+
+def _init(vd, arrays, frozen, model_state) -> DirectionState:
+    _, params = _predictor(vd, arrays, frozen, None, None, None)
+    rule, damping = _damping_of(vd), None
+    if rule is not None:
+        dtype = jnp.result_type(*jtu.tree_leaves(params))
+        damping = jtu.tree_map(lambda a: jnp.asarray(a).astype(dtype), rule.init())
+    return DirectionState(damping, vd.oracle.init(params), model_state)
+
+
+def _outputs(vd, arrays, frozen, inputs, model_state, key):
+    """The outputs for a batch, and for one whose second half is its first again."""
+    found = []
+    for batch in (inputs, jtu.tree_map(_first_half_twice, inputs)):
+        predict, params = _predictor(vd, arrays, frozen, batch, model_state, key)
+        found.append(predict(params)[0])
+    return tuple(found)
+
+
+def _first_half_twice(a):
+    half = (a.shape[0] + 1) // 2
+    return jnp.concatenate([a[:half], a[: a.shape[0] - half]])
+
+
+def _check_apart(found):
+    outputs, others = found
+    if isinstance(outputs, Tracer):
+        raise ValueError("`check=True` looks at numbers: call outside `jit` for it.")
+    half = (outputs.shape[0] + 1) // 2
+    change = jnp.max(jnp.abs(outputs - others)[:half])
+    if change > jnp.sqrt(jnp.finfo(outputs.dtype).eps) * jnp.max(jnp.abs(outputs)):
+        raise ValueError(
+            f"The outputs of the first {half} examples change by {change:.1e} when the "
+            "others do, so examples are not independent. Use a layer that keeps them "
+            "apart (`eqx.nn.GroupNorm`, or batch normalization in inference mode), or "
+            "an oracle that does not need it, and leave `check=False`."
+        )
+
+
+def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key):
+    predict, params = _predictor(vd, arrays, frozen, inputs, state.model_state, key)
+    model = eqx.combine(jtu.tree_map(jnp.asarray, arrays), frozen.tree())
+    at, model_state = linearize(
+        predict, params, vd.loss, targets, model, inputs, vd.reduction
+    )
+    rule, gradient = _damping_of(vd), norm(at.gradient)
+    damping = jnp.zeros_like(gradient)
+    if rule is not None:
+        damping = rule.damping(state.damping, gradient).astype(gradient.dtype)
+    proposal = vd.oracle.propose(at, damping, state.memory, key)
+    result = _judge(at, proposal)
+    ok = result == RESULTS.successful
+    slope = vdot(at.gradient, proposal.step)
+    ratio, next_damping, keep = jnp.full_like(slope, jnp.nan), state.damping, ok
+    if rule is not None and rule.follows_ratio:
+        step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, params))
+        after = at.value_at(jtu.tree_map(jnp.add, params, step))
+        ratio = jnp.where(ok, (at.value - after) / proposal.decrease, jnp.nan)
+        accepted = jnp.isfinite(ratio) & (ratio > 0)
+        next_damping = rule.update(state.damping, ratio, accepted)
+        keep = ok & accepted if rule.reject else ok
+    factor = -jnp.asarray(proposal.unit if vd.scale == "gradient" else 1.0)
+    direction = scale(factor, proposal.step)
+    instead = at.gradient if vd.fallback else jtu.tree_map(jnp.zeros_like, params)
+    direction = where(keep, direction, where(ok, scale(0, direction), instead))
+    aux = DirectionAux(
+        result,
+        at.outputs,
+        gradient,
+        slope,
+        proposal.decrease,
+        ratio,
+        damping,
+        jnp.asarray(proposal.gap, slope.dtype),
+        jnp.asarray(proposal.num_inner, jnp.int32),
+    )
+    memory = where(ok, proposal.memory, state.memory)
+    return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
+
+
+def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
+    # The gradient itself is not looked at: not every oracle needs it.
+    good = proposal.result == RESULTS.successful
+    result = RESULTS.where(
+        good & ~all_finite(proposal.step),
+        RESULTS.nonfinite_derivative,
+        proposal.result,
+    )
+    return RESULTS.where(jnp.isfinite(at.value), result, RESULTS.nonfinite_rollout)
+
+
+def _call(vd, arrays, frozen, inputs, targets, key):
+    """A step without memory; what nobody asks for is not computed."""
+    state = _init(vd, arrays, frozen, None)
+    (value, aux), direction, _ = _step(
+        vd, arrays, frozen, state, inputs, targets, key
+    )
+    if not vd.fallback:
+        good = aux.result == RESULTS.successful
+        direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)
+    return value, aux if vd.has_aux else aux.result, direction
+
+
+_init_door, _outputs_door = door(_init), door(_outputs)
+_step_door, _call_door = door(_step), door(_call)
+
+
+class _Result(eqx.Module):
+    result: RESULTS
+
+
+def _throw(result: RESULTS):
+    throw_unless_successful(_Result(result), True)

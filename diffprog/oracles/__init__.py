@@ -1,0 +1,29 @@
+"""Rules that turn a loss on a batch into a step of the parameters."""
+
+from ._damping import (
+    AbstractDamping as AbstractDamping,
+    Constant as Constant,
+    DampingState as DampingState,
+    GradientNorm as GradientNorm,
+    MadsenNielsen as MadsenNielsen,
+    Threshold as Threshold,
+)
+from ._gauss_newton import (
+    DualGaussNewton as DualGaussNewton,
+    GaussNewton as GaussNewton,
+)
+from ._gradient import Gradient as Gradient
+from ._solvers import (
+    AbstractSolver as AbstractSolver,
+    Auto as Auto,
+    CG as CG,
+    Cholesky as Cholesky,
+    DualCG as DualCG,
+    RandomSubspace as RandomSubspace,
+    Solved as Solved,
+)
+from .base import (
+    AbstractOracle as AbstractOracle,
+    Linearization as Linearization,
+    Proposal as Proposal,
+)

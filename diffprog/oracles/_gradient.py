@@ -1,0 +1,22 @@
+import jax.numpy as jnp
+
+from .._tree import scale, vdot
+from .._types import Number, number
+from .base import AbstractOracle, Proposal
+
+
+class Gradient(AbstractOracle):
+    r"""Steepest descent: $d = -\nabla h(w) / \lambda$.
+
+    - `damping`: lambda; 1, so that the direction is the gradient.
+    """
+
+    damping: Number = number(1.0)
+
+    def init(self, params):
+        return None
+
+    def propose(self, at, damping, memory, key):
+        step = scale(-1 / damping, at.gradient)
+        slope = vdot(at.gradient, step)
+        return Proposal(step, -slope, unit=damping, gap=jnp.zeros_like(slope))

@@ -1,0 +1,98 @@
+"""R' J J' R of a network of dense layers, layer by layer.
+
+For z = W a + b the block of the examples i and j and the columns s and t of R is
+
+    sum over layers of (a_i' a_j + 1) (S_i^s)' S_j^t,   S_i^s = d (R_i' f_i)_s / d z_i,
+
+with + 1 where there is a bias: nothing has the size of the parameters.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._linalg import matmul
+from .._network import has_parameters, Network, Stage
+from .base import Linearization
+
+
+def is_dense(net: Network) -> bool:
+    """Whether all parameters are those of dense layers."""
+    layers = [layer for stack in net.stacks for layer in stack.stage.layers]
+    return all(_is_linear(layer) for layer in layers if has_parameters(layer))
+
+
+def gram_flops(net: Network, m: int, k: int) -> float:
+    """An estimate of the floating point operations of `gram`."""
+    flops = 0.0
+    for stack in net.stacks:
+        for layer in filter(has_parameters, stack.stage.layers):
+            inputs, outputs = layer.in_features, layer.out_features
+            # k backward passes, products of activations and of sensitivities.
+            one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
+            flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
+    return flops
+
+
+def _is_linear(layer) -> bool:
+    return isinstance(layer, eqx.nn.Linear) and "scalar" not in (
+        layer.in_features,
+        layer.out_features,
+    )
+
+
+def gram(at: Linearization, factor) -> Array:
+    """R' K R, with a row for every example and column of R."""
+    net: Network = at.model
+    m = at.outputs.shape[0]
+
+    def outputs(shifts):
+        def run(x, shifts):
+            return net.scan(_run, x, shifts)
+
+        return jax.vmap(run)(at.inputs, shifts)
+
+    zeros = jax.tree_util.tree_map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        jax.eval_shape(lambda x: jax.vmap(lambda x: net.scan(_shapes, x)[1])(x), at.inputs),
+    )
+    _, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
+    rows = factor.rho.size // m
+    unit = jnp.eye(rows, dtype=at.outputs.dtype).reshape(rows, 1, *factor.rho.shape[1:])
+    columns = jnp.broadcast_to(unit, (rows, *factor.rho.shape))
+    S = jax.vmap(lambda e: pull(factor.mv(e))[0])(columns)  # (rows, m, [stages,] out)
+    total = jnp.zeros((m, rows, m, rows), at.outputs.dtype)
+    for stack, s, a in zip(net.stacks, S, activations, strict=True):
+        biased = [layer.use_bias for layer in stack.stage.layers if has_parameters(layer)]
+        for bias, s, a in zip(biased, s, a, strict=True):
+            s = jnp.moveaxis(s.reshape(rows, m, stack.size, -1), 2, 0)
+            a = jnp.moveaxis(a.reshape(m, stack.size, -1), 1, 0)
+            for s, a in zip(s, a, strict=True):
+                s = jnp.swapaxes(s, 0, 1).reshape(m * rows, -1)
+                inner = matmul(a, a.T) + (1 if bias else 0)
+                outer = matmul(s, s.T).reshape(m, rows, m, rows)
+                total = total + inner[:, None, :, None] * outer
+    return total.reshape(m * rows, m * rows)
+
+
+def _run(stage: Stage, x, shifts):
+    """The output of a stage whose dense layers are shifted, and their inputs."""
+    shifts, inputs = list(shifts), []
+    for layer in stage.layers:
+        if has_parameters(layer):
+            inputs.append(x)
+            x = layer(x) + shifts.pop(0)
+        else:
+            x = layer(x)
+    return x, tuple(inputs)
+
+
+def _shapes(stage: Stage, x):
+    found = []
+    for layer in stage.layers:
+        x = layer(x)
+        if has_parameters(layer):
+            found.append(x)
+    return x, tuple(found)

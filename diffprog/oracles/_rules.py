@@ -1,0 +1,112 @@
+"""Rules that a layer follows backward in place of the chain rule."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._network import Network
+
+
+class AbstractRule(eqx.Module):
+    """What a layer makes of the message that comes back to it.
+
+    Forward a layer is itself. Backward, `jax.grad` hands on what the rule returns: it
+    goes through loops, branches and any other graph of layers, where messages to a
+    value that is used twice are added.
+    """
+
+    @abc.abstractmethod
+    def prepare(self, layer: Callable) -> PyTree:
+        """What the rule needs of the layer, once per update and outside of loops."""
+
+    @abc.abstractmethod
+    def backward(
+        self, layer: Callable, memory: PyTree, x: PyTree, message: PyTree, batched: bool
+    ) -> tuple[PyTree, PyTree]:
+        """The messages to the parameters of the layer and to its input.
+
+        `memory` is from `prepare`, x the input and `message` like the output: of one
+        example, or of a batch with a leading axis where `batched`.
+        """
+
+
+def follow(
+    rule: AbstractRule, layer: Callable, memory: PyTree, x: PyTree, batched: bool
+) -> PyTree:
+    """`layer(x)`, or `jax.vmap(layer)(x)`, whose backward pass is the rule."""
+    params, rest = eqx.partition(layer, eqx.is_inexact_array)
+    constants, static = eqx.partition(rest, eqx.is_array)
+
+    @jax.custom_vjp
+    def run(params, constants, rule, memory, x):
+        layer = eqx.combine(params, constants, static)
+        return jax.vmap(layer)(x) if batched else layer(x)
+
+    def forward(*args):
+        return run(*args), args
+
+    def backward(args, message):
+        params, constants, rule, memory, x = args
+        layer = eqx.combine(params, constants, static)
+        to_params, to_x = rule.backward(layer, memory, x, message, batched)
+        zero = lambda tree: jtu.tree_map(_zero_tangent, tree)
+        return to_params, zero(constants), zero(rule), zero(memory), to_x
+
+    run.defvjp(forward, backward)
+    return run(params, constants, rule, memory, x)
+
+
+def _zero_tangent(leaf: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return jnp.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+class RuleBoundary(eqx.Module):
+    """A layer at which a rule may take over from the chain rule."""
+
+    layer: Callable
+    rule: AbstractRule | None = None
+    memory: PyTree = None
+
+    def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
+        if self.rule is None:
+            options = {} if key is None else {"key": key}
+            return self.layer(x, **options)
+        return follow(self.rule, self.layer, self.memory, x, batched=False)
+
+
+def rule_boundary(layer: Callable) -> RuleBoundary:
+    """Marks a layer of any model for the rules of `TargetPropagation` and others.
+
+    The layer keeps its meaning; under such an oracle its backward pass follows the rule
+    for one example at a time, wherever it stands in the model.
+    """
+    return RuleBoundary(layer)
+
+
+def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
+    """The model with the rule at all its boundaries."""
+    marked = lambda node: isinstance(node, RuleBoundary)
+
+    def mark(node):
+        if not marked(node):
+            return node
+        memory = rule.prepare(jax.lax.stop_gradient(node.layer))
+        return RuleBoundary(node.layer, rule, memory)
+
+    return jtu.tree_map(mark, model, is_leaf=marked)
+
+
+def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:
+    """The outputs for a batch; backward each stage follows the rule batch-wise."""
+    prepare = lambda stage, carry: (carry, rule.prepare(jax.lax.stop_gradient(stage)))
+    _, memories = net.scan(prepare, None)
+    step = lambda stage, x, memory: (follow(rule, stage, memory, x, True), None)
+    return net.scan(step, inputs, memories)[0]

@@ -1,0 +1,357 @@
+r"""Ways to solve the Gauss-Newton system $(c J' H J + \lambda I) d = -\nabla h$.
+
+With g the gradients of the losses in the outputs, K = J J', H = R R' and $c$ the weight
+of an example, d is also $-J' \alpha c / \lambda$ for the dual variable
+$\alpha = g + H J d$, one vector of outputs per example.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.scipy.linalg import cho_factor, cho_solve
+from jaxtyping import Array, PyTree
+
+from .._linalg import matmul
+from .._network import Network
+from .._tree import add, norm, scale, vdot, where
+from .._types import Number, number
+from ._gram import gram, gram_flops, is_dense
+from .base import Linearization
+
+
+class Solved(NamedTuple):
+    """A step and how it was found."""
+
+    step: PyTree
+    gap: Array  # P(d) - D(alpha)
+    num_inner: Array
+    negative_curvature: Array
+    minimizes: bool  # along itself, so that its length needs no correction
+
+
+class AbstractSolver(eqx.Module):
+    """Solves the damped Gauss-Newton system of a batch, exactly or nearly.
+
+    - `warm_start`: the part of the last step to start from; 0 if none is needed.
+    """
+
+    warm_start: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def solve(
+        self, at: Linearization, damping: Array, start: PyTree | None, key: Any
+    ) -> Solved:
+        """The step, from `start` if that is of use."""
+
+
+def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: int, unroll: bool):
+    """`carry = step(carry)` while `go_on(carry)`, at most `limit` times.
+
+    Unrolled it is written out: convolutions in loops are slow on the CPU.
+    """
+    if unroll:
+        for _ in range(limit):
+            carry = where(go_on(carry), step(carry), carry)
+        return carry
+    on = lambda carry: (carry[0] < limit) & go_on(carry[1])
+    more = lambda carry: (carry[0] + 1, step(carry[1]))
+    return lax.while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
+
+
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, and 0 where b is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+class CG(AbstractSolver):
+    r"""Conjugate gradients for the step, in the space of the parameters.
+
+    Each iteration takes a product with J and one with J', and lowers the model.
+
+    - `max_steps`, `rtol`: stops at $\|r\| \le$ rtol $\|\nabla h\|$.
+    - `warm_start`: the part of the last step to start from, in `step` only: 0.95 is
+        usual.
+    - `in_outputs`: keep the vectors of the iteration in the space of the outputs, where
+        they are small, with d = J' u: the same iterates, cheaper for many parameters.
+        Starts from 0 always.
+    - `unroll`: write the iterations out, for convolutions on the CPU.
+
+    Source: Martens, "Deep Learning via Hessian-Free Optimization", 2010.
+    """
+
+    max_steps: int = eqx.field(static=True, default=10)
+    rtol: Number = number(1e-6)
+    warm_start: float = eqx.field(static=True, default=0.0)
+    in_outputs: bool = eqx.field(static=True, default=False)
+    unroll: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+
+    def solve(self, at, damping, start, key):
+        by = self._outputs if self.in_outputs else self._parameters
+        return by(at, damping, start)
+
+    def _parameters(self, at: Linearization, damping, start) -> Solved:
+        def product(d):
+            pulled = at.transpose_mv(at.hessian_mv(at.mv(d)))
+            return add(scale(at.weight, pulled), d, damping)
+
+        d = jtu.tree_map(jnp.zeros_like, at.params)
+        r = scale(-1, at.gradient)
+        starts = start is not None
+        if starts:
+            d = scale(self.warm_start, start)
+            r = add(r, product(d), -1)
+
+        def step(carry):
+            d, r, p, rr, count, _ = carry
+            Ap = product(p)
+            curvature = vdot(p, Ap)
+            bad = curvature <= 0
+            a = jnp.where(bad, 0, ratio(rr, curvature))
+            d, r = add(d, p, a), add(r, Ap, -a)
+            new = vdot(r, r)
+            return d, r, add(r, p, ratio(new, rr)), new, count + 1, bad
+
+        rr, zero = vdot(r, r), jnp.zeros((), jnp.int32)
+        target = (self.rtol * norm(at.gradient)) ** 2
+        go_on = lambda carry: (carry[3] > target) & ~carry[5]
+        carry = (d, r, r, rr, zero, rr < 0)
+        d, r, _, rr, count, bad = repeat(
+            step, carry, go_on, self.max_steps, self.unroll
+        )
+        # P(d) - D(alpha) = |r|^2 / (2 lambda) for alpha = g + H J d.
+        return Solved(d, rr / (2 * damping), count, bad, not starts)
+
+    def _outputs(self, at: Linearization, damping, start) -> Solved:
+        # d = J' u; the inner product of J' a and J' b is a' K b.
+        K = lambda v: at.mv(at.transpose_mv(v))
+        r = -at.weight * at.cotangent
+        Kr = K(r)
+
+        def step(carry):
+            u, r, Kr, p, Kp, rr, count, _ = carry
+            Mp = damping * p + at.weight * at.hessian_mv(Kp)
+            curvature = jnp.vdot(Kp, Mp)
+            bad = curvature <= 0
+            a = jnp.where(bad, 0, ratio(rr, curvature))
+            u, r = u + a * p, r - a * Mp
+            Kr = K(r)
+            new = jnp.vdot(r, Kr)
+            b = ratio(new, rr)
+            return u, r, Kr, r + b * p, Kr + b * Kp, new, count + 1, bad
+
+        rr, zero = jnp.vdot(r, Kr), jnp.zeros((), jnp.int32)
+        target = (self.rtol * norm(at.gradient)) ** 2
+        go_on = lambda carry: (carry[5] > target) & ~carry[7]
+        carry = (jnp.zeros_like(r), r, Kr, r, Kr, rr, zero, rr != rr)
+        carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
+        u, *_, rr, count, bad = carry
+        return Solved(at.transpose_mv(u), rr / (2 * damping), count, bad, True)
+
+
+class DualCG(AbstractSolver):
+    r"""Conjugate gradients for the dual variable $\alpha = g + H \beta$.
+
+    Solves $(\tfrac{\lambda}{c} I + K H) \beta = -K g$ from $\beta = 0$, which is the
+    gradient: d is a descent direction after any number of iterations. With few of them
+    and little damping it is a long one, and [`diffprog.oracles.CG`][] does better.
+
+    - `max_steps`, `rtol`: stops when the residual has fallen by rtol.
+    - `euclidean`: plain conjugate gradients on $H (\tfrac{\lambda}{c} I + K H) \beta =
+        -H K g$, instead of those in the inner product of H; about twice as many
+        iterations.
+    - `unroll`: write the iterations out, for convolutions on the CPU.
+
+    Source: Roulet, Blondel, "Dual Gauss-Newton Directions for Deep Learning", 2023,
+    arXiv 2308.08886.
+    """
+
+    max_steps: int = eqx.field(static=True, default=10)
+    rtol: Number = number(1e-6)
+    euclidean: bool = eqx.field(static=True, default=False)
+    unroll: bool = eqx.field(static=True, default=False)
+
+    warm_start: ClassVar[float] = 0.0
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+
+    def solve(self, at, damping, start, key):
+        mu = damping / at.weight
+        K = lambda v: at.mv(at.transpose_mv(v))
+
+        def measure(s):
+            Hs = at.hessian_mv(s)
+            z = Hs if self.euclidean else s
+            return z, jnp.vdot(z, Hs), jnp.vdot(s, Hs)
+
+        def step(carry):
+            beta, s, p, rr, _, count, _ = carry
+            w = mu * p + K(at.hessian_mv(p))
+            curvature = jnp.vdot(p, at.hessian_mv(w))
+            bad = curvature <= 0
+            a = jnp.where(bad, 0, ratio(rr, curvature))
+            beta, s = beta + a * p, s - a * w
+            z, new, left = measure(s)
+            return beta, s, z + ratio(new, rr) * p, new, left, count + 1, bad
+
+        s = -K(at.cotangent)
+        z, rr, left = measure(s)
+        target = self.rtol**2 * rr
+        go_on = lambda carry: (carry[3] > target) & ~carry[6]
+        carry = (jnp.zeros_like(s), s, z, rr, left, jnp.zeros((), jnp.int32), rr < 0)
+        carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
+        beta, _, _, _, left, count, bad = carry
+        alpha = at.cotangent + at.hessian_mv(beta)
+        d = scale(-1 / mu, at.transpose_mv(alpha))
+        # P(d) - D(alpha) = c/2 (J d - beta)' H (J d - beta), and J d - beta = s / mu.
+        return Solved(d, at.weight * left / (2 * mu**2), count, bad, False)
+
+
+class Cholesky(AbstractSolver):
+    r"""The exact step, by a factorization as large as there are outputs in the batch.
+
+    $$d = -J' R S^{-1} \rho, \quad S = R' K R + \tfrac{\lambda}{c} I, \quad
+    H = R R', \; g = R \rho.$$
+
+    The whitened matrix S keeps its digits in float32 however small the damping. K comes
+    from one product per output and example, or, for a [`diffprog.Network`][] of dense
+    layers, from the products of activations and of sensitivities, which is far cheaper.
+    Memory (m k)^2.
+
+    - `batch_size`: products computed at a time.
+
+    Source of the identity: Korbit, Adeoye, Bemporad, Zanon, "Exact Gauss-Newton
+    Optimization for Training Deep Neural Networks", 2024, arXiv 2405.14402; the
+    whitening is ours.
+    """
+
+    batch_size: int = eqx.field(static=True, default=64)
+
+    warm_start: ClassVar[float] = 0.0
+
+    def __check_init__(self):
+        check_count("batch_size", self.batch_size)
+
+    def solve(self, at, damping, start, key):
+        mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
+        S = self.whitened(at, factor)
+        S = S + mu * jnp.eye(S.shape[0], dtype=S.dtype)
+        rho = jnp.ravel(factor.rho)
+        s = cho_solve(cho_factor(S, lower=True), rho).reshape(factor.rho.shape)
+        d = scale(-1, at.transpose_mv(factor.mv(s)))
+        zero = jnp.zeros_like(damping)
+        bad = jnp.any(factor.negative_curvature)
+        return Solved(d, zero, jnp.zeros((), jnp.int32), bad, True)
+
+    def whitened(self, at: Linearization, factor) -> Array:
+        """R' K R."""
+        if isinstance(at.model, Network) and is_dense(at.model):
+            return gram(at, factor)
+
+        def column(e):
+            v = factor.mv(e.reshape(factor.rho.shape))
+            return jnp.ravel(factor.transpose_mv(at.mv(at.transpose_mv(v))))
+
+        unit = jnp.eye(factor.rho.size, dtype=factor.rho.dtype)
+        return lax.map(column, unit, batch_size=self.batch_size)
+
+
+class RandomSubspace(AbstractSolver):
+    r"""The best step within a random subspace, by forward derivatives alone.
+
+    $$d = -V (c\, Z' H Z + \lambda V' V)^{-1} V' \nabla h, \quad Z = J V.$$
+
+    Memory does not grow with the depth of the model.
+
+    - `size`: of the subspace: directions, drawn anew with every key.
+
+    Source: Yu, Duncker, Sahani and others, "Second-Order Forward-Mode Optimization of
+    Recurrent Neural Networks for Neuroscience", 2024.
+    """
+
+    size: int = eqx.field(static=True, default=32)
+
+    warm_start: ClassVar[float] = 0.0
+
+    def __check_init__(self):
+        check_count("size", self.size)
+
+    def solve(self, at, damping, start, key):
+        if key is None:
+            raise ValueError(
+                "`RandomSubspace` draws directions: give the call a `key`, such as "
+                "`jax.random.key(0)`, another one each time."
+            )
+        leaves, treedef = jtu.tree_flatten(at.params)
+        keys = jax.random.split(key, len(leaves))
+        V = jtu.tree_unflatten(
+            treedef,
+            [
+                jax.random.normal(k, (self.size, *leaf.shape), leaf.dtype)
+                for k, leaf in zip(keys, leaves, strict=True)
+            ],
+        )
+        return self.within(at, damping, V)
+
+    def within(self, at: Linearization, damping: Array, V: PyTree) -> Solved:
+        """The best step in the span of V, a pytree with a leading axis."""
+        Z = jax.vmap(at.mv)(V)
+        HZ = jax.vmap(at.hessian_mv)(Z)
+        flat = lambda a: a.reshape(a.shape[0], -1)
+        inner = lambda a, b: matmul(flat(a), flat(b).T)
+        VV = sum(inner(v, v) for v in jtu.tree_leaves(V))
+        A = at.weight * inner(Z, HZ) + damping * VV
+        b = jax.vmap(lambda v: vdot(v, at.gradient))(V)
+        a = -cho_solve(cho_factor(A, lower=True), b)
+        d = jtu.tree_map(lambda v: jnp.tensordot(a, v, 1, precision="highest"), V)
+        nan = jnp.full_like(damping, jnp.nan)
+        bad = ~jnp.all(jnp.isfinite(a))
+        return Solved(d, nan, jnp.zeros((), jnp.int32), bad, True)
+
+
+class Auto(AbstractSolver):
+    """`Cholesky` where it is cheap, else conjugate gradients.
+
+    Cheap means that the estimated work is at most that of 50 products of conjugate
+    gradients. With `max_steps`, `rtol`, `warm_start` and `unroll` as in
+    [`diffprog.oracles.CG`][]; its vectors are kept in the space of the outputs where
+    that is 50 times smaller and there is no warm start.
+    """
+
+    max_steps: int = eqx.field(static=True, default=10)
+    rtol: Number = number(1e-6)
+    warm_start: float = eqx.field(static=True, default=0.0)
+    unroll: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+
+    def solve(self, at, damping, start, key):
+        return self.choose(at).solve(at, damping, start, key)
+
+    def choose(self, at: Linearization) -> AbstractSolver:
+        """The solver for a batch of this size."""
+        m, q = at.outputs.shape[0], at.outputs.size
+        size = sum(a.size for a in jtu.tree_leaves(at.params))
+        product = 8 * m * size  # where an example uses each parameter once
+        build = float(q * product)
+        if isinstance(at.model, Network) and is_dense(at.model):
+            build = gram_flops(at.model, m, q // m)
+        if build + q**3 / 3 <= 50 * product:
+            return Cholesky()
+        small = 50 * q < size and not self.warm_start
+        return CG(self.max_steps, self.rtol, self.warm_start, small, self.unroll)
+
+
+def check_count(name: str, value: Any):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; a Python int >= 1 is expected.")

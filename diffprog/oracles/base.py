@@ -1,0 +1,154 @@
+"""What every oracle is given, and what it returns."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from .._result import RESULTS
+from .._tree import vdot
+from ..losses import AbstractLoss
+
+
+class Linearization(eqx.Module):
+    r"""A loss of a model on one batch, $h(w) = c \sum_i \ell_i(f_i(w))$, linearized.
+
+    m examples have k outputs each. c is `weight`: 1 / m, or 1 where losses are summed.
+
+    - `params`: w, a pytree of floating arrays.
+    - `outputs`: f(w), shape `(m, ...)`.
+    - `value`, `gradient`: h(w), and its gradient, like `params`.
+    - `cotangent`: the gradients of the losses in the outputs, without c.
+    - `mv`: the product J d with the Jacobian of the outputs, from `params` to `outputs`.
+    - `transpose_mv`: J' v, from `outputs` to `params`.
+    - `loss`, `targets`: an [`diffprog.losses.AbstractLoss`][] and its second argument.
+    - `model`, `inputs`: as the user gave them, for oracles that look inside.
+    - `predict`: the outputs as a function of the parameters.
+    - `weight`: c.
+    """
+
+    params: PyTree
+    outputs: Float[Array, "examples ..."]
+    value: Float[Array, ""]
+    gradient: PyTree
+    cotangent: Float[Array, "examples ..."]
+    mv: Callable
+    transpose_mv: Callable
+    loss: AbstractLoss
+    targets: PyTree
+    model: Any
+    inputs: PyTree
+    predict: Callable
+    weight: float
+
+    def hessian_mv(self, v: Array) -> Array:
+        """H v, with the block-diagonal Hessian of the losses in the outputs."""
+        return self.loss.hessian_mv(self.outputs, self.targets, v)
+
+    def value_at(self, params: PyTree) -> Float[Array, ""]:
+        """h at other parameters, on the same batch and with the same key."""
+        losses = self.loss(self.predict(params), self.targets)
+        return self.weight * jnp.sum(losses)
+
+    def model_decrease(self, step: PyTree) -> Float[Array, ""]:
+        r"""$-\langle \nabla h, d \rangle - \frac c2 \langle J d, H J d \rangle$."""
+        u = self.mv(step)
+        curvature = self.weight * jnp.vdot(u, self.hessian_mv(u))
+        return -vdot(self.gradient, step) - curvature / 2
+
+
+def linearize(
+    predict: Callable,
+    params: PyTree,
+    loss: AbstractLoss,
+    targets: PyTree,
+    model: Any,
+    inputs: PyTree,
+    reduction: str,
+) -> tuple[Linearization, PyTree]:
+    """The linearization, and what else `predict` returns."""
+    outputs, mv, aux = jax.linearize(predict, params, has_aux=True)
+    transpose = jax.linear_transpose(mv, params)
+    transpose_mv = lambda v: transpose(v)[0]
+    losses = loss(outputs, targets)
+    check_losses(losses, outputs)
+    weight = 1 / outputs.shape[0] if reduction == "mean" else 1.0
+    cotangent = loss.gradient(outputs, targets)
+    return Linearization(
+        params=params,
+        outputs=outputs,
+        value=weight * jnp.sum(losses),
+        gradient=transpose_mv(weight * cotangent),
+        cotangent=cotangent,
+        mv=mv,
+        transpose_mv=transpose_mv,
+        loss=loss,
+        targets=targets,
+        model=model,
+        inputs=inputs,
+        predict=lambda params: predict(params)[0],
+        weight=weight,
+    ), aux
+
+
+def check_losses(losses: Any, outputs: Any):
+    if not eqx.is_inexact_array(outputs) or outputs.ndim == 0:
+        raise TypeError(
+            f"The model returned {outputs!r:.200} for the batch; one floating array "
+            "whose first axis counts examples is expected."
+        )
+    if jnp.shape(losses) != outputs.shape[:1]:
+        raise ValueError(
+            f"`loss` returned the shape {jnp.shape(losses)} for outputs of shape "
+            f"{outputs.shape}; one number per example, {outputs.shape[:1]}, is "
+            "expected: leave the mean to `reduction`."
+        )
+
+
+class Proposal(eqx.Module):
+    """The answer of an oracle.
+
+    - `step`: the change of the parameters, at full length.
+    - `decrease`: how much the model of the oracle, without its damping term, falls.
+    - `unit`: what the step is multiplied with to tend to minus the gradient.
+    - `gap`: the duality gap of the problem that was solved; NaN if there is none.
+    - `num_inner`: inner iterations.
+    - `result`: `successful`, or why the step cannot be trusted.
+    - `memory`: what the next call is given.
+    """
+
+    step: PyTree
+    decrease: Float[Array, ""]
+    unit: Any = 1.0
+    gap: Any = float("nan")
+    num_inner: Int[Array, ""] | int = 0
+    result: RESULTS = RESULTS.successful
+    memory: PyTree = None
+
+
+class AbstractOracle(eqx.Module):
+    """A rule that turns a loss on a batch into a step: see `dp.value_and_direction`.
+
+    - `damping`: a positive number, or an [`diffprog.oracles.AbstractDamping`][], or
+        `None` for oracles without.
+    """
+
+    damping: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def init(self, params: PyTree) -> PyTree:
+        """The memory of an oracle that has not been called."""
+
+    @abc.abstractmethod
+    def propose(
+        self,
+        at: Linearization,
+        damping: Float[Array, ""],
+        memory: PyTree,
+        key: PRNGKeyArray | None,
+    ) -> Proposal:
+        """The step at `at.params`; `damping` is 0 for oracles without."""
