@@ -37,6 +37,8 @@ from ._lqr import (
     Sweep as Sweep,
     Value as Value,
 )
+from ._network import Network as Network, Stage as Stage
+from ._network_problem import NetworkProblem as NetworkProblem
 from ._result import RESULTS as RESULTS, SolveError as SolveError
 from ._rollout import rollout as rollout, Trajectory as Trajectory
 from ._search import (
@@ -57,9 +59,16 @@ from ._solve import (
     SolverState as SolverState,
     step as step,
 )
+from ._value_and_direction import (
+    DirectionAux as DirectionAux,
+    DirectionState as DirectionState,
+    value_and_direction as value_and_direction,
+    ValueAndDirection as ValueAndDirection,
+)
 
 
-from . import losses as losses, plot as plot, systems as systems  # isort: skip  (import this door)
+from . import losses as losses, oracles as oracles  # isort: skip
+from . import plot as plot, systems as systems  # isort: skip  (import this door)
 
 
 __version__ = importlib.metadata.version("diffprog")

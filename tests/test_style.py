@@ -30,9 +30,11 @@ FLOORS = {
     "_result": 1,
     "_tree": 1,
     "_chain": 2,
+    "_network": 2,
     "_door": 2,
     "_discretize": 2,
     "losses": 3,
+    "_network_problem": 3,
     "_rollout": 3,
     "_expand": 4,
     "_lqr": 5,
@@ -42,7 +44,9 @@ FLOORS = {
     "_solution": 7,
     "_solve": 8,
     "_batch": 9,
-    "__init__": 10,
+    "oracles": 9,
+    "_value_and_direction": 10,
+    "__init__": 11,
 }
 # Inside the losses.
 LOSSES = [
@@ -54,6 +58,14 @@ LOSSES = [
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
     ["_supervised", "_energy", "_bellman", "_viterbi", "_risk_descent"],
 ]
+# Inside the oracles.
+ORACLES = [
+    ["base", "_damping"],
+    ["_gram", "_rules"],
+    ["_solvers"],
+    ["_gradient", "_gauss_newton"],
+]
+INSIDE = {"losses": LOSSES, "oracles": ORACLES}
 OUTSIDE = ("systems", "plot")  # these see the public door only
 
 
@@ -81,8 +93,8 @@ def test_floors(path):
             assert not from_package_root, f"{path}: use the public door"
         elif from_package_root and home != "__init__":
             assert FLOORS[module] < FLOORS[home], ast.unparse(node)
-        elif home == "losses" and path.name != "__init__.py":
-            floor = lambda name: [name in names for names in LOSSES].index(True)
+        elif home in INSIDE and path.name != "__init__.py":
+            floor = lambda name: [name in names for names in INSIDE[home]].index(True)
             assert floor(module) < floor(path.stem), ast.unparse(node)
         elif home != "__init__" and path.name != "__init__.py":
             assert module in ("base", ""), ast.unparse(node)

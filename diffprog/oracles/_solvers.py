@@ -245,9 +245,12 @@ class Cholesky(AbstractSolver):
         mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
         S = self.whitened(at, factor)
         S = S + mu * jnp.eye(S.shape[0], dtype=S.dtype)
-        rho = jnp.ravel(factor.rho)
-        s = cho_solve(cho_factor(S, lower=True), rho).reshape(factor.rho.shape)
-        d = scale(-1, at.transpose_mv(factor.mv(s)))
+        rho, e = factor.rho, factor.remainder
+        if e is not None:
+            rho = rho - factor.transpose_mv(at.mv(at.transpose_mv(e))) / mu
+        x = cho_solve(cho_factor(S, lower=True), jnp.ravel(rho))
+        alpha = factor.mv(x.reshape(rho.shape))
+        d = scale(-1, at.transpose_mv(alpha if e is None else alpha + e / mu))
         zero = jnp.zeros_like(damping)
         bad = jnp.any(factor.negative_curvature)
         return Solved(d, zero, jnp.zeros((), jnp.int32), bad, True)

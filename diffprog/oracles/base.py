@@ -126,7 +126,7 @@ class Proposal(eqx.Module):
     unit: Any = 1.0
     gap: Any = float("nan")
     num_inner: Int[Array, ""] | int = 0
-    result: RESULTS = RESULTS.successful
+    result: RESULTS = eqx.field(default_factory=lambda: RESULTS.successful)
     memory: PyTree = None
 
 
