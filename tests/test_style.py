@@ -50,13 +50,14 @@ FLOORS = {
 }
 # Inside the losses.
 LOSSES = [
-    ["_divergence", "_bracket"],
+    ["_divergence", "_bracket", "_factor"],
     ["_alpha", "_generated"],
     ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
-    ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
-    ["_supervised", "_energy", "_bellman", "_viterbi", "_risk_descent"],
+    ["_operators", "_capped", "_hessian", "_risk", "_smooth", "_loss"],
+    ["_energy", "_bellman", "_viterbi", "_risk_descent"],
+    ["_supervised", "_multiclass", "_custom"],
 ]
 # Inside the oracles.
 ORACLES = [

@@ -7,6 +7,7 @@ from ._bellman import (
     rewards_from_logits as rewards_from_logits,
 )
 from ._capped import capped_f_softargmax as capped_f_softargmax
+from ._custom import as_loss as as_loss
 from ._divergence import (
     AbstractDivergence as AbstractDivergence,
     ChiSquare as ChiSquare,
@@ -26,10 +27,17 @@ from ._energy import (
     Permutations as Permutations,
     Subsets as Subsets,
 )
+from ._factor import AbstractFactor as AbstractFactor
 from ._generated import generator as generator
 from ._hessian import (
     hessian_operator as hessian_operator,
     SoftargmaxJacobian as SoftargmaxJacobian,
+)
+from ._loss import AbstractLoss as AbstractLoss
+from ._multiclass import (
+    FLoss as FLoss,
+    Hinge as Hinge,
+    SoftmaxCrossEntropy as SoftmaxCrossEntropy,
 )
 from ._operators import (
     diagnose as diagnose,
@@ -56,12 +64,9 @@ from ._risk_descent import (
     RiskDescent as RiskDescent,
 )
 from ._supervised import (
-    AbstractLoss as AbstractLoss,
-    FLoss as FLoss,
-    Hinge as Hinge,
+    Absolute as Absolute,
     Huber as Huber,
     Logistic as Logistic,
-    SoftmaxCrossEntropy as SoftmaxCrossEntropy,
     Squared as Squared,
 )
 from ._viterbi import soft_viterbi as soft_viterbi, viterbi as viterbi

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
-from ._call import check, Divergence, Reference
+from ._call import Call, check, Divergence, Reference
 from ._root import ratio, root
 
 
@@ -85,6 +85,15 @@ def _(operator):
     return operator.w - operator.w**2 / jnp.where(W > 0, W, 1)
 
 
+def solution(call: Call) -> tuple[Array, Array]:
+    """The probabilities, and the weights w of their Jacobian, for all rows."""
+    s = call.set_up()
+    sigma = root(s.classes, s.f, s.problem)
+    u = ratio(s.f, sigma + (s.problem.scores - s.problem.m))
+    weights = s.problem.q * s.f.curvature(u) / s.beta
+    return call.rows(s.problem.q * u), call.rows(weights)
+
+
 def hessian_operator(
     scores: Float[ArrayLike, " k"],
     f: Divergence,
@@ -108,8 +117,4 @@ def hessian_operator(
             "many rows use `jax.vmap`."
         )
     call = check(scores, f, reference, -1, where, temperature, None)
-    s = call.set_up()
-    sigma = root(s.classes, s.f, s.problem)
-    u = ratio(s.f, sigma + (s.problem.scores - s.problem.m))
-    weights = s.problem.q * s.f.curvature(u) / s.beta
-    return SoftargmaxJacobian(weights.astype(call.scores.dtype))
+    return SoftargmaxJacobian(solution(call)[1])

@@ -144,20 +144,14 @@ def f_loss(
     """
     call = check(scores, f, reference, axis, where, temperature, axis_name)
     targets, shape = jnp.asarray(targets), call.scores.shape
-    labels = jnp.issubdtype(targets.dtype, jnp.integer)
-    batch = shape[:axis] + shape[axis:][1:]
-    if targets.shape != (batch if labels else shape) or targets.dtype == bool:
-        raise ValueError(
-            f"`targets` has shape {targets.shape} and dtype {targets.dtype}; labels "
-            f"are integers of shape {batch}, probabilities floats of shape {shape}."
-        )
+    labels = check_targets(targets, shape, axis)
     if isinstance(smoothing, (int, float)) and smoothing == 0:
         smoothing = None
     if labels:
         if axis_name is None:
-            _check_labels(targets, shape[axis])
+            check_labels(targets, shape[axis])
         if constant and smoothing is None:
-            _check_at_zero(call.f)
+            check_at_zero(call.f)
     return _loss(call, targets, smoothing, constant)
 
 
@@ -173,7 +167,19 @@ def _loss(call: Call, targets: Array, smoothing, constant: bool) -> Array:
     return call.row(jnp.where((s.problem.Q > 0) & valid, s.beta * loss, 0))
 
 
-def _check_labels(labels: Array, k: int):
+def check_targets(targets: Array, shape: tuple, axis: int) -> bool:
+    """Whether they are labels, not probabilities."""
+    labels = jnp.issubdtype(targets.dtype, jnp.integer)
+    batch = shape[:axis] + shape[axis:][1:]
+    if targets.shape != (batch if labels else shape) or targets.dtype == bool:
+        raise ValueError(
+            f"`targets` has shape {targets.shape} and dtype {targets.dtype}; labels "
+            f"are integers of shape {batch}, probabilities floats of shape {shape}."
+        )
+    return bool(labels)
+
+
+def check_labels(labels: Array, k: int):
     if is_known(labels):
         known = np.asarray(labels)
         outside = (known < 0) | (known >= k)
@@ -184,7 +190,7 @@ def _check_labels(labels: Array, k: int):
             )
 
 
-def _check_at_zero(f: AbstractDivergence):
+def check_at_zero(f: AbstractDivergence):
     if is_known(f.at_zero) and np.any(np.isinf(f.at_zero)):
         raise ValueError(
             f"The loss of labels is infinite with {f}, whose f(0) is: use "

@@ -1,120 +1,60 @@
-"""Losses of supervised learning: `loss(outputs, targets)`, one number per example.
+"""Losses of supervised learning that compare each output with its own target."""
 
-The first axis of the outputs counts examples; what an example has beyond (tokens,
-outputs) is summed.
-"""
+from typing import ClassVar
 
-import abc
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from .._types import Number, number
-from ._call import Divergence, Reference
-from ._divergence import KL
-from ._generated import as_divergence
-from ._operators import f_loss
+from ._factor import diagonal_factor, flat_factor, never, ScaledFactor
+from ._loss import AbstractLoss, like, total
 
 
-class AbstractLoss(eqx.Module):
-    """A loss of the outputs of a model: `loss(outputs, targets)`, one per example."""
-
-    @abc.abstractmethod
-    def __call__(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> Float[Array, " examples"]:
-        """The loss of every example."""
-
-
-def _total(losses: Array) -> Array:
-    return jnp.sum(losses.reshape(losses.shape[0], -1), 1)
-
-
-def _check_same(outputs: Array, targets: Array):
-    if jnp.shape(outputs) != jnp.shape(targets):
-        raise ValueError(
-            f"`targets` has shape {jnp.shape(targets)}; that of `outputs`, "
-            f"{jnp.shape(outputs)}, is expected."
-        )
-
-
-class FLoss(AbstractLoss):
-    """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
-
-    - `f`, `reference`, `temperature`, `smoothing`: as there. Classes are on the last
-        axis.
-    """
-
-    f: Divergence
-    reference: Reference = None
-    temperature: Number = number(1.0)
-    smoothing: float = eqx.field(static=True, default=0.0)
-
-    def __check_init__(self):
-        object.__setattr__(self, "f", as_divergence(self.f))
-
-    def __call__(self, outputs, targets):
-        losses = f_loss(
-            outputs,
-            targets,
-            self.f,
-            self.reference,
-            temperature=self.temperature,
-            smoothing=self.smoothing,
-        )
-        return _total(losses)
-
-
-class SoftmaxCrossEntropy(AbstractLoss):
-    r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y."""
-
-    def __call__(self, outputs, targets):
-        if jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
-            return _total(f_loss(outputs, targets, KL()))
-        _check_same(outputs, targets)
-        targets = jnp.asarray(targets, outputs.dtype)
-        return _total(-targets * jax.nn.log_softmax(outputs))
+def _least(gradient):
+    """The least weight of a curvature that is used: next to nothing beside g."""
+    return jnp.finfo(gradient.dtype).eps * jnp.abs(gradient)
 
 
 class Squared(AbstractLoss):
     r"""$\frac12 \|u - y\|^2$."""
 
+    smooth: ClassVar[bool] = True
+
     def __call__(self, outputs, targets):
-        _check_same(outputs, targets)
-        return _total((outputs - targets) ** 2 / 2)
+        return total((outputs - like(outputs, targets)) ** 2 / 2)
+
+    def gradient(self, outputs, targets):
+        return outputs - like(outputs, targets)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return vector
+
+    def factor(self, outputs, targets):
+        g = self.gradient(outputs, targets)
+        return ScaledFactor(g, None, never(g), jnp.ones_like(g), None, ())
 
 
 class Logistic(AbstractLoss):
     r"""$\ln(1 + e^{-y u})$ for targets y = 1 or -1, summed over the outputs."""
 
-    def __call__(self, outputs, targets):
-        _check_same(outputs, targets)
-        targets = jnp.asarray(targets, outputs.dtype)
-        return _total(jax.nn.softplus(-targets * outputs))
-
-
-class Hinge(AbstractLoss):
-    r"""The hinge loss, of binary targets or of labels.
-
-    For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
-    over the outputs; for labels y, integers, $\max_j u_j - u_y + 1[j \ne y]$.
-    """
+    smooth: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
-        if not jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
-            _check_same(outputs, targets)
-            return _total(jnp.maximum(1 - targets * outputs, 0))
-        if jnp.shape(targets) != outputs.shape[:-1]:
-            raise ValueError(
-                f"`targets` has shape {jnp.shape(targets)}; labels of the shape "
-                f"{outputs.shape[:-1]}, that of `outputs` without the classes, are "
-                "expected. Binary targets are floats, 1.0 or -1.0."
-            )
-        wrong = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-        own = jnp.sum(wrong * outputs, -1)
-        return _total(jnp.max(outputs + 1 - wrong, -1) - own)
+        return total(jax.nn.softplus(-like(outputs, targets) * outputs))
+
+    def gradient(self, outputs, targets):
+        y = like(outputs, targets)
+        return -y * jax.nn.sigmoid(-y * outputs)
+
+    def _curvature(self, outputs):
+        return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return self._curvature(outputs) * vector
+
+    def factor(self, outputs, targets):
+        g = self.gradient(outputs, targets)
+        return diagonal_factor(g, self._curvature(outputs), _least(g))
 
 
 class Huber(AbstractLoss):
@@ -123,10 +63,42 @@ class Huber(AbstractLoss):
     - `delta`: the residual from which on the loss grows linearly.
     """
 
+    smooth: ClassVar[bool] = True
     delta: Number = number(1.0)
 
     def __call__(self, outputs, targets):
-        _check_same(outputs, targets)
-        size = jnp.abs(outputs - targets)
+        size = jnp.abs(outputs - like(outputs, targets))
         inner = jnp.minimum(size, self.delta)
-        return _total(inner * (size - inner / 2))
+        return total(inner * (size - inner / 2))
+
+    def gradient(self, outputs, targets):
+        return jnp.clip(outputs - like(outputs, targets), -self.delta, self.delta)
+
+    def _curvature(self, outputs, targets):
+        inside = jnp.abs(outputs - like(outputs, targets)) <= self.delta
+        return inside.astype(outputs.dtype)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return self._curvature(outputs, targets) * vector
+
+    def factor(self, outputs, targets):
+        g = self.gradient(outputs, targets)
+        return diagonal_factor(g, self._curvature(outputs, targets), jnp.zeros_like(g))
+
+
+class Absolute(AbstractLoss):
+    r"""$\sum_j |u_j - y_j|$. Its gradient is 0 where $u_j = y_j$."""
+
+    smooth: ClassVar[bool] = False
+
+    def __call__(self, outputs, targets):
+        return total(jnp.abs(outputs - like(outputs, targets)))
+
+    def gradient(self, outputs, targets):
+        return jnp.sign(outputs - like(outputs, targets))
+
+    def hessian_mv(self, outputs, targets, vector):
+        return jnp.zeros_like(vector)
+
+    def factor(self, outputs, targets):
+        return flat_factor(self.gradient(outputs, targets))

@@ -1,0 +1,184 @@
+"""Losses of supervised learning over classes, which are on the last axis."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._types import Number, number
+from ._call import Call, check, Divergence, Reference
+from ._divergence import KL
+from ._factor import class_factor, flat_factor
+from ._generated import as_divergence
+from ._hessian import solution
+from ._loss import AbstractLoss, like, total
+from ._operators import check_at_zero, check_labels, check_targets, f_loss
+
+
+def _sum(rows: Array) -> Array:
+    return jnp.sum(rows, -1, keepdims=True)
+
+
+def _is_labels(targets: Array) -> bool:
+    return jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer)
+
+
+def _one_hot(outputs: Array, labels: Array) -> Array:
+    """Rows of zeros for labels out of range, where these are not known."""
+    k = outputs.shape[-1]
+    if jnp.shape(labels) != outputs.shape[:-1]:
+        raise ValueError(
+            f"`targets` has shape {jnp.shape(labels)}; labels of the shape "
+            f"{outputs.shape[:-1]}, that of `outputs` without the classes, are "
+            "expected. Binary targets are floats, 1.0 or -1.0."
+        )
+    check_labels(jnp.asarray(labels), k)
+    return jax.nn.one_hot(labels, k, dtype=outputs.dtype)
+
+
+def _less(p: Array, y: Array, labels: bool) -> Array:
+    """p - y. For a label 1 - p is the sum of all others, which has more digits."""
+    if not labels:
+        return p - y
+    return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p)
+
+
+def _class_hessian_mv(w: Array, vector: Array) -> Array:
+    W = _sum(w)
+    return w * (vector - _sum(w * vector) / jnp.where(W > 0, W, 1))
+
+
+class FLoss(AbstractLoss):
+    """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
+
+    - `f`, `reference`, `temperature`, `smoothing`: as there. Classes are on the last
+        axis.
+    """
+
+    smooth: ClassVar[bool] = True
+    f: Divergence
+    reference: Reference = None
+    temperature: Number = number(1.0)
+    smoothing: float = eqx.field(static=True, default=0.0)
+
+    def __check_init__(self):
+        object.__setattr__(self, "f", as_divergence(self.f))
+
+    def __call__(self, outputs, targets):
+        losses = f_loss(
+            outputs,
+            targets,
+            self.f,
+            self.reference,
+            temperature=self.temperature,
+            smoothing=self.smoothing,
+        )
+        return total(losses)
+
+    def _check(self, scores: Array) -> Call:
+        options = -1, None, self.temperature, None
+        return check(scores, self.f, self.reference, *options)
+
+    def _targets(self, call: Call, targets: Array) -> tuple[Array, Array]:
+        """The probabilities y, and 1 for rows with a loss, 0 for the others."""
+        scores, q, Q, _ = call.set_up().problem
+        y, targets = None, jnp.asarray(targets)
+        check_targets(targets, scores.shape, -1)
+        if _is_labels(targets):
+            y = _one_hot(call.scores, targets)
+            if self.smoothing == 0:
+                check_at_zero(call.f)
+        else:
+            y = targets.astype(call.scores.dtype)
+        row = (Q > 0) & (_sum(y) > 0 if _is_labels(targets) else True)
+        if self.smoothing:
+            share = jnp.where(scores > -jnp.inf, q, 0) / jnp.where(Q > 0, Q, 1)
+            y = (1 - self.smoothing) * y + self.smoothing * share.astype(y.dtype)
+        row = jnp.broadcast_to(row, (*y.shape[:-1], 1)).astype(y.dtype)
+        return y * row, row
+
+    def _derivatives(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
+        """The gradient and the weights of the Hessian."""
+        call = self._check(outputs)
+        y, row = self._targets(call, targets)
+        p, w = solution(call)
+        exact = _is_labels(targets) and self.smoothing == 0
+        return _less(p * row, y, exact), w * row
+
+    def gradient(self, outputs, targets):
+        return self._derivatives(outputs, targets)[0]
+
+    def hessian_mv(self, outputs, targets, vector):
+        return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
+
+    def factor(self, outputs, targets):
+        return class_factor(*self._derivatives(outputs, targets))
+
+
+class SoftmaxCrossEntropy(AbstractLoss):
+    r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
+
+    Any $y \ge 0$ will do: a row of zeros has no loss.
+    """
+
+    smooth: ClassVar[bool] = True
+
+    def __call__(self, outputs, targets):
+        if _is_labels(targets):
+            return total(f_loss(outputs, targets, KL()))
+        return total(-like(outputs, targets) * jax.nn.log_softmax(outputs))
+
+    def _targets(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
+        """y and its sum."""
+        by_label = _is_labels(targets)
+        y = _one_hot(outputs, targets) if by_label else like(outputs, targets)
+        return y, _sum(y)
+
+    def gradient(self, outputs, targets):
+        y, mass = self._targets(outputs, targets)
+        return _less(mass * jax.nn.softmax(outputs), y, _is_labels(targets))
+
+    def _weights(self, outputs, targets):
+        return self._targets(outputs, targets)[1] * jax.nn.softmax(outputs)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return _class_hessian_mv(self._weights(outputs, targets), vector)
+
+    def factor(self, outputs, targets):
+        weights = self._weights(outputs, targets)
+        return class_factor(self.gradient(outputs, targets), weights)
+
+
+class Hinge(AbstractLoss):
+    r"""The hinge loss, of binary targets or of labels.
+
+    For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
+    over the outputs; for labels y, integers, $\max_j u_j - u_y + 1[j \ne y]$. Its
+    gradient is 0 where $y u = 1$; where classes tie, that of the first.
+    """
+
+    smooth: ClassVar[bool] = False
+
+    def __call__(self, outputs, targets):
+        if not _is_labels(targets):
+            return total(jnp.maximum(1 - like(outputs, targets) * outputs, 0))
+        own = _one_hot(outputs, targets)
+        margins = jnp.max(outputs + 1 - own, -1) - jnp.sum(own * outputs, -1)
+        return total(margins * jnp.sum(own, -1))
+
+    def gradient(self, outputs, targets):
+        if not _is_labels(targets):
+            y = like(outputs, targets)
+            return jnp.where(y * outputs < 1, -y, 0)
+        own = _one_hot(outputs, targets)
+        worst = jnp.argmax(outputs + 1 - own, -1)
+        worst = jax.nn.one_hot(worst, outputs.shape[-1], dtype=outputs.dtype)
+        return (worst - own) * _sum(own)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return jnp.zeros_like(vector)
+
+    def factor(self, outputs, targets):
+        return flat_factor(self.gradient(outputs, targets))
