@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 
 MIN_RUN = 4  # shorter runs of equal stages are cheaper written out
@@ -76,7 +75,9 @@ class Network(eqx.Module):
             if len(run) < MIN_RUN:
                 stacks += [Stack(stage, 1) for stage in run]
             else:
-                rows = lambda *rows: jnp.stack(rows) if eqx.is_array(rows[0]) else rows[0]
+                rows = lambda *rows: (
+                    jnp.stack(rows) if eqx.is_array(rows[0]) else rows[0]
+                )
                 stacks.append(Stack(jtu.tree_map(rows, *run), len(run)))
         self.stacks = tuple(stacks)
 
@@ -207,7 +208,9 @@ def _alike(a: Stage, b: Stage) -> bool:
 def _check_constant(body: Callable, carry: PyTree, rows: PyTree):
     first = jtu.tree_map(lambda a: a[0], rows)
     after, _ = eqx.filter_eval_shape(body, carry, first)
-    shapes = lambda tree: jtu.tree_map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)
+    shapes = lambda tree: jtu.tree_map(
+        lambda a: (jnp.shape(a), jnp.result_type(a)), tree
+    )
     if shapes(after) != shapes(carry):
         show = lambda tree: [list(jnp.shape(a)) for a in jtu.tree_leaves(tree)]
         raise ValueError(

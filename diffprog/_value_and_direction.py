@@ -178,9 +178,10 @@ def value_and_direction(
     """
     for name, value, kind, example in (
         ("oracle", oracle, AbstractOracle, "`dp.oracles.GaussNewton()`"),
-        ("predict", predict, Callable | None, "`lambda model, inputs: ...`"),
+        ("predict", predict, object, "`lambda model, inputs: ...`"),
     ):
-        if not isinstance(value, kind) or isinstance(value, type):
+        wrong = name == "predict" and not (predict is None or callable(predict))
+        if wrong or not isinstance(value, kind) or isinstance(value, type):
             came = f"the class {value.__name__}" if isinstance(value, type) else value
             raise TypeError(
                 f"`{name}` is {came!s:.200}; something like {example} is expected."
@@ -381,9 +382,7 @@ def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
 def _call(vd, arrays, frozen, inputs, targets, key):
     """A step without memory; what nobody asks for is not computed."""
     state = _init(vd, arrays, frozen, None)
-    (value, aux), direction, _ = _step(
-        vd, arrays, frozen, state, inputs, targets, key
-    )
+    (value, aux), direction, _ = _step(vd, arrays, frozen, state, inputs, targets, key)
     if not vd.fallback:
         good = aux.result == RESULTS.successful
         direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)

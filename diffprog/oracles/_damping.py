@@ -69,9 +69,9 @@ class Constant(AbstractDamping):
 
 
 class MadsenNielsen(AbstractDamping):
-    r"""Smooth in the ratio: $\lambda \max(\tfrac13, 1 - (2 \rho - 1)^3)$ after a success.
+    r"""Smooth in the ratio: $\lambda$ times $\max(\tfrac13, 1 - (2 \rho - 1)^3)$.
 
-    After a failure $\lambda$ is multiplied by 2, then 4, 8, ...
+    That is after a success; after a failure it is multiplied by 2, then 4, 8, ...
 
     - `initial`, `minimum`, `maximum`: of the damping.
     - `reject`: whether the step of a failure is dropped (the direction is 0).

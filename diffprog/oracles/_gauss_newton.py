@@ -7,9 +7,9 @@ from jaxtyping import Array, PyTree
 
 from .._result import RESULTS
 from .._tree import scale, vdot
-from .._types import Number, number
+from .._types import number
 from ._damping import check_positive
-from ._solvers import AbstractSolver, Auto, DualCG
+from ._solvers import AbstractSolver, Auto
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -60,25 +60,25 @@ class GaussNewton(AbstractOracle):
 class DualGaussNewton(AbstractOracle):
     r"""Gauss-Newton, found from the dual problem: one vector of outputs per example.
 
-    $$d = -\frac{1}{\lambda m} J^\top \alpha^*, \quad \alpha^* = \operatorname{argmax}_\alpha
-    -\frac1m \sum_i q_i^*(\alpha_i) - \frac{1}{2 \lambda m^2} \|J^\top \alpha\|^2.$$
+    $$d = -\frac{1}{\lambda m} J^\top \alpha^*, \quad
+    \alpha^* = \operatorname{argmax}_\alpha \; -\frac1m \sum_i q_i^*(\alpha_i)
+    - \frac{1}{2 \lambda m^2} \|J^\top \alpha\|^2.$$
 
     A step is ordinary back-propagation of $\alpha^*$ in place of the gradient of the
     loss. The same direction as [`diffprog.oracles.GaussNewton`][] where both are
-    solved exactly, and a descent direction after any number of iterations.
+    solved exactly.
 
     - `damping`, `scale_model`, `metric`: as there.
-    - `solver`: [`diffprog.oracles.DualCG`][], the default, as in the source;
-        [`diffprog.oracles.Cholesky`][] is exact, and
-        `dp.oracles.CG(in_outputs=True)` better where few iterations meet little
-        damping.
+    - `solver`: [`diffprog.oracles.Auto`][], the default, with vectors in the space of
+        the outputs; [`diffprog.oracles.DualCG`][] as in the source, where every iterate
+        is a descent direction; or any other.
 
     Source: Roulet, Blondel, "Dual Gauss-Newton Directions for Deep Learning", 2023,
     arXiv 2308.08886.
     """
 
     damping: Any = number(1.0)
-    solver: AbstractSolver = DualCG()
+    solver: AbstractSolver = Auto(in_outputs=True)
     scale_model: bool = eqx.field(static=True, default=True)
     metric: PyTree = None
 
@@ -106,8 +106,8 @@ def _propose(
     scale_model: bool,
     metric: PyTree,
 ) -> Proposal:
+    roots = jtu.tree_map(jnp.sqrt, metric)
     if metric is not None:  # w = metric^(-1/2) v
-        roots = jtu.tree_map(jnp.sqrt, metric)
         at = _scaled(at, roots)
     solved = solver.solve(at, damping, memory, key)
     step, slope = solved.step, vdot(at.gradient, solved.step)

@@ -7,10 +7,11 @@ For z = W a + b the block of the examples i and j and the columns s and t of R i
 with + 1 where there is a bias: nothing has the size of the parameters.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._linalg import matmul
@@ -28,12 +29,16 @@ def gram_flops(net: Network, m: int, k: int) -> float:
     """An estimate of the floating point operations of `gram`."""
     flops = 0.0
     for stack in net.stacks:
-        for layer in filter(has_parameters, stack.stage.layers):
+        for layer in _linear(stack.stage):
             inputs, outputs = layer.in_features, layer.out_features
             # k backward passes, products of activations and of sensitivities.
             one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
             flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
     return flops
+
+
+def _linear(stage: Stage) -> list[Any]:
+    return [layer for layer in stage.layers if has_parameters(layer)]
 
 
 def _is_linear(layer) -> bool:
@@ -56,7 +61,9 @@ def gram(at: Linearization, factor) -> Array:
 
     zeros = jax.tree_util.tree_map(
         lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(lambda x: jax.vmap(lambda x: net.scan(_shapes, x)[1])(x), at.inputs),
+        jax.eval_shape(
+            lambda x: jax.vmap(lambda x: net.scan(_shapes, x)[1])(x), at.inputs
+        ),
     )
     _, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
@@ -65,7 +72,7 @@ def gram(at: Linearization, factor) -> Array:
     S = jax.vmap(lambda e: pull(factor.mv(e))[0])(columns)  # (rows, m, [stages,] out)
     total = jnp.zeros((m, rows, m, rows), at.outputs.dtype)
     for stack, s, a in zip(net.stacks, S, activations, strict=True):
-        biased = [layer.use_bias for layer in stack.stage.layers if has_parameters(layer)]
+        biased = [layer.use_bias for layer in _linear(stack.stage)]
         for bias, s, a in zip(biased, s, a, strict=True):
             s = jnp.moveaxis(s.reshape(rows, m, stack.size, -1), 2, 0)
             a = jnp.moveaxis(a.reshape(m, stack.size, -1), 1, 0)

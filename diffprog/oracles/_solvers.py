@@ -220,7 +220,10 @@ class Cholesky(AbstractSolver):
     r"""The exact step, by a factorization as large as there are outputs in the batch.
 
     $$d = -J' R S^{-1} \rho, \quad S = R' K R + \tfrac{\lambda}{c} I, \quad
-    H = R R', \; g = R \rho.$$
+    H = R R', \; g = R \rho,$$
+
+    and more where a part of g is not in the range of R: see
+    [`diffprog.losses.AbstractFactor`][].
 
     The whitened matrix S keeps its digits in float32 however small the damping. K comes
     from one product per output and example, or, for a [`diffprog.Network`][] of dense
@@ -326,13 +329,14 @@ class Auto(AbstractSolver):
 
     Cheap means that the estimated work is at most that of 50 products of conjugate
     gradients. With `max_steps`, `rtol`, `warm_start` and `unroll` as in
-    [`diffprog.oracles.CG`][]; its vectors are kept in the space of the outputs where
-    that is 50 times smaller and there is no warm start.
+    [`diffprog.oracles.CG`][], whose vectors are kept in the space of the outputs with
+    `in_outputs`, or where that is 50 times smaller and there is no warm start.
     """
 
     max_steps: int = eqx.field(static=True, default=10)
     rtol: Number = number(1e-6)
     warm_start: float = eqx.field(static=True, default=0.0)
+    in_outputs: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
@@ -351,8 +355,14 @@ class Auto(AbstractSolver):
             build = gram_flops(at.model, m, q // m)
         if build + q**3 / 3 <= 50 * product:
             return Cholesky()
-        small = 50 * q < size and not self.warm_start
-        return CG(self.max_steps, self.rtol, self.warm_start, small, self.unroll)
+        small = self.in_outputs or (50 * q < size and not self.warm_start)
+        return CG(
+            max_steps=self.max_steps,
+            rtol=self.rtol,
+            warm_start=self.warm_start,
+            in_outputs=small,
+            unroll=self.unroll,
+        )
 
 
 def check_count(name: str, value: Any):

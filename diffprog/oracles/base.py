@@ -23,8 +23,8 @@ class Linearization(eqx.Module):
     - `outputs`: f(w), shape `(m, ...)`.
     - `value`, `gradient`: h(w), and its gradient, like `params`.
     - `cotangent`: the gradients of the losses in the outputs, without c.
-    - `mv`: the product J d with the Jacobian of the outputs, from `params` to `outputs`.
-    - `transpose_mv`: J' v, from `outputs` to `params`.
+    - `mv`, `transpose_mv`: products with the Jacobian of the outputs: J d, like
+        `outputs`, for d like `params`; and J' v, the other way round.
     - `loss`, `targets`: an [`diffprog.losses.AbstractLoss`][] and its second argument.
     - `model`, `inputs`: as the user gave them, for oracles that look inside.
     - `predict`: the outputs as a function of the parameters.
