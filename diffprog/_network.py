@@ -62,7 +62,12 @@ class Network(eqx.Module):
 
     stacks: tuple[Stack, ...]
 
-    def __init__(self, layers: Sequence[Callable], *, stack: bool = True):
+    def __init__(
+        self,
+        layers: Sequence[Callable] | eqx.nn.Sequential,
+        *,
+        stack: bool = True,
+    ):
         stages = _stages(_flat(layers))
         runs: list[list] = []
         for stage in stages:

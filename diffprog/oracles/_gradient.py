@@ -1,17 +1,24 @@
+from typing import Any
+
 import jax.numpy as jnp
 
 from .._tree import scale, vdot
-from .._types import Number, number
+from .._types import number
+from ._damping import check_positive
 from .base import AbstractOracle, Proposal
 
 
 class Gradient(AbstractOracle):
     r"""Steepest descent: $d = -\nabla h(w) / \lambda$.
 
-    - `damping`: lambda; 1, so that the direction is the gradient.
+    - `damping`: lambda > 0, a number or a rule such as [`diffprog.oracles.Threshold`][];
+        1, so that the direction is the gradient.
     """
 
-    damping: Number = number(1.0)
+    damping: Any = number(1.0)
+
+    def __check_init__(self):
+        check_positive("damping", self.damping)
 
     def init(self, params):
         return None

@@ -251,8 +251,13 @@ class Cholesky(AbstractSolver):
         rho, e = factor.rho, factor.remainder
         if e is not None:
             rho = rho - factor.transpose_mv(at.mv(at.transpose_mv(e))) / mu
-        x = cho_solve(cho_factor(S, lower=True), jnp.ravel(rho))
-        alpha = factor.mv(x.reshape(rho.shape))
+        L = cho_factor(S, lower=True)
+        solve = lambda r: cho_solve(L, jnp.ravel(r)).reshape(rho.shape)
+        # One refinement, by a product that has not lost digits to S.
+        K = lambda v: at.mv(at.transpose_mv(v))
+        x = solve(rho)
+        x = x + solve(rho - factor.transpose_mv(K(factor.mv(x))) - mu * x)
+        alpha = factor.mv(x)
         d = scale(-1, at.transpose_mv(alpha if e is None else alpha + e / mu))
         zero = jnp.zeros_like(damping)
         bad = jnp.any(factor.negative_curvature)
