@@ -11,8 +11,8 @@ from .base import AbstractOracle, Proposal
 class Gradient(AbstractOracle):
     r"""Steepest descent: $d = -\nabla h(w) / \lambda$.
 
-    - `damping`: lambda > 0, a number or a rule such as [`diffprog.oracles.Threshold`][];
-        1, so that the direction is the gradient.
+    - `damping`: lambda > 0, a number or a rule such as
+        [`diffprog.oracles.Threshold`][]; 1, so that the direction is the gradient.
     """
 
     damping: Any = number(1.0)
