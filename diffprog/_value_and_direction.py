@@ -261,9 +261,14 @@ def _predictor(vd: ValueAndDirection, arrays, frozen, inputs, model_state, key):
     """`params -> outputs, model_state`, and the parameters."""
     params, constants = eqx.partition(jtu.tree_map(jnp.asarray, arrays), _is_parameter)
     rest = eqx.combine(constants, frozen.tree())
+    run = _runner(vd, inputs, model_state, key)
+    return lambda params: run(eqx.combine(params, rest)), params
 
-    def predict(params):
-        model = eqx.combine(params, rest)
+
+def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
+    """`model -> outputs, model_state`."""
+
+    def run(model):
         if vd.predict is None:
             if model_state is not None:
                 raise ValueError(
@@ -279,7 +284,7 @@ def _predictor(vd: ValueAndDirection, arrays, frozen, inputs, model_state, key):
             return vd.predict(model, inputs, **options), None
         return vd.predict(model, inputs, state=model_state, **options)
 
-    return predict, params
+    return run
 
 
 # The compiled part ----------------------------------------------------------------
@@ -330,8 +335,17 @@ def _check_apart(found):
 def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key):
     predict, params = _predictor(vd, arrays, frozen, inputs, state.model_state, key)
     model = eqx.combine(jtu.tree_map(jnp.asarray, arrays), frozen.tree())
+    run = _runner(vd, inputs, state.model_state, key)
     at, model_state = linearize(
-        predict, params, vd.loss, targets, model, inputs, vd.reduction
+        predict,
+        params,
+        vd.loss,
+        targets,
+        model,
+        inputs,
+        vd.reduction,
+        apply=lambda model: run(model)[0],
+        mapped=vd.predict is None and key is None,
     )
     rule, gradient = _damping_of(vd), norm(at.gradient)
     damping = jnp.zeros_like(gradient)
@@ -349,8 +363,12 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key):
         accepted = jnp.isfinite(ratio) & (ratio > 0)
         next_damping = rule.update(state.damping, ratio, accepted)
         keep = ok & accepted if rule.reject else ok
-    factor = -jnp.asarray(proposal.unit if vd.scale == "gradient" else 1.0)
-    direction = scale(factor, proposal.step)
+    direction = scale(-1, proposal.step)
+    if vd.scale == "gradient":
+        unit = proposal.unit
+        if jtu.tree_structure(unit) != jtu.tree_structure(direction):
+            unit = jtu.tree_map(lambda _: proposal.unit, direction)
+        direction = jtu.tree_map(scale, unit, direction)
     instead = at.gradient if vd.fallback else jtu.tree_map(jnp.zeros_like, params)
     direction = where(keep, direction, where(ok, scale(0, direction), instead))
     aux = DirectionAux(

@@ -32,7 +32,8 @@ class AbstractRule(eqx.Module):
         """The messages to the parameters of the layer and to its input.
 
         `memory` is from `prepare`, x the input and `message` like the output: of one
-        example, or of a batch with a leading axis where `batched`.
+        example, or of a batch with a leading axis where `batched`. For arrays of x that
+        are not floating the message is `None`.
         """
 
 
@@ -56,6 +57,9 @@ def follow(
         layer = eqx.combine(params, constants, static)
         to_params, to_x = rule.backward(layer, memory, x, message, batched)
         zero = lambda tree: jtu.tree_map(_zero_tangent, tree)
+        to_x = eqx.combine(
+            to_x, zero(eqx.filter(x, eqx.is_inexact_array, inverse=True))
+        )
         return to_params, zero(constants), zero(rule), zero(memory), to_x
 
     run.defvjp(forward, backward)
@@ -91,17 +95,20 @@ def rule_boundary(layer: Callable) -> RuleBoundary:
     return RuleBoundary(layer)
 
 
+def is_boundary(node: Any) -> bool:
+    return isinstance(node, RuleBoundary)
+
+
 def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
     """The model with the rule at all its boundaries."""
-    marked = lambda node: isinstance(node, RuleBoundary)
 
     def mark(node):
-        if not marked(node):
+        if not is_boundary(node):
             return node
         memory = rule.prepare(jax.lax.stop_gradient(node.layer))
         return RuleBoundary(node.layer, rule, memory)
 
-    return jtu.tree_map(mark, model, is_leaf=marked)
+    return jtu.tree_map(mark, model, is_leaf=is_boundary)
 
 
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:

@@ -29,6 +29,8 @@ class Linearization(eqx.Module):
     - `model`, `inputs`: as the user gave them, for oracles that look inside.
     - `predict`: the outputs as a function of the parameters.
     - `weight`: c.
+    - `apply`: the outputs as a function of the model, for oracles that change layers.
+    - `mapped`: whether they are those of `jax.vmap(model)(inputs)`.
     """
 
     params: PyTree
@@ -44,6 +46,8 @@ class Linearization(eqx.Module):
     inputs: PyTree
     predict: Callable
     weight: float
+    apply: Callable | None = None
+    mapped: bool = eqx.field(static=True, default=False)
 
     def hessian_mv(self, v: Array) -> Array:
         """H v, with the block-diagonal Hessian of the losses in the outputs."""
@@ -69,6 +73,8 @@ def linearize(
     model: Any,
     inputs: PyTree,
     reduction: str,
+    apply: Callable | None = None,
+    mapped: bool = False,
 ) -> tuple[Linearization, PyTree]:
     """The linearization, and what else `predict` returns."""
     outputs, mv, aux = jax.linearize(predict, params, has_aux=True)
@@ -92,6 +98,8 @@ def linearize(
         inputs=inputs,
         predict=lambda params: predict(params)[0],
         weight=weight,
+        apply=apply,
+        mapped=mapped,
     ), aux
 
 
@@ -114,7 +122,8 @@ class Proposal(eqx.Module):
 
     - `step`: the change of the parameters, at full length.
     - `decrease`: how much the model of the oracle, without its damping term, falls.
-    - `unit`: what the step is multiplied with to tend to minus the gradient.
+    - `unit`: what the step is multiplied with to tend to minus the gradient: a number,
+        or a pytree like the step.
     - `gap`: the duality gap of the problem that was solved; NaN if there is none.
     - `num_inner`: inner iterations.
     - `result`: `successful`, or why the step cannot be trusted.
