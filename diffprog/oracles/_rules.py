@@ -86,6 +86,12 @@ class RuleBoundary(eqx.Module):
         return follow(self.rule, self.layer, self.memory, x, batched=False)
 
 
+def fixed(tree: PyTree) -> PyTree:
+    """The tree, with all arrays held constant in derivatives."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
+
+
 def rule_boundary(layer: Callable) -> RuleBoundary:
     """Marks a layer of any model for the rules of `TargetPropagation` and others.
 
@@ -105,7 +111,7 @@ def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
     def mark(node):
         if not is_boundary(node):
             return node
-        memory = rule.prepare(jax.lax.stop_gradient(node.layer))
+        memory = rule.prepare(fixed(node.layer))
         return RuleBoundary(node.layer, rule, memory)
 
     return jtu.tree_map(mark, model, is_leaf=is_boundary)
@@ -113,7 +119,7 @@ def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
 
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:
     """The outputs for a batch; backward each stage follows the rule batch-wise."""
-    prepare = lambda stage, carry: (carry, rule.prepare(jax.lax.stop_gradient(stage)))
+    prepare = lambda stage, carry: (carry, rule.prepare(fixed(stage)))
     _, memories = net.scan(prepare, None)
     step = lambda stage, x, memory: (follow(rule, stage, memory, x, True), None)
     return net.scan(step, inputs, memories)[0]
