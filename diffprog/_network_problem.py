@@ -36,7 +36,18 @@ class NetworkProblem(AbstractChain):
     network: Network
     loss: Callable
     targets: PyTree
-    reduction: Reduction = eqx.field(static=True, default="mean")
+    reduction: Reduction = eqx.field(static=True)
+
+    def __init__(
+        self,
+        network: Network,
+        loss: Callable,
+        targets: PyTree,
+        *,
+        reduction: Reduction = "mean",
+    ):
+        self.network, self.loss, self.targets = network, loss, targets
+        self.reduction = reduction
 
     def __check_init__(self):
         if not isinstance(self.network, Network):

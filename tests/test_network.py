@@ -170,8 +170,10 @@ def test_solve_trains_a_network():
     net = ragged()
     problem = dp.NetworkProblem(net, dp.losses.Squared(), jnp.eye(2)[LABELS])
     search = dp.AdaptiveDamping()
-    options = dict(search=search, max_steps=60, throw=False)
-    solution = dp.solve(problem, dp.GaussNewton(), INPUTS, net.params, **options)
+    guess = INPUTS, net.params
+    solution = dp.solve(
+        problem, dp.GaussNewton(), *guess, search, max_steps=60, throw=False
+    )
     assert solution.cost < 1e-3
     outputs = jax.vmap(net.with_params(solution.us))(INPUTS)
     np.testing.assert_allclose(solution.xs[-1], outputs, rtol=0, atol=1e-12)

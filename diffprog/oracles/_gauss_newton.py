@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ from .._result import RESULTS
 from .._tree import scale, vdot
 from .._types import number
 from ._damping import check_positive
-from ._solvers import AbstractSolver, Auto
+from ._solvers import AbstractSolver, Auto, CG
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -93,8 +94,12 @@ class DualGaussNewton(AbstractOracle):
         return _propose(at, damping, memory, key, *options)
 
 
+def _is_warm(solver: AbstractSolver) -> bool:
+    return isinstance(solver, Auto | CG) and solver.warm_start != 0
+
+
 def _init(solver: AbstractSolver, params: PyTree) -> PyTree:
-    return jtu.tree_map(jnp.zeros_like, params) if solver.warm_start else None
+    return jtu.tree_map(jnp.zeros_like, params) if _is_warm(solver) else None
 
 
 def _propose(
@@ -122,7 +127,7 @@ def _propose(
             factor = jnp.where(total > 0, -slope / jnp.where(total > 0, total, 1), 1)
         step = scale(factor, step)
         decrease = -factor * slope - factor**2 * curvature / 2
-    memory = step if solver.warm_start else None
+    memory = step if _is_warm(solver) else None
     if metric is not None:
         step = jtu.tree_map(jnp.divide, step, roots)
     result = RESULTS.where(
@@ -136,13 +141,13 @@ def _propose(
 def _scaled(at: Linearization, roots: PyTree) -> Linearization:
     """In the parameters v with w = v / roots."""
     divide = lambda tree: jtu.tree_map(jnp.divide, tree, roots)
+    at = dataclasses.replace(at, mapped=False)  # layers do not know of the scaling
     return eqx.tree_at(
-        lambda at: (at.gradient, at.mv, at.transpose_mv, at.model),
+        lambda at: (at.gradient, at.mv, at.transpose_mv),
         at,
         (
             divide(at.gradient),
             lambda d: at.mv(divide(d)),
             lambda v: divide(at.transpose_mv(v)),
-            None,  # shortcuts through the layers would not know of the scaling
         ),
     )

@@ -7,7 +7,7 @@ $\alpha = g + H J d$, one vector of outputs per example.
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,12 +36,7 @@ class Solved(NamedTuple):
 
 
 class AbstractSolver(eqx.Module):
-    """Solves the damped Gauss-Newton system of a batch, exactly or nearly.
-
-    - `warm_start`: the part of the last step to start from; 0 if none is needed.
-    """
-
-    warm_start: eqx.AbstractVar[float]
+    """Solves the damped Gauss-Newton system of a batch, exactly or nearly."""
 
     @abc.abstractmethod
     def solve(
@@ -179,8 +174,6 @@ class DualCG(AbstractSolver):
     euclidean: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
 
-    warm_start: ClassVar[float] = 0.0
-
     def __check_init__(self):
         check_count("max_steps", self.max_steps)
 
@@ -239,8 +232,6 @@ class Cholesky(AbstractSolver):
 
     batch_size: int = eqx.field(static=True, default=64)
 
-    warm_start: ClassVar[float] = 0.0
-
     def __check_init__(self):
         check_count("batch_size", self.batch_size)
 
@@ -265,7 +256,7 @@ class Cholesky(AbstractSolver):
 
     def whitened(self, at: Linearization, factor) -> Array:
         """R' K R."""
-        if isinstance(at.model, Network) and is_dense(at.model):
+        if _layerwise(at):
             return gram(at, factor)
 
         def column(e):
@@ -290,8 +281,6 @@ class RandomSubspace(AbstractSolver):
     """
 
     size: int = eqx.field(static=True, default=32)
-
-    warm_start: ClassVar[float] = 0.0
 
     def __check_init__(self):
         check_count("size", self.size)
@@ -356,7 +345,7 @@ class Auto(AbstractSolver):
         size = sum(a.size for a in jtu.tree_leaves(at.params))
         product = 8 * m * size  # where an example uses each parameter once
         build = float(q * product)
-        if isinstance(at.model, Network) and is_dense(at.model):
+        if _layerwise(at):
             build = gram_flops(at.model, m, q // m)
         if build + q**3 / 3 <= 50 * product:
             return Cholesky()
@@ -368,6 +357,11 @@ class Auto(AbstractSolver):
             in_outputs=small,
             unroll=self.unroll,
         )
+
+
+def _layerwise(at: Linearization) -> bool:
+    """Whether the layers tell the Gram matrix."""
+    return at.mapped and isinstance(at.model, Network) and is_dense(at.model)
 
 
 def check_count(name: str, value: Any):
