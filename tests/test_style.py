@@ -64,7 +64,7 @@ ORACLES = [
     ["base", "_damping"],
     ["_gram", "_rules"],
     ["_solvers"],
-    ["_gradient", "_gauss_newton"],
+    ["_gradient", "_gauss_newton", "_prox_linear"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
 OUTSIDE = ("systems", "plot")  # these see the public door only

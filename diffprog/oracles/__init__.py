@@ -13,6 +13,14 @@ from ._gauss_newton import (
     GaussNewton as GaussNewton,
 )
 from ._gradient import Gradient as Gradient
+from ._prox_linear import (
+    AbstractModelSolver as AbstractModelSolver,
+    CoordinateAscent as CoordinateAscent,
+    Found as Found,
+    NewtonSteps as NewtonSteps,
+    ProximalGradient as ProximalGradient,
+    ProxLinear as ProxLinear,
+)
 from ._solvers import (
     AbstractSolver as AbstractSolver,
     Auto as Auto,

@@ -236,23 +236,32 @@ class Cholesky(AbstractSolver):
         check_count("batch_size", self.batch_size)
 
     def solve(self, at, damping, start, key):
-        mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
-        S = self.whitened(at, factor)
-        S = S + mu * jnp.eye(S.shape[0], dtype=S.dtype)
-        rho, e = factor.rho, factor.remainder
-        if e is not None:
-            rho = rho - factor.transpose_mv(at.mv(at.transpose_mv(e))) / mu
-        L = cho_factor(S, lower=True)
-        solve = lambda r: cho_solve(L, jnp.ravel(r)).reshape(rho.shape)
-        # One refinement, by a product that has not lost digits to S.
-        K = lambda v: at.mv(at.transpose_mv(v))
-        x = solve(rho)
-        x = x + solve(rho - factor.transpose_mv(K(factor.mv(x))) - mu * x)
-        alpha = factor.mv(x)
-        d = scale(-1, at.transpose_mv(alpha if e is None else alpha + e / mu))
+        a, bad = self.dual(at, damping)
         zero = jnp.zeros_like(damping)
-        bad = jnp.any(factor.negative_curvature)
-        return Solved(d, zero, jnp.zeros((), jnp.int32), bad, True)
+        return Solved(
+            scale(-1, at.transpose_mv(a)), zero, jnp.zeros((), jnp.int32), bad, True
+        )
+
+    def dual(self, at: Linearization, damping: Array, shift: Array | None = None):
+        """a with d = -J' a, and whether a Hessian is not positive semidefinite.
+
+        With `shift` the gradient is that of the losses less J' times it.
+        """
+        mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
+        rho, e = factor.rho, factor.remainder
+        if shift is not None:
+            e = -shift if e is None else e - shift
+        K = lambda v: at.mv(at.transpose_mv(v))
+        if e is not None:
+            rho = rho - factor.transpose_mv(K(e)) / mu
+        S = self.whitened(at, factor)
+        L = cho_factor(S + mu * jnp.eye(S.shape[0], dtype=S.dtype), lower=True)
+        solve = lambda r: cho_solve(L, jnp.ravel(r)).reshape(rho.shape)
+        x = solve(rho)
+        # One refinement, by a product that has not lost digits to S.
+        x = x + solve(rho - factor.transpose_mv(K(factor.mv(x))) - mu * x)
+        a = factor.mv(x) if e is None else factor.mv(x) + e / mu
+        return a, jnp.any(factor.negative_curvature)
 
     def whitened(self, at: Linearization, factor) -> Array:
         """R' K R."""

@@ -1,0 +1,334 @@
+r"""Steps on the model that keeps the loss and linearizes the network.
+
+    P(d) = c sum_i l_i(f_i + J_i d) + damping |d|^2 / 2,
+    D(alpha) = -c sum_i (l_i*(alpha_i) - <alpha_i, f_i>) - |c J' alpha|^2 / 2 damping,
+
+with d = -c J' alpha / damping, K = J J' and the linearized outputs z = f + J d.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from .._linalg import matmul
+from .._result import RESULTS
+from .._tree import add, scale, vdot
+from .._types import Number, number
+from ..losses import Squared
+from ._damping import check_positive
+from ._solvers import AbstractSolver, Auto, CG, check_count, Cholesky
+from .base import AbstractOracle, Linearization, Proposal
+
+
+class Found(NamedTuple):
+    """A step d, the linearized outputs z there, and what is known of both."""
+
+    step: PyTree
+    z: Array
+    gap: Array
+    num_inner: Array
+    good: Array
+
+
+class AbstractModelSolver(eqx.Module):
+    """Minimizes a prox-linear model until the duality gap is small."""
+
+    @abc.abstractmethod
+    def minimize(self, at: Linearization, damping: Array, gap: Array) -> Found:
+        """Stops where P(d) - D(alpha) <= gap (P(0) - D(alpha))."""
+
+
+def model(at: Linearization, damping: Array, d: PyTree, z: Array) -> Array:
+    """P(d) where z = f + J d."""
+    losses = at.loss(z, at.targets)
+    return at.weight * jnp.sum(losses) + damping * vdot(d, d) / 2
+
+
+class NewtonSteps(AbstractModelSolver):
+    """Newton's method on the model, for losses with a Hessian.
+
+    Each step solves the Gauss-Newton system of the losses at the linearized outputs,
+    and is halved until the model decreases: with little damping it would diverge else.
+    The network is not run again.
+
+    - `max_steps`: of them.
+    - `solver`: of the systems: [`diffprog.oracles.Cholesky`][],
+        [`diffprog.oracles.CG`][], or [`diffprog.oracles.Auto`][] to choose.
+    """
+
+    max_steps: int = eqx.field(static=True, default=20)
+    solver: AbstractSolver = Auto(max_steps=50)
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+        if not isinstance(self.solver, Auto | CG | Cholesky):
+            raise TypeError(
+                f"`solver` is {self.solver!r:.100}; `Auto`, `CG` or `Cholesky` of "
+                "`dp.oracles` is expected."
+            )
+
+    def minimize(self, at, damping, gap):
+        solver = self.solver
+        solver = solver.choose(at) if isinstance(solver, Auto) else solver
+
+        def look(d, z):
+            """The gradient of the losses at z, that of P at d, and P(d) - D."""
+            g = at.loss.gradient(z, at.targets)
+            G = add(scale(at.weight, at.transpose_mv(g)), d, damping)
+            return g, G, vdot(G, G) / (2 * damping)
+
+        def unfinished(carry):
+            count, _, _, _, P, (_, _, left), good = carry
+            return (
+                (count < self.max_steps) & good & (left > gap * (at.value - P + left))
+            )
+
+        def step(carry):
+            count, d, z, alpha, P, (g, G, _), _ = carry
+            here = dataclasses.replace(at, outputs=z, cotangent=g, gradient=G)
+            if isinstance(solver, Cholesky):
+                a, bad = solver.dual(here, damping, alpha)
+                v = scale(-1, at.transpose_mv(a))
+                change = a * (damping / at.weight)
+            else:
+                v, _, _, bad, _ = dataclasses.replace(solver, in_outputs=False).solve(
+                    here, damping, None, None
+                )
+                change = jnp.zeros_like(alpha)  # of no use without an exact solution
+            u, slope = at.mv(v), vdot(G, v)
+
+            def too_long(trial):
+                t, P_new = trial
+                short = P_new <= P + 1e-4 * t * slope + 4 * eps * jnp.abs(P)
+                return ~short & (t > 1e-9)
+
+            def value(t):
+                return model(at, damping, add(d, v, t), z + t * u)
+
+            def halve(trial):
+                t = trial[0] / 2
+                return t, value(t)
+
+            eps, one = jnp.finfo(z.dtype).eps, jnp.ones_like(P)
+            t, P = lax.while_loop(too_long, halve, (one, value(one)))
+            d, z, alpha = add(d, v, t), z + t * u, alpha + t * change
+            good = (slope < 0) & (t > 1e-9) & ~bad & jnp.isfinite(P)
+            return count + 1, d, z, alpha, P, look(d, z), good
+
+        d = jtu.tree_map(jnp.zeros_like, at.params)
+        z, zero = at.outputs, jnp.zeros((), jnp.int32)
+        start = (
+            zero,
+            d,
+            z,
+            jnp.zeros_like(z),
+            at.value,
+            look(d, z),
+            at.value == at.value,
+        )
+        count, d, z, _, _, (_, _, left), good = lax.while_loop(unfinished, step, start)
+        # At rounding no step is found any more; that is no failure.
+        return Found(d, z, left, count, good | (count > 1))
+
+
+class CoordinateAscent(AbstractModelSolver):
+    r"""Dual coordinate ascent: the variables of one example after another (SDCA).
+
+    Also for losses without a Hessian, such as hinges. Needs the matrix K of all outputs
+    of the batch, which is found as by [`diffprog.oracles.Cholesky`][]: memory (m k)^2.
+
+    - `max_steps`: the most passes over the examples.
+    - `batch_size`: products with J computed at a time.
+
+    Source: Shalev-Shwartz and Zhang, "Stochastic Dual Coordinate Ascent Methods for
+    Regularized Loss Minimization", 2013, arXiv 1209.1873.
+    """
+
+    max_steps: int = eqx.field(static=True, default=50)
+    batch_size: int = eqx.field(static=True, default=64)
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+
+    def minimize(self, at, damping, gap):
+        m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
+        c, shape = damping / at.weight, at.outputs.shape
+        K = Cholesky(self.batch_size).whitened(
+            at, Squared().factor(at.outputs, at.outputs)
+        )
+        rows = K.reshape(m, k, m * k)
+        blocks = jax.vmap(lambda i: lax.dynamic_slice_in_dim(rows[i], i * k, k, 1))
+        blocks = blocks(jnp.arange(m))
+
+        linearized = lambda alpha: (
+            at.outputs - matmul(K, alpha.ravel()).reshape(shape) / c
+        )
+
+        def example(i, state):
+            alpha, z = state
+            pick = lambda a: lax.dynamic_slice_in_dim(a, i, 1)
+            old, targets = pick(alpha), jtu.tree_map(pick, at.targets)
+            new = at.loss.block_update(old, pick(z), pick(blocks), c, targets)
+            z = z - matmul((new - old).reshape(k), rows[i]).reshape(shape) / c
+            return lax.dynamic_update_slice_in_dim(alpha, new, i, 0), z
+
+        def all_examples(state):
+            alpha, _ = lax.fori_loop(0, m, example, state)
+            return alpha, linearized(alpha)  # anew: rounding would add up
+
+        start = at.cotangent, linearized(at.cotangent)
+        return ascend(at, damping, gap, all_examples, start, self.max_steps)
+
+
+class ProximalGradient(AbstractModelSolver):
+    r"""Accelerated proximal gradient ascent on the dual, without matrices.
+
+    For any loss with a conjugate, and any size of batch; each step takes a product with
+    J and one with J'. Restarts where the momentum points backward.
+
+    - `max_steps`: of them.
+
+    Source: Beck, Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for
+    Linear Inverse Problems", 2009.
+    """
+
+    max_steps: int = eqx.field(static=True, default=100)
+
+    def __check_init__(self):
+        check_count("max_steps", self.max_steps)
+
+    def minimize(self, at, damping, gap):
+        c = damping / at.weight
+        K = lambda v: at.mv(at.transpose_mv(v))
+        # The largest eigenvalue of K, from below by 20 products: hence the margin.
+        v = at.cotangent + jnp.finfo(c.dtype).tiny
+        unit = lambda v: v / jnp.sqrt(jnp.vdot(v, v))
+        v = lax.fori_loop(0, 20, lambda _, v: unit(K(v)), unit(v))
+        tau = c / (1.2 * jnp.vdot(v, K(v)))
+
+        def advance(state):
+            alpha, z, y, zy, theta = state
+            new = at.loss.conjugate_prox(y + tau * zy, tau, at.targets)
+            backward = jnp.vdot(y - new, new - alpha) > 0
+            theta = jnp.where(backward, 1, theta)
+            after = (1 + jnp.sqrt(1 + 4 * theta**2)) / 2
+            momentum = jnp.where(backward, 0, (theta - 1) / after)
+            z_new = at.outputs - K(new) / c
+            extrapolate = lambda new, old: new + momentum * (new - old)  # z is affine
+            return new, z_new, extrapolate(new, alpha), extrapolate(z_new, z), after
+
+        alpha = at.cotangent
+        z = at.outputs - K(alpha) / c
+        start = alpha, z, alpha, z, jnp.ones_like(c)
+        return ascend(at, damping, gap, advance, start, self.max_steps)
+
+
+def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
+    """P(d(alpha)) and P - D."""
+    inner = lambda a, b: jnp.sum((a * b).reshape(a.shape[0], -1), 1)
+    losses = at.loss(z, at.targets)
+    gaps = losses + at.loss.conjugate(alpha, at.targets) - inner(alpha, z)
+    # |d|^2 = c <alpha, f - z> / damping.
+    half = at.weight * jnp.vdot(alpha, at.outputs - z) / 2
+    return at.weight * jnp.sum(losses) + half, at.weight * jnp.sum(gaps)
+
+
+def ascend(
+    at: Linearization,
+    damping: Array,
+    gap: Array,
+    advance: Callable,
+    state: tuple,
+    max_steps: int,
+) -> Found:
+    """`state = advance(state)` until the gap is small; it begins with alpha and z."""
+
+    def unfinished(carry):
+        count, _, P, left = carry
+        return (count < max_steps) & (left > gap * (at.value - P + left))
+
+    def more(carry):
+        count, state, _, _ = carry
+        state = advance(state)
+        return count + 1, state, *judge(at, damping, *state[:2])
+
+    start = (jnp.zeros((), jnp.int32), state, *judge(at, damping, *state[:2]))
+    count, (alpha, z, *_), _, left = lax.while_loop(unfinished, more, start)
+    step = scale(-at.weight / damping, at.transpose_mv(alpha))
+    return Found(step, z, left, count, jnp.isfinite(left))
+
+
+class ProxLinear(AbstractOracle):
+    r"""The prox-linear method, also called modified Gauss-Newton.
+
+    $$d = \operatorname{argmin}_d \; \frac1m \sum_i \ell_i(f_i + J_i d)
+    + \frac\lambda2 \|d\|^2.$$
+
+    Only the network is linearized: the model keeps the kinks of the loss, so that it
+    also holds for losses without a Hessian, such as hinges and norms. For the squared
+    loss it is [`diffprog.oracles.GaussNewton`][].
+
+    - `damping`: lambda > 0, a number or a rule such as
+        [`diffprog.oracles.Threshold`][].
+    - `solver`: of the model: [`diffprog.oracles.NewtonSteps`][],
+        [`diffprog.oracles.CoordinateAscent`][] or
+        [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for smooth
+        losses; else the second up to 1024 outputs in the batch, and the third beyond.
+    - `gap`: the duality gap at which to stop, as a part of the distance from the loss
+        to the dual value: 0.1 makes sure of a descent direction.
+
+    Fails with a `TypeError` for a function of the user that is not smooth: it has no
+    conjugate. With much noise in the targets nothing is gained over stochastic
+    subgradients: see the source.
+
+    Source: Pillutla, Roulet, Kakade, Harchaoui, "Modified Gauss-Newton Algorithms under
+    Noise", 2023, arXiv 2305.10634.
+    """
+
+    damping: Any = number(1.0)
+    solver: AbstractModelSolver | None = None
+    gap: Number = number(0.1)
+
+    def __check_init__(self):
+        check_positive("damping", self.damping)
+        check_positive("gap", self.gap)
+
+    def init(self, params):
+        return None
+
+    def propose(self, at, damping, memory, key):
+        solver = self.solver or choose(at)
+        found = solver.minimize(at, damping, jnp.asarray(self.gap, at.value.dtype))
+        d, z = found.step, found.z
+
+        def bad(t):
+            P = model(at, damping, scale(t, d), at.outputs + t * (z - at.outputs))
+            return (P >= at.value) & (t > 1e-9)
+
+        # Where the steps of the solver did not suffice: the model is convex.
+        t = lax.while_loop(bad, lambda t: t / 2, jnp.ones_like(at.value))
+        t = jnp.where(t > 1e-9, t, 0)
+        losses = at.loss(at.outputs + t * (z - at.outputs), at.targets)
+        return Proposal(
+            scale(t, d),
+            at.value - at.weight * jnp.sum(losses),
+            damping,
+            found.gap,
+            found.num_inner,
+            RESULTS.where(found.good, RESULTS.successful, RESULTS.factorization_failed),
+        )
+
+
+def choose(at: Linearization) -> AbstractModelSolver:
+    """The solver for a loss and a batch."""
+    if at.loss.smooth:
+        return NewtonSteps()
+    return CoordinateAscent() if at.outputs.size <= 1024 else ProximalGradient()
