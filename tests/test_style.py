@@ -55,7 +55,9 @@ LOSSES = [
     ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
-    ["_operators", "_capped", "_hessian", "_risk", "_smooth", "_loss"],
+    ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
+    ["_loss", "_simplex"],
+    ["_block"],
     ["_energy", "_bellman", "_viterbi", "_risk_descent"],
     ["_supervised", "_multiclass", "_custom"],
 ]

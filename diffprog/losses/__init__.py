@@ -65,8 +65,10 @@ from ._risk_descent import (
 )
 from ._supervised import (
     Absolute as Absolute,
+    Euclidean as Euclidean,
     Huber as Huber,
     Logistic as Logistic,
+    Poisson as Poisson,
     Squared as Squared,
 )
 from ._viterbi import soft_viterbi as soft_viterbi, viterbi as viterbi

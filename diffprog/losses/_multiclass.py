@@ -5,16 +5,25 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
-from ._call import Call, check, Divergence, Reference
-from ._divergence import KL
+from ._block import majorized, newton
+from ._call import Call, check, Divergence, Reference, Setup
+from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor
 from ._generated import as_divergence
 from ._hessian import solution
-from ._loss import AbstractLoss, like, total
-from ._operators import check_at_zero, check_labels, check_targets, f_loss
+from ._loss import AbstractLoss, like, per_example, total, where_inside
+from ._operators import (
+    check_at_zero,
+    check_labels,
+    check_targets,
+    f_loss,
+    f_softargmax,
+)
+from ._simplex import proximal
 
 
 def _sum(rows: Array) -> Array:
@@ -50,6 +59,18 @@ def _class_hessian_mv(w: Array, vector: Array) -> Array:
     return w * (vector - _sum(w * vector) / jnp.where(W > 0, W, 1))
 
 
+def _on_simplex(p: Array, present: Array, mass: Array, values: Array) -> Array:
+    """The sum over rows of their values, infinite unless p is in mass times simplex."""
+    below = jnp.max(jnp.where(present, -p, jnp.abs(p)), -1, keepdims=True)
+    excess = jnp.maximum(below, jnp.abs(_sum(p) - mass))
+    return total(where_inside(excess, jnp.maximum(mass, 1), values))
+
+
+def _project(x: Array, mass: Array) -> Array:
+    scale = jnp.where(mass > 0, mass, 1)
+    return mass * f_softargmax(x / scale, ChiSquare(), "unit")
+
+
 class FLoss(AbstractLoss):
     """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
 
@@ -58,6 +79,7 @@ class FLoss(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
     f: Divergence
     reference: Reference = None
     temperature: Number = number(1.0)
@@ -116,6 +138,41 @@ class FLoss(AbstractLoss):
     def factor(self, outputs, targets):
         return class_factor(*self._derivatives(outputs, targets))
 
+    def _reference(self, call: Call) -> tuple[Setup, Array, Array]:
+        """What the call stands for, q for every class, and which are not excluded."""
+        s = call.set_up()
+        return s, jnp.broadcast_to(s.problem.q, s.problem.scores.shape), s.present
+
+    def conjugate(self, alpha, targets):
+        call = self._check(jnp.zeros_like(alpha))
+        y, row = self._targets(call, targets)
+        s, q, present = self._reference(call)
+        p = alpha + y
+        positive = jnp.maximum(p, 0)
+        q = jnp.where(present, q, 1)
+        f = lambda p: s.f.value(jnp.where(present, p, q).astype(q.dtype) / q)
+        values = s.beta * _sum(q * jnp.where(p == y, 0, f(positive) - f(y)))
+        return _on_simplex(p, present, row, values.astype(alpha.dtype))
+
+    def dual_projection(self, alpha, targets):
+        call = self._check(jnp.zeros_like(alpha))
+        y, row = self._targets(call, targets)
+        where = self._reference(call)[2]
+        p = f_softargmax(alpha + y, ChiSquare(), "unit", where=where)
+        return row * p - y
+
+    def conjugate_prox(self, vector, tau, targets):
+        call = self._check(jnp.zeros_like(vector))
+        y, row = self._targets(call, targets)
+        s, q, present = self._reference(call)
+        tau = s.beta * per_example("tau", tau, vector).astype(q.dtype)
+        p = proximal(s.f, q, present, (vector + y).astype(q.dtype), tau)
+        exact = _is_labels(targets) and self.smoothing == 0
+        return _less(row * p.astype(y.dtype), y, exact)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return newton(self, alpha, z, K, c, targets)
+
 
 class SoftmaxCrossEntropy(AbstractLoss):
     r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
@@ -124,6 +181,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         if _is_labels(targets):
@@ -150,6 +208,28 @@ class SoftmaxCrossEntropy(AbstractLoss):
         weights = self._weights(outputs, targets)
         return class_factor(self.gradient(outputs, targets), weights)
 
+    def conjugate(self, alpha, targets):
+        y, mass = self._targets(alpha, targets)
+        p = alpha + y
+        q = jnp.maximum(p, 0)
+        values = _sum(xlogy(q, q)) - xlogy(mass, mass)
+        return _on_simplex(p, jnp.ones_like(p, bool), mass, values)
+
+    def dual_projection(self, alpha, targets):
+        y, mass = self._targets(alpha, targets)
+        return _project(alpha + y, mass) - y
+
+    def conjugate_prox(self, vector, tau, targets):
+        y, mass = self._targets(vector, targets)
+        tau, scale = per_example("tau", tau, vector), jnp.where(mass > 0, mass, 1)
+        x = (vector + y) / scale
+        every = jnp.ones_like(x, bool)
+        p = proximal(KL(), jnp.ones_like(x), every, x, tau / scale)
+        return _less(mass * p, y, _is_labels(targets))
+
+    def block_update(self, alpha, z, K, c, targets):
+        return newton(self, alpha, z, K, c, targets)
+
 
 class Hinge(AbstractLoss):
     r"""The hinge loss, of binary targets or of labels.
@@ -160,6 +240,7 @@ class Hinge(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = False
+    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         if not _is_labels(targets):
@@ -182,3 +263,32 @@ class Hinge(AbstractLoss):
 
     def factor(self, outputs, targets):
         return flat_factor(self.gradient(outputs, targets))
+
+    def conjugate(self, alpha, targets):
+        if not _is_labels(targets):
+            b = -like(alpha, targets) * alpha
+            return total(where_inside(jnp.abs(b - 0.5) - 0.5, 1.0, -b))
+        own = _one_hot(alpha, targets)
+        p = alpha + own
+        values = -_sum(jnp.where(own > 0, 0, alpha))
+        return _on_simplex(p, jnp.ones_like(p, bool), _sum(own), values)
+
+    def dual_projection(self, alpha, targets):
+        if not _is_labels(targets):
+            y = like(alpha, targets)
+            return -y * jnp.clip(-y * alpha, 0, 1)
+        own = _one_hot(alpha, targets)
+        return _less(_project(alpha + own, _sum(own)), own, True)
+
+    def conjugate_prox(self, vector, tau, targets):
+        tau = per_example("tau", tau, vector)
+        if not _is_labels(targets):
+            y = like(vector, targets)
+            return self.dual_projection(vector - tau * y, targets)
+        own = _one_hot(vector, targets)
+        # tau (1 - own) less tau for all classes, which the projection does not see.
+        x = jnp.where(own > 0, vector - tau + 1, vector)
+        return _less(_project(x, _sum(own)), own, True)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return majorized(self, alpha, z, K, c, targets)

@@ -222,7 +222,7 @@ def _labelled(s: Setup, labels: Array, smoothing, constant: bool):
     valid = s.classes.sum(mine.astype(jnp.int32)) > 0
     drop, own = m - at_label(scores), at_label(q)
     if smoothing is None:
-        ratio, rest = 1 / _positive(own), s.f.at_zero - lift
+        ratio, rest = 1 / _positive(own), jnp.asarray(s.f.at_zero, Q.dtype) - lift
     else:
         mean = s.classes.sum(jnp.where(s.present, q * (m - scores), 0)) / _positive(Q)
         drop = (1 - smoothing) * drop + smoothing * mean

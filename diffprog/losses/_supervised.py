@@ -4,10 +4,15 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import xlog1py, xlogy
+from jaxtyping import Array
 
 from .._types import Number, number
+from ._block import majorized, newton, quadratic
 from ._factor import diagonal_factor, flat_factor, never, ScaledFactor
-from ._loss import AbstractLoss, like, total
+from ._loss import AbstractLoss, like, per_example, total, where_inside
+from ._simplex import scaled_omega
 
 
 def _least(gradient):
@@ -19,6 +24,7 @@ class Squared(AbstractLoss):
     r"""$\frac12 \|u - y\|^2$."""
 
     smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total((outputs - like(outputs, targets)) ** 2 / 2)
@@ -33,11 +39,25 @@ class Squared(AbstractLoss):
         g = self.gradient(outputs, targets)
         return ScaledFactor(g, None, never(g), jnp.ones_like(g), None, ())
 
+    def conjugate(self, alpha, targets):
+        return total(alpha * (alpha / 2 + like(alpha, targets)))
+
+    def dual_projection(self, alpha, targets):
+        return alpha
+
+    def conjugate_prox(self, vector, tau, targets):
+        tau = per_example("tau", tau, vector)
+        return (vector - tau * like(vector, targets)) / (1 + tau)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return quadratic(alpha, z, K, c, like(alpha, targets))
+
 
 class Logistic(AbstractLoss):
     r"""$\ln(1 + e^{-y u})$ for targets y = 1 or -1, summed over the outputs."""
 
     smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(jax.nn.softplus(-like(outputs, targets) * outputs))
@@ -56,6 +76,26 @@ class Logistic(AbstractLoss):
         g = self.gradient(outputs, targets)
         return diagonal_factor(g, self._curvature(outputs), _least(g))
 
+    def conjugate(self, alpha, targets):
+        b = -like(alpha, targets) * alpha
+        inner = jnp.clip(b, 0, 1)
+        values = xlogy(inner, inner) + xlog1py(1 - inner, -inner)
+        return total(where_inside(jnp.abs(b - inner), 1.0, values))
+
+    def dual_projection(self, alpha, targets):
+        y = like(alpha, targets)
+        return -y * jnp.clip(-y * alpha, 0, 1)
+
+    def conjugate_prox(self, vector, tau, targets):
+        y, tau = like(vector, targets), per_example("tau", tau, vector)
+        x = -y * vector
+        # b is 1 - b for 1 - x: the smaller of the two has its digits.
+        b = _binary_prox(jnp.minimum(x, 1 - x), tau)
+        return -y * jnp.where(x > 0.5, 1 - b, b)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return newton(self, alpha, z, K, c, targets)
+
 
 class Huber(AbstractLoss):
     r"""$\frac12 r^2$ for $|r| \le \delta$, else $\delta (|r| - \delta / 2)$; r = u - y.
@@ -64,6 +104,7 @@ class Huber(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
     delta: Number = number(1.0)
 
     def __call__(self, outputs, targets):
@@ -85,11 +126,27 @@ class Huber(AbstractLoss):
         g = self.gradient(outputs, targets)
         return diagonal_factor(g, self._curvature(outputs, targets), jnp.zeros_like(g))
 
+    def conjugate(self, alpha, targets):
+        values = alpha * (alpha / 2 + like(alpha, targets))
+        return total(where_inside(jnp.abs(alpha) - self.delta, self.delta, values))
+
+    def dual_projection(self, alpha, targets):
+        return jnp.clip(alpha, -self.delta, self.delta)
+
+    def conjugate_prox(self, vector, tau, targets):
+        tau = per_example("tau", tau, vector)
+        free = (vector - tau * like(vector, targets)) / (1 + tau)
+        return jnp.clip(free, -self.delta, self.delta)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return newton(self, alpha, z, K, c, targets)
+
 
 class Absolute(AbstractLoss):
     r"""$\sum_j |u_j - y_j|$. Its gradient is 0 where $u_j = y_j$."""
 
     smooth: ClassVar[bool] = False
+    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(jnp.abs(outputs - like(outputs, targets)))
@@ -102,3 +159,137 @@ class Absolute(AbstractLoss):
 
     def factor(self, outputs, targets):
         return flat_factor(self.gradient(outputs, targets))
+
+    def conjugate(self, alpha, targets):
+        values = alpha * like(alpha, targets)
+        return total(where_inside(jnp.abs(alpha) - 1, 1.0, values))
+
+    def dual_projection(self, alpha, targets):
+        return jnp.clip(alpha, -1, 1)
+
+    def conjugate_prox(self, vector, tau, targets):
+        tau = per_example("tau", tau, vector)
+        return jnp.clip(vector - tau * like(vector, targets), -1, 1)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return majorized(self, alpha, z, K, c, targets)
+
+
+def _length(vector: Array) -> Array:
+    """The Euclidean norm over the outputs of every example, with their axes."""
+    axes = tuple(range(1, vector.ndim))
+    size = jnp.max(jnp.abs(vector), axes, keepdims=True)
+    size = lax.stop_gradient(jnp.where(size > 0, size, 1))
+    square = jnp.sum((vector / size) ** 2, axes, keepdims=True)
+    return jnp.where(square > 0, size * jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+class Euclidean(AbstractLoss):
+    r"""$\|u - y\|_2$ over all outputs of an example. Its gradient is 0 at u = y."""
+
+    smooth: ClassVar[bool] = False
+    has_conjugate: ClassVar[bool] = True
+
+    def __call__(self, outputs, targets):
+        return total(_length(outputs - like(outputs, targets)))
+
+    def _polar(self, outputs, targets):
+        """1 / |r|, or 0, and the unit vector r / |r|."""
+        r = outputs - like(outputs, targets)
+        length = _length(r)
+        positive = length > 0
+        inverse = jnp.where(positive, 1 / jnp.where(positive, length, 1), 0)
+        return inverse, r * inverse
+
+    def gradient(self, outputs, targets):
+        return self._polar(outputs, targets)[1]
+
+    def hessian_mv(self, outputs, targets, vector):
+        inverse, s = self._polar(outputs, targets)
+        axes = tuple(range(1, outputs.ndim))
+        along = jnp.sum(s * vector, axes, keepdims=True)
+        return inverse * (vector - s * along)
+
+    def factor(self, outputs, targets):
+        inverse, s = self._polar(outputs, targets)
+        axes = tuple(range(1, outputs.ndim))
+        zero, scale = jnp.zeros_like(s), jnp.sqrt(inverse)
+        return ScaledFactor(zero, s, never(s), scale, s, axes)
+
+    def conjugate(self, alpha, targets):
+        excess = total(_length(alpha)) - 1
+        return where_inside(excess, 1.0, total(alpha * like(alpha, targets)))
+
+    def dual_projection(self, alpha, targets):
+        return alpha / jnp.maximum(_length(alpha), 1)
+
+    def conjugate_prox(self, vector, tau, targets):
+        tau = per_example("tau", tau, vector)
+        return self.dual_projection(vector - tau * like(vector, targets), targets)
+
+    def block_update(self, alpha, z, K, c, targets):
+        return majorized(self, alpha, z, K, c, targets)
+
+
+class Poisson(AbstractLoss):
+    r"""$e^u - y u$ for counts $y \ge 0$, summed over the outputs: u is a log-rate.
+
+    The negative log-likelihood without the constant $\ln y!$.
+    """
+
+    smooth: ClassVar[bool] = True
+    has_conjugate: ClassVar[bool] = True
+
+    def __call__(self, outputs, targets):
+        return total(jnp.exp(outputs) - like(outputs, targets) * outputs)
+
+    def gradient(self, outputs, targets):
+        return jnp.exp(outputs) - like(outputs, targets)
+
+    def hessian_mv(self, outputs, targets, vector):
+        return jnp.exp(outputs) * vector
+
+    def factor(self, outputs, targets):
+        g = self.gradient(outputs, targets)
+        return diagonal_factor(g, jnp.exp(outputs), _least(g))
+
+    def conjugate(self, alpha, targets):
+        y = like(alpha, targets)
+        b = jnp.maximum(alpha + y, 0)
+        return total(where_inside(-(alpha + y), 1 + y, xlogy(b, b) - b))
+
+    def dual_projection(self, alpha, targets):
+        return jnp.maximum(alpha, -like(alpha, targets))
+
+    def conjugate_prox(self, vector, tau, targets):
+        y, tau = like(vector, targets), per_example("tau", tau, vector)
+        return scaled_omega(vector + y, tau, jnp.ones_like(tau)) - y
+
+    def block_update(self, alpha, z, K, c, targets):
+        return newton(self, alpha, z, K, c, targets)
+
+
+def _binary_prox(x: Array, tau: Array) -> Array:
+    """The b <= 1/2 with tau ln(b / (1 - b)) + b = x, for x <= 1/2.
+
+    In theta, the logit, b is between e^theta / 2 and e^theta: Newton's method from the
+    root with the former falls to that of a convex function.
+    """
+    half = scaled_omega(x, tau, jnp.full_like(tau, 0.5))
+    # half is e^theta / 2.
+    positive = half > 0
+    log = jnp.log(2 * jnp.where(positive, half, 1))
+    theta = jnp.minimum(jnp.where(positive, log, x / tau), 0)
+
+    def improve(_, theta):
+        b = jax.nn.sigmoid(theta)
+        return theta - (tau * theta + b - x) / (tau + b * (1 - b))
+
+    theta = lax.fori_loop(0, 6, improve, theta)
+    b = jax.nn.sigmoid(theta)
+    # What was lost in theta.
+    safe = jnp.where(b > 0, b, 0.5)
+    error = tau * (jnp.log(safe) - jnp.log1p(-safe)) + safe - x
+    weight = safe * (1 - safe)
+    better = jnp.maximum(b - weight * error / (tau + weight), 0)
+    return jnp.where(b > 0, better, 0)
