@@ -78,10 +78,10 @@ def linearize(
 ) -> tuple[Linearization, PyTree]:
     """The linearization, and what else `predict` returns."""
     outputs, mv, aux = jax.linearize(predict, params, has_aux=True)
+    check_outputs(outputs)
     transpose = jax.linear_transpose(mv, params)
     transpose_mv = lambda v: transpose(v)[0]
     losses = loss(outputs, targets)
-    check_losses(losses, outputs)
     weight = 1 / outputs.shape[0] if reduction == "mean" else 1.0
     cotangent = loss.gradient(outputs, targets)
     return Linearization(
@@ -103,17 +103,11 @@ def linearize(
     ), aux
 
 
-def check_losses(losses: Any, outputs: Any):
+def check_outputs(outputs: Any):
     if not eqx.is_inexact_array(outputs) or outputs.ndim == 0:
         raise TypeError(
             f"The model returned {outputs!r:.200} for the batch; one floating array "
             "whose first axis counts examples is expected."
-        )
-    if jnp.shape(losses) != outputs.shape[:1]:
-        raise ValueError(
-            f"`loss` returned the shape {jnp.shape(losses)} for outputs of shape "
-            f"{outputs.shape}; one number per example, {outputs.shape[:1]}, is "
-            "expected: leave the mean to `reduction`."
         )
 
 

@@ -1,0 +1,342 @@
+"""The door of the oracles: any model, any optimizer, state, failures."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import diffprog as dp
+from diffprog.losses import SoftmaxCrossEntropy, Squared
+from diffprog.oracles import (
+    CG,
+    Cholesky,
+    DualGaussNewton,
+    GaussNewton,
+    Gradient,
+    GradientNorm,
+    MadsenNielsen,
+    ProxLinear,
+    Threshold,
+)
+
+
+KEYS = jr.split(jr.key(4), 12)
+INPUTS, TARGETS = jr.normal(KEYS[0], (6, 3)), jr.normal(KEYS[1], (6, 2))
+MODEL = eqx.nn.MLP(3, 2, 6, 1, jnp.tanh, key=KEYS[2])
+ORACLES = {
+    "gradient": Gradient(),
+    "Gauss-Newton": GaussNewton(0.1),
+    "dual": DualGaussNewton(0.1),
+    "CG": GaussNewton(0.1, CG(max_steps=3)),
+    "prox-linear": ProxLinear(0.1),
+}
+every_oracle = pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
+
+
+def close(a, b, tolerance=1e-12):
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+    jax.tree.map(near, a, b)
+
+
+def arrays(tree):
+    return eqx.filter(tree, eqx.is_inexact_array)
+
+
+# In place of value_and_grad -------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_equinox():
+    loss = lambda model: Squared()(jax.vmap(model)(INPUTS), TARGETS).mean()
+    value, gradient = eqx.filter_value_and_grad(loss)(MODEL)
+    vd = dp.value_and_direction(Squared(), Gradient())
+    found, direction = vd(MODEL, INPUTS, TARGETS)
+    assert jax.tree.structure(direction) == jax.tree.structure(gradient)
+    close((found, direction), (value, gradient))
+
+
+@every_oracle
+def test_jit_vmap_and_the_stateful_call_agree(oracle):
+    vd = dp.value_and_direction(Squared(), oracle)
+    desired = vd(MODEL, INPUTS, TARGETS)
+    close(eqx.filter_jit(vd)(MODEL, INPUTS, TARGETS), desired)
+    (value, aux), direction, _ = vd.step(MODEL, vd.init(MODEL), INPUTS, TARGETS)
+    close((value, direction), desired)
+    assert aux.slope < 0 < aux.decrease and aux.result == dp.RESULTS.successful
+    params, rest = eqx.partition(MODEL, eqx.is_inexact_array)
+    twice = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
+    batched = jax.vmap(lambda p: vd(eqx.combine(p, rest), INPUTS, TARGETS))(twice)
+    close(jax.tree.map(lambda a: a[0], batched), desired, 1e-9)
+
+
+@every_oracle
+def test_any_optimizer_takes_the_direction(oracle):
+    vd = dp.value_and_direction(Squared(), oracle)
+    for optimizer in (optax.sgd(0.1), optax.adam(1e-2)):
+        with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
+            model, state = MODEL, optimizer.init(arrays(MODEL))
+            first, _ = vd(model, INPUTS, TARGETS)
+            for _ in range(10):
+                _, direction = vd(model, INPUTS, TARGETS)
+                updates, state = optimizer.update(direction, state, arrays(model))
+                model = eqx.apply_updates(model, updates)
+            assert vd(model, INPUTS, TARGETS)[0] < first
+
+
+def test_new_numbers_do_not_compile_again():
+    traces = 0
+
+    def predict(model, inputs):
+        nonlocal traces
+        traces += 1
+        return jax.vmap(model)(inputs)
+
+    for damping in (0.1, 0.2):
+        oracle = GaussNewton(damping, CG(max_steps=2, rtol=damping))
+        vd = dp.value_and_direction(Squared(), oracle, predict)
+        for inputs in (INPUTS, 2 * INPUTS):
+            vd(MODEL, inputs, TARGETS)
+    assert traces == 1
+
+
+class Attention(eqx.Module):
+    """Convolution, attention, normalization and a residual, with no registration."""
+
+    conv: eqx.nn.Conv1d
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 3)
+        self.conv = eqx.nn.Conv1d(1, 4, 3, padding=1, key=keys[0])
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=keys[1])
+        self.norm = eqx.nn.LayerNorm(4)
+        self.head = eqx.nn.Linear(4, 2, key=keys[2])
+
+    def __call__(self, x):
+        h = self.conv(x[None]).T
+        h = h + self.attention(*3 * (jax.vmap(self.norm)(h),))
+        return self.head(jnp.mean(h, 0))
+
+
+def test_an_unmodified_model_of_many_kinds_of_layers():
+    model = Attention(KEYS[3])
+    loss, labels = SoftmaxCrossEntropy(), jnp.arange(6) % 2
+    exact = dp.value_and_direction(loss, GaussNewton(0.1, Cholesky()))
+    by_cg = dp.value_and_direction(loss, GaussNewton(0.1, CG(max_steps=40, rtol=1e-14)))
+    _, desired = exact(model, INPUTS, labels)
+    close(by_cg(model, INPUTS, labels)[1], desired, 1e-10)
+
+
+def test_a_flax_module():
+    dense = lambda size: linen.Dense(size, param_dtype=float)
+    module = linen.Sequential([dense(4), jnp.tanh, dense(2)])
+    params = module.init(KEYS[4], INPUTS)
+    vd = dp.value_and_direction(
+        Squared(), GaussNewton(0.1), lambda params, x: module.apply(params, x)
+    )
+    value, direction = vd(params, INPUTS, TARGETS)
+    assert jax.tree.structure(direction) == jax.tree.structure(params)
+    new = jax.tree.map(jnp.subtract, params, direction)
+    assert vd(new, INPUTS, TARGETS)[0] < value
+
+
+def test_scales():
+    step = dp.value_and_direction(Squared(), GaussNewton(0.25))
+    gradient = dp.value_and_direction(Squared(), GaussNewton(0.25), scale="gradient")
+    a, b = (vd(MODEL, INPUTS, TARGETS)[1] for vd in (step, gradient))
+    close(jax.tree.map(lambda a: 0.25 * a, a), b)
+
+
+def test_integer_arrays_of_modules_are_no_parameters():
+    class Permuted(eqx.Module):
+        order: jax.Array
+        linear: eqx.nn.Linear
+
+        def __call__(self, x):
+            return self.linear(x[self.order])
+
+    model = Permuted(jnp.array([2, 0, 1]), eqx.nn.Linear(3, 2, key=KEYS[5]))
+    _, direction = dp.value_and_direction(Squared(), GaussNewton(1.0))(
+        model, INPUTS, TARGETS
+    )
+    assert direction.order is None and direction.linear.weight.shape == (2, 3)
+
+
+# State ----------------------------------------------------------------------------
+
+
+def test_keys_and_model_states_are_handed_on():
+    def predict(model, inputs, *, key, state):
+        outputs = jax.vmap(model)(inputs) + jr.normal(key, (1, 2))
+        return outputs, state + jnp.mean(inputs)
+
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1), predict)
+    state = vd.init(MODEL, jnp.zeros(()))
+    values = []
+    for seed in (0, 1):
+        (value, _), _, state = vd.step(MODEL, state, INPUTS, TARGETS, key=jr.key(seed))
+        values.append(value)
+    close(state.model_state, 2 * jnp.mean(INPUTS))
+    assert values[0] != values[1]
+
+
+def test_keys_are_split_among_examples():
+    model = eqx.nn.Sequential([MODEL, eqx.nn.Dropout(0.5)])
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1), has_aux=True)
+    (_, aux), _ = vd(model, jnp.ones((6, 3)), TARGETS, key=jr.key(0))
+    dropped = aux.outputs == 0
+    assert jnp.any(dropped != dropped[:1])
+
+
+def train(damping, steps=25):
+    vd = dp.value_and_direction(Squared(), GaussNewton(damping))
+    model, state, found = MODEL, vd.init(MODEL), []
+    for _ in range(steps):
+        (value, aux), direction, state = vd.step(model, state, INPUTS, TARGETS)
+        model = eqx.apply_updates(model, jax.tree.map(jnp.negative, direction))
+        found.append((value, aux.damping, aux.ratio))
+    return np.asarray(found, float)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [MadsenNielsen(1.0), Threshold(1.0), GradientNorm(0.1)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_dampings_adapt(rule):
+    values, dampings, ratios = train(rule).T
+    assert values[-1] < 1e-3 * values[0]
+    assert dampings[-1] < 0.5 * dampings[0]
+    assert np.isnan(ratios).all() == (not rule.follows_ratio)
+
+
+def test_a_bad_step_is_rejected():
+    # One step from a tiny damping overshoots.
+    vd = dp.value_and_direction(Squared(), GaussNewton(MadsenNielsen(1e-8)))
+    model = jax.tree.map(lambda a: 6 * a if eqx.is_inexact_array(a) else a, MODEL)
+    state = vd.init(model)
+    (_, aux), direction, after = vd.step(model, state, INPUTS, 30 * TARGETS)
+    assert aux.ratio < 0 and aux.result == dp.RESULTS.successful
+    assert all(jnp.all(d == 0) for d in jax.tree.leaves(direction))
+    assert after.damping.damping == 2 * state.damping.damping
+    assert after.damping.growth == 4
+
+
+def test_rules_of_damping():
+    state = MadsenNielsen(1.0).init()
+    better = MadsenNielsen(1.0).update(state, jnp.asarray(1.0), jnp.asarray(True))
+    close(better.damping, 1 / 3)
+    rule = Threshold(1.0)
+    for ratio, factor in ((0.1, 1.5), (0.5, 1.0), (0.9, 0.5), (jnp.nan, 1.5)):
+        new = rule.update(rule.init(), jnp.asarray(ratio), jnp.asarray(ratio > 0))
+        close(new.damping, factor)
+    rule = GradientNorm(2.0, 0.5)
+    close(rule.damping(rule.init(), jnp.asarray(9.0)), 6.0)
+
+
+# Failures -------------------------------------------------------------------------
+
+
+def nan_model(model):
+    return eqx.tree_at(lambda m: m.layers[0].weight, model, jnp.full((6, 3), jnp.nan))
+
+
+@every_oracle
+def test_numbers_that_go_wrong(oracle):
+    bad = nan_model(MODEL)
+    vd = dp.value_and_direction(Squared(), oracle)
+    with pytest.raises(dp.SolveError, match="not finite"):
+        vd(bad, INPUTS, TARGETS)
+    _, direction = eqx.filter_jit(vd)(bad, INPUTS, TARGETS)
+    assert all(jnp.all(jnp.isnan(d)) for d in jax.tree.leaves(direction))
+    (_, aux), direction, state = vd.step(bad, vd.init(bad), INPUTS, TARGETS)
+    assert aux.result == dp.RESULTS.nonfinite_rollout
+    assert all(jnp.all(d == 0) for d in jax.tree.leaves(direction))
+    assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(arrays(state)))
+
+
+def test_the_gradient_instead():
+    concave = lambda u, y: -jnp.sum((u - y) ** 2, 1)
+    vd = dp.value_and_direction(concave, GaussNewton(0.1), fallback=True, has_aux=True)
+    (_, aux), direction = vd(MODEL, INPUTS, TARGETS)
+    assert aux.result == dp.RESULTS.factorization_failed
+    _, gradient = dp.value_and_direction(concave, Gradient())(MODEL, INPUTS, TARGETS)
+    close(direction, gradient)
+
+
+def test_examples_that_depend_on_each_other():
+    apart = dp.value_and_direction(Squared(), GaussNewton(0.1), check=True)
+    apart(MODEL, INPUTS, TARGETS)
+
+    def predict(model, inputs):
+        outputs = jax.vmap(model)(inputs)
+        return outputs - jnp.mean(outputs, 0, keepdims=True)
+
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1), predict, check=True)
+    with pytest.raises(ValueError, match="examples are not independent"):
+        vd(MODEL, INPUTS, TARGETS)
+    with pytest.raises(ValueError, match="call outside `jit`"):
+        eqx.filter_jit(vd)(MODEL, INPUTS, TARGETS)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda vd: vd({"w": jnp.ones(3)}, INPUTS, TARGETS),
+            TypeError,
+            "The model is a dict, which cannot be called: give",
+        ),
+        (
+            lambda vd: vd(eqx.nn.Identity(), INPUTS, TARGETS),
+            TypeError,
+            "no floating array",
+        ),
+        (
+            lambda vd: vd(MODEL, INPUTS, TARGETS[:, 0]),
+            ValueError,
+            "`targets` has shape",
+        ),
+        (
+            lambda vd: vd.step(MODEL, None, INPUTS, TARGETS),
+            TypeError,
+            r"start with `init\(model\)`",
+        ),
+        (
+            lambda vd: vd.step(MODEL, vd.init(MODEL, 0.0), INPUTS, TARGETS),
+            ValueError,
+            "The model has a state: give",
+        ),
+    ],
+)
+def test_wrong_calls(call, error, message, unchecked):
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1))
+    with pytest.raises(error, match=message):
+        call(vd)
+
+
+def test_wrong_definitions(unchecked):
+    make = dp.value_and_direction
+    predict = lambda params, x: x @ params["w"]
+    params = {"w": jnp.ones((3, 2)), "n": jnp.arange(2)}
+    with pytest.raises(TypeError, match=r"The parameter \['n'\] has dtype int64"):
+        make(Squared(), Gradient(), predict)(params, INPUTS, TARGETS)
+    with pytest.raises(TypeError, match="`oracle` is the class GaussNewton"):
+        make(Squared(), GaussNewton)  # pyright: ignore
+    with pytest.raises(TypeError, match="`predict` is 3"):
+        make(Squared(), Gradient(), 3)  # pyright: ignore
+    with pytest.raises(ValueError, match="`scale` is 'unit'"):
+        make(Squared(), Gradient(), scale="unit")  # pyright: ignore
+    with pytest.raises(ValueError, match="`reduction` is 'average'"):
+        make(Squared(), Gradient(), reduction="average")  # pyright: ignore
+    total = lambda u, y: jnp.mean((u - y) ** 2)
+    with pytest.raises(ValueError, match="one loss per example"):
+        make(total, Gradient())(MODEL, INPUTS, TARGETS)
+    with pytest.raises(TypeError, match="one floating array whose first axis"):
+        outputs = lambda model, x: (jax.vmap(model)(x), x)
+        make(Squared(), Gradient(), outputs)(MODEL, INPUTS, TARGETS)
