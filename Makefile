@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test check docs bench bench-losses bench-gpu clean
+.PHONY: venv demo test check docs bench bench-losses bench-oracles bench-gpu clean
 
 venv: .venv/.installed
 
@@ -48,6 +48,9 @@ bench: .venv/.bench
 
 bench-losses: .venv/.bench
 	$(BIN)/python -m benchmarks.losses $(ARGS)
+
+bench-oracles: venv
+	$(BIN)/python -m benchmarks.oracles $(ARGS)
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
