@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._door import door
+from ._model import check_apart, first_half_twice, is_parameter, split
 from ._network_problem import check_reduction, Reduction
 from ._result import RESULTS, throw_unless_successful
 from ._tree import all_finite, norm, scale, vdot, where
@@ -94,7 +93,7 @@ class ValueAndDirection(eqx.Module):
         With a `model_state` (running means, say) `predict` is given it as `state=`, and
         returns the outputs and the new one.
         """
-        arrays, frozen = _split(model, self.predict)
+        arrays, frozen = split(model, self.predict)
         return _init_door(self, arrays, frozen, model_state)
 
     def step(
@@ -117,13 +116,13 @@ class ValueAndDirection(eqx.Module):
                 f"`state` is a {type(state).__name__}; start with `init(model)`."
             )
         arrays, frozen = self._split(model, inputs, key, state.model_state)
-        return _step_door(self, arrays, frozen, state, inputs, targets, key)
+        return _step_door(self, arrays, frozen, state, inputs, targets, key, True)
 
     def _split(self, model, inputs, key, model_state=None):
-        arrays, frozen = _split(model, self.predict)
+        arrays, frozen = split(model, self.predict)
         if self.check:
             options = (inputs, model_state, key)
-            _check_apart(_outputs_door(self, arrays, frozen, *options))
+            check_apart(_outputs_door(self, arrays, frozen, *options))
         return arrays, frozen
 
 
@@ -201,65 +200,12 @@ def value_and_direction(
     )
 
 
-# The model, taken apart -----------------------------------------------------------
-
-
-class _Frozen:
-    """The part of a model that is code: everything but its arrays."""
-
-    def __init__(self, tree: PyTree):
-        leaves, self.treedef = jtu.tree_flatten(tree)
-        self.leaves = tuple(leaves)
-
-    def _key(self):
-        return self.treedef, self.leaves, tuple(map(type, self.leaves))
-
-    def __hash__(self):
-        return hash(self._key())
-
-    def __eq__(self, other):
-        return isinstance(other, _Frozen) and self._key() == other._key()
-
-    def tree(self) -> PyTree:
-        return jtu.tree_unflatten(self.treedef, self.leaves)
-
-
-def _is_array(leaf) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray)
-
-
-def _is_parameter(leaf) -> bool:
-    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _split(model: PyTree, predict: Callable | None) -> tuple[PyTree, _Frozen]:
-    """The arrays of a model, and the rest."""
-    if predict is None and not callable(model):
-        raise TypeError(
-            f"The model is a {type(model).__name__}, which cannot be called: give "
-            "`dp.value_and_direction` a `predict`, such as `lambda params, x: "
-            "module.apply(params, x)`."
-        )
-    leaves = jtu.tree_leaves_with_path(model)
-    if not any(_is_parameter(leaf) for _, leaf in leaves):
-        raise TypeError(
-            "The model has no floating array, so there is nothing to train."
-        )
-    if not isinstance(model, eqx.Module):  # a module may well hold indices
-        for path, leaf in leaves:
-            if _is_array(leaf) and not _is_parameter(leaf):
-                raise TypeError(
-                    f"The parameter {jtu.keystr(path)} has dtype {leaf.dtype}; "
-                    "parameters are floating: convert it with `.astype(float)`, or "
-                    "keep it out of the parameters."
-                )
-    arrays, rest = eqx.partition(model, _is_array)
-    return arrays, _Frozen(rest)
+# The model -----------------------------------------------------------------------
 
 
 def _predictor(vd: ValueAndDirection, arrays, frozen, inputs, model_state, key):
     """`params -> outputs, model_state`, and the parameters."""
-    params, constants = eqx.partition(jtu.tree_map(jnp.asarray, arrays), _is_parameter)
+    params, constants = eqx.partition(jtu.tree_map(jnp.asarray, arrays), is_parameter)
     rest = eqx.combine(constants, frozen.tree())
     run = _runner(vd, inputs, model_state, key)
     return lambda params: run(eqx.combine(params, rest)), params
@@ -306,33 +252,13 @@ def _init(vd, arrays, frozen, model_state) -> DirectionState:
 def _outputs(vd, arrays, frozen, inputs, model_state, key):
     """The outputs for a batch, and for one whose second half is its first again."""
     found = []
-    for batch in (inputs, jtu.tree_map(_first_half_twice, inputs)):
+    for batch in (inputs, jtu.tree_map(first_half_twice, inputs)):
         predict, params = _predictor(vd, arrays, frozen, batch, model_state, key)
         found.append(predict(params)[0])
     return tuple(found)
 
 
-def _first_half_twice(a):
-    half = (a.shape[0] + 1) // 2
-    return jnp.concatenate([a[:half], a[: a.shape[0] - half]])
-
-
-def _check_apart(found):
-    outputs, others = found
-    if isinstance(outputs, Tracer):
-        raise ValueError("`check=True` looks at numbers: call outside `jit` for it.")
-    half = (outputs.shape[0] + 1) // 2
-    change = jnp.max(jnp.abs(outputs - others)[:half])
-    if change > jnp.sqrt(jnp.finfo(outputs.dtype).eps) * jnp.max(jnp.abs(outputs)):
-        raise ValueError(
-            f"The outputs of the first {half} examples change by {change:.1e} when the "
-            "others do, so examples are not independent. Use a layer that keeps them "
-            "apart (`eqx.nn.GroupNorm`, or batch normalization in inference mode), or "
-            "an oracle that does not need it, and leave `check=False`."
-        )
-
-
-def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key):
+def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, adapt):
     predict, params = _predictor(vd, arrays, frozen, inputs, state.model_state, key)
     model = eqx.combine(jtu.tree_map(jnp.asarray, arrays), frozen.tree())
     run = _runner(vd, inputs, state.model_state, key)
@@ -356,13 +282,13 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key):
     ok = result == RESULTS.successful
     slope = vdot(at.gradient, proposal.step)
     ratio, next_damping, keep = jnp.full_like(slope, jnp.nan), state.damping, ok
-    if rule is not None and rule.follows_ratio:
+    if adapt and rule is not None and rule.follows_ratio:
         step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, params))
         after = at.value_at(jtu.tree_map(jnp.add, params, step))
         ratio = jnp.where(ok, (at.value - after) / proposal.decrease, jnp.nan)
         accepted = jnp.isfinite(ratio) & (ratio > 0)
         next_damping = rule.update(state.damping, ratio, accepted)
-        keep = ok & accepted if rule.reject else ok
+        keep = ok & rule.keep(accepted)
     direction = scale(-1, proposal.step)
     if vd.scale == "gradient":
         unit = proposal.unit
@@ -400,7 +326,9 @@ def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
 def _call(vd, arrays, frozen, inputs, targets, key):
     """A step without memory; what nobody asks for is not computed."""
     state = _init(vd, arrays, frozen, None)
-    (value, aux), direction, _ = _step(vd, arrays, frozen, state, inputs, targets, key)
+    (value, aux), direction, _ = _step(
+        vd, arrays, frozen, state, inputs, targets, key, False
+    )
     if not vd.fallback:
         good = aux.result == RESULTS.successful
         direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)

@@ -30,6 +30,7 @@ FLOORS = {
     "_result": 1,
     "_tree": 1,
     "_chain": 2,
+    "_model": 2,
     "_network": 2,
     "_door": 2,
     "_discretize": 2,

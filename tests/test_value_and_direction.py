@@ -223,8 +223,12 @@ def test_a_bad_step_is_rejected():
     (_, aux), direction, after = vd.step(model, state, INPUTS, 30 * TARGETS)
     assert aux.ratio < 0 and aux.result == dp.RESULTS.successful
     assert all(jnp.all(d == 0) for d in jax.tree.leaves(direction))
+    assert state.damping is not None and after.damping is not None
     assert after.damping.damping == 2 * state.damping.damping
     assert after.damping.growth == 4
+    # Without a state there is nothing to adapt.
+    _, direction = vd(model, INPUTS, 30 * TARGETS)
+    assert any(jnp.any(d != 0) for d in jax.tree.leaves(direction))
 
 
 def test_rules_of_damping():

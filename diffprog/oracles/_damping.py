@@ -25,7 +25,6 @@ class AbstractDamping(eqx.Module):
     """
 
     follows_ratio: eqx.AbstractClassVar[bool]  # else h(w + d) is not needed
-    reject: eqx.AbstractVar[bool]  # whether a step that does not decrease h is dropped
 
     @abc.abstractmethod
     def init(self) -> DampingState:
@@ -41,6 +40,10 @@ class AbstractDamping(eqx.Module):
     ) -> DampingState:
         """The state after a step."""
 
+    @abc.abstractmethod
+    def keep(self, accepted: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether the step is made, where `accepted` says that it decreases h."""
+
 
 def _start(value: Any) -> DampingState:
     damping = jnp.asarray(value)
@@ -53,7 +56,6 @@ class Constant(AbstractDamping):
     value: Number
 
     follows_ratio: ClassVar[bool] = False
-    reject: ClassVar[bool] = False
 
     def __check_init__(self):
         check_positive("damping", self.value)
@@ -66,6 +68,9 @@ class Constant(AbstractDamping):
 
     def update(self, state, ratio, accepted):
         return state
+
+    def keep(self, accepted):
+        return accepted | True
 
 
 class MadsenNielsen(AbstractDamping):
@@ -102,6 +107,9 @@ class MadsenNielsen(AbstractDamping):
         damping = jnp.where(accepted, better, state.damping * state.growth)
         growth = jnp.where(accepted, 2.0, 2 * state.growth).astype(damping.dtype)
         return DampingState(jnp.clip(damping, self.minimum, self.maximum), growth)
+
+    def keep(self, accepted):
+        return accepted | (not self.reject)
 
 
 class Threshold(AbstractDamping):
@@ -143,6 +151,9 @@ class Threshold(AbstractDamping):
         damping = jnp.clip(state.damping * factor, self.minimum, self.maximum)
         return DampingState(damping, state.growth)
 
+    def keep(self, accepted):
+        return accepted | (not self.reject)
+
 
 class GradientNorm(AbstractDamping):
     r"""$\lambda = \max(\text{minimum}, \text{factor} \, \|\nabla h\|^{\text{power}})$.
@@ -161,7 +172,6 @@ class GradientNorm(AbstractDamping):
     minimum: Number = number(1e-8)
 
     follows_ratio: ClassVar[bool] = False
-    reject: ClassVar[bool] = False
 
     def __check_init__(self):
         check_positive("factor", self.factor)
@@ -175,6 +185,9 @@ class GradientNorm(AbstractDamping):
 
     def update(self, state, ratio, accepted):
         return state
+
+    def keep(self, accepted):
+        return accepted | True
 
 
 def check_positive(name: str, value: Any):
