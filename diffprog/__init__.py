@@ -26,6 +26,10 @@ from ._expand import (
     QuadraticModel as QuadraticModel,
     quadratize as quadratize,
 )
+from ._layer_constants import (
+    LayerConstants as LayerConstants,
+    SmoothRelu as SmoothRelu,
+)
 from ._lqr import (
     AbstractRiccati as AbstractRiccati,
     LQR as LQR,
@@ -49,6 +53,12 @@ from ._search import (
     SearchState as SearchState,
     Trial as Trial,
     Verdict as Verdict,
+)
+from ._smoothness import (
+    jacobian_norm as jacobian_norm,
+    smooth_relus as smooth_relus,
+    Smoothness as Smoothness,
+    smoothness as smoothness,
 )
 from ._solution import Solution as Solution
 from ._solve import (

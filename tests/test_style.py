@@ -32,10 +32,12 @@ FLOORS = {
     "_chain": 2,
     "_model": 2,
     "_network": 2,
+    "_layer_constants": 2,
     "_door": 2,
     "_discretize": 2,
     "losses": 3,
     "_network_problem": 3,
+    "_smoothness": 3,
     "_rollout": 3,
     "_expand": 4,
     "_lqr": 5,
@@ -209,7 +211,8 @@ def test_public_names_are_documented(name):
 
 @pytest.mark.parametrize("name", [n for n in PUBLIC if n in
     ("Solution", "LQRSolution", "Policy", "Value", "Trajectory", "LinearModel",
-     "QuadraticModel", "SolverState")])  # fmt: skip
+     "QuadraticModel", "SolverState", "Smoothness", "LayerConstants",
+     "SmoothRelu")])  # fmt: skip
 def test_fields_and_docs_agree(name):
     cls = getattr(dp, name)
     fields = {f for f in cls.__dataclass_fields__ if not f.startswith("_")}
