@@ -58,7 +58,7 @@ CASES = {
 }
 # These only take part where every generator must.
 GENERATORS = {
-    "LeCam": (losses.FLoss(LeCam(), "unit", temperature=2.0), U, LABELS),
+    "LeCam": (losses.FLoss(LeCam(), "unit", temperature=2.0), U, LABELS),  # pyright: ignore
     "Alpha3": (losses.FLoss(Alpha(3.0), MEASURE), U, SOFT),
     "traced": (losses.FLoss(Alpha(jnp.array(0.7)), MEASURE), U, SOFT),
 }
@@ -124,33 +124,37 @@ def test_gradient_hessian_and_factor(name):
 
 
 def test_kinks():
-    zero = jnp.zeros((1, 2))
-    for loss in (losses.Absolute(), losses.Euclidean()):
-        close(loss.gradient(zero, zero), zero)
-        close(loss.hessian_mv(zero, zero, zero + 1), zero)
-        close(jax.grad(lambda u: jnp.sum(losses.Euclidean()(u, zero)))(zero), zero)
-    one = jnp.ones((1, 2))
-    close(losses.Hinge().gradient(one, one), zero)
-    close(losses.Hinge().gradient(one, jnp.array([1])), [[1.0, -1.0]])
+    @jax.jit
+    def run(zero):
+        loss = losses.Euclidean()
+        out = [jax.grad(lambda u: jnp.sum(loss(u, zero)))(zero)]
+        for loss in (losses.Absolute(), loss):
+            out += [loss.gradient(zero, zero), loss.hessian_mv(zero, zero, zero + 1)]
+        out += [losses.Hinge().gradient(zero + 1, zero + 1)]
+        return jnp.stack(out), losses.Hinge().gradient(zero, jnp.array([1]))
+
+    zeros, first = run(jnp.zeros((1, 2)))
+    close(zeros, 0)
+    close(first, [[1.0, -1.0]])
 
 
 def test_negative_curvature():
     loss = losses.as_loss(lambda u, y: jnp.sum((u * u - y) ** 2, -1))
-    u, y = jnp.array([[0.1, 3.0], [2.0, 2.0]]), jnp.ones((2, 2))
-    factor = loss.factor(u, y)
-    assert factor.negative_curvature.tolist() == [True, False]
+    u = jnp.array([[0.1, 3.0], [2.0, 2.0]])
+    d = derivatives(loss, u, jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert d["negative"].tolist() == [True, False]
     # The positive part, and all of the gradient.
-    positive = factor.mv(factor.transpose_mv(jnp.ones((2, 2))))
-    close(positive, jnp.maximum(12 * u * u - 4, 0), 1e-11)
-    close(factor.mv(factor.rho) + factor.remainder, loss.gradient(u, y), 1e-11)
+    close(d["RRv"], jnp.maximum(12 * u * u - 4, 0), 1e-11)
+    close(d["g"], d["gradient"], 1e-11)
 
 
 # A Gauss-Newton step by the factor ------------------------------------------------
 
 
+@eqx.filter_jit
 def gauss_newton(loss, u, y, J, c):
     """-(J' H J + c I)^-1 J' g by a system of the size of the outputs."""
-    f = loss.factor(u, y)
+    f, c = loss.factor(u, y), c.astype(u.dtype)
     n = u.size
     columns = jax.vmap(f.mv)(jnp.eye(n, dtype=u.dtype).reshape(n, *u.shape))
     R, g = columns.reshape(n, n).T, loss.gradient(u, y).ravel()
@@ -163,11 +167,13 @@ def gauss_newton(loss, u, y, J, c):
     return whitened, -J.T @ (g - R @ x) / c, R, g
 
 
-@every
+@pytest.mark.parametrize(
+    "name", ["Huber", "Euclidean", "CE-labels", "sparsemax", "custom"]
+)
 def test_the_step_with_a_remainder(name):
     loss, u, y = case(name)
-    J = jnp.asarray(RNG.normal(size=(u.size, 30))) / 5
-    d, _, R, g = gauss_newton(loss, u, y, J, 1e-2)
+    J = jnp.asarray(np.random.default_rng(1).normal(size=(u.size, 30))) / 5
+    d, _, R, g = gauss_newton(loss, u, y, J, jnp.asarray(1e-2))
     dense = J.T @ R @ R.T @ J + 1e-2 * jnp.eye(30)
     expected = -jnp.linalg.solve(dense, J.T @ g)
     close(d, expected, 1e-9 * float(jnp.max(jnp.abs(expected))))
@@ -195,15 +201,16 @@ def network(scale):
 def test_the_step_in_float32(scale):
     u, J, labels = network(scale)
     loss, low = losses.SoftmaxCrossEntropy(), jnp.float32
+    error = 0.0
     for damping in (1e-2, 1e-4, 1e-6) if scale == 1 else (1e-2, 1e-4):
-        c = 32 * damping
+        c = jnp.asarray(32 * damping)
         exact, *_ = gauss_newton(loss, u, labels, J, c)
         step, plain, *_ = gauss_newton(loss, u.astype(low), labels, J.astype(low), c)
         size = jnp.linalg.norm(exact)
         assert jnp.linalg.norm(step.astype(float) - exact) <= 1e-5 * size
+        error = jnp.linalg.norm(plain.astype(float) - exact) / size
     # Without rho the difference of two large numbers is left.
-    error = jnp.linalg.norm(plain.astype(float) - exact)
-    assert scale > 1 or error > 1e-3 * size
+    assert scale > 1 or error > 1e-3
 
 
 def test_labels_without_probability():
@@ -239,7 +246,7 @@ def test_conjugate_and_projection(name):
     loss, u, y = case(name)
     d = conjugates(loss, u, jnp.asarray(V).reshape(u.shape), y)
     close(d["equality"], 0, 1e-11)
-    assert jnp.isfinite(d["inside"]).all() or name == "ReverseKL"  # f(0) is infinite
+    assert jnp.isfinite(d["inside"]).all()
     close(d["again"], 0, 1e-14)
     assert (d["angle"] <= 1e-11).all()
     assert jnp.isinf(jnp.where(d["outside"], d["beyond"], jnp.inf)).all()
@@ -260,7 +267,7 @@ numbers = st.lists(st.floats(-20, 20), min_size=3 * M * K, max_size=3 * M * K)
     max_examples=15,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 @given(numbers=numbers, mix=st.floats(0, 1))
 def test_fenchel_young_inequality(name, numbers, mix):
@@ -272,42 +279,56 @@ def test_fenchel_young_inequality(name, numbers, mix):
 
 
 @eqx.filter_jit
-def proximal(loss, v, tau, y):
+def proximal(loss, v, tau, y, point):
     a = loss.conjugate_prox(v, tau, y)
     column = tau.reshape(-1, *(1,) * (v.ndim - 1))
-    u = loss.prox(v, tau, y)
-    points = loss.gradient(jnp.stack([v[::-1], 0 * v, 3 * v])[1], y)
     objective = lambda a: tau * loss.conjugate(a, y) + dot(a - v, a - v) / 2
-    return {
-        "a": a,
-        "u": u,
-        "gap": gap(loss, (v - a) / column, a, y),
-        "stationary": (u + column * loss.gradient(u, y) - v) / (1 + column),
-        "best": objective(a),
-        "others": jnp.stack([objective(points), objective(loss.gradient(v, y))]),
-    }
+    return a, gap(loss, (v - a) / column, a, y), objective(point) - objective(a)
 
 
 @pytest.mark.parametrize("name", [*DUAL, *GENERATORS])
-def test_proximal_operators(name):
+def test_conjugate_prox(name):
     loss, u, y = case(name)
     v, tau = jnp.asarray(V).reshape(u.shape), jnp.asarray(TAUS)
-    d = proximal(loss, v, tau, y)
-    # (v - a) / tau is in the subdifferential of l*; to the digits that tau leaves.
-    close(d["gap"] * jnp.minimum(tau, 1), 0, 1e-12)
-    if loss.smooth:
-        close(d["stationary"], 0, 1e-9)
-    assert (d["best"] <= d["others"] * (1 + 1e-12) + 1e-12).all()
+    a, left, more = proximal(loss, v, tau, y, loss.gradient(u, y))
+    # (v - a) / tau is in the subdifferential of l*, to the digits that tau leaves.
+    close(left * jnp.minimum(tau, 1), 0, 1e-12)
+    assert (more >= -1e-12 * (1 + tau)).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["Logistic", "Poisson", "Hinge-labels", "CE-labels", "CE-soft", "Alpha3"]
+)
+def test_conjugate_prox_in_float32(name):
     low = jnp.float32
-    loss, _, y = case(name, low)
-    single = proximal(loss, v.astype(low), tau.astype(low), y)
-    assert single["a"].dtype == single["u"].dtype == low
-    close(single["a"], d["a"], 3e-6)
+    loss, u, y = case(name)
+    run = eqx.filter_jit(lambda loss, *args: loss.conjugate_prox(*args))
+    exact = run(loss, jnp.asarray(V), jnp.asarray(TAUS), y)
+    loss, u, y = case(name, low)
+    single = run(loss, jnp.asarray(V, low), jnp.asarray(TAUS, low), y)
+    assert single.dtype == low
+    close(single, exact, 3e-6)
+
+
+@pytest.mark.parametrize("name", ["Squared", "Huber", "Poisson", "CE-labels"])
+def test_prox(name):
+    loss, u, y = case(name)
+    v, tau = jnp.asarray(V).reshape(u.shape), jnp.asarray(TAUS)
+
+    @eqx.filter_jit
+    def run(loss, v, tau, y):
+        u = loss.prox(v, tau, y)
+        return u, loss.gradient(u, y), loss.prox(v, 0.5, y)
+
+    u, g, half = run(loss, v, tau, y)
+    column = tau[:, None]
+    close((u + column * g - v) / (1 + column), 0, 1e-8)
+    close(half + 0.5 * loss.gradient(half, y), v, 1e-11)
 
 
 def bisect(fn, low, high):
     """The root of a falling function, entry by entry."""
-    for _ in range(200):
+    for _ in range(70):
         middle = (low + high) / 2
         low, high = np.where(fn(middle) > 0, [middle, high], [low, middle])
     return (low + high) / 2
@@ -325,7 +346,8 @@ def bisect(fn, low, high):
 )
 def test_proximal_operators_by_bisection(name, q, link):
     loss, u, y = case(name)
-    a = proximal(loss, jnp.asarray(V), jnp.asarray(TAUS), y)["a"]
+    v, tau = jnp.asarray(V), jnp.asarray(TAUS)
+    a, *_ = proximal(loss, v, tau, y, loss.gradient(u, y))
     hot = (
         np.eye(K)[LABELS] * 0.9 + 0.1 / K if name == "ReverseKL" else np.eye(K)[LABELS]
     )
@@ -353,10 +375,17 @@ def block(loss, alpha, z, K, c, y):
     return a, gap(loss, u, a, y), objective(a), objective(alpha)
 
 
-@dual
+# Losses whose block updates share no code with those of another.
+BLOCKS = [n for n in DUAL if n not in ("CE-labels", "CE-soft", "KL", "entmax")]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_block_updates(name):
     loss, u, y = case(name)
-    A = RNG.normal(size=(M, K, 2)) * np.array([0.0, 1.0, 3.0, 1.0, 10.0])[:, None, None]
+    A = (
+        np.random.default_rng(1).normal(size=(M, K, 2))
+        * np.array([0.0, 1.0, 3.0, 1.0, 10.0])[:, None, None]
+    )
     kernel = jnp.asarray(A @ A.transpose(0, 2, 1))
     alpha = loss.gradient(jnp.asarray(V).reshape(u.shape) / 4, y)
     for c in (1e-2, 1.0):
@@ -364,7 +393,7 @@ def test_block_updates(name):
         assert (after <= before + 1e-12 * (1 + jnp.abs(before))).all()
         close(left[0], 0, 1e-10)  # K = 0
         if loss.smooth:
-            close(left, 0, 1e-9)
+            close(left, 0, 1e-8)
     lower = jax.eval_shape(
         loss.block_update, *(a.astype(jnp.float32) for a in (alpha, u, kernel)), 1.0,
         case(name, jnp.float32)[2],
@@ -405,43 +434,58 @@ def test_labels_out_of_range_under_jit(name):
         loss.gradient(u, labels)
 
 
+@eqx.filter_jit
+def some(loss, u, y):
+    a = loss.conjugate_prox(u, 0.7, y)
+    g = loss.gradient(u, y)
+    return g, a, loss.conjugate(a, y), loss.dual_projection(u, y)
+
+
 def test_excluded_classes():
-    loss = losses.FLoss(Alpha(1.5), jnp.array([1.0, 0.0, 2.0]))
-    small = losses.FLoss(Alpha(1.5), jnp.array([1.0, 2.0]))
+    loss = losses.FLoss(ChiSquare(), jnp.array([1.0, 0.0, 2.0]))
+    small = losses.FLoss(ChiSquare(), jnp.array([1.0, 2.0]))
     u, y = jnp.array([[0.3, 5.0, -0.2]]), jnp.array([[0.4, 0.0, 0.6]])
     cut = lambda a: a[:, ::2]
-    close(cut(loss.gradient(u, y)), small.gradient(cut(u), cut(y)))
-    a, b = loss.conjugate_prox(u, 0.7, y), small.conjugate_prox(cut(u), 0.7, cut(y))
-    close(cut(a), b)
-    close(a[:, 1], 0)
-    close(loss.conjugate(a, y), small.conjugate(b, cut(y)))
-    close(cut(loss.dual_projection(u, y)), small.dual_projection(cut(u), cut(y)))
+    whole, part = some(loss, u, y), some(small, cut(u), cut(y))
+    for i in (0, 1, 3):
+        close(cut(whole[i]), part[i])
+        close(whole[i][:, 1], 0)
+    close(whole[2], part[2])
     assert jnp.isinf(loss.conjugate(jnp.array([[-0.1, 0.1, 0.0]]), y)).all()
 
 
 def test_a_temperature_per_row():
-    loss = losses.FLoss(KL(), temperature=jnp.array([0.5, 2.0]))
     u, y = jnp.asarray(U[:2]), jnp.asarray(SOFT[:2])
+    both = some(losses.FLoss(KL(), temperature=jnp.array([0.5, 2.0])), u, y)
     for i, temperature in enumerate([0.5, 2.0]):
-        one, row = losses.FLoss(KL(), temperature=temperature), slice(i, i + 1)
-        for method in ("gradient", "conjugate"):
-            g = loss.gradient(u, y)
-            at, some = (u, u[row]) if method == "gradient" else (g, g[row])
-            each = getattr(one, method)(some, y[row])
-            close(getattr(loss, method)(at, y)[row], each)
-        a = one.conjugate_prox(u[row], 0.3, y[row])
-        close(loss.conjugate_prox(u, 0.3, y)[row], a)
+        loss = losses.FLoss(KL(), temperature=jnp.array([temperature] * 2))
+        for a, b in zip(both, some(loss, u, y)):
+            close(a[i], b[i])
 
 
 def test_vmap_and_eager():
     loss, u, y = case("Logistic")
     v, tau = jnp.asarray(V), jnp.asarray(TAUS)
-    together = proximal(loss, v, tau, y)["a"]
+    together = eqx.filter_jit(loss.conjugate_prox)(v, tau, y)
     close(loss.conjugate_prox(v, tau, y), together, 1e-13)
     one = lambda v, tau, y: loss.conjugate_prox(v[None], tau, y[None])[0]
-    close(jax.vmap(one)(v, tau, y), together, 1e-13)
-    pairs = jax.vmap(loss.factor)(u[:, None], y[:, None])
-    close(pairs.rho[:, 0], loss.factor(u, y).rho, 1e-14)
+    close(jax.jit(jax.vmap(one))(v, tau, y), together, 1e-13)
+
+
+def test_many_products_in_float32():
+    # Sums of products that share an argument over many rows.
+    loss, u, labels = losses.SoftmaxCrossEntropy(), jnp.asarray(U), jnp.asarray(LABELS)
+    v = jnp.asarray(np.random.default_rng(1).normal(size=(2000, M, K)))
+
+    @jax.jit
+    def run(u, v):
+        f = loss.factor(u, labels)
+        product = jax.vmap(lambda v: loss.hessian_mv(u, labels, v))
+        return product(v), jax.vmap(f.mv)(v), jax.vmap(f.transpose_mv)(v)
+
+    low = run(u.astype(jnp.float32), v.astype(jnp.float32))
+    for a, b in zip(low, run(u, v)):
+        close(a, b, 1e-5)
 
 
 def test_a_loss_is_taken_as_it_is():
@@ -473,7 +517,7 @@ def test_wrong_calls(unchecked):
     with pytest.raises(TypeError, match="the class Squared"):
         losses.as_loss(losses.Squared)
     with pytest.raises(TypeError, match="'squared'; a loss such as"):
-        losses.as_loss("squared")
+        losses.as_loss("squared")  # pyright: ignore
     with pytest.raises(ValueError, match="one loss per example, shape .5,."):
         losses.as_loss(lambda u, y: jnp.mean((u - y) ** 2)).gradient(u, y)
     for loss in (losses.Squared(), losses.SoftmaxCrossEntropy(), losses.Hinge()):

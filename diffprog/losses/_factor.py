@@ -53,13 +53,14 @@ class ScaledFactor(AbstractFactor):
     remainder: Float[Array, "examples ..."] | None
     negative_curvature: Bool[Array, " examples"]
     scale: Float[Array, "examples ..."]
-    s: Float[Array, "examples ..."] | None
-    axes: tuple[int, ...] = eqx.field(static=True)
+    s: Float[Array, "examples ..."] | None = None
+    by_rows: bool = eqx.field(static=True, default=True)  # else by examples
 
     def _project(self, vector):
         if self.s is None:
             return vector
-        return vector - self.s * jnp.sum(self.s * vector, self.axes, keepdims=True)
+        dot = row_dot if self.by_rows else example_dot
+        return vector - self.s * dot(self.s, vector)
 
     def mv(self, vector):
         return self.scale * self._project(vector)
@@ -83,6 +84,22 @@ class DenseFactor(AbstractFactor):
         return batched_mv(jnp.matrix_transpose(self.R), vector)
 
 
+def row_dot(a: Array, b: Array) -> Array:
+    """The inner product over the last axis, which stays with length 1.
+
+    Not a sum of products: on the CPU XLA of jaxlib 0.10.2 gets s sum(s v) wrong in
+    float32 where one of both has another axis, as under `vmap`, and rows are many.
+    """
+    precision = lax.Precision.HIGHEST
+    return jnp.einsum("...j,...j->...", a, b, precision=precision)[..., None]
+
+
+def example_dot(a: Array, b: Array) -> Array:
+    """The inner product over all but the first axis, which stay with length 1."""
+    n, ones = a.shape[0], (1,) * (a.ndim - 1)
+    return row_dot(a.reshape(n, -1), b.reshape(n, -1)).reshape(n, *ones)
+
+
 def batched_mv(matrix: Float[Array, "examples k k"], vector: Array) -> Array:
     """The product of every example, whose outputs may have any shape."""
     flat = vector.reshape(matrix.shape[:2])
@@ -99,7 +116,7 @@ def never(outputs: Array) -> Bool[Array, " examples"]:
 def flat_factor(gradient: Array) -> ScaledFactor:
     """Of a loss without curvature."""
     zero = jnp.zeros_like(gradient)
-    return ScaledFactor(zero, gradient, never(gradient), zero, None, ())
+    return ScaledFactor(zero, gradient, never(gradient), zero)
 
 
 def diagonal_factor(gradient: Array, weights: Array, least: Array) -> ScaledFactor:
@@ -111,7 +128,7 @@ def diagonal_factor(gradient: Array, weights: Array, least: Array) -> ScaledFact
     scale = jnp.sqrt(weights)
     rho = jnp.where(inside, gradient / jnp.where(inside, scale, 1), 0)
     remainder = jnp.where(inside, 0, gradient)
-    return ScaledFactor(rho, remainder, never(gradient), scale, None, ())
+    return ScaledFactor(rho, remainder, never(gradient), scale)
 
 
 def class_factor(gradient: Array, w: Array) -> ScaledFactor:
@@ -137,4 +154,4 @@ def class_factor(gradient: Array, w: Array) -> ScaledFactor:
     numerator = jnp.where(inside, gradient - kept * (excess / positive(total(kept))), 0)
     rho = numerator / jnp.sqrt(positive(kept))
     s = jnp.sqrt(w / positive(total(w)))
-    return ScaledFactor(rho, left + share, never(gradient), jnp.sqrt(w), s, (-1,))
+    return ScaledFactor(rho, left + share, never(gradient), jnp.sqrt(w), s)

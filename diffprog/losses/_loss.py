@@ -23,8 +23,8 @@ class AbstractLoss(eqx.Module):
     methods ask, with one vector alpha of the shape of the outputs for every example.
 
     - `smooth`: whether the gradient is continuous and the Hessian tells how it changes.
-        Where it is not, a Gauss-Newton step is a gradient step in some directions, or
-        in all.
+        Of these Huber's and sparse losses have a Hessian that jumps. Where it is false,
+        a Gauss-Newton step is a gradient step in some directions, or in all.
 
     - `has_conjugate`: whether it has `conjugate`, `dual_projection`, `conjugate_prox`,
         `prox` and `block_update`; else these raise `TypeError`.

@@ -12,7 +12,7 @@ from .._types import Number, number
 from ._block import majorized, newton
 from ._call import Call, check, Divergence, Reference, Setup
 from ._divergence import ChiSquare, KL
-from ._factor import class_factor, flat_factor
+from ._factor import class_factor, flat_factor, row_dot
 from ._generated import as_divergence
 from ._hessian import solution
 from ._loss import AbstractLoss, like, per_example, total, where_inside
@@ -56,7 +56,7 @@ def _less(p: Array, y: Array, labels: bool) -> Array:
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
     W = _sum(w)
-    return w * (vector - _sum(w * vector) / jnp.where(W > 0, W, 1))
+    return w * (vector - row_dot(w, vector) / jnp.where(W > 0, W, 1))
 
 
 def _on_simplex(p: Array, present: Array, mass: Array, values: Array) -> Array:
@@ -75,7 +75,9 @@ class FLoss(AbstractLoss):
     """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
 
     - `f`, `reference`, `temperature`, `smoothing`: as there. Classes are on the last
-        axis.
+        axis. One that is excluded by an output of -inf is not known to the conjugate:
+        exclude it by the reference. Where f(0) is infinite a probability that is lost
+        to rounding beside y counts as eps y in the conjugate.
     """
 
     smooth: ClassVar[bool] = True
@@ -126,6 +128,10 @@ class FLoss(AbstractLoss):
         call = self._check(outputs)
         y, row = self._targets(call, targets)
         p, w = solution(call)
+        if call.f.convex_ratio is not True:
+            # At the edge of its support p may rise too steeply to sum up to 1.
+            S = _sum(p)
+            p = p / jnp.where(S > 0, S, 1)
         exact = _is_labels(targets) and self.smoothing == 0
         return _less(p * row, y, exact), w * row
 
@@ -148,7 +154,10 @@ class FLoss(AbstractLoss):
         y, row = self._targets(call, targets)
         s, q, present = self._reference(call)
         p = alpha + y
-        positive = jnp.maximum(p, 0)
+        # Where f(0) is infinite: what the sum alpha + y cannot resolve is not 0.
+        eps = jnp.finfo(y.dtype).eps
+        floor = jnp.where(jnp.isinf(jnp.asarray(s.f.at_zero, y.dtype)), eps * y, 0)
+        positive = jnp.maximum(p, floor)
         q = jnp.where(present, q, 1)
         f = lambda p: s.f.value(jnp.where(present, p, q).astype(q.dtype) / q)
         values = s.beta * _sum(q * jnp.where(p == y, 0, f(positive) - f(y)))

@@ -10,7 +10,13 @@ from jaxtyping import Array
 
 from .._types import Number, number
 from ._block import majorized, newton, quadratic
-from ._factor import diagonal_factor, flat_factor, never, ScaledFactor
+from ._factor import (
+    diagonal_factor,
+    example_dot,
+    flat_factor,
+    never,
+    ScaledFactor,
+)
 from ._loss import AbstractLoss, like, per_example, total, where_inside
 from ._simplex import scaled_omega
 
@@ -37,7 +43,7 @@ class Squared(AbstractLoss):
 
     def factor(self, outputs, targets):
         g = self.gradient(outputs, targets)
-        return ScaledFactor(g, None, never(g), jnp.ones_like(g), None, ())
+        return ScaledFactor(g, None, never(g), jnp.ones_like(g))
 
     def conjugate(self, alpha, targets):
         return total(alpha * (alpha / 2 + like(alpha, targets)))
@@ -206,15 +212,12 @@ class Euclidean(AbstractLoss):
 
     def hessian_mv(self, outputs, targets, vector):
         inverse, s = self._polar(outputs, targets)
-        axes = tuple(range(1, outputs.ndim))
-        along = jnp.sum(s * vector, axes, keepdims=True)
-        return inverse * (vector - s * along)
+        return inverse * (vector - s * example_dot(s, vector))
 
     def factor(self, outputs, targets):
         inverse, s = self._polar(outputs, targets)
-        axes = tuple(range(1, outputs.ndim))
         zero, scale = jnp.zeros_like(s), jnp.sqrt(inverse)
-        return ScaledFactor(zero, s, never(s), scale, s, axes)
+        return ScaledFactor(zero, s, never(s), scale, s, by_rows=False)
 
     def conjugate(self, alpha, targets):
         excess = total(_length(alpha)) - 1
