@@ -43,6 +43,7 @@ from ._lqr import (
 )
 from ._network import Network as Network, Stage as Stage
 from ._network_problem import NetworkProblem as NetworkProblem
+from ._recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._result import RESULTS as RESULTS, SolveError as SolveError
 from ._rollout import rollout as rollout, Trajectory as Trajectory
 from ._search import (
@@ -75,6 +76,7 @@ from ._value_and_direction import (
     value_and_direction as value_and_direction,
     ValueAndDirection as ValueAndDirection,
 )
+from .oracles._rules import rule_boundary as rule_boundary
 
 
 from . import losses as losses, oracles as oracles  # isort: skip

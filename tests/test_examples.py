@@ -15,6 +15,7 @@ FILES = {
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
     "robust_regression.py": {"robust_regression.png"},
+    "temporal_order.py": {"temporal_order.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
 0.0,0.0,6.0,6.0

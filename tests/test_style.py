@@ -32,6 +32,7 @@ FLOORS = {
     "_chain": 2,
     "_model": 2,
     "_network": 2,
+    "_recurrent": 2,
     "_layer_constants": 2,
     "_door": 2,
     "_discretize": 2,
@@ -68,8 +69,8 @@ LOSSES = [
 ORACLES = [
     ["base", "_damping"],
     ["_gram", "_rules"],
-    ["_solvers"],
-    ["_gradient", "_gauss_newton", "_prox_linear"],
+    ["_solvers", "_inverses"],
+    ["_gradient", "_gauss_newton", "_prox_linear", "_target_propagation"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
 OUTSIDE = ("systems", "plot")  # these see the public door only

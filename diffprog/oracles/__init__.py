@@ -21,6 +21,7 @@ from ._prox_linear import (
     ProximalGradient as ProximalGradient,
     ProxLinear as ProxLinear,
 )
+from ._rules import AbstractRule as AbstractRule
 from ._solvers import (
     AbstractSolver as AbstractSolver,
     Auto as Auto,
@@ -30,6 +31,7 @@ from ._solvers import (
     RandomSubspace as RandomSubspace,
     Solved as Solved,
 )
+from ._target_propagation import TargetPropagation as TargetPropagation
 from .base import (
     AbstractOracle as AbstractOracle,
     Linearization as Linearization,

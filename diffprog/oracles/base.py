@@ -46,7 +46,7 @@ class Linearization(eqx.Module):
     inputs: PyTree
     predict: Callable
     weight: float
-    apply: Callable | None = None
+    apply: Any = None
     mapped: bool = eqx.field(static=True, default=False)
 
     def hessian_mv(self, v: Array) -> Array:

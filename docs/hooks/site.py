@@ -11,6 +11,9 @@ from mkdocs.exceptions import PluginError
 # inventories: the build needs no network.
 EXTERNAL = {
     "equinox.Module": "https://docs.kidger.site/equinox/api/module/module/",
+    "equinox.nn.GRUCell": "https://docs.kidger.site/equinox/api/nn/rnn/",
+    "equinox.nn.Linear": "https://docs.kidger.site/equinox/api/nn/linear/",
+    "equinox.nn.Sequential": "https://docs.kidger.site/equinox/api/nn/sequential/",
 }
 
 FORMULA = re.compile(

@@ -1,0 +1,210 @@
+r"""Regularized inverses of layers: what moves the output of a layer by a given amount.
+
+For $y = a(W x + b)$ with elementwise a, a change D of y asks for the change
+
+    (W'W + r I)^{-1} W' (a^{-1}(y + D) - a^{-1}(y))
+
+of x, which to first order is (W'W + r I)^{-1} W' (D / a'); for any other layer with the
+Jacobian A, it is (A'A + r I)^{-1} A' D.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg
+from jaxtyping import Array, Float, PyTree
+
+from .._linalg import matmul, solve_positive
+from .._network import has_parameters, Stage
+from .._recurrent import Recurrent, RNNCell
+from .._tree import vary
+from ._rules import RuleBoundary
+
+
+DENSE = 32  # up to this size the Jacobian of a layer is formed, for each example
+
+
+# Activations ----------------------------------------------------------------------
+
+
+class Activation(NamedTuple):
+    """The inverse of an elementwise function a, which exists away from its limits.
+
+    Values y = a(z) are first moved `eps` into the range of a.
+
+    - `linearized(y, D, eps)`: D / a'(z).
+    - `difference(y, D, eps)`: the change of z that changes y by D, without
+        cancellation.
+    """
+
+    linearized: Callable
+    difference: Callable
+
+
+def _within(y, D, low, high):
+    """y moved into the range, and the change that is left of D."""
+    c = jnp.clip(y, low, high)
+    return c, jnp.clip(D + (y - c), low - c, high - c)
+
+
+def _tanh_linearized(y, D, eps):
+    c = jnp.clip(y, eps - 1, 1 - eps)
+    return D / ((1 - c) * (1 + c))
+
+
+def _tanh_difference(y, D, eps):
+    c, d = _within(y, D, eps - 1, 1 - eps)
+    return jnp.arctanh(d / (1 - c * (c + d)))
+
+
+def _sigmoid_linearized(y, D, eps):
+    c = jnp.clip(y, eps, 1 - eps)
+    return D / (c * (1 - c))
+
+
+def _sigmoid_difference(y, D, eps):
+    c, d = _within(y, D, eps, 1 - eps)
+    return jnp.log1p(d / (c * (1 - c - d)))
+
+
+def _softplus_linearized(y, D, eps):
+    return D / -jnp.expm1(-jnp.maximum(y, eps))
+
+
+def _softplus_difference(y, D, eps):
+    c, d = _within(y, D, eps, jnp.inf)
+    return jnp.log1p(jnp.expm1(d) / -jnp.expm1(-c))
+
+
+_identity = Activation(lambda y, D, eps: D, lambda y, D, eps: D)
+_tanh = Activation(_tanh_linearized, _tanh_difference)
+_sigmoid = Activation(_sigmoid_linearized, _sigmoid_difference)
+_softplus = Activation(_softplus_linearized, _softplus_difference)
+_relu = Activation(  # its own pseudo-inverse
+    lambda y, D, eps: jnp.where(y > 0, D, 0), lambda y, D, eps: jnp.maximum(D, -y)
+)
+
+_KNOWN = (
+    (jax.nn.identity, _identity),
+    (jnp.tanh, _tanh),
+    (jax.nn.tanh, _tanh),
+    (jax.lax.tanh, _tanh),
+    (jax.nn.sigmoid, _sigmoid),
+    (jax.nn.softplus, _softplus),
+    (jax.nn.relu, _relu),
+)
+
+
+def activation_of(fn: Any) -> Activation | None:
+    """Its inverse, if the function is known."""
+    return next((activation for known, activation in _KNOWN if fn is known), None)
+
+
+# Layers ---------------------------------------------------------------------------
+
+
+class Dense(NamedTuple):
+    """y = a(W x + b), after functions without parameters."""
+
+    before: tuple[Callable, ...]
+    linear: eqx.nn.Linear
+    activation: Activation | None  # None for none
+
+
+class Loop(NamedTuple):
+    """A recurrent layer between functions without parameters."""
+
+    before: tuple[Callable, ...]
+    recurrent: Recurrent
+    after: tuple[Callable, ...]
+
+
+def view(layer: Any) -> Dense | Loop | None:
+    """What the layer is, if it is one of these."""
+    parts = _parts(layer)
+    places = [i for i, part in enumerate(parts) if has_parameters(part)]
+    if len(places) != 1:
+        return None
+    i = places[0]
+    before, part, after = parts[:i], parts[i], parts[i + 1 :]
+    if isinstance(part, Recurrent):
+        return Loop(before, part, after)
+    if not isinstance(part, eqx.nn.Linear) or "scalar" in (
+        part.in_features,
+        part.out_features,
+    ):
+        return None
+    if not after:
+        return Dense(before, part, None)
+    activation = activation_of(after[0])
+    if activation is None or len(after) > 1:
+        return None
+    return Dense(before, part, activation)
+
+
+def _parts(layer: Any) -> tuple[Any, ...]:
+    if isinstance(layer, Stage | eqx.nn.Sequential):
+        return sum(map(_parts, layer.layers), ())
+    if isinstance(layer, RuleBoundary):
+        return _parts(layer.layer)
+    return (layer.fn,) if isinstance(layer, eqx.nn.Lambda) else (layer,)
+
+
+def compose(functions: tuple[Callable, ...]) -> Callable:
+    def composed(x):
+        for function in functions:
+            x = function(x)
+        return x
+
+    return composed
+
+
+def cell_activation(cell: Any) -> Activation | None:
+    """That of a plain cell, if it is known."""
+    return activation_of(cell.activation) if isinstance(cell, RNNCell) else None
+
+
+# Inverses -------------------------------------------------------------------------
+
+
+def regularized_inverse(W: Float[Array, "k n"], r: Any) -> Float[Array, "n k"]:
+    """(W'W + r I)^{-1} W' = W' (W W' + r I)^{-1}, by the smaller; NaN if singular."""
+    k, n = W.shape
+    if k < n:
+        return regularized_inverse(W.T, r).T
+    W_W = matmul(W.T, W) + r * jnp.eye(n, dtype=W.dtype)
+    inverse, positive = solve_positive(W_W, W.T)
+    return jnp.where(positive, inverse, jnp.nan)
+
+
+def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
+    """(A'A + r I)^{-1} A' D, with A the Jacobian of `fn` at x.
+
+    In the smaller of both spaces, and by conjugate gradients where that is large.
+    """
+    x, others = eqx.partition(x, eqx.is_inexact_array)
+    if not jtu.tree_leaves(x):
+        return x
+    y, A = jax.linearize(lambda x: fn(eqx.combine(x, others)), x)
+    At = lambda v: jax.linear_transpose(A, x)(v)[0]
+    flat_x, unravel_x = ravel_pytree(x)
+    flat_y, unravel_y = ravel_pytree(y)
+    if min(flat_x.size, flat_y.size) > DENSE:
+        damp = lambda v, Av: jtu.tree_map(lambda a, b: r * a + b, v, Av)
+        rtol = float(jnp.finfo(flat_x.dtype).eps) ** 0.75
+        b = At(message)
+        start = vary(jtu.tree_map(jnp.zeros_like, b), like=b)
+        return cg(lambda v: damp(v, At(A(v))), b, start, tol=rtol)[0]
+    flat = lambda tree: ravel_pytree(tree)[0]
+    if flat_x.size <= flat_y.size:
+        unit = vary(jnp.eye(flat_x.size, dtype=flat_x.dtype), like=x)
+        matrix = jax.vmap(lambda e: flat(A(unravel_x(e))))(unit).T
+    else:
+        unit = vary(jnp.eye(flat_y.size, dtype=flat_y.dtype), like=y)
+        matrix = jax.vmap(lambda e: flat(At(unravel_y(e))))(unit)
+    return unravel_x(matmul(regularized_inverse(matrix, r), flat(message)))
