@@ -16,6 +16,7 @@ from ._direction import (
     GaussNewton as GaussNewton,
     Gradient as Gradient,
     ILQR as ILQR,
+    MoreauGradient as MoreauGradient,
     Newton as Newton,
 )
 from ._discretize import discretize as discretize

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 import diffprog as dp
 
 from . import helpers
-from .helpers import DIRECTIONS, name, SECOND_ORDER
+from .helpers import BIASED, DIRECTIONS, name, SECOND_ORDER
 
 
 CHAINS = ["spring", "ragged", "two_phase"]
@@ -62,7 +62,7 @@ def test_second_order_directions_agree_on_a_linear_quadratic_problem():
         close(step, steps[0], 1e-12)
 
 
-@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+@pytest.mark.parametrize("method", [*DIRECTIONS, *BIASED], ids=name)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_rollout_near_step_size_zero(chain, method):
     """Bit for bit the trajectory at 0, where the slope is the cost's derivative."""
@@ -104,7 +104,7 @@ def test_decrement_is_that_of_the_undamped_model_along_the_direction(method):
         np.testing.assert_allclose(sweep.decrement, -sweeps[0].slope / 2, rtol=1e-8)
 
 
-@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+@pytest.mark.parametrize("method", [*DIRECTIONS, *BIASED], ids=name)
 def test_large_damping_tends_to_the_gradient(method):
     problem, x0, us = helpers.spring()
     du, _ = dp.direction(problem, method, x0, us, damping=1e9)

@@ -13,6 +13,7 @@ FILES = {
     "multilabel.py": {"multilabel.png"},
     "character_model.py": {"characters.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
+    "moreau_pendulum.py": {"moreau_pendulum.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
     "robust_regression.py": {"robust_regression.png"},
     "temporal_order.py": {"temporal_order.png"},

@@ -30,6 +30,7 @@ FLOORS = {
     "_result": 1,
     "_tree": 1,
     "_chain": 2,
+    "_inner": 2,
     "_model": 2,
     "_network": 2,
     "_recurrent": 2,
@@ -70,7 +71,7 @@ ORACLES = [
     ["base", "_damping"],
     ["_gram", "_rules"],
     ["_solvers", "_inverses"],
-    ["_gradient", "_gauss_newton", "_prox_linear", "_target_propagation"],
+    ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
 OUTSIDE = ("systems", "plot")  # these see the public door only

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._expand import curved, linear, Model, terminal
+from .._expand import adjoints, curved, linear, Model, terminal
 from .._linalg import matmul
 from .._lqr import Sweep
 from .._rollout import (
@@ -16,7 +16,7 @@ from .._rollout import (
     VectorTrajectory,
 )
 from .._tree import all_finite, norm
-from .._types import Rows, Tensors
+from .._types import Rows, Stacks, Tensors
 
 
 class Expansion(eqx.Module):
@@ -125,3 +125,26 @@ def deferred(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
     T = jnp.int32(chain.horizon)
     first = jnp.where(all_finite(V), T + 1, T)
     return Expansion(Model(None, None, V), norm(norms, V[0]), first)
+
+
+def gradients(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
+    """The gradient of the objective in every control: the model of first order."""
+    _, lams, found = adjoints(chain, trajectory)
+    of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
+    costs = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
+    last = jax.grad(chain.terminal_cost)(trajectory.final)
+    # What is not finite travels down from its stage: the last one is the source.
+    late = lambda _, t, *row: jnp.where(all_finite(row), -1, t)
+    stages = jnp.concatenate(chain.map(late, chain.ts, lams, found))
+    source, T = jnp.max(stages), chain.horizon
+    first = jnp.where(source < 0, T + 1, source).astype(jnp.int32)
+    return Expansion(found, norm(costs, last), first)
+
+
+def feedforward(trajectory: VectorTrajectory, k: Rows) -> Stacks:
+    """Gains [k K] without feedback."""
+    pairs = zip(k, trajectory.xs, strict=True)
+    return tuple(
+        jnp.concatenate([k[:, :, None], jnp.zeros((*k.shape, x.shape[1]), x.dtype)], 2)
+        for k, x in pairs
+    )

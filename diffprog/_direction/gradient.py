@@ -1,12 +1,10 @@
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from .._expand import adjoints
 from .._lqr import Sweep
-from .._tree import all_finite, norm
-from .base import AbstractDirection, Expansion
+from .._tree import norm
+from .base import AbstractDirection, feedforward, gradients
 
 
 class Gradient(AbstractDirection):
@@ -25,27 +23,14 @@ class Gradient(AbstractDirection):
     follows_dynamics: ClassVar[bool] = True
 
     def expand(self, chain, trajectory):
-        _, lams, gradients = adjoints(chain, trajectory)
-        of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
-        costs = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
-        last = jax.grad(chain.terminal_cost)(trajectory.final)
-        # What is not finite travels down from its stage: the last one is the source.
-        late = lambda _, t, *row: jnp.where(all_finite(row), -1, t)
-        stages = jnp.concatenate(chain.map(late, chain.ts, lams, gradients))
-        source, T = jnp.max(stages), chain.horizon
-        first = jnp.where(source < 0, T + 1, source).astype(jnp.int32)
-        return Expansion(gradients, norm(costs, last), first)
+        return gradients(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):
         penalty = jnp.where(damping > 0, damping, 1)
-        k = [-g / penalty for g in model]
-        K = [jnp.zeros((*u.shape, x.shape[1]), x.dtype)
-             for u, x in zip(k, trajectory.xs, strict=True)]  # fmt: skip
-        gains = [jnp.concatenate([a[:, :, None], b], 2) for a, b in zip(k, K)]
         gradient = norm(model)
         slope = -(gradient**2) / penalty
         return Sweep(
-            tuple(gains),
+            feedforward(trajectory, tuple(-g / penalty for g in model)),
             slope,
             -slope,
             gradient**2 / 2,

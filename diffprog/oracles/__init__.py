@@ -1,5 +1,11 @@
 """Rules that turn a loss on a batch into a step of the parameters."""
 
+from .._inner import (
+    AbstractInner as AbstractInner,
+    InnerGaussNewton as InnerGaussNewton,
+    InnerGradient as InnerGradient,
+    InnerNewton as InnerNewton,
+)
 from ._damping import (
     AbstractDamping as AbstractDamping,
     Constant as Constant,
@@ -13,6 +19,14 @@ from ._gauss_newton import (
     GaussNewton as GaussNewton,
 )
 from ._gradient import Gradient as Gradient
+from ._moreau import (
+    AbstractMessageRule as AbstractMessageRule,
+    ChainRule as ChainRule,
+    InverseRule as InverseRule,
+    MoreauBackprop as MoreauBackprop,
+    MoreauRule as MoreauRule,
+    prox_prop as prox_prop,
+)
 from ._prox_linear import (
     AbstractModelSolver as AbstractModelSolver,
     CoordinateAscent as CoordinateAscent,

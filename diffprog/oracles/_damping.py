@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._types import Number, number
+from .._types import check_positive, Number, number
 
 
 class DampingState(eqx.Module):
@@ -188,12 +188,6 @@ class GradientNorm(AbstractDamping):
 
     def keep(self, accepted):
         return accepted | True
-
-
-def check_positive(name: str, value: Any):
-    """Raises for a number that is known and not positive."""
-    if isinstance(value, float | int) and not value > 0:
-        raise ValueError(f"`{name}` is {value}; a number > 0 is expected.")
 
 
 def as_damping(damping: Any) -> AbstractDamping:

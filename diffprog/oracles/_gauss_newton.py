@@ -8,8 +8,7 @@ from jaxtyping import Array, PyTree
 
 from .._result import RESULTS
 from .._tree import scale, vdot
-from .._types import number
-from ._damping import check_positive
+from .._types import check_positive, number
 from ._solvers import AbstractSolver, Auto, CG
 from .base import AbstractOracle, Linearization, Proposal
 

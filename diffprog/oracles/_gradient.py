@@ -3,8 +3,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._tree import scale, vdot
-from .._types import number
-from ._damping import check_positive
+from .._types import check_positive, number
 from .base import AbstractOracle, Proposal
 
 

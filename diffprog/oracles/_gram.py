@@ -22,7 +22,7 @@ from .base import Linearization
 def is_dense(net: Network) -> bool:
     """Whether all parameters are those of dense layers."""
     layers = [layer for stack in net.stacks for layer in stack.stage.layers]
-    return all(_is_linear(layer) for layer in layers if has_parameters(layer))
+    return all(is_linear(layer) for layer in layers if has_parameters(layer))
 
 
 def gram_flops(net: Network, m: int, k: int) -> float:
@@ -41,7 +41,7 @@ def _linear(stage: Stage) -> list[Any]:
     return [layer for layer in stage.layers if has_parameters(layer)]
 
 
-def _is_linear(layer) -> bool:
+def is_linear(layer) -> bool:
     return isinstance(layer, eqx.nn.Linear) and "scalar" not in (
         layer.in_features,
         layer.out_features,

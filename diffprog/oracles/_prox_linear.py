@@ -21,10 +21,9 @@ from jaxtyping import Array, PyTree
 from .._linalg import matmul
 from .._result import RESULTS
 from .._tree import add, scale, vdot
-from .._types import Number, number
+from .._types import check_count, check_positive, Number, number
 from ..losses import Squared
-from ._damping import check_positive
-from ._solvers import AbstractSolver, Auto, CG, check_count, Cholesky
+from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
 
 

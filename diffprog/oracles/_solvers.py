@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from .._linalg import matmul
 from .._network import Network
 from .._tree import add, norm, scale, vdot, where
-from .._types import Number, number
+from .._types import check_count, Number, number
 from ._gram import gram, gram_flops, is_dense
 from .base import Linearization
 
@@ -371,8 +371,3 @@ class Auto(AbstractSolver):
 def _layerwise(at: Linearization) -> bool:
     """Whether the layers tell the Gram matrix."""
     return at.mapped and isinstance(at.model, Network) and is_dense(at.model)
-
-
-def check_count(name: str, value: Any):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; a Python int >= 1 is expected.")
