@@ -285,7 +285,10 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     if adapt and rule is not None and rule.follows_ratio:
         step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, params))
         after = at.value_at(jtu.tree_map(jnp.add, params, step))
-        ratio = jnp.where(ok, (at.value - after) / proposal.decrease, jnp.nan)
+        # A predicted decrease that is lost in rounding tells nothing.
+        least = 8 * jnp.finfo(at.value.dtype).eps * jnp.abs(at.value)
+        clear = ok & (proposal.decrease > least)
+        ratio = (at.value - after) / jnp.where(clear, proposal.decrease, jnp.nan)
         accepted = jnp.isfinite(ratio) & (ratio > 0)
         next_damping = rule.update(state.damping, ratio, accepted)
         keep = ok & rule.keep(accepted)

@@ -15,6 +15,7 @@ FILES = {
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
+    "prox_linear_regression.py": {"prox_linear_regression.png"},
     "robust_regression.py": {"robust_regression.png"},
     "temporal_order.py": {"temporal_order.png"},
 }

@@ -368,6 +368,8 @@ def test_marked_layers_are_like_those_of_a_network(local):
     found = direct(model, SEQUENCES, LABELS, **options)
     close(found.loop.layer, expected[0])
     close(found.head, expected[1])
+    if local:
+        return
     predict = lambda net, xs: jax.vmap(net)(xs[::-1])[::-1]
     found = direct(net, SEQUENCES, LABELS, predict=predict, **options)
     close(layers(found), expected)
@@ -461,13 +463,14 @@ def test_jit_vmap_and_float32():
     vd = dp.value_and_direction(CE, oracle, has_aux=True)
     (value, aux), direction = vd(net, SEQUENCES, LABELS)
     call = lambda x, y: eqx.filter(vd(net, x, y)[1], eqx.is_array)
-    close(jax.jit(call)(SEQUENCES, LABELS), direction)
     leaves = zip(
         numbers(gradient(net, SEQUENCES, LABELS)), numbers(direction), strict=True
     )
     slope = float(sum(np.vdot(a, b) for a, b in leaves))
     assert np.allclose([aux.slope, -aux.decrease], -slope)
-    both = jax.vmap(call)(*(jnp.stack([a, a[::-1]]) for a in (SEQUENCES, LABELS)))
+    both = jax.jit(jax.vmap(call))(
+        *(jnp.stack([a, a[::-1]]) for a in (SEQUENCES, LABELS))
+    )
     close(jtu.tree_map(lambda a: a[1], both), direction, 1e-10)
     single = lambda tree: jtu.tree_map(
         lambda a: a.astype("float32") if eqx.is_inexact_array(a) else a, tree

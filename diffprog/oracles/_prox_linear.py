@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
 from .._result import RESULTS
-from .._tree import add, scale, vdot
+from .._tree import add, scale, vdot, where
 from .._types import check_count, check_positive, Number, number
 from ..losses import Squared
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
@@ -151,7 +151,7 @@ class CoordinateAscent(AbstractModelSolver):
     Regularized Loss Minimization", 2013, arXiv 1209.1873.
     """
 
-    max_steps: int = eqx.field(static=True, default=50)
+    max_steps: int = eqx.field(static=True, default=200)
     batch_size: int = eqx.field(static=True, default=64)
 
     def __check_init__(self):
@@ -199,7 +199,7 @@ class ProximalGradient(AbstractModelSolver):
     Linear Inverse Problems", 2009.
     """
 
-    max_steps: int = eqx.field(static=True, default=100)
+    max_steps: int = eqx.field(static=True, default=300)
 
     def __check_init__(self):
         check_count("max_steps", self.max_steps)
@@ -231,13 +231,14 @@ class ProximalGradient(AbstractModelSolver):
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
-    """P(d(alpha)) and P - D."""
+    """P(d(alpha)) and D(alpha)."""
     inner = lambda a, b: jnp.sum((a * b).reshape(a.shape[0], -1), 1)
     losses = at.loss(z, at.targets)
     gaps = losses + at.loss.conjugate(alpha, at.targets) - inner(alpha, z)
     # |d|^2 = c <alpha, f - z> / damping.
     half = at.weight * jnp.vdot(alpha, at.outputs - z) / 2
-    return at.weight * jnp.sum(losses) + half, at.weight * jnp.sum(gaps)
+    P = at.weight * jnp.sum(losses) + half
+    return P, P - at.weight * jnp.sum(gaps)
 
 
 def ascend(
@@ -248,21 +249,28 @@ def ascend(
     state: tuple,
     max_steps: int,
 ) -> Found:
-    """`state = advance(state)` until the gap is small; it begins with alpha and z."""
+    """`state = advance(state)` until the gap is small; it begins with alpha and z.
+
+    P need not fall from step to step: the lowest is kept.
+    """
 
     def unfinished(carry):
-        count, _, P, left = carry
-        return (count < max_steps) & (left > gap * (at.value - P + left))
+        count, _, (P, _, _), D = carry
+        return (count < max_steps) & (P - D > gap * (at.value - D))
 
     def more(carry):
-        count, state, _, _ = carry
-        state = advance(state)
-        return count + 1, state, *judge(at, damping, *state[:2])
+        count, state, best, D = carry
+        alpha, z, *_ = state = advance(state)
+        P_new, D_new = judge(at, damping, alpha, z)
+        best = where(P_new < best[0], (P_new, alpha, z), best)
+        return count + 1, state, best, jnp.maximum(D, D_new)
 
-    start = (jnp.zeros((), jnp.int32), state, *judge(at, damping, *state[:2]))
-    count, (alpha, z, *_), _, left = lax.while_loop(unfinished, more, start)
+    alpha, z, *_ = state
+    P, D = judge(at, damping, alpha, z)
+    start = (jnp.zeros((), jnp.int32), state, (P, alpha, z), D)
+    count, _, (P, alpha, z), D = lax.while_loop(unfinished, more, start)
     step = scale(-at.weight / damping, at.transpose_mv(alpha))
-    return Found(step, z, left, count, jnp.isfinite(left))
+    return Found(step, z, P - D, count, jnp.isfinite(P - D))
 
 
 class ProxLinear(AbstractOracle):
