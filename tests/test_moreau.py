@@ -230,6 +230,11 @@ def layers(dtype=jnp.float64):
             linear(4, 2, keys[2])]  # fmt: skip
 
 
+def small(dtype=jnp.float64):
+    first, tanh, _, _, last = layers(dtype)
+    return dp.Network([first, tanh, last])
+
+
 class Marked(eqx.Module):
     """The same as a network, but fanned out: a value is used twice."""
 
@@ -276,7 +281,7 @@ def test_t8_1_and_t8_6_rules_that_are_the_chain_rule_give_the_gradient(model, ru
 
 
 def test_t8_5_small_alpha_gives_the_gradient():
-    net = dp.Network(layers())
+    net = small()
     gradient = mean_gradient(net)
     for oracle in (
         MoreauBackprop(1e-6, seed=MoreauRule(InnerNewton(4))),
@@ -287,7 +292,7 @@ def test_t8_5_small_alpha_gives_the_gradient():
 
 
 def test_t8_10_stationary_where_the_loss_is():
-    net = dp.Network(layers())
+    net = small()
     targets = jax.vmap(net)(X)
     for oracle in (MoreauBackprop(5.0), prox_prop(5.0)):
         found = direction(oracle, net, dp.losses.Squared(), targets)
@@ -330,7 +335,7 @@ def test_batch_and_examples_apart_differ_for_moreau_and_agree_for_one_example():
         [eqx.nn.Lambda(dp.rule_boundary(stage)) for stage in stages]
     )
     oracle = MoreauBackprop(20.0)
-    net = dp.Network([*layers()[:2], layers()[-1]])
+    net = small()
     both = [direction(oracle, model) for model in (net, marked)]
     a, b = (ravel_pytree(d)[0] for d in both)
     assert 1e-3 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1
@@ -371,7 +376,7 @@ def test_equal_stages_in_a_loop_are_the_same_as_written_out():
 
 def test_jit_equals_eager_and_float32_is_kept():
     dtype = jnp.float32
-    net = dp.Network(layers(dtype))
+    net = small(dtype)
     vd = dp.value_and_direction(LOSS, MoreauBackprop(2.0), has_aux=True)
     inputs = X.astype(dtype)
     (value, aux), found = vd(net, inputs, Y)
@@ -399,24 +404,28 @@ def test_seeds():
 
 
 def test_rules_are_not_homogeneous():
-    net = dp.Network(layers())
+    net = small()
     once, twice = (direction(MoreauBackprop(a), net) for a in (10.0, 20.0))
     once, twice = ravel_pytree(once)[0], ravel_pytree(twice)[0]
     assert np.linalg.norm(2 * once - twice) > 1e-2 * np.linalg.norm(twice)
 
 
 def test_integer_inputs_and_layers_without_parameters():
-    embed = eqx.nn.Embedding(5, 3, key=jr.key(3))
-    net = dp.Network([embed, *layers()])
+    embed, last = (
+        eqx.nn.Embedding(5, 3, key=jr.key(3)),
+        eqx.nn.Linear(3, 2, key=jr.key(4)),
+    )
+    net = dp.Network([embed, jnp.tanh, last])
     tokens = jnp.arange(7) % 5
-    gradient = eqx.filter_grad(lambda n: jnp.mean(LOSS(jax.vmap(n)(tokens), Y)))(net)
+    mean = lambda net: jnp.mean(LOSS(jax.vmap(net)(tokens), Y))
+    gradient = eqx.filter_jit(eqx.filter_grad(mean))(net)
     found = direction(MoreauBackprop(1.0, **ONCE), net, inputs=tokens)
     close(found, gradient, 1e-14)
 
 
 def test_failure_is_reported():
     saddle = dp.losses.as_loss(lambda u, y: -jnp.sum((u - y[:, None]) ** 2, 1))
-    net, targets = dp.Network(layers()), normal(13, 7)
+    net, targets = small(), normal(13, 7)
     oracle = MoreauBackprop(50.0, seed=MoreauRule(InnerNewton()))
     vd = dp.value_and_direction(saddle, oracle)
     with pytest.raises(dp.SolveError):
