@@ -19,6 +19,8 @@ class Stage(eqx.Module):
     """Layers that are called one after another, for one example.
 
     A `key` is split among the layers that are modules; functions are called without.
+
+    - `layers`: the first with parameters, and what comes before the next of them.
     """
 
     layers: tuple[Callable, ...]

@@ -281,7 +281,7 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     result = _judge(at, proposal)
     ok = result == RESULTS.successful
     slope = vdot(at.gradient, proposal.step)
-    ratio, next_damping, keep = jnp.full_like(slope, jnp.nan), state.damping, ok
+    ratio, accepted, keep = jnp.full_like(slope, jnp.nan), ok, ok
     if adapt and rule is not None and rule.follows_ratio:
         step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, params))
         after = at.value_at(jtu.tree_map(jnp.add, params, step))
@@ -290,8 +290,10 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
         clear = ok & (proposal.decrease > least)
         ratio = (at.value - after) / jnp.where(clear, proposal.decrease, jnp.nan)
         accepted = jnp.isfinite(ratio) & (ratio > 0)
-        next_damping = rule.update(state.damping, ratio, accepted)
         keep = ok & rule.keep(accepted)
+    next_damping = state.damping
+    if adapt and rule is not None:
+        next_damping = rule.update(next_damping, ratio, accepted)
     direction = scale(-1, proposal.step)
     if vd.scale == "gradient":
         unit = proposal.unit

@@ -1,6 +1,7 @@
 """The house rules that can be checked: floors, classes, public names, imports."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import operator
@@ -196,14 +197,14 @@ PUBLIC = [n for n in vars(dp) if not n.startswith("_") and n not in OUTSIDE]
 PUBLIC = [n for n in PUBLIC if not inspect.ismodule(getattr(dp, n))]
 
 
-LOSS_NAMES = [
-    f"losses.{name}"
-    for name, item in vars(dp.losses).items()
-    if not name.startswith("_") and not inspect.ismodule(item)
-]
+def names_in(module):
+    home = module.__name__.removeprefix("diffprog.")
+    items = vars(module).items()
+    mine = [n for n, item in items if n[0] != "_" and not inspect.ismodule(item)]
+    return [f"{home}.{name}" for name in mine]
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *LOSS_NAMES])
+@pytest.mark.parametrize("name", [*PUBLIC, *names_in(dp.losses), *names_in(dp.oracles)])
 def test_public_names_are_documented(name):
     item = operator.attrgetter(name)(dp)
     assert inspect.getdoc(item), name
@@ -211,13 +212,21 @@ def test_public_names_are_documented(name):
     assert re.search(rf"diffprog\.{name}\b", pages), f"{name} has no entry in docs/"
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n in
-    ("Solution", "LQRSolution", "Policy", "Value", "Trajectory", "LinearModel",
-     "QuadraticModel", "SolverState", "Smoothness", "LayerConstants",
-     "SmoothRelu")])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "Solution", "LQRSolution", "Policy", "Value", "Trajectory", "LinearModel",
+    "QuadraticModel", "SolverState", "DirectionAux", "DirectionState", "Stage",
+    "oracles.Linearization", "oracles.Proposal", "oracles.Solved", "oracles.Found",
+    "oracles.DampingState", "oracles.Constant", "oracles.MadsenNielsen",
+    "oracles.Threshold", "oracles.GradientNorm", "oracles.Gradient",
+    "oracles.GaussNewton", "oracles.DualGaussNewton", "oracles.ProxLinear",
+    "oracles.CG", "oracles.DualCG", "oracles.Cholesky", "oracles.RandomSubspace",
+    "oracles.NewtonSteps", "oracles.CoordinateAscent", "oracles.ProximalGradient",
+    "Smoothness", "LayerConstants", "SmoothRelu",
+])  # fmt: skip
 def test_fields_and_docs_agree(name):
-    cls = getattr(dp, name)
-    fields = {f for f in cls.__dataclass_fields__ if not f.startswith("_")}
+    cls = operator.attrgetter(name)(dp)
+    names = getattr(cls, "_fields", None) or [f.name for f in dataclasses.fields(cls)]
+    fields = {name for name in names if not name.startswith("_")}
     documented = set()
     for line in (inspect.getdoc(cls) or "").splitlines():
         if line.startswith("- `"):

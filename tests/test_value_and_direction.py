@@ -1,5 +1,7 @@
 """The door of the oracles: any model, any optimizer, state, failures."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -241,6 +243,28 @@ def test_rules_of_damping():
         close(new.damping, factor)
     rule = GradientNorm(2.0, 0.5)
     close(rule.damping(rule.init(), jnp.asarray(9.0)), 6.0)
+
+
+class Decaying(dp.oracles.AbstractDamping):
+    follows_ratio: ClassVar[bool] = False
+
+    def init(self):
+        return dp.oracles.DampingState(jnp.asarray(1.0), jnp.asarray(1.0))
+
+    def damping(self, state, gradient):
+        return state.damping
+
+    def update(self, state, ratio, accepted):
+        return dp.oracles.DampingState(0.5 * state.damping, state.growth)
+
+    def keep(self, accepted):
+        return accepted
+
+
+def test_a_rule_of_ones_own():
+    values, dampings, ratios = train(Decaying(), 4).T
+    close(dampings, 0.5 ** np.arange(4))
+    assert values[-1] < values[0] and np.isnan(ratios).all()
 
 
 # Failures -------------------------------------------------------------------------

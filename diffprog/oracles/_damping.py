@@ -11,7 +11,11 @@ from .._types import check_positive, Number, number
 
 
 class DampingState(eqx.Module):
-    """The damping, and the factor of its next increase."""
+    """What a rule remembers between steps.
+
+    - `damping`: of the next step.
+    - `growth`: the factor of its next increase, for rules that need one.
+    """
 
     damping: Float[Array, ""]
     growth: Float[Array, ""]
@@ -22,9 +26,12 @@ class AbstractDamping(eqx.Module):
 
     The ratio is $\rho = (h(w) - h(w + d)) / \text{predicted decrease}$, on the batch
     that gave the step d. A ratio that is not finite counts as a failure.
+
+    - `follows_ratio`: a class variable, whether the ratio is computed, which takes one
+        more run of the model. Else it is NaN, and every step is made.
     """
 
-    follows_ratio: eqx.AbstractClassVar[bool]  # else h(w + d) is not needed
+    follows_ratio: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def init(self) -> DampingState:
@@ -38,7 +45,11 @@ class AbstractDamping(eqx.Module):
     def update(
         self, state: DampingState, ratio: Array, accepted: Bool[Array, ""]
     ) -> DampingState:
-        """The state after a step."""
+        """The state after a step: every one, also where the ratio is not computed.
+
+        `accepted` is whether the ratio is positive or, without it, whether there was a
+        step at all.
+        """
 
     @abc.abstractmethod
     def keep(self, accepted: Bool[Array, ""]) -> Bool[Array, ""]:
@@ -51,7 +62,10 @@ def _start(value: Any) -> DampingState:
 
 
 class Constant(AbstractDamping):
-    """The same damping for ever; what a plain number means."""
+    """The same damping for ever; what a plain number means.
+
+    - `value`: the damping.
+    """
 
     value: Number
 

@@ -28,7 +28,14 @@ from .base import AbstractOracle, Linearization, Proposal
 
 
 class Found(NamedTuple):
-    """A step d, the linearized outputs z there, and what is known of both."""
+    """A step, and what is known of it.
+
+    - `step`: d, like the parameters.
+    - `z`: the linearized outputs there, f + J d.
+    - `gap`: the duality gap.
+    - `num_inner`: iterations.
+    - `good`: whether the step can be trusted.
+    """
 
     step: PyTree
     z: Array

@@ -26,13 +26,21 @@ from .base import Linearization
 
 
 class Solved(NamedTuple):
-    """A step and how it was found."""
+    r"""A step and how it was found.
+
+    - `step`: d, like the parameters.
+    - `gap`: the duality gap $P(d) - D(\alpha)$; NaN if it is not known.
+    - `num_inner`: iterations.
+    - `negative_curvature`: whether a Hessian was found not to be positive semidefinite.
+    - `minimizes`: a Python bool, whether d minimizes the model along itself, so that
+        its length needs no correction.
+    """
 
     step: PyTree
-    gap: Array  # P(d) - D(alpha)
+    gap: Array
     num_inner: Array
     negative_curvature: Array
-    minimizes: bool  # along itself, so that its length needs no correction
+    minimizes: bool
 
 
 class AbstractSolver(eqx.Module):
@@ -277,11 +285,11 @@ class Cholesky(AbstractSolver):
 
 
 class RandomSubspace(AbstractSolver):
-    r"""The best step within a random subspace, by forward derivatives alone.
+    r"""The best step within a random subspace.
 
     $$d = -V (c\, Z' H Z + \lambda V' V)^{-1} V' \nabla h, \quad Z = J V.$$
 
-    Memory does not grow with the depth of the model.
+    One product with J for each direction, all at once, and no iterations.
 
     - `size`: of the subspace: directions, drawn anew with every key.
 
