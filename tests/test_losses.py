@@ -54,6 +54,8 @@ MEASURE = np.array([0.2, 1.7, 0.6, 1.0, 0.1, 2.4])
 REFERENCES = {"unit": "unit", "uniform": "uniform", "array": MEASURE}
 THETA = np.random.default_rng(0).normal(size=(4, K)) * [[0.3], [1.0], [2.0], [5.0]]
 
+LABELS_OF_TWO = np.array([0, 1])
+
 family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -608,6 +610,16 @@ def test_excluded_classes(name):
         assert np.isfinite(gradient).all() and (gradient[:, ~keep] == 0).all()
     uniform = f_softargmax(masked, f, "uniform")
     close(uniform[:, keep], f_softargmax(THETA[:, keep], f, "uniform"), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["KL", "1.5", "traced 0.3"])
+def test_nan_is_no_missing_class(name):
+    f, scores = FAMILIES[name], jnp.array([[jnp.nan, jnp.nan], [1.0, 2.0]])
+    for values in (
+        f_softmax(scores, f, "unit"),
+        f_loss(scores, LABELS_OF_TWO, f, "unit"),
+    ):
+        assert np.isnan(values[0]) and np.isfinite(values[1])
 
 
 @pytest.mark.parametrize("name", ("KL", "1.5", "ReverseKL", "LeCam", "traced 0.3", "3"))

@@ -31,7 +31,7 @@ class Setup(NamedTuple):
 
     @property
     def present(self) -> Array:
-        return self.problem.scores > -jnp.inf
+        return self.problem.scores != -jnp.inf
 
 
 class Call(eqx.Module):
@@ -68,12 +68,12 @@ class Call(eqx.Module):
             f = type(f)(at_most_one=self.unit)  # pyright: ignore
         classes = Classes(self.axis_name, self.unit and f.sparse, self.kernel)
         if self.reference is None:
-            count = classes.sum(jnp.where(theta > -jnp.inf, 1, jnp.zeros_like(theta)))
+            count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
             Q = q * count
         else:
             q = last(self.reference).astype(dtype)
-            Q = classes.sum(jnp.where(theta > -jnp.inf, q, 0))
+            Q = classes.sum(jnp.where(theta != -jnp.inf, q, 0))
         return Setup(classes, f, Problem(theta, q, Q, largest(theta, classes)), beta)
 
     def rows(self, a: Array) -> Array:
