@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
 from .._network import Network
-from .._tree import add, norm, scale, vdot, where
+from .._tree import add, all_finite, norm, scale, vdot, where
 from .._types import check_count, Number, number
 from ._gram import gram, gram_flops, is_dense
 from .base import Linearization
@@ -269,7 +269,9 @@ class Cholesky(AbstractSolver):
         # One refinement, by a product that has not lost digits to S.
         x = x + solve(rho - factor.transpose_mv(K(factor.mv(x))) - mu * x)
         a = factor.mv(x) if e is None else factor.mv(x) + e / mu
-        return a, jnp.any(factor.negative_curvature)
+        # Where mu is lost in S by rounding the factorization may fail.
+        failed = all_finite(at.cotangent) & ~all_finite(a)
+        return a, jnp.any(factor.negative_curvature) | failed
 
     def whitened(self, at: Linearization, factor) -> Array:
         """R' K R."""
