@@ -1,5 +1,7 @@
 """The problems, directions and searches that the tests run through, listed once."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -177,6 +179,13 @@ PROBLEMS = dict(
 def objective(problem, x0):
     """The cost as a function of the controls, through the public roll-out."""
     return lambda us: dp.rollout(problem, x0, us).cost
+
+
+@ft.cache
+def gradient(chain):
+    """The gradient of the cost of the problem of this name, compiled once."""
+    problem, x0, _ = PROBLEMS[chain]()
+    return jax.jit(jax.grad(objective(problem, x0)))
 
 
 def flat_objective(problem, x0, us):

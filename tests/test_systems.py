@@ -62,6 +62,14 @@ def cost_and_slope(system, us):
     return J, jnp.sqrt(jnp.sum(gradient**2))
 
 
+@eqx.filter_jit
+def functions(system, x, u, t):
+    """All that a system defines, at one point."""
+    slope = system.vector_field(x, u, 0.5)
+    costs = system.cost(x, u, t), system.terminal_cost(x)
+    return system.dynamics(x, u, t), slope, *costs
+
+
 def test_first_cost_of_the_pendulum():
     J, slope = cost_and_slope(Pendulum(), jnp.zeros((50, 1)))
     np.testing.assert_allclose(J, math.pi**2, rtol=1e-14)
@@ -85,7 +93,7 @@ def test_first_cost_of_path_tracking():
 def test_first_cost_of_the_race():
     race = Race.miniature(Track.simple(), dt=0.04)
     J, slope = cost_and_slope(race, jnp.zeros((25, 3)))
-    J = J - race.terminal_cost(race.x0)
+    J = J - eqx.filter_jit(race.terminal_cost)(race.x0)
     np.testing.assert_allclose(J, 39.33518788490791, rtol=1e-6)
     np.testing.assert_allclose(slope, 160.08092679182207, rtol=1e-6)
 
@@ -129,15 +137,16 @@ def test_contouring_errors_on_a_straight():
     np.testing.assert_allclose(race.terminal_cost(x), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("side", [-1.0, 1.0])
-def test_border_cost_pushes_inward(side):
+def test_border_cost_pushes_inward():
     race = Race(Car.miniature(), Track.line(), q_contour=0.0, q_lag=0.0)
-    x = jnp.asarray(START).at[1].set(side * 0.2)
-    inside = 0.185 - 0.0225 - 0.2
-    np.testing.assert_allclose(race.border_margin(x), inside, rtol=1e-12)
-    gradient = jax.grad(race.terminal_cost)(x)
-    np.testing.assert_allclose(gradient[1], side * 300 * inside**2, rtol=1e-10)
-    np.testing.assert_allclose(gradient[0], 0.0, atol=1e-12)
+    both = lambda x: (race.border_margin(x), jax.grad(race.terminal_cost)(x))
+    both = jax.jit(both)
+    for side in (-1.0, 1.0):
+        margin, gradient = both(jnp.asarray(START).at[1].set(side * 0.2))
+        inside = 0.185 - 0.0225 - 0.2
+        np.testing.assert_allclose(margin, inside, rtol=1e-12)
+        np.testing.assert_allclose(gradient[1], side * 300 * inside**2, rtol=1e-10)
+        np.testing.assert_allclose(gradient[0], 0.0, atol=1e-12)
 
 
 def test_border_cost_gradient_matches_differences():
@@ -160,16 +169,9 @@ def test_progress_backwards_costs_nan():
 
 def test_keeps_float32(system):
     system, m = system
-
-    @jax.jit
-    def everything(x, u, t):
-        slope = system.vector_field(x, u, 0.5)
-        costs = system.cost(x, u, t), system.terminal_cost(x)
-        return system.dynamics(x, u, t), slope, *costs
-
     x, u, t = system.x0.astype(jnp.float32), jnp.zeros(m, jnp.float32), jnp.int32(3)
-    single = everything(x, u, t)
-    double = everything(x.astype(float), u.astype(float), t)
+    single = functions(system, x, u, t)
+    double = functions(system, x.astype(float), u.astype(float), t)
     for a, b in zip(single, double, strict=True):
         assert a.dtype == jnp.float32 and b.dtype == jnp.float64
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
@@ -215,9 +217,8 @@ def test_vmap_equals_one_by_one(system):
     us, ts = 0.1 * jnp.ones((3, m)), jnp.arange(3, dtype=jnp.int32)
     both = lambda x, u, t: (system.dynamics(x, u, t), system.cost(x, u, t))
     together, costs = jax.jit(jax.vmap(both))(xs, us, ts)
-    both = jax.jit(both)
     for i in range(3):
-        alone, cost = both(xs[i], us[i], ts[i])
+        alone, _, cost, _ = functions(system, xs[i], us[i], ts[i])
         np.testing.assert_allclose(together[i], alone, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(costs[i], cost, rtol=1e-9)
 

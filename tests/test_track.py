@@ -20,6 +20,21 @@ def tracks():
     return {name: getattr(Track, name)() for name in MINIATURE + CIRCUITS}
 
 
+@eqx.filter_jit
+def derivatives(track, s):
+    """The lines at s, and their first two derivatives."""
+    value = lambda s: track.lines(s)[0]
+    slope = jax.jacfwd(value)
+    each = jax.vmap(lambda s: (value(s), slope(s), jax.jacfwd(slope)(s)))
+    return each(jnp.asarray(s))
+
+
+@eqx.filter_jit
+def across(track, s):
+    """The normal, the direction of travel and the two half widths."""
+    return track.normal(s), track.derivative(s), *track.half_widths(s)
+
+
 def around(track, num=2001):
     return np.linspace(0.0, float(track.length), num)
 
@@ -61,51 +76,54 @@ def test_spot_values_of_the_simple_track(tracks):
 def test_seam_is_smooth(tracks, name):
     track = tracks[name]
     L = float(track.length)
-    lines = lambda s: track.lines(s)[0]
-    derivatives = [lines, jax.jacfwd(lines), jax.jacfwd(jax.jacfwd(lines))]
-    for order, f in enumerate(derivatives):
-        before, after = f(jnp.array(L * (1 - 1e-13))), f(jnp.array(0.0))
+    ends = derivatives(track, np.array([L * (1 - 1e-13), 0.0]))
+    for order, (before, after) in enumerate(ends):
         atol = (1e-9, 1e-8, 1e-6)[order] * max(1.0, L ** (1 - order))
         np.testing.assert_allclose(before, after, atol=atol)
-    s = jnp.linspace(0.1, 0.9, 5) * L
+    s = np.linspace(0.1, 0.9, 5) * L
+    lines = eqx.filter_jit(lambda s: track.lines(s)[0])
     np.testing.assert_allclose(lines(s + 3 * L), lines(s), atol=1e-9 * L)
     np.testing.assert_allclose(lines(s - L), lines(s), atol=1e-9 * L)
-    heading = np.unwrap(np.asarray(track.heading(around(track))))
+    heading = eqx.filter_jit(track.heading)(around(track))
+    heading = np.unwrap(np.asarray(heading))
     np.testing.assert_allclose(heading[-1] - heading[0], 2 * math.pi, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["simple", "bend", "grand_prix"])
 def test_knots_are_smooth(tracks, name):
     track = tracks[name]
-    knots = jnp.asarray(track.knots)[1:-1]
-    second = jax.vmap(jax.jacfwd(jax.jacfwd(lambda s: track.lines(s)[0])))
+    knots = np.asarray(track.knots)[1:-1]
     step = 1e-9 * float(track.length)
-    left, right = second(knots - step), second(knots + step)
+    left, right = (derivatives(track, knots + sign * step)[2] for sign in (-1, 1))
     np.testing.assert_allclose(left, right, atol=1e-5 * np.abs(right).max())
 
 
 @pytest.mark.parametrize("name", MINIATURE + CIRCUITS)
 def test_derivative_is_that_of_the_points(tracks, name):
     track = tracks[name]
-    s = jnp.linspace(0.03, 0.97, 23) * float(track.length)
-    slope = jax.vmap(jax.jacfwd(lambda s: track.lines(s)[0]))(s)
-    np.testing.assert_allclose(track.lines(s)[1], slope, rtol=1e-9, atol=1e-12)
+    s = np.linspace(0.03, 0.97, 23) * float(track.length)
+
+    @jax.jit
+    def both(s):
+        slope = jax.vmap(jax.jacfwd(lambda s: track.lines(s)[0]))(s)
+        return track.lines(s)[1], slope, track.derivative(around(track))
+
+    own, slope, tangents = both(s)
+    np.testing.assert_allclose(own, slope, rtol=1e-9, atol=1e-12)
     # The parameter is close to arc length.
-    speed = np.linalg.norm(np.asarray(track.derivative(around(track))), axis=1)
+    speed = np.linalg.norm(np.asarray(tangents), axis=1)
     np.testing.assert_allclose(speed, 1.0, atol=0.01)
 
 
 @pytest.mark.parametrize("name", MINIATURE + CIRCUITS)
 def test_borders_lie_across(tracks, name):
     track = tracks[name]
-    s = around(track, 301)
-    normal, slope = track.normal(s), track.derivative(s)
-    np.testing.assert_allclose(jnp.sum(normal**2, axis=1), 1.0, rtol=1e-12)
-    np.testing.assert_allclose(jnp.sum(normal * slope, axis=1), 0.0, atol=1e-12)
+    normal, slope, left, right = map(np.asarray, across(track, around(track, 301)))
+    np.testing.assert_allclose(np.sum(normal**2, axis=1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(np.sum(normal * slope, axis=1), 0.0, atol=1e-12)
     # To the right: the normal is the direction of travel turned by -90 degrees.
     cross = slope[:, 0] * normal[:, 1] - slope[:, 1] * normal[:, 0]
     assert np.all(cross < 0)
-    left, right = track.half_widths(s)
     low, high = (0.185, 0.185) if name in MINIATURE else (5.0, 6.0)
     for width in (left, right):
         assert np.all(width > 0.995 * low) and np.all(width < 1.005 * high)
@@ -125,10 +143,10 @@ def test_open_track_stops_smoothly(tracks, name):
     end = track.center(L + 5.0)
     np.testing.assert_allclose(end, track.center(L), atol=1e-6)
     for s in (L - 2e-6, L - 5e-7, L + 5e-7, L + 2e-6):
-        slope = jax.jacfwd(track.center)(jnp.array(s))
-        hessian = jax.jacfwd(jax.jacfwd(track.center))(jnp.array(s))
+        _, slope, hessian = derivatives(track, np.array([s]))
         assert np.all(np.isfinite(slope)) and np.all(np.isfinite(hessian))
-    np.testing.assert_allclose(jax.jacfwd(track.center)(jnp.array(L + 1.0)), 0.0)
+    _, slope, _ = derivatives(track, np.array([L + 1.0]))
+    np.testing.assert_allclose(slope[0, :2], 0.0)
 
 
 def test_grand_prix_is_a_circuit_for_the_full_size_car(tracks):
@@ -140,7 +158,7 @@ def test_grand_prix_is_a_circuit_for_the_full_size_car(tracks):
         * jax.jacfwd(track.derivative)(s)[::-1]
         * track.derivative(s)
     )
-    curvature = np.asarray(jax.vmap(heading)(jnp.asarray(s)))
+    curvature = np.asarray(jax.jit(jax.vmap(heading))(s))
     assert 1 / 25.0 < np.abs(curvature).max() < 1 / 20.0  # the car can turn on 9 m
     assert curvature.max() > 0 > curvature.min()
     # No two parts of the track that lie far apart along it come near each other.
