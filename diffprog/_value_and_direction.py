@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._door import door
 from ._model import check_apart, first_half_twice, is_parameter, split
@@ -82,8 +83,9 @@ class ValueAndDirection(eqx.Module):
     ) -> tuple[Any, PyTree]:
         """`value, direction`, or `(value, aux), direction` with `has_aux`."""
         arrays, frozen = self._split(model, inputs, key)
-        value, aux, direction = _call_door(self, arrays, frozen, inputs, targets, key)
-        if not self.fallback:
+        args = self, arrays, frozen, inputs, targets, key
+        value, aux, replaced, direction = _call_door(*args)
+        if isinstance(replaced, Tracer) or not jnp.all(replaced):
             _throw(aux.result if self.has_aux else aux)
         return ((value, aux) if self.has_aux else value), direction
 
@@ -163,7 +165,8 @@ def value_and_direction(
         damping is weighed against the sum.
     - `has_aux`: whether a call returns `(value, aux), direction`, with a
         [`diffprog.DirectionAux`][].
-    - `fallback`: return the gradient instead of a direction that cannot be trusted.
+    - `fallback`: return the gradient, where it is finite, instead of a direction that
+        cannot be trusted.
     - `check`: raise if the output of one example depends on the input of another, as in
         batch normalization. Runs the model twice more; for debugging.
 
@@ -300,8 +303,9 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
         if jtu.tree_structure(unit) != jtu.tree_structure(direction):
             unit = jtu.tree_map(lambda _: proposal.unit, direction)
         direction = jtu.tree_map(scale, unit, direction)
-    instead = at.gradient if vd.fallback else jtu.tree_map(jnp.zeros_like, params)
-    direction = where(keep, direction, where(ok, scale(0, direction), instead))
+    zeros = jtu.tree_map(jnp.zeros_like, params)
+    instead = where(_replaced(vd, at.value, gradient, result), at.gradient, zeros)
+    direction = where(keep, direction, instead)
     aux = DirectionAux(
         result,
         at.outputs,
@@ -328,16 +332,23 @@ def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
     return RESULTS.where(jnp.isfinite(at.value), result, RESULTS.nonfinite_rollout)
 
 
+def _replaced(vd, value: Array, gradient: Array, result: RESULTS) -> Bool[Array, ""]:
+    """Whether the gradient takes the place of a direction that cannot be trusted."""
+    if not vd.fallback:
+        return jnp.isnan(value) & False
+    return (result != RESULTS.successful) & jnp.isfinite(value) & jnp.isfinite(gradient)
+
+
 def _call(vd, arrays, frozen, inputs, targets, key):
     """A step without memory; what nobody asks for is not computed."""
     state = _init(vd, arrays, frozen, None)
     (value, aux), direction, _ = _step(
         vd, arrays, frozen, state, inputs, targets, key, False
     )
-    if not vd.fallback:
-        good = aux.result == RESULTS.successful
-        direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)
-    return value, aux if vd.has_aux else aux.result, direction
+    replaced = _replaced(vd, value, aux.gradient, aux.result)
+    good = replaced | (aux.result == RESULTS.successful)
+    direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)
+    return value, aux if vd.has_aux else aux.result, replaced, direction
 
 
 _init_door, _outputs_door = door(_init), door(_outputs)

@@ -7,11 +7,12 @@ import pytest
 
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-LIMITS = {"car_racing.py": 250}
+LIMITS = {"car_racing.py": 250, "digits_gauss_newton.py": 200}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "multilabel.py": {"multilabel.png"},
     "character_model.py": {"characters.png"},
+    "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},

@@ -295,6 +295,8 @@ def test_the_gradient_instead():
     assert aux.result == dp.RESULTS.factorization_failed
     _, gradient = dp.value_and_direction(concave, Gradient())(MODEL, INPUTS, TARGETS)
     close(direction, gradient)
+    with pytest.raises(dp.SolveError, match="not finite"):  # no gradient either
+        vd(nan_model(MODEL), INPUTS, TARGETS)
 
 
 def test_examples_that_depend_on_each_other():

@@ -329,7 +329,7 @@ class RandomSubspace(AbstractSolver):
         inner = lambda a, b: matmul(flat(a), flat(b).T)
         VV = sum(inner(v, v) for v in jtu.tree_leaves(V))
         A = at.weight * inner(Z, HZ) + damping * VV
-        b = jax.vmap(lambda v: vdot(v, at.gradient))(V)
+        b = at.weight * matmul(flat(Z), jnp.ravel(at.cotangent))
         a = -cho_solve(cho_factor(A, lower=True), b)
         d = jtu.tree_map(lambda v: jnp.tensordot(a, v, 1, precision="highest"), V)
         nan = jnp.full_like(damping, jnp.nan)
