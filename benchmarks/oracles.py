@@ -117,7 +117,8 @@ def directions() -> list[dict]:
     calls = {"gradient": compiled(baseline(loss), net, x, y)}
     for name, oracle in oracles().items():
         vd = dp.value_and_direction(loss, oracle)
-        run = lambda net, x, y, vd=vd: vd(net, x, y, key=jr.key(0))
+        options = {"key": jr.key(0)} if "random" in name else {}
+        run = lambda net, x, y, vd=vd, options=options: vd(net, x, y, **options)
         calls[name] = compiled(run, net, x, y)
     times = alternate({name: call for name, (call, _) in calls.items()})
     return [

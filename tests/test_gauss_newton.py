@@ -167,7 +167,7 @@ def test_t1_1_t2_1_all_forms_are_the_dense_step(solver, name):
     assert abs(aux.gap) < 1e-10
 
 
-def test_the_exact_step_is_the_layerwise_riccati_step():
+def test_t8_3_the_exact_step_is_the_layerwise_riccati_step():
     net = network()
     problem = dp.NetworkProblem(net, LOSSES["softmax"][0], LABELS)
     du, _ = dp.direction(problem, dp.GaussNewton(), INPUTS, net.params, damping=0.1)
@@ -368,7 +368,7 @@ def test_t2_3_stacked_least_squares():
 
 
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
-def test_t2_4_predicted_decreases(solver):
+def test_t2_4_t8_8_predicted_decreases(solver):
     step, aux = run(EXACT[solver], "softmax")
     gradient = dense("softmax").gradient
     close(aux.decrease, step @ (0.1 * step - gradient) / 2)

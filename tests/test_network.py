@@ -120,7 +120,7 @@ def dense(net, loss, targets):
 
 
 @every_network
-def test_layerwise_directions_are_the_dense_ones(name):
+def test_t8_2_layerwise_directions_are_the_dense_ones(name):
     net, loss = NETWORKS[name](), dp.losses.SoftmaxCrossEntropy()
     gradient, G, H = jax.jit(lambda: dense(net, loss, LABELS))()
     eye = jnp.eye(gradient.size)
@@ -164,6 +164,18 @@ def test_a_network_of_equal_layers_is_a_control_problem():
         found = du[0].layers[0]
         np.testing.assert_allclose(found.weight, desired["W"], rtol=0, atol=1e-13)
         np.testing.assert_allclose(found.bias, desired["b"], rtol=0, atol=1e-13)
+
+
+def test_t8_7_one_stage_has_one_second_order_direction():
+    net = dp.Network([linear(3, 2), jnp.tanh])
+    problem = dp.NetworkProblem(net, dp.losses.SoftmaxCrossEntropy(), LABELS)
+
+    def step(method):
+        return dp.direction(problem, method, INPUTS, net.params, damping=2.0)[0]
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    for pair in ((dp.Newton(), dp.DDP()), (dp.GaussNewton(), dp.ILQR())):
+        jax.tree.map(close, *map(step, pair))
 
 
 def test_solve_trains_a_network():

@@ -137,6 +137,15 @@ def test_t3_1_the_squared_loss_is_gauss_newton():
     np.testing.assert_allclose(step, -ravel_pytree(direction)[0], rtol=0, atol=1e-10)
 
 
+def test_t1_15_converged_coordinate_ascent_is_the_dense_step():
+    step, _, _ = run("squared", 0.1, CoordinateAscent(max_steps=3000), gap=1e-20)
+    f, J = linear_model()
+    J = J.reshape(M * K, -1)
+    matrix = J.T @ J / M + 0.1 * jnp.eye(J.shape[1])
+    desired = -jnp.linalg.solve(matrix, J.T @ (f - REAL).ravel() / M)
+    np.testing.assert_allclose(step, desired, rtol=0, atol=1e-9)
+
+
 def test_t3_2_an_affine_model_is_solved_in_one_step():
     model = eqx.nn.Linear(3, K, key=KEYS[4])
     vd = dp.value_and_direction(Absolute(), ProxLinear(1e-4, gap=1e-9))
