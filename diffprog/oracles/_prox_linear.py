@@ -269,7 +269,9 @@ def ascend(
         count, state, best, D = carry
         alpha, z, *_ = state = advance(state)
         P_new, D_new = judge(at, damping, alpha, z)
-        best = where(P_new < best[0], (P_new, alpha, z), best)
+        # Of those that differ by rounding the last is the best.
+        lowest = best[0] + 8 * jnp.finfo(z.dtype).eps * jnp.abs(best[0])
+        best = where(P_new <= lowest, (P_new, alpha, z), best)
         return count + 1, state, best, jnp.maximum(D, D_new)
 
     alpha, z, *_ = state
