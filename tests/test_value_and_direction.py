@@ -187,6 +187,40 @@ def test_keys_and_model_states_are_handed_on():
     assert values[0] != values[1]
 
 
+class Normalized(eqx.Module):
+    """A model whose examples are coupled, and which keeps running means."""
+
+    first: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.first = eqx.nn.Linear(3, 5, key=key)
+        self.norm = eqx.nn.BatchNorm(5, "batch", mode="batch")
+        self.last = eqx.nn.Linear(5, 2, key=key)
+
+    def __call__(self, x, state):
+        h, state = self.norm(self.first(x), state)
+        return self.last(jnp.tanh(h)), state
+
+
+def test_batch_normalization():
+    def predict(model, inputs, *, state):
+        run = jax.vmap(model, (0, None), (0, None), axis_name="batch")
+        return run(inputs, state)
+
+    model, means = eqx.nn.make_with_state(Normalized)(KEYS[6])
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1), predict)
+    state, values = vd.init(model, means), []
+    for _ in range(3):
+        (value, _), direction, state = vd.step(model, state, INPUTS, TARGETS)
+        model = eqx.apply_updates(model, jax.tree.map(jnp.negative, direction))
+        values.append(value)
+    assert values[0] > values[1] > values[2]
+    before, after = (jax.tree.leaves(s) for s in (means, state.model_state))
+    assert any(jnp.any(a != b) for a, b in zip(before, after, strict=True))
+
+
 def test_keys_are_split_among_examples():
     model = eqx.nn.Sequential([MODEL, eqx.nn.Dropout(0.5)])
     vd = dp.value_and_direction(Squared(), GaussNewton(0.1), has_aux=True)
