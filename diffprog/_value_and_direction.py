@@ -15,7 +15,7 @@ from ._network_problem import check_reduction, Reduction
 from ._result import RESULTS, throw_unless_successful
 from ._tree import all_finite, norm, scale, vdot, where
 from .losses import AbstractLoss, as_loss
-from .oracles._damping import AbstractDamping, as_damping, DampingState
+from .oracles._damping import AbstractDamping, as_damping, DampingState, OUTCOMES
 from .oracles.base import AbstractOracle, Linearization, linearize, Proposal
 
 
@@ -44,7 +44,7 @@ class DirectionAux(eqx.Module):
     - `slope`: the derivative of the loss along the step; negative.
     - `decrease`: by how much the oracle's model of the loss falls with the step.
     - `ratio`: the decrease of the loss with the whole step over `decrease`; NaN where
-        the damping does not depend on it.
+        the damping does not depend on it, or where `decrease` is lost in rounding.
     - `damping`: that of this step.
     - `gap`: the duality gap of the problem the oracle solved; NaN if it has none.
     - `num_inner`: its inner iterations.
@@ -284,19 +284,13 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     result = _judge(at, proposal)
     ok = result == RESULTS.successful
     slope = vdot(at.gradient, proposal.step)
-    ratio, accepted, keep = jnp.full_like(slope, jnp.nan), ok, ok
-    if adapt and rule is not None and rule.follows_ratio:
-        step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, params))
-        after = at.value_at(jtu.tree_map(jnp.add, params, step))
-        # A predicted decrease that is lost in rounding tells nothing.
-        least = 8 * jnp.finfo(at.value.dtype).eps * jnp.abs(at.value)
-        clear = ok & (proposal.decrease > least)
-        ratio = (at.value - after) / jnp.where(clear, proposal.decrease, jnp.nan)
-        accepted = jnp.isfinite(ratio) & (ratio > 0)
-        keep = ok & rule.keep(accepted)
-    next_damping = state.damping
+    ratio, keep, next_damping = jnp.full_like(slope, jnp.nan), ok, state.damping
     if adapt and rule is not None:
-        next_damping = rule.update(next_damping, ratio, accepted)
+        outcome = _outcome(ok)
+        if rule.follows_ratio:
+            ratio, outcome = _compare(at, proposal, ok)
+            keep = ok & rule.keep(outcome)
+        next_damping = rule.update(next_damping, ratio, outcome)
     direction = scale(-1, proposal.step)
     if vd.scale == "gradient":
         unit = proposal.unit
@@ -319,6 +313,24 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     )
     memory = where(ok, proposal.memory, state.memory)
     return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
+
+
+def _compare(at: Linearization, proposal: Proposal, ok) -> tuple[Array, OUTCOMES]:
+    """The true decrease of h over the predicted one, and what that says of the step."""
+    step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, at.params))
+    after = at.value_at(jtu.tree_map(jnp.add, at.params, step))
+    predicted, noise = proposal.decrease, at.rounding()
+    ratio = (at.value - after) / jnp.where(predicted > noise, predicted, jnp.nan)
+    ratio = jnp.where(ok, ratio, jnp.nan)
+    # A gap above the noise: it is the solver that found nothing, not the model.
+    lost = (jnp.abs(predicted) <= noise) & ~(proposal.gap > noise)
+    unclear = ok & lost & (after <= at.value + noise)
+    outcome = _outcome(jnp.isfinite(ratio) & (ratio > 0))
+    return ratio, OUTCOMES.where(unclear, OUTCOMES.unclear, outcome)
+
+
+def _outcome(good: Bool[Array, ""]) -> OUTCOMES:
+    return OUTCOMES.where(good, OUTCOMES.accepted, OUTCOMES.rejected)
 
 
 def _judge(at: Linearization, proposal: Proposal) -> RESULTS:

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy.optimize import linprog
 
 import diffprog as dp
 from diffprog.losses import (
@@ -43,11 +44,13 @@ LOSSES = {
     "absolute": (Absolute(), REAL),
     "euclidean": (Euclidean(), REAL),
 }
+# Enough for a J that is ill conditioned.
+MOST = 30_000
 SOLVERS = {
     "Newton": NewtonSteps(),
     "Newton, CG": NewtonSteps(solver=CG(max_steps=60, rtol=1e-12)),
-    "coordinates": CoordinateAscent(max_steps=3000),
-    "gradient": ProximalGradient(max_steps=3000),
+    "coordinates": CoordinateAscent(max_steps=MOST),
+    "gradient": ProximalGradient(max_steps=MOST),
 }
 PAIRS = [
     (loss, solver)
@@ -91,11 +94,25 @@ def objective(name, damping, d):
     return loss(f + J @ d, targets).mean() + damping * d @ d / 2
 
 
+def bound(name, damping, d):
+    """The dual value of the variable of a step, below all values of the model."""
+    (loss, targets), (f, J) = LOSSES[name], linear_model()
+    alpha = np.linalg.lstsq(J.reshape(M * K, -1).T, -damping * M * d)[0]
+    alpha = loss.dual_projection(jnp.asarray(alpha).reshape(M, K), targets)
+    pulled = jnp.einsum("ijp,ij->p", J, alpha) / M
+    inner = jnp.sum(alpha * f, 1) - loss.conjugate(alpha, targets)
+    return inner.mean() - pulled @ pulled / (2 * damping)
+
+
 @ft.cache
 def best(name, damping):
-    return run(name, damping, ProximalGradient(max_steps=10_000), 1e-13)[0]
+    step = run(name, damping, ProximalGradient(max_steps=MOST), 1e-13)[0]
+    # No other step is better, whatever the solvers say.
+    assert objective(name, damping, step) < bound(name, damping, step) + 1e-11
+    return step
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("damping", [1.0, 0.03])
 @pytest.mark.parametrize("name, solver", PAIRS)
 def test_every_solver_finds_the_minimum(name, solver, damping):
@@ -105,13 +122,14 @@ def test_every_solver_finds_the_minimum(name, solver, damping):
     assert P <= objective(name, damping, best(name, damping)) + 1e-10
     decrease = value - (P - damping * step @ step / 2)
     np.testing.assert_allclose(aux.decrease, decrease, rtol=0, atol=1e-13)
-    assert aux.slope < 0 and aux.num_inner < 3000
+    assert aux.slope < 0 and aux.num_inner < MOST
 
 
 @pytest.mark.parametrize("name", ["softmax", "huber"])
 def test_t1_5_optimality(name):
-    # damping d = -J' alpha / m for alpha_i = grad l(f_i + J_i d).
-    step, _, _ = run(name, 0.1)
+    # damping d = -J' alpha / m for alpha_i = grad l(f_i + J_i d). The square of the
+    # difference is 2 damping times the gap.
+    step, _, _ = run(name, 0.1, gap=1e-13)
     (loss, targets), (f, J) = LOSSES[name], linear_model()
     alpha = loss.gradient(f + J @ step, targets)
     pulled = jnp.einsum("ijp,ij->p", J, alpha) / M
@@ -125,7 +143,10 @@ def test_t1_4_the_gap_is_that_of_the_definition(name):
     z = f + J @ step
     # alpha from d = -J' alpha / (m damping): unique where J' has full rank.
     flat = J.reshape(M * K, -1)
-    alpha = jnp.linalg.lstsq(flat.T, -0.3 * M * step)[0].reshape(M, K)
+    found = jnp.linalg.lstsq(flat.T, -0.3 * M * step)[0].reshape(M, K)
+    # One rounding outside of its domain the conjugate is infinite.
+    alpha = loss.dual_projection(found, targets)
+    np.testing.assert_allclose(alpha, found, rtol=0, atol=1e-10)
     inner = jnp.sum(alpha * z, 1)
     gaps = loss(z, targets) + loss.conjugate(alpha, targets) - inner
     np.testing.assert_allclose(aux.gap, gaps.mean(), rtol=0, atol=1e-8)
@@ -156,15 +177,38 @@ def test_t1_15_converged_coordinate_ascent_is_the_dense_step():
     np.testing.assert_allclose(step, desired, rtol=0, atol=1e-12)
 
 
-def test_t3_2_an_affine_model_is_solved_in_one_step():
+def least_absolute_deviations():
+    """The least mean loss of a linear model, and its weights, by a linear program."""
+    X = np.hstack([INPUTS, np.ones((M, 1))])
+    A, r = np.kron(np.eye(K), X), np.asarray(REAL).T.ravel()
+    # r - A w <= s and A w - r <= s: the sum of s is least.
+    signed = np.block([[-A, -np.eye(M * K)], [A, -np.eye(M * K)]])
+    costs = np.concatenate([np.zeros(A.shape[1]), np.ones(M * K)]) / M
+    bounds = [(None, None)] * A.shape[1] + [(0, None)] * (M * K)
+    found = linprog(costs, signed, np.concatenate([-r, r]), bounds=bounds)
+    return found.fun, found.x[: A.shape[1]]
+
+
+@pytest.mark.parametrize("damping, solver", [
+    (0.1, CoordinateAscent(max_steps=MOST)),
+    pytest.param(1e-4, None, marks=pytest.mark.xfail(
+        strict=True,
+        reason="The steps of the solvers shrink with the damping: far from the "
+        "minimum, `max_steps` ends them.",
+    )),
+])  # fmt: skip
+def test_t3_2_an_affine_model_is_solved_in_one_step(damping, solver):
     model = eqx.nn.Linear(3, K, key=KEYS[4])
-    vd = dp.value_and_direction(Absolute(), ProxLinear(1e-4, gap=1e-9))
+    vd = dp.value_and_direction(Absolute(), ProxLinear(damping, solver, 1e-9))
     _, direction = vd(model, INPUTS, REAL)
     new = eqx.apply_updates(model, jax.tree.map(jnp.negative, direction))
-    _, again = vd(new, INPUTS, REAL)
-    mean = lambda model: Absolute()(jax.vmap(model)(INPUTS), REAL).mean()
-    after = eqx.apply_updates(new, jax.tree.map(jnp.negative, again))
-    assert mean(after) > mean(new) - 1e-3 and mean(new) < mean(model)
+    after = Absolute()(jax.vmap(new)(INPUTS), REAL).mean()
+    # The step pays for its length: so does the one to the least loss of all.
+    least, w = least_absolute_deviations()
+    flat = lambda model: jnp.concatenate([model.weight.T, model.bias[None]]).T.ravel()
+    cost = lambda w: damping / 2 * jnp.sum((w - flat(model)) ** 2)
+    assert least - 1e-12 < after
+    assert after + cost(flat(new)) < least + cost(w) + 1e-8
 
 
 @pytest.mark.parametrize("shift", [3.0, 0.2, -3.0])
@@ -179,6 +223,7 @@ def test_t3_3_one_residual_is_thresholded(shift):
     np.testing.assert_allclose(-direction.weight, x * (soft - shift) / J2, atol=1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", LOSSES)
 def test_t3_4_sufficient_damping_decreases_the_loss(name):
     loss, targets = LOSSES[name]
@@ -188,7 +233,13 @@ def test_t3_4_sufficient_damping_decreases_the_loss(name):
     new = eqx.apply_updates(net, jax.tree.map(jnp.negative, direction))
     after = loss(jax.vmap(new)(INPUTS), targets).mean()
     step = -ravel_pytree(direction)[0]
-    assert after <= objective(name, 20.0, step) <= value
+    P = objective(name, 20.0, step)
+    assert after <= P
+    # At least half of what the loss would fall by along its gradient.
+    _, J = linear_model()
+    alpha = loss.gradient(jax.vmap(net)(INPUTS), targets)
+    pulled = jnp.einsum("ijp,ij->p", J, alpha) / M
+    assert value - P > pulled @ pulled / (4 * 20.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -207,22 +258,41 @@ def test_few_steps_still_descend():
         assert objective(name, 1e-4, step) < value
 
 
+def test_too_few_passes_are_no_success_without_a_step():
+    # All residuals are at their kinks: no step helps, and nothing says that it is best.
+    loss, net = Absolute(), network()
+    outputs = jax.vmap(net)(INPUTS)
+    targets = outputs.at[0].add(jnp.array([1.0, -1e-12]))
+    oracle = ProxLinear(1e-9, CoordinateAscent(max_steps=1), 1e-12)
+    vd = dp.value_and_direction(loss, oracle)
+    (_, aux), direction, _ = vd.step(net, vd.init(net), INPUTS, targets)
+    moved = jnp.linalg.norm(ravel_pytree(direction)[0]) > 0
+    assert moved == (aux.result == dp.RESULTS.successful)
+
+
 def test_float32_is_kept():
     cast = lambda a: a.astype("f4") if eqx.is_inexact_array(a) else a
     net, inputs = jax.tree.map(cast, (network(), INPUTS))
     for name in ("hinge", "softmax"):
-        vd = dp.value_and_direction(LOSSES[name][0], ProxLinear(0.1, gap=1e-3))
+        # Of the gap follows |error|^2 < 2 gap / damping.
+        vd = dp.value_and_direction(LOSSES[name][0], ProxLinear(0.1, gap=1e-4))
         _, direction = vd(net, inputs, LABELS)
         found = ravel_pytree(direction)[0]
         assert found.dtype == jnp.float32
-        desired, _, _ = run(name, 0.1)
+        desired, value, _ = run(name, 0.1)
         np.testing.assert_allclose(found, -desired, rtol=0, atol=0.05)
+        least = objective(name, 0.1, desired)
+        P = objective(name, 0.1, -found.astype(float))
+        assert P - least < 1e-3 * (value - least)
 
 
 def test_functions_without_a_conjugate():
     smooth = lambda u, y: jnp.sum(jnp.cosh(u - y), 1)
-    vd = dp.value_and_direction(smooth, ProxLinear(0.1))
-    vd(network(), INPUTS, REAL)
+    vd = dp.value_and_direction(smooth, ProxLinear(0.1, gap=1e-13))
+    _, direction = vd(network(), INPUTS, REAL)
+    found, (f, J) = ravel_pytree(direction)[0], linear_model()
+    pulled = jnp.einsum("ijp,ij->p", J, jnp.sinh(f - J @ found - REAL)) / M
+    np.testing.assert_allclose(0.1 * found, pulled, rtol=0, atol=1e-6)
     for solver in (CoordinateAscent(), ProximalGradient()):
         vd = dp.value_and_direction(smooth, ProxLinear(0.1, solver))
         with pytest.raises(TypeError, match="conjugate"):

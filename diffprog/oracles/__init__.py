@@ -12,6 +12,7 @@ from ._damping import (
     DampingState as DampingState,
     GradientNorm as GradientNorm,
     MadsenNielsen as MadsenNielsen,
+    OUTCOMES as OUTCOMES,
     Threshold as Threshold,
 )
 from ._gauss_newton import (

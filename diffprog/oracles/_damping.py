@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._tree import where
 from .._types import check_positive, Number, number
 
 
@@ -21,11 +22,25 @@ class DampingState(eqx.Module):
     growth: Float[Array, ""]
 
 
+class OUTCOMES(eqx.Enumeration):
+    """What is known of a step, for rules of damping."""
+
+    accepted = "The loss falls with the step."
+    rejected = "The loss does not fall with the step, or there is no step."
+    unclear = (
+        "Both decreases, predicted and true, are lost in the rounding of the loss."
+    )
+
+
 class AbstractDamping(eqx.Module):
     r"""A damping $\lambda$ that changes from step to step.
 
     The ratio is $\rho = (h(w) - h(w + d)) / \text{predicted decrease}$, on the batch
-    that gave the step d. A ratio that is not finite counts as a failure.
+    that gave the step d. What it says is one of [`diffprog.oracles.OUTCOMES`][]:
+    `accepted` where it is positive, `rejected` where it is not, or not finite, and
+    `unclear` where the predicted decrease is lost in the rounding of h and nothing else
+    speaks against the step, as at a minimum. Without the ratio, `accepted` is that
+    there was a step at all.
 
     - `follows_ratio`: a class variable, whether the ratio is computed, which takes one
         more run of the model. Else it is NaN, and every step is made.
@@ -43,17 +58,17 @@ class AbstractDamping(eqx.Module):
 
     @abc.abstractmethod
     def update(
-        self, state: DampingState, ratio: Array, accepted: Bool[Array, ""]
+        self, state: DampingState, ratio: Array, outcome: OUTCOMES
     ) -> DampingState:
         """The state after a step: every one, also where the ratio is not computed.
 
-        `accepted` is whether the ratio is positive or, without it, whether there was a
-        step at all.
+        An `unclear` outcome (the ratio is NaN then) should leave the damping as it is:
+        raised again and again, it would never come down after training has converged.
         """
 
     @abc.abstractmethod
-    def keep(self, accepted: Bool[Array, ""]) -> Bool[Array, ""]:
-        """Whether the step is made, where `accepted` says that it decreases h."""
+    def keep(self, outcome: OUTCOMES) -> Bool[Array, ""]:
+        """Whether the step is made."""
 
 
 def _start(value: Any) -> DampingState:
@@ -80,11 +95,11 @@ class Constant(AbstractDamping):
     def damping(self, state, gradient):
         return state.damping
 
-    def update(self, state, ratio, accepted):
+    def update(self, state, ratio, outcome):
         return state
 
-    def keep(self, accepted):
-        return accepted | True
+    def keep(self, outcome):
+        return jnp.asarray(True)
 
 
 class MadsenNielsen(AbstractDamping):
@@ -115,15 +130,17 @@ class MadsenNielsen(AbstractDamping):
     def damping(self, state, gradient):
         return state.damping
 
-    def update(self, state, ratio, accepted):
+    def update(self, state, ratio, outcome):
+        accepted = outcome == OUTCOMES.accepted
         ratio = jnp.where(accepted, ratio, 0)  # what follows is finite
         better = state.damping * jnp.maximum(1 / 3, 1 - (2 * ratio - 1) ** 3)
         damping = jnp.where(accepted, better, state.damping * state.growth)
+        damping = jnp.clip(damping, self.minimum, self.maximum)
         growth = jnp.where(accepted, 2.0, 2 * state.growth).astype(damping.dtype)
-        return DampingState(jnp.clip(damping, self.minimum, self.maximum), growth)
+        return where(outcome == OUTCOMES.unclear, state, DampingState(damping, growth))
 
-    def keep(self, accepted):
-        return accepted | (not self.reject)
+    def keep(self, outcome):
+        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
 
 class Threshold(AbstractDamping):
@@ -158,15 +175,15 @@ class Threshold(AbstractDamping):
     def damping(self, state, gradient):
         return state.damping
 
-    def update(self, state, ratio, accepted):
-        bad = ~jnp.isfinite(ratio) | (ratio < self.low)
+    def update(self, state, ratio, outcome):
+        bad = (outcome == OUTCOMES.rejected) | (ratio < self.low)
         factor = jnp.where(ratio > self.high, self.decrease, 1.0)
         factor = jnp.where(bad, self.increase, factor).astype(state.damping.dtype)
         damping = jnp.clip(state.damping * factor, self.minimum, self.maximum)
         return DampingState(damping, state.growth)
 
-    def keep(self, accepted):
-        return accepted | (not self.reject)
+    def keep(self, outcome):
+        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
 
 class GradientNorm(AbstractDamping):
@@ -197,11 +214,11 @@ class GradientNorm(AbstractDamping):
     def damping(self, state, gradient):
         return jnp.maximum(self.minimum, self.factor * gradient**self.power)
 
-    def update(self, state, ratio, accepted):
+    def update(self, state, ratio, outcome):
         return state
 
-    def keep(self, accepted):
-        return accepted | True
+    def keep(self, outcome):
+        return jnp.asarray(True)
 
 
 def as_damping(damping: Any) -> AbstractDamping:

@@ -323,23 +323,38 @@ class ProxLinear(AbstractOracle):
     def propose(self, at, damping, memory, key):
         solver = self.solver or choose(at)
         found = solver.minimize(at, damping, jnp.asarray(self.gap, at.value.dtype))
-        d, z = found.step, found.z
 
-        def bad(t):
-            P = model(at, damping, scale(t, d), at.outputs + t * (z - at.outputs))
-            return (P >= at.value) & (t > 1e-9)
+        def shortened(d, u, t):
+            """t, halved until the convex model falls along d, or 0; u = J d."""
 
-        # Where the steps of the solver did not suffice: the model is convex.
-        t = lax.while_loop(bad, lambda t: t / 2, jnp.ones_like(at.value))
-        t = jnp.where(t > 1e-9, t, 0)
-        losses = at.loss(at.outputs + t * (z - at.outputs), at.targets)
+            def bad(t):
+                P = model(at, damping, scale(t, d), at.outputs + t * u)
+                return (P >= at.value) & (t > 1e-9)
+
+            t = lax.while_loop(bad, lambda t: t / 2, t)
+            return jnp.where(t > 1e-9, t, 0)
+
+        # Where the steps of the solver did not suffice, its point may lie beyond all
+        # descent; along minus the gradient a smooth loss always falls.
+        one = jnp.ones_like(at.value)
+        d, u = found.step, found.z - at.outputs
+        t = shortened(d, u, one)
+        instead = scale(-1 / damping, at.gradient)
+        d, u = where(t > 0, (d, u), (instead, at.mv(instead)))
+        t = shortened(d, u, jnp.where(t > 0, t, one))
+        losses = at.loss(at.outputs + t * u, at.targets)
+        result = RESULTS.where(
+            (t == 0) & (found.gap > at.rounding()),
+            RESULTS.no_descent,
+            RESULTS.successful,
+        )
         return Proposal(
             scale(t, d),
             at.value - at.weight * jnp.sum(losses),
             damping,
             found.gap,
             found.num_inner,
-            RESULTS.where(found.good, RESULTS.successful, RESULTS.factorization_failed),
+            RESULTS.where(found.good, result, RESULTS.factorization_failed),
         )
 
 

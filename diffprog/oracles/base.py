@@ -7,11 +7,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._result import RESULTS
 from .._tree import vdot
 from ..losses import AbstractLoss
+
+
+# So many roundings are allowed for before a change of the loss means something.
+EPSILONS = 8
 
 
 class Linearization(eqx.Module):
@@ -57,6 +62,24 @@ class Linearization(eqx.Module):
         """h at other parameters, on the same batch and with the same key."""
         losses = self.loss(self.predict(params), self.targets)
         return self.weight * jnp.sum(losses)
+
+    def rounding(self) -> Float[Array, ""]:
+        r"""By how much h may be wrong because numbers are rounded.
+
+        That of the losses themselves, and what they change by where the outputs are
+        off by some roundings of themselves and of the parameters that they add up. A
+        loss of 0 of outputs that only end near 0 is not known to more than that.
+        """
+        eps = EPSILONS * jnp.finfo(self.outputs.dtype).eps
+        signs = lambda w: jnp.where(jnp.arange(w.size) % 2, -1, 1).reshape(w.shape)
+        mixed = jtu.tree_map(lambda w: w * signs(w).astype(w.dtype), self.params)
+        error = eps * (jnp.abs(self.outputs) + jnp.abs(self.mv(mixed)))
+        upward = jnp.where(self.cotangent < 0, -error, error)
+        change = self.weight * jnp.sum(
+            self.loss(self.outputs + upward, self.targets)
+            - self.loss(self.outputs, self.targets)
+        )
+        return eps * jnp.abs(self.value) + jnp.where(change < jnp.inf, change, 0)
 
     def model_decrease(self, step: PyTree) -> Float[Array, ""]:
         r"""$-\langle \nabla h, d \rangle - \frac c2 \langle J d, H J d \rangle$."""
