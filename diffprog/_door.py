@@ -1,5 +1,6 @@
 import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.tree_util as jtu
@@ -22,7 +23,9 @@ def door(fn: Callable) -> Callable:
     A Python float is traced as a weakly typed number, so a new value never compiles
     again and never widens a float32 problem. Integers, booleans, strings and functions
     are part of the program; a function counts as the same one when it compares equal,
-    which a `lambda` written anew never does.
+    which a `lambda` written anew never does. JAX's searches for numbers that are not
+    finite see nothing of what is inside: here these are values, such as what stands in
+    a history after its end, and results say where they are wrong.
     """
 
     @ft.partial(jax.jit, static_argnums=0)
@@ -51,6 +54,10 @@ def door(fn: Callable) -> Callable:
             for leaf in leaves
         )
         try:
+            config: Any = jax.config
+            if config.jax_debug_nans or config.jax_debug_infs:
+                with jax.debug_nans(False), jax.debug_infs(False):
+                    return jitted((treedef, static), numbers)
             return jitted((treedef, static), numbers)
         except (TypeError, ValueError):
             _check_hashable(static)

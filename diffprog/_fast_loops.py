@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 
@@ -126,18 +126,20 @@ def _elsewhere() -> str | None:
 
 def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyTree:
     """`program` on the CPU, marked unless its `kind` is "sums"; elsewhere `plain`."""
-    ordinary = lambda consts: eval_jaxpr(plain.jaxpr, consts)
+    # JAX keeps the functions below, which must not keep traced numbers in turn.
+    jaxpr, plain_jaxpr = program.jaxpr, plain.jaxpr
+    ordinary = lambda consts: eval_jaxpr(plain_jaxpr, consts)
 
     # XLA aborts on an argument that its function does not use, and finds out more than
     # JAX about what is not used: so a number of each comes back.
     @jax.jit
     def small_call(consts):
         first = [c[(0,) * c.ndim] for c in consts if c.size]
-        return _run(program, consts), first
+        return _run(jaxpr, consts), first
 
     def on_cpu(consts, _):
         if kind == "sums":
-            return _run(program, consts)
+            return _run(jaxpr, consts)
         with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
             consts = lax.optimization_barrier(consts)
             return lax.optimization_barrier(small_call(consts))[0]
@@ -250,13 +252,12 @@ def _num_products(eqn) -> int:
     return size
 
 
-def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
+def _run(jaxpr: Jaxpr, consts: list, args: tuple = ()) -> list:
     """Runs a program with its small products of matrices as sums.
 
     XLA gives a `dot_general` of more than 7 x 7 to a library, and starts each of them
     on its own; a product and a sum stay part of the loop around them.
     """
-    jaxpr = closed.jaxpr
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= zip(jaxpr.invars, args, strict=True)
     sines: dict[Any, tuple] = {}
@@ -271,7 +272,7 @@ def _run(closed: ClosedJaxpr, consts: list, args: tuple = ()) -> list:
             )
         elif name in CALLS:
             (inner,) = _inner(eqn)
-            outs = _run(inner, inner.consts, tuple(ins))
+            outs = _run(inner.jaxpr, inner.consts, tuple(ins))
         # A function is a call of its own: fused into others it would run once for each.
         elif name in ("sin", "cos"):
             if eqn.invars[0] not in sines:
@@ -300,7 +301,7 @@ def _is_program(value) -> bool:
 def _rewritten(value):
     if not isinstance(value, ClosedJaxpr):
         return value
-    run = lambda *args: _run(value, value.consts, args)
+    run = lambda *args: _run(value.jaxpr, value.consts, args)
     return jax.make_jaxpr(run)(*value.in_avals)
 
 
