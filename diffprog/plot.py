@@ -137,7 +137,7 @@ def convergence(
     **Raises:** `ValueError` for a solution without history.
     """
     ax = _one_axes(ax, (8.5, 4.2))
-    if any(solution.history is None for solution in solutions.values()):
+    if not all(solution.history for solution in solutions.values()):
         raise ValueError("A solution has no history; solve with `history=True`.")
     costs = {k: np.asarray(s.history["cost"]) for k, s in solutions.items()}
     if best is None:

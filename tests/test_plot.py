@@ -9,6 +9,8 @@ import pytest
 import diffprog as dp
 from diffprog import plot
 
+from . import helpers
+
 
 pytest.importorskip("matplotlib")
 
@@ -60,16 +62,24 @@ def test_trajectory(tmp_path):
     axes = plot.trajectory(xs, us, dt=0.1, names=names, input_names=["torque [N m]"])
     assert _labels(axes[0]) == names and _labels(axes[1]) == ["torque [N m]"]
     assert axes[1].get_xlabel() == "time [s]"
-    np.testing.assert_allclose(axes[0].lines[0].get_xdata()[-1], 0.4)
+    for line, column in zip(axes[0].lines, xs.T, strict=True):
+        np.testing.assert_allclose(line.get_xdata(), 0.1 * np.arange(5))
+        np.testing.assert_array_equal(line.get_ydata(), column)
+    (stairs,) = axes[1].patches
+    np.testing.assert_array_equal(stairs.get_data().values, us[:, 0])
+    np.testing.assert_allclose(stairs.get_data().edges, 0.1 * np.arange(5))
     _draw(axes[0], tmp_path)
     with pytest.raises(ValueError, match="1 names came for 2 columns"):
         plot.trajectory(xs, us, names=["angle"])
 
 
 def test_trajectory_of_pytrees(tmp_path):
-    xs = {"position": jnp.zeros((5, 2)), "speed": jnp.zeros(5)}
+    position = jnp.arange(10.0).reshape(5, 2)
+    xs = {"position": position, "speed": -jnp.arange(5.0)}
     axes = plot.trajectory(xs, (jnp.zeros((4, 1)),))
     assert _labels(axes[0]) == ["position[0]", "position[1]", "speed"]
+    curves = [line.get_ydata() for line in axes[0].lines]
+    np.testing.assert_array_equal(curves, [*position.T, xs["speed"]])
     assert axes[1].get_xlabel() == "stage"
     _draw(axes[0], tmp_path)
 
@@ -77,42 +87,54 @@ def test_trajectory_of_pytrees(tmp_path):
 def test_draws_into_given_axes(solution, circuit, drive):
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots(2)
-    assert plot.trajectory(solution.xs, solution.us, ax=axes) is axes
-    assert plot.inputs(solution.us, np.ones(4), ax=axes) is axes
+    for draw in (
+        lambda axes: plot.trajectory(solution.xs, solution.us, ax=axes),
+        lambda axes: plot.inputs(solution.us, np.ones(4), ax=axes),
+    ):
+        axes = Figure().subplots(2)
+        assert draw(axes) is axes
+        assert all(ax.has_data() for ax in axes)
     for draw in (
         lambda ax: plot.convergence({"gradient": solution}, ax=ax),
         lambda ax: plot.track(circuit, ax=ax),
         lambda ax: plot.race(drive, np.ones(9), ax=ax),
     ):
         ax = Figure().subplots()
-        assert draw(ax) is ax
+        assert draw(ax) is ax and ax.has_data()
 
 
 def test_convergence(solution, tmp_path):
     ax = plot.convergence({"gradient": solution, "again": solution}, best=0.0)
     assert _labels(ax) == ["gradient", "again"] and ax.get_yscale() == "log"
     assert ax.get_xlabel() == "iteration" and ax.get_ylabel()
-    cost = solution.history["cost"]
-    curve = np.asarray(ax.lines[0].get_ydata())
-    np.testing.assert_allclose(curve, cost[: len(curve)])
+    rows = int(solution.stats["num_steps"]) + 1
+    cost = np.asarray(solution.history["cost"])[:rows]
+    assert rows > 2 and cost[-1] < cost[0]
+    for line in ax.lines:
+        np.testing.assert_allclose(line.get_ydata(), cost)
     _draw(ax, tmp_path)
-    _draw(plot.convergence({"gradient": solution}), tmp_path)
+    # The best cost of a solution is its own: there the curve ends.
+    ax = plot.convergence({"gradient": solution})
+    curve = np.asarray(ax.lines[0].get_ydata())
+    np.testing.assert_allclose(curve[:-1], (cost - cost[-1])[:-1])
+    assert np.isnan(curve[-1])
+    _draw(ax, tmp_path)
 
 
 def test_convergence_needs_a_history():
-    class Bare:
-        history = None
-
+    problem, x0, us = helpers.spring()
+    bare = dp.solve(problem, dp.ILQR(), x0, us, history=False)
     with pytest.raises(ValueError, match="history=True"):
-        plot.convergence({"bare": Bare()})
+        plot.convergence({"bare": bare})
 
 
 def test_track(circuit, tmp_path):
     ax = plot.track(circuit)
     assert ax.get_aspect() == 1 and ax.get_xlabel() == "x [m]"
-    radii = np.hypot(*(np.asarray(ax.lines[0].get_data()) - [[0.0], [50 / 172]]))
-    np.testing.assert_allclose(radii, 50 / 172 - 0.185, atol=1e-3)
+    # The left border is the inner one.
+    for line, side in zip(ax.lines, (-0.185, 0.185, 0.0)):
+        radii = np.hypot(*(np.asarray(line.get_data()) - [[0.0], [50 / 172]]))
+        np.testing.assert_allclose(radii, 50 / 172 + side, atol=1e-3)
     _draw(ax, tmp_path)
     _draw(plot.track(dp.systems.Track.line()), tmp_path)
 
@@ -122,17 +144,21 @@ def test_race(circuit, drive, tmp_path):
     ax = plot.race(drive, speed, circuit)
     line = ax.collections[-1]
     np.testing.assert_allclose(line.get_array(), (speed[1:] + speed[:-1]) / 2)
-    assert len(line.get_segments()) == 8
+    pieces = np.stack([drive[:-1, :2], drive[1:, :2]], axis=1)
+    np.testing.assert_allclose(line.get_segments(), pieces)
     assert line.colorbar.ax.get_xlabel() == "speed [m/s]"
     _draw(ax, tmp_path)
 
 
 def test_inputs(tmp_path):
-    us = np.zeros((6, 2))
-    axes = plot.inputs(us, np.ones(7), dt=0.5, names=["drive", "steering [deg]"])
+    us, speed = np.arange(12.0).reshape(6, 2), np.linspace(1.0, 2.0, 7)
+    axes = plot.inputs(us, speed, dt=0.5, names=["drive", "steering [deg]"])
     labels = [ax.get_ylabel() for ax in axes]
     assert labels == ["speed [m/s]", "drive", "steering [deg]"]
     assert axes[-1].get_xlabel() == "time [s]" and axes[-1].get_xlim() == (0.0, 3.0)
+    np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), speed)
+    for ax, column in zip(axes[1:], us.T, strict=True):
+        np.testing.assert_array_equal(ax.patches[0].get_data().values, column)
     _draw(axes[0], tmp_path)
     assert len(plot.inputs(us)) == 2
 
@@ -148,18 +174,27 @@ def test_animation(circuit, drive, tmp_path):
     assert draw(file, drive, circuit, plans=plans) == file
     with Image.open(file) as image:
         assert image.n_frames == 3  # pyright: ignore[reportAttributeAccessIssue]
-    draw(file, drive, circuit, window=0.5)
-    assert file.stat().st_size > 1000
+    other = tmp_path / "window.gif"
+    draw(other, drive, circuit, window=0.5)
+    with Image.open(other) as image:
+        assert image.n_frames == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert other.read_bytes() != file.read_bytes()
 
 
 def test_the_car_is_drawn_about_its_position(circuit, drive):
-    frame = plot._Frame(drive, np.ones(9), circuit, None, 0.09, 0.045, None, 0.1)
+    plans = np.arange(54.0).reshape(9, 3, 2)
+    frame = plot._Frame(drive, np.ones(9), circuit, plans, 0.09, 0.045, 0.5, 0.1)
     frame.draw(5)
     corners = frame.car.get_corners()
     np.testing.assert_allclose(corners.mean(axis=0), drive[5, :2])
     along = corners[1] - corners[0]
     heading = np.array([np.cos(drive[5, 2]), np.sin(drive[5, 2])])
     np.testing.assert_allclose(along, 0.09 * heading)
+    # So are the view and what was driven; the plan is that of the stage.
+    np.testing.assert_allclose(np.mean(frame.ax.get_xlim()), drive[5, 0])
+    np.testing.assert_allclose(np.ptp(frame.ax.get_xlim()), 0.5)
+    assert len(frame.trace.get_segments()) == 5
+    np.testing.assert_array_equal(np.transpose(frame.plan.get_data()), plans[5])
 
 
 def test_matplotlib_is_imported_late():
