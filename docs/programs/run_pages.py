@@ -10,10 +10,12 @@ printed into the page instead.
 
 import contextlib
 import io
+import os
 import pathlib
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 
 DOCS = pathlib.Path(__file__).parents[1]
@@ -67,13 +69,16 @@ def main():
     pages = [argument for argument in arguments if argument != "--update"]
     pages = pages or sorted(str(p) for p in DOCS.rglob("*.md"))
     pages = [page for page in pages if "```python" in pathlib.Path(page).read_text()]
-    bad = []
-    for page in pages:
+
+    def one(page: str) -> bool:
         command = [sys.executable, __file__, "--one", page, *update]
-        if subprocess.run(command).returncode:
-            bad.append(page)
-        print(f"{'bad ' if page in bad else 'good'} {page}", flush=True)
-    sys.exit(bool(bad))
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        good = process.returncode == 0
+        print(f"{process.stdout}{'good' if good else 'bad '} {page}", flush=True)
+        return good
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sys.exit(not all(pool.map(one, pages)))
 
 
 if __name__ == "__main__":
