@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test check docs bench bench-losses bench-oracles bench-gpu clean
+.PHONY: venv demo test test-default test-sse4 test-selection check docs pages
+.PHONY: bench bench-losses bench-oracles bench-gpu clean
 
 venv: .venv/.installed
 
@@ -22,8 +23,22 @@ venv: .venv/.installed
 demo: venv
 	$(BIN)/python examples/car_racing.py
 
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) -q
+
 test: venv
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(PYTEST) $(ARGS)
+
+# Everything, also what is slow or costly, compiled as users do.
+test-default: venv
+	$(PYTEST) --default-flags --all $(ARGS)
+
+# Every public function once, compiled as users do.
+test-selection: venv
+	$(PYTEST) --default-flags --selection $(ARGS)
+
+# The instructions of a processor of 2008, whose rounding is another one.
+test-sse4: venv
+	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(PYTEST) $(SSE4) $(ARGS)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -32,6 +47,10 @@ check: venv
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The Python blocks of the pages, and what they print.
+pages: venv
+	$(BIN)/python docs/programs/run_pages.py $(ARGS)
 
 # Torch first, and this one: other versions bring gigabytes of libraries for a GPU. The
 # setup of mpc needs an old setuptools.

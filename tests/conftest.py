@@ -1,8 +1,30 @@
+"""How the suite runs: precision, compiler flags, seeds, and programs that go in time.
+
+pytest --all              runs what is slow too, and every set of parameters
+pytest --default-flags    compiles as users do
+pytest --seed 3           draws other random numbers, wherever a test draws some
+pytest --plain-loops      runs as if fast loops did not exist
+pytest --trivial FILE     lists tests that trivial answers pass: `public.py`
+"""
+
+import atexit
+import collections
+import ctypes
 import gc
 import os
+import resource
+import shutil
+import sys
+import tempfile
+import zlib
+
+
+# Workers share what they compile, and find it again after it was dropped.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffprog-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import jax
-import jax.random as jr
 import jaxtyping
 import numpy as np
 import pytest
@@ -11,31 +33,125 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is what costs here, not running.
-jax.config.update("jax_disable_most_optimizations", True)
-# XLA's older way to generate code, in one piece: it compiles in half the time. Later
-# versions no longer have it, and stop at flags that they do not know. XLA reads the
-# variable when it compiles for the first time.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# XLA's older way to generate code, in one piece, compiles in half the time. Later
+# versions no longer have it, and stop at flags that they do not know.
 OLD_EMITTERS = jax.__version_info__ < (0, 11)
-if OLD_EMITTERS:
-    os.environ["XLA_FLAGS"] = " ".join(
-        [
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_cpu_parallel_codegen_split_count=1",
-        ]
-    )
+FAST_TO_COMPILE = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 # Programs are large and live long: it does not pay to look for garbage often.
 gc.set_threshold(50_000, 20, 100)
+
+# Modules that ask for fast loops.
+FAST = ("test_fast_loops.py",)
+# The memory at which a process drops its programs within a module.
+MAX_MEMORY = 1.9e9
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--plain-loops", action="store_true", help="run as if fast loops did not exist"
+    )
+    parser.addoption("--all", action="store_true", help="with what is slow or costly")
+    parser.addoption("--default-flags", action="store_true", help="compile as users do")
+    parser.addoption("--seed", type=int, default=0, help="draw other random numbers")
+    parser.addoption("--trivial", help="file for tests that trivial answers pass")
+
+
+def pytest_configure(config):
+    if not config.getoption("--default-flags"):
+        # Compiling is what costs here, not running. XLA reads the variable when it
+        # compiles for the first time.
+        jax.config.update("jax_disable_most_optimizations", True)
+        if OLD_EMITTERS:
+            flags = os.environ.get("XLA_FLAGS", "")
+            if FAST_TO_COMPILE not in flags:
+                os.environ["XLA_FLAGS"] = f"{flags} {FAST_TO_COMPILE}".strip()
+    if config.getoption("--plain-loops"):
+        from diffprog import _fast_loops
+
+        _fast_loops.NEWEST = (0, 0)
+    if config.getoption("--trivial"):
+        from . import public
+
+        public.watch()
+        config.pluginmanager.register(public)
+    if config.getoption("--seed"):
+        shift_seeds(100_003 * config.getoption("--seed"))
+
+
+def shift_seeds(shift: int):
+    """Every generator starts elsewhere, also those made while modules are imported."""
+    key, default_rng = jax.random.key, np.random.default_rng
+    jax.random.key = lambda seed, **options: key(seed + shift, **options)
+    np.random.default_rng = lambda seed=0: default_rng(seed + shift)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--plain-loops") and collection_path.name in FAST:
+        return True
+
+
+# So many sets of parameters of a costly test run without `--all`: other ones for other
+# tests, so that together they see every direction, loss and solver.
+KEPT = 2
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    costly = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("costly"):
+            costly[item.nodeid.split("[")[0]].append(item)
+    dropped = {item for item in items if item.get_closest_marker("slow")}
+    for name, group in costly.items():
+        first = zlib.crc32(name.encode())
+        kept = {(first + i * len(group) // KEPT) % len(group) for i in range(KEPT)}
+        dropped |= {item for i, item in enumerate(group) if i not in kept}
+    if len(dropped) < len(items):  # else they were asked for by name
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=list(dropped))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+
+
+def memory() -> float:
+    """Bytes that the process occupies now."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the most so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def drop_programs():
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_module():
+    yield
+    drop_programs()
+
+
+def pytest_runtest_teardown():
+    if memory() > MAX_MEMORY:
+        drop_programs()
 
 
 @pytest.fixture
 def getkey():
     rng = np.random.default_rng(0)
-    return lambda: jr.key(int(rng.integers(2**31)))
-
-
-FAST = ("test_fast_loops.py",)
+    return lambda: jax.random.key(int(rng.integers(2**31)))
 
 
 @pytest.fixture
@@ -44,27 +160,3 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--plain-loops", action="store_true", help="run as if fast loops did not exist"
-    )
-
-
-def pytest_ignore_collect(collection_path, config):
-    # These ask for fast loops.
-    if config.getoption("--plain-loops") and collection_path.name in FAST:
-        return True
-
-
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_configure(config):
-    if config.getoption("--plain-loops"):
-        from diffprog import _fast_loops
-
-        _fast_loops.NEWEST = (0, 0)

@@ -1,5 +1,6 @@
 """Many problems in one call equal the same problems one by one."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -71,18 +72,30 @@ def test_a_function_receives_the_figures_and_jit_works():
 def test_a_batch_starts_from_the_state_of_another():
     problem, x0s, uss = batch()
     first = dp.solve_batch(problem, dp.ILQR(), x0s, uss)
-    again = dp.solve_batch(problem, dp.ILQR(), x0s, first.us, state=first.state)
+    solve = lambda uss, state: dp.solve_batch(
+        problem, dp.ILQR(), x0s, uss, state=state, history=True
+    )
+    again = solve(first.us, first.state)
     np.testing.assert_array_equal(again.stats["num_steps"], 0)
+    # Each problem takes its own row.
+    dampings = jnp.arange(1.0, 6.0)
+    state = eqx.tree_at(lambda state: state.damping, first.state, dampings)
+    damped = solve(uss, state)
+    np.testing.assert_array_equal(damped.history["damping"][:, 0], dampings)
+    agree(damped.cost, first.cost, 1e-8)
 
 
-def test_problems_that_fail_leave_the_others_alone():
+@pytest.mark.parametrize("fast_loops", [None, False])
+def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
     problem, x0s, uss = batch()
     x0s = x0s.at[2].set(1e200)
-    solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, max_steps=50)
-    good = solution.result == dp.RESULTS.successful
+    solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, fast_loops=fast_loops)
+    good = np.asarray(solution.result == dp.RESULTS.successful)
     np.testing.assert_array_equal(good, [True, True, False, True, True])
+    agree(solution.us[good], one_by_one.us[good])
     code = jtu.tree_map(lambda leaf: leaf[2], solution.result)
     assert code == dp.RESULTS.nonfinite_rollout
+    np.testing.assert_array_equal(solution.us[2], uss[2])
 
 
 def test_wrong_calls(unchecked):

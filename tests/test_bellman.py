@@ -88,7 +88,10 @@ WAYS = [(KL, None), (KL, 1), (losses.Alpha(1.5), 1)]
 def test_there_and_back(f, eos):
     given = tables(1)
     back = to_rewards(to_logits(given, f, eos)[0], f, eos)
-    forth = to_logits(to_rewards(given, f, eos), f, eos)[0]
+    rewards = to_rewards(given, f, eos)
+    forth = to_logits(rewards, f, eos)[0]
+    for a, b in zip(given[:-1], rewards):
+        assert np.abs(a - b).max() > 0.1  # there is another place
     for a, b, c in zip(given, back, forth, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-12)
         np.testing.assert_allclose(c, a, atol=1e-12)
@@ -165,17 +168,19 @@ def test_bounds_of_distillation(eos):
     logits, other = tables(8), tables(9)
     kl, spread = divergences(logits, other)
     for a, b in zip(kl, spread, strict=True):
+        assert (a > 0).all()  # or there is nothing to bound
         assert (a <= b**2 / 8).all() and (a <= b).all()
     log_p, log_q = log_probabilities(logits, eos), log_probabilities(other, eos)
     worst = max(spread[len(s)][s] for _, s in prefixes(eos))
     length = np.exp(log_p) @ [len(y) for y in sequences(eos)]
-    assert np.exp(log_p) @ (log_p - log_q) <= length * worst**2 / 8
+    assert 0 < np.exp(log_p) @ (log_p - log_q) <= length * worst**2 / 8
     assert np.abs(log_p - log_q).max() <= T * worst
 
 
 @pytest.mark.parametrize("f", [losses.Alpha(1.5)], ids=str)
 def test_other_divergences_do_not_give_the_same_distribution(f):
-    first, second = tables(0)[:2]
+    # Small, so that more than one sequence has a probability.
+    first, second = np.array([0.8, 0.0, -0.8]), np.diag([1.2, 0.6, 0.0])
     _, value, _, pi = to_logits([first, second], f)
     q = np.asarray(pi[0])[:, None] * np.asarray(pi[1])
     R = (first[:, None] + second).ravel()
@@ -200,6 +205,7 @@ def test_impossible_tokens():
     logits, value, visits, _ = to_logits(rewards)
     np.testing.assert_allclose(value, logsumexp(totals(rewards, None)))
     np.testing.assert_allclose([v.sum() for v in visits], 1, atol=1e-12)
+    assert visits[0][0] == 0 and not visits[1][0].any() and visits[2][1, 2, 0] == 0
     back = to_rewards(logits)
     for t in (2, 3):
         np.testing.assert_allclose(back[t], rewards[t], atol=1e-12)
@@ -223,7 +229,11 @@ def test_rewards_of_given_sequences(eos):
 
     found, gradient = score(rows, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-12)
-    assert np.isfinite(gradient).all()  # whatever lies behind the end
+    # Token minus policy, but for the first V; 0 whatever lies behind the end.
+    shares = np.exp(rows) / np.exp(rows).sum(-1, keepdims=True)
+    moved = np.eye(V)[tokens] - np.where(np.arange(T)[:, None] > 0, shares, 0)
+    moved = np.where(np.isnan(rows), 0, moved)
+    np.testing.assert_allclose(gradient, moved, atol=1e-12)
     log_p = found.sum(-1) - logsumexp(logits[0])
     np.testing.assert_allclose(log_p, log_probabilities(logits, eos), atol=1e-12)
     one, _ = jax.jit(jax.vmap(score))(rows, tokens)

@@ -21,6 +21,7 @@ def close(a, b, tolerance):
     assert np.linalg.norm(a - b) <= tolerance * scale, np.linalg.norm(a - b) / scale
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("chain", [*CHAINS, "pendulum"])
 def test_gradient_is_minus_the_gradient_of_the_objective(chain):
     problem, x0, us = helpers.PROBLEMS[chain]()
@@ -30,16 +31,19 @@ def test_gradient_is_minus_the_gradient_of_the_objective(chain):
     assert result == dp.RESULTS.successful
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", LINEAR_ROLLOUT, ids=name)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_step_equals_the_dense_one(chain, method):
     problem, x0, us = helpers.PROBLEMS[chain]()
     dense = helpers.dense_step(problem, method, x0, us)
-    for damping in (3.0, 30.0):
+    # The Hessian of a network is indefinite, whatever its numbers.
+    for damping in (30.0, 100.0) if chain == "ragged" else (3.0, 30.0):
         du, _ = dp.direction(problem, method, x0, us, damping=damping)
         close(du, dense(damping), 1e-10)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
 def test_one_full_step_solves_a_linear_quadratic_problem(method):
     problem, x0, us = helpers.linear()
@@ -50,18 +54,21 @@ def test_one_full_step_solves_a_linear_quadratic_problem(method):
     np.testing.assert_allclose(solution.cost, optimum.cost, rtol=1e-12)
     expected = solution.history["slope"][0] / 2
     np.testing.assert_allclose(solution.cost - before, expected, rtol=1e-12)
-    gradient = helpers.gradient("linear")(solution.us)
-    assert np.linalg.norm(gradient) < 1e-12
+    gradient = helpers.gradient("linear")
+    scale = np.linalg.norm(gradient(us))
+    assert np.linalg.norm(gradient(solution.us)) <= 2e-14 * scale
     close(solution.policy.K, optimum.policy.K, 1e-12)
 
 
 def test_t8_4_t8_9_second_order_directions_agree_on_a_linear_quadratic_problem():
     problem, x0, us = helpers.linear()
     steps = [dp.direction(problem, d, x0, us, damping=0.0)[0] for d in SECOND_ORDER]
-    for step in steps[1:]:
-        close(step, steps[0], 1e-12)
+    optimum = dp.solve_lqr(problem.system.lqr, x0).us
+    for step in steps:
+        close(step, optimum - us, 1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "chain, method",
     [
@@ -74,7 +81,7 @@ def test_t8_4_t8_9_second_order_directions_agree_on_a_linear_quadratic_problem()
     ids=lambda x: x if isinstance(x, str) else name(x),
 )
 def test_rollout_near_step_size_zero(chain, method):
-    """Bit for bit the trajectory at 0, where the slope is the cost's derivative."""
+    """The same trajectory at 0, where the slope is the cost's derivative."""
     problem, x0, us = helpers.PROBLEMS[chain]()
     gradient = helpers.gradient(chain)(us)
 
@@ -91,8 +98,10 @@ def test_rollout_near_step_size_zero(chain, method):
         return trajectory, at_zero, change.cost, sweep
 
     trajectory, new, slope, sweep = roll(x0, us, jnp.asarray(30.0))
-    for a, b in zip(jtu.tree_leaves(trajectory), jtu.tree_leaves(new)):
-        np.testing.assert_array_equal(a, b)
+    # The compiler may round the two loops in its own way each.
+    for a, b in zip(jtu.tree_leaves(trajectory), jtu.tree_leaves(new), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-14)
+    assert slope < 0
     np.testing.assert_allclose(sweep.slope, slope, rtol=1e-12)
     np.testing.assert_allclose(sweep.slope + sweep.curvature, 0.0, atol=1e-12)
     norm = np.linalg.norm(ravel_pytree(gradient)[0])
@@ -111,6 +120,7 @@ def test_decrement_is_that_of_the_undamped_model_along_the_direction(method):
         return method.backward(chain, trajectory, model, damping)
 
     sweeps = [swept(damping) for damping in (0.0, 3.0, 1e6)]
+    assert sweeps[0].slope < 0
     for sweep in sweeps:
         np.testing.assert_allclose(sweep.decrement, -sweeps[0].slope / 2, rtol=1e-8)
 
@@ -130,10 +140,12 @@ def test_newton_and_ddp_agree_on_one_stage_and_at_a_stationary_point():
     close(step(dp.GaussNewton()), step(dp.ILQR()), 1e-12)
     problem, x0, us = helpers.spring()
     newton = dp.solve(problem, dp.Newton(), x0, us, rtol=0.0, atol=0.0)
+    assert newton.stats["gradient"] < 1e-6 * newton.history["gradient"][0]
     ddp = dp.solve(problem, dp.DDP(), x0, newton.us, rtol=0.0, atol=0.0)
     close(newton.policy.K, ddp.policy.K, 1e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
 def test_gradients_flow_through_a_direction(method):
     """The derivative of a step with respect to a parameter, by central differences."""
@@ -145,6 +157,7 @@ def test_gradients_flow_through_a_direction(method):
 
     exact = jax.grad(total)(0.3)
     numeric = (total(0.3 + 1e-5) - total(0.3 - 1e-5)) / 2e-5
+    assert abs(exact) > 1e-3
     np.testing.assert_allclose(exact, numeric, rtol=1e-7)
 
 
@@ -158,4 +171,5 @@ def test_indefinite_stage_raises_when_concrete_and_is_nan_when_traced():
     du, result = jax.jit(lambda us: dp.direction(saddle, dp.ILQR(), x0, us))(us)
     assert np.all(np.isnan(du)) and result == dp.RESULTS.factorization_failed
     du, result = dp.direction(saddle, dp.ILQR(), x0, us, damping=10.0)
-    assert np.all(np.isfinite(du)) and result == dp.RESULTS.successful
+    np.testing.assert_allclose(du, 2 / (10 - 2), rtol=1e-14)
+    assert result == dp.RESULTS.successful

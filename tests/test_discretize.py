@@ -42,6 +42,10 @@ def test_pytrees_dtypes_and_derivatives(method):
     u = jnp.asarray([1.0], jnp.float32)
     new = step(x, u, 0)
     assert new["p"].dtype == jnp.float32 and new["v"].shape == (1,)
+    # The Taylor polynomial of the exact flow.
+    a, jerk = 1 - np.sin(0.5), -0.1 * np.cos(0.5)
+    np.testing.assert_allclose(new["p"], 0.5 + 0.01 + 0.005 * a, atol=1e-4)
+    np.testing.assert_allclose(new["v"], 0.1 + 0.1 * a + 0.005 * jerk, atol=2e-4)
     total = lambda u, v: jnp.sum(step(dict(p=u, v=v), u, 0)["p"])
     args = jnp.asarray([0.5]), jnp.asarray([0.1])
     jax.test_util.check_grads(jax.jit(total), args, order=2, rtol=1e-4)
@@ -53,7 +57,9 @@ def test_discretized_dynamics_in_a_problem():
         step, lambda x, u, t: jnp.sum(u**2), lambda x: jnp.sum((x - 1.0) ** 2), 5
     )
     solution = dp.solve(problem, dp.DDP(), jnp.zeros(1), jnp.zeros((5, 1)))
-    assert solution.stats["num_steps"] <= 2
+    assert 0 < solution.stats["num_steps"] <= 2
+    before = solution.history["gradient"][0]
+    assert solution.stats["gradient"] <= 1e-12 * before
 
 
 @pytest.mark.parametrize(

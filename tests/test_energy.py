@@ -128,11 +128,12 @@ def test_the_expected_gradient_of_samples_is_the_gradient(f):
 
     found = jax.jit(jax.vmap(gradients))(draws)
     for a, b in zip(found, jax.jit(gradients)(np.arange(4)), strict=True):
+        assert (np.std(a, 0) > 1e-3).all()  # of samples, each another one
         np.testing.assert_allclose(np.mean(a, 0), b, atol=1e-12)
 
 
 def test_the_sampled_gradient_is_the_stated_one():
-    x, y, t, B, key = np.full(k, 0.3), np.ones(k), 0.7, 3, jr.key(5)
+    x, y, t, B, key = np.full(k, 0.3), np.ones(k), -2.0, 16, jr.key(5)
     params = {"g": g[: k * k].reshape(k, k), "t": np.array(t)}
     objective = losses.minmin_objective(
         lambda params, x, y: pairwise(params["g"], x, y),
@@ -146,6 +147,7 @@ def test_the_sampled_gradient_is_the_stated_one():
     samples = np.asarray(jax.jit(jax.vmap(subsets))(jr.split(key, B)))
     scores = np.array([pairwise(params["g"], x, s) for s in samples])
     a = np.maximum(1 + scores - t, 0)  # u(g - t)
+    assert a.any()
     expected = sum(w * np.outer(s, s) / 2 for w, s in zip(a / B, samples, strict=True))
     expected = expected - np.outer(y, y) / 2
     np.testing.assert_allclose(gradient["g"], expected, atol=1e-12)
@@ -205,10 +207,15 @@ def test_derivative_in_alpha():
         learned = lambda a, t: losses.minmin_objective(
             table, free, few, losses.Alpha(a)
         )(few_scores, t, 3)[0]
-        slope, tau = jax.grad(best, has_aux=True)(alpha)
-        return slope, jax.grad(learned)(alpha, tau)
+        (value, tau), slope = jax.value_and_grad(best, has_aux=True)(alpha)
+        return value, slope, jax.grad(learned)(alpha, tau)
 
-    np.testing.assert_allclose(*slopes(jnp.array(1.4)), rtol=1e-11)
+    _, slope, other = slopes(jnp.array(1.4))
+    np.testing.assert_allclose(slope, other, rtol=1e-11)
+    h = 1e-5
+    (ahead, *_), (behind, *_) = slopes(jnp.array(1.4 + h)), slopes(jnp.array(1.4 - h))
+    difference = (ahead - behind) / (2 * h)
+    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-9)
 
 
 # Numbers --------------------------------------------------------------------------

@@ -30,11 +30,14 @@ CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
 """
 
 
-def _run(script, *options):
-    # Compiling is what costs here, not running.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+def _run(script, fast, *options):
+    environment = dict(os.environ)
+    if fast:
+        # Compiling is what costs here, not running.
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        options = ("--fast", *options)
     return subprocess.run(
-        [sys.executable, EXAMPLES / script, "--fast", *options],
+        [sys.executable, EXAMPLES / script, *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,13 +45,15 @@ def _run(script, *options):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_runs_and_writes_its_files(script, tmp_path):
+def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
     options = ["--out", tmp_path]
     if script == "car_racing.py":  # on a circuit of the user
         (tmp_path / "circuit.csv").write_text(CIRCUIT)
         options += ["--track", tmp_path / "circuit.csv"]
-    process = _run(script, *options)
+    fast = not pytestconfig.getoption("--default-flags")
+    process = _run(script, fast, *options)
     assert process.returncode == 0, process.stderr
     files = FILES.get(script, set())
     assert files <= {path.name for path in tmp_path.iterdir() if path.stat().st_size}

@@ -147,6 +147,7 @@ OTHERS = [loss for loss in LOSSES if loss != "softmax"]
 SOME = ("Cholesky", "CG", "dual CG")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "solver, name",
     [
@@ -174,8 +175,16 @@ def test_t8_3_the_exact_step_is_the_layerwise_riccati_step():
     close(run(GaussNewton(0.1), "softmax")[0], ravel_pytree(du)[0])
 
 
+def test_t1_2_without_iterations_the_dual_is_the_gradient():
+    # The residual that is there at the start is small enough.
+    oracle = DualGaussNewton(0.1, DualCG(1, rtol=2.0), scale_model=False)
+    step, aux = run(oracle, "softmax")
+    close(step, -dense("softmax").gradient / 0.1)
+    assert aux.num_inner == 0
+
+
 @every_loss
-def test_t1_2_without_iterations_the_dual_is_the_gradient(name):
+def test_the_gradient_of_a_damping(name):
     step, _ = run(Gradient(0.1), name)
     close(step, -dense(name).gradient / 0.1)
 
@@ -262,15 +271,33 @@ def random_dual(seed, damping, count):
     return jnp.vdot(lin.gradient, step), jnp.linalg.norm(lin.gradient)
 
 
+def krylov(matrix, gradient, count):
+    """The least point of a quadratic in the space that conjugate gradients span."""
+    matrix, v = np.asarray(matrix), np.asarray(gradient)
+    basis = np.zeros((len(v), 0))
+    for _ in range(count):
+        v = v - basis @ (basis.T @ v)
+        basis = np.column_stack([basis, v / np.linalg.norm(v)])
+        v = matrix @ basis[:, -1]
+    small = basis.T @ matrix @ basis
+    return -basis @ np.linalg.solve(small, basis.T @ np.asarray(gradient))
+
+
+def damped(name, damping):
+    """The matrix of the model."""
+    d = dense(name)
+    return d.J.T @ d.H @ d.J / M + damping * jnp.eye(d.J.shape[1])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_t1_7_iterates_in_outputs_are_those_in_parameters(count):
-    a, b = (
-        run(GaussNewton(0.01, CG(count, 0.0, in_outputs=flag)), "softmax")[0]
-        for flag in (False, True)
-    )
-    close(a, b)
+    best = krylov(damped("softmax", 0.01), dense("softmax").gradient, count)
+    for flag in (False, True):
+        oracle = GaussNewton(0.01, CG(count, 0.0, in_outputs=flag))
+        close(run(oracle, "softmax")[0], best)
 
 
+@pytest.mark.costly
 @every_loss
 def test_t1_8_strong_damping_gives_the_gradient(name):
     step, _ = run(GaussNewton(1e8), name)
@@ -302,6 +329,10 @@ def test_t1_10_the_layerwise_gram_matrix(stack):
     without = dataclasses.replace(here, mapped=False)
     close(with_model, solver.whitened(without, factor))
     close(gram(here, factor), with_model)
+    unit = jnp.eye(M * K).reshape(-1, M, K)
+    row = lambda e: ravel_pytree(here.transpose_mv(factor.mv(e)))[0]
+    rows = jax.jit(jax.vmap(row))(unit)
+    close(with_model, rows @ rows.T)
 
 
 def test_t1_11_the_gramian_recursion():
@@ -326,12 +357,15 @@ def test_t1_11_the_gramian_recursion():
 def test_t1_12_the_true_class_against_the_rest():
     # diag(p) - p p' = p_y (1 - p_y) a a' + (1 - p_y) Cov(q): splitting the loss at the
     # margin keeps the first term.
+    loss = SoftmaxCrossEntropy()
+    hessian = jax.vmap(lambda e: loss.hessian_mv(REAL[:1], jnp.array([1]), e[None])[0])
     p = jax.nn.softmax(REAL[0])
     q = jnp.where(jnp.arange(K) == 1, 0, p) / (1 - p[1])
     a = jnp.eye(K)[1] - q
     cov = jnp.diag(q) - jnp.outer(q, q)
     split = p[1] * (1 - p[1]) * jnp.outer(a, a) + (1 - p[1]) * cov
     close(split, jnp.diag(p) - jnp.outer(p, p), 1e-14)
+    close(split, hessian(jnp.eye(K)), 1e-14)
 
 
 def test_t1_14_a_metric_is_a_change_of_variables():
@@ -372,7 +406,10 @@ def test_t2_4_t8_8_predicted_decreases(solver):
     step, aux = run(EXACT[solver], "softmax")
     gradient = dense("softmax").gradient
     close(aux.decrease, step @ (0.1 * step - gradient) / 2)
-    close(aux.decrease - 0.1 * step @ step / 2, -gradient @ step / 2)
+    damped = dense("softmax").model(step) - 0.1 * step @ step / 2
+    close(damped, -gradient @ step / 2)
+    # No step at all satisfies both.
+    assert damped > 0
 
 
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
@@ -384,6 +421,7 @@ def test_t2_5_repeating_the_batch_changes_nothing(solver):
     again, same = vd(network(), twice(INPUTS), twice(targets))
     close(value, again)
     close(ravel_pytree(direction)[0], ravel_pytree(same)[0])
+    close(-ravel_pytree(same)[0], dense("softmax").step(0.1))
 
 
 def test_sums_count_the_examples():
@@ -435,13 +473,18 @@ def test_a_warm_start_continues():
     vd = dp.value_and_direction(loss, oracle)
     net, d = network(), dense("softmax")
     state, decreases = vd.init(net), []
+    matrix, desired = damped("softmax", 0.01), jnp.zeros_like(d.gradient)
     for _ in range(4):
         (_, aux), direction, state = vd.step(net, state, INPUTS, targets)
-        step = ravel_pytree(direction)[0]
+        step = -ravel_pytree(direction)[0]
+        desired = desired + krylov(matrix, d.gradient + matrix @ desired, 3)
+        # The model is scaled: the length is the best along the step.
+        desired = desired * -(d.gradient @ desired) / (desired @ matrix @ desired)
+        close(step, desired)
         decreases.append(aux.decrease - 0.01 * step @ step / 2)
     best = d.step(0.01)
     short = d.model(best) - 0.01 * best @ best / 2 - jnp.stack(decreases)
-    assert np.all(np.diff(short) < 0) and 0 <= short[-1] < 1e-2 * short[0]
+    assert np.all(np.diff(short) < 0) and short[-1] >= 0
 
 
 def test_auto_is_dense_where_that_is_cheap():
@@ -464,6 +507,7 @@ def test_auto_is_dense_where_that_is_cheap():
 # Precision ------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("name", ["softmax", "squared"])
 def test_whitened_solves_in_float32(name, damping):

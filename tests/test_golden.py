@@ -138,6 +138,7 @@ def one_step(problem, method, x0, us, stepsize, damping):
     return v, sweep.slope
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne"])
 @pytest.mark.parametrize("name", SMALL)
 def test_c2_direction_is_the_dense_solve(name, method):
@@ -177,6 +178,7 @@ def test_c2_ddp_lq_has_the_slope_of_gn():
 # C3: linear-quadratic problems.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne", "ddp_lq", "ddp_q"])
 def test_c3_one_step_solves_a_linear_quadratic_problem(method):
     lqr, x0 = env.golden_lqr(1.0)
@@ -189,7 +191,8 @@ def test_c3_one_step_solves_a_linear_quadratic_problem(method):
     assert first(solution, "trials") == 1
     np.testing.assert_allclose(solution.us, exact.us, rtol=0, atol=1e-12)
     np.testing.assert_allclose(solution.xs, exact.xs, rtol=0, atol=1e-12)
-    matches(solution.policy.K, exact.policy.K, 1e-12)
+    # Not relative: some entries are close to 0.
+    np.testing.assert_allclose(solution.policy.K, exact.policy.K, rtol=0, atol=1e-13)
     before, gradient_before = objective_and_gradient(problem, x0, us)
     after, gradient = objective_and_gradient(problem, x0, solution.us)
     assert abs(float(after - exact.cost)) <= 1e-12 * float(before)
@@ -375,6 +378,7 @@ CART_POLE_AS_RUN = {
 }  # fmt: skip
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["dir", "reg"])
 @pytest.mark.parametrize("method", ["ddp_lq", "ddp_q"])
 def test_c7_cart_pole_as_run(method, mode):
@@ -393,7 +397,13 @@ def test_c7_cart_pole_with_the_intended_physics(method, mode):
     matches(costs(solution)[0], 118.43525281307232, 1e-14)
     matches(first(solution, "gradient"), 25.496256398778822, 1e-12)
     matches(float(solution.cost), 0.825426504794, 1e-9)
-    matches(float(solution.xs[-1, 1]), -3.12179044220, 1e-9)
+    # Iterations that converge linearly end where rounding hides the decrease, at half
+    # the digits; one step of second order finds the others.
+    problem, x0, _ = env.cart_pole(control_weight=1e-2)
+    du, _ = dp.direction(problem, dp.DDP(), x0, solution.us)
+    last = dp.rollout(problem, x0, solution.us + du).xs[-1, 1]
+    matches(float(last), -3.12179044220, 1e-9)
+    matches(float(solution.xs[-1, 1]), float(last), 1e-8)
 
 
 def test_c7_cart_pole_with_the_intended_physics_first_iterates():
@@ -431,6 +441,7 @@ def test_c8_simple_car_with_a_shorter_step():
     matches(cost, 42.43323585788858, 1e-7)
 
 
+@pytest.mark.slow
 def test_c9_bicycle_car_ddp_lq_reg():
     solution = bicycle_solution()
     matches(costs(solution)[0], 70.76124484050904, 1e-7)
@@ -439,6 +450,7 @@ def test_c9_bicycle_car_ddp_lq_reg():
     matches(costs(solution)[1:4], (15.622765, 0.52927913, 0.019116174), 1e-5)
 
 
+@pytest.mark.slow
 def test_c9_bicycle_car_T_100():
     problem, x0, us = env.bicycle_car(100)
     search = dp.AdaptiveDamping()
@@ -548,7 +560,7 @@ def test_c17_batch_of_64_equals_the_loop():
     assert len(traces) == 1
     code = lambda solution: np.asarray(solution.result._value)
     np.testing.assert_array_equal(code(batch), [code(s) for s in singles])
-    assert (code(batch) == code(singles[0])).sum() > 32
+    assert (batch.result == dp.RESULTS.successful).sum() > 32
     for name in ("num_steps", "num_rollouts", "num_backwards"):
         loop = [int(s.stats[name]) for s in singles]
         np.testing.assert_array_equal(batch.stats[name], loop)

@@ -16,6 +16,7 @@ def one_stage(J):
     return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_a_control_that_is_not_finite_is_found_even_if_nothing_depends_on_it(method):
     problem = dp.ControlProblem(
@@ -34,6 +35,7 @@ TARGET = jnp.array([2e-8, 20.0])
 SKEWED = lambda x: jnp.sum(HESSIAN * (x - TARGET) ** 2) / 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
 def test_damping_cannot_pass_off_a_short_step_as_convergence(method):
     problem, x0, us = one_stage(SKEWED), jnp.zeros(2), jnp.zeros((1, 2))
@@ -155,6 +157,7 @@ def test_history_keeps_the_row_of_a_search_that_failed():
 def test_trials_of_the_history_add_up_at_the_step_limit():
     problem, x0, us = helpers.pendulum()
     solution = dp.solve(problem, dp.ILQR(), x0, us, max_steps=3, throw=False)
+    assert solution.stats["num_steps"] == 3
     trials = np.nansum(solution.history["trials"])
     assert trials + 1 == float(solution.stats["num_rollouts"])
 
@@ -162,11 +165,14 @@ def test_trials_of_the_history_add_up_at_the_step_limit():
 def test_numpy_scalars_are_numbers_like_any_other():
     problem, x0, us = helpers.spring(dtype=jnp.float32)
     search = dp.Backtracking(decrease=np.float64(0.5), min_damping=np.float64(1e-6))
-    solution = dp.solve(problem, dp.ILQR(), x0, us, search, rtol=np.float64(1e-6))
-    assert solution.us.dtype == jnp.float32
+    first = dp.solve(problem, dp.ILQR(), x0, us, search, rtol=np.float64(1e-6))
     arrays = jax.tree.map(jnp.asarray, dp.AdaptiveDamping())
-    solution = dp.solve(problem, dp.ILQR(), x0, us, arrays)
-    assert solution.us.dtype == jnp.float32
+    second = dp.solve(problem, dp.ILQR(), x0, us, arrays)
+    for solution in (first, second):
+        assert solution.us.dtype == jnp.float32
+        assert solution.cost < solution.history["cost"][0]
+    # Two searches, one optimum, and a tolerance of 1e-6.
+    np.testing.assert_allclose(first.cost, second.cost, rtol=1e-5)
 
 
 class Parabola(helpers.eqx.Module):

@@ -110,6 +110,7 @@ def derivatives(loss, u, y, v):
     }
 
 
+@pytest.mark.costly
 @every
 def test_t1_13_gradient_hessian_and_factor(name):
     loss, u, y = case(name)
@@ -164,7 +165,7 @@ def gauss_newton(loss, u, y, J, c):
     x = jax.scipy.linalg.solve(S, b, assume_a="pos")
     whitened = -J.T @ (R @ x + e / c)
     x = jax.scipy.linalg.solve(S, R.T @ (J @ (J.T @ g)), assume_a="pos")
-    return whitened, -J.T @ (g - R @ x) / c, R, g
+    return whitened, -J.T @ (g - R @ x) / c, R, g, e
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,9 @@ def gauss_newton(loss, u, y, J, c):
 def test_the_step_with_a_remainder(name):
     loss, u, y = case(name)
     J = jnp.asarray(np.random.default_rng(1).normal(size=(u.size, 30))) / 5
-    d, _, R, g = gauss_newton(loss, u, y, J, jnp.asarray(1e-2))
+    d, _, R, g, rest = gauss_newton(loss, u, y, J, jnp.asarray(1e-2))
+    if name in ("Huber", "Euclidean"):
+        assert rest.any()
     dense = J.T @ R @ R.T @ J + 1e-2 * jnp.eye(30)
     expected = -jnp.linalg.solve(dense, J.T @ g)
     close(d, expected, 1e-9 * float(jnp.max(jnp.abs(expected))))
@@ -241,6 +244,7 @@ def conjugates(loss, u, v, y):
     }
 
 
+@pytest.mark.costly
 @dual
 def test_conjugate_and_projection(name):
     loss, u, y = case(name)
@@ -250,7 +254,7 @@ def test_conjugate_and_projection(name):
     close(d["again"], 0, 1e-14)
     assert (d["angle"] <= 1e-11).all()
     assert jnp.isinf(jnp.where(d["outside"], d["beyond"], jnp.inf)).all()
-    assert d["outside"].any() or name in ("Squared", "Poisson")
+    assert d["outside"].any() or name == "Squared"
 
 
 @eqx.filter_jit
@@ -262,6 +266,7 @@ def least_gap(loss, u, v, w, mix, y):
 numbers = st.lists(st.floats(-20, 20), min_size=3 * M * K, max_size=3 * M * K)
 
 
+@pytest.mark.costly
 @dual
 @settings(
     max_examples=15,
@@ -286,6 +291,7 @@ def proximal(loss, v, tau, y, point):
     return a, gap(loss, (v - a) / column, a, y), objective(point) - objective(a)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [*DUAL, *GENERATORS])
 def test_conjugate_prox(name):
     loss, u, y = case(name)
@@ -334,6 +340,7 @@ def bisect(fn, low, high):
     return (low + high) / 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name, q, link",
     [
@@ -379,6 +386,7 @@ def block(loss, alpha, z, K, c, y):
 BLOCKS = [n for n in DUAL if n not in ("CE-labels", "CE-soft", "KL", "entmax")]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_updates(name):
     loss, u, y = case(name)
@@ -391,6 +399,7 @@ def test_block_updates(name):
     for c in (1e-2, 1.0):
         a, left, after, before = block(loss, alpha, u, kernel, jnp.asarray(c), y)
         assert (after <= before + 1e-12 * (1 + jnp.abs(before))).all()
+        assert (after < before - 1e-3).any()  # and it is a step
         close(left[0], 0, 1e-10)  # K = 0
         if loss.smooth:
             close(left, 0, 1e-8)
@@ -428,8 +437,11 @@ def test_labels_out_of_range_under_jit(name):
         zero = jnp.zeros_like(u)
         return loss(u, y), loss.gradient(u, y), x, loss.conjugate(zero, y)
 
-    for item in run(loss, u, labels):
+    valid = run(loss, u, jnp.array([0, 2]))
+    for item, other in zip(run(loss, u, labels), valid, strict=True):
         close(item[0], 0)
+        close(item[1], other[1])
+    assert all(item[0].any() for item in valid[:3])
     with pytest.raises(ValueError, match="label -1; the 4 classes"):
         loss.gradient(u, labels)
 

@@ -79,6 +79,7 @@ def close(actual, desired, tolerance=1e-12):
 # Generators -----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @family
 def test_generators_are_consistent(name):
     f, u = FAMILIES[name], jnp.array([0.03, 0.4, 1.0, 1.8, 30.0])
@@ -112,6 +113,16 @@ def test_t13_dualities():
     close(D(Jeffreys(), p, q), D(KL(), p, q) + D(ReverseKL(), p, q))
     m = (p + q) / 2
     close(D(JensenShannon(), p, q), D(KL(), p, m) + D(KL(), q, m))
+    # The measures have the same mass: all linear terms cancel.
+    for f, terms in (
+        (KL(), p * np.log(p / q)),
+        (ReverseKL(), q * np.log(q / p)),
+        (ChiSquare(), (p - q) ** 2 / (2 * q)),
+        (Neyman(), (p - q) ** 2 / (2 * p)),
+        (SquaredHellinger(), (np.sqrt(p) - np.sqrt(q)) ** 2),
+        (LeCam(), (p - q) ** 2 / (p + q)),  # pyright: ignore
+    ):
+        close(D(f, p, q), terms.sum())
 
 
 # Values and probabilities ---------------------------------------------------------
@@ -148,8 +159,10 @@ def test_t3_constant_measures_rescale_scores(alpha):
     c = 0.3
     scaled = f_softargmax(c ** (alpha - 1) * THETA, Alpha(alpha), "unit")
     close(f_softargmax(THETA, Alpha(alpha), np.full(K, c)), scaled, 1e-11)
+    assert (jnp.ptp(scaled, -1) > 1e-3).all()  # not the same for all classes
 
 
+@pytest.mark.costly
 @family
 def test_t4_shifts_permutations_and_equal_scores(name):
     f, order = FAMILIES[name], np.array([3, 0, 5, 1, 4, 2])
@@ -160,6 +173,7 @@ def test_t4_shifts_permutations_and_equal_scores(name):
     close(f_softargmax(THETA[:, order], f, MEASURE[order]), p[:, order])
     equal = f_softargmax(np.full((4, K), 0.7), f, MEASURE)
     close(equal, np.tile(MEASURE / MEASURE.sum(), (4, 1)), 1e-11)
+    assert (jnp.abs(p - equal).max(-1) > 1e-4).all()
 
 
 @family
@@ -178,6 +192,7 @@ def test_t7_value_and_divergence(name):
     close(f_softmax(THETA, f, MEASURE), value, 1e-11)
 
 
+@pytest.mark.costly
 @family
 @pytest.mark.parametrize("named", ("unit", "uniform"))
 def test_named_references(name, named):
@@ -185,6 +200,7 @@ def test_named_references(name, named):
     close(f_softargmax(THETA, f, named), f_softargmax(THETA, f, q), 1e-11)
 
 
+@pytest.mark.costly
 @family
 def test_t6_the_residual_is_the_l1_error(name):
     f = FAMILIES[name]
@@ -209,13 +225,15 @@ def test_t6_the_residual_is_the_l1_error(name):
 def test_t11_margins(name):
     f = FAMILIES[name]
     margin = dict(ChiSquare=1.0, LeCam=3.0).get(name) or 1 / (f.alpha - 1)
-    scores = jnp.array([[margin, 0, -1.0], [margin - 1e-3, 0, -1.0]])
+    # Near the margin the loss of small alpha is a high power of what is missing:
+    # below rounding, unless more is missing than shows in the probabilities.
+    scores = jnp.array([[margin - missing, 0, -1.0] for missing in (0, 1e-3, 0.1)])
     p, loss = (
         f_softargmax(scores, f, "unit"),
-        f_loss(scores, jnp.zeros(2, int), f, "unit"),
+        f_loss(scores, jnp.zeros(3, int), f, "unit"),
     )
     close(p[0], [1, 0, 0])
-    assert p[1, 0] < 1 and loss[1] > 0
+    assert p[1, 0] < 1 - 1e-12 and loss[2] > 1e-8
     close(loss[0], 0, 1e-14)
 
 
@@ -225,6 +243,7 @@ def test_t12_alpha_one_half_is_hellinger():
         close(half, f_softargmax(THETA / 2, SquaredHellinger(), q))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("alpha, f", [(1.0, KL()), (0.0, ReverseKL())])
 @pytest.mark.parametrize("kind", (float, jnp.asarray))
 def test_t14_alpha_is_continuous(alpha, f, kind):
@@ -237,6 +256,7 @@ def test_t14_alpha_is_continuous(alpha, f, kind):
     close(f_softargmax(THETA, traced, "unit"), f_softargmax(THETA, f, "unit"), 1e-11)
 
 
+@pytest.mark.costly
 @family
 def test_t15_splitting_a_class(name):
     f, j = FAMILIES[name], 2
@@ -279,6 +299,7 @@ def derivatives(f, theta, q):
     )
 
 
+@pytest.mark.costly
 @few_families
 def test_t8_t9_first_and_second_derivatives(name):
     f, theta, q = FAMILIES[name], jnp.asarray(THETA[1]), jnp.asarray(MEASURE)
@@ -304,6 +325,7 @@ def test_t8_t9_first_and_second_derivatives(name):
     close(d["mixed"][:, 2], (ends[0] - ends[1]) / 2e-5, 1e-8)
 
 
+@pytest.mark.costly
 @few_families
 def test_t9_the_hessian_operator(name):
     f = FAMILIES[name]
@@ -324,6 +346,7 @@ def test_t9_the_hessian_operator(name):
     close((J + 0.1 * jnp.eye(K)) @ x, b, 1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("KL", "1.5", "JensenShannon", "LeCam", "traced 0.3"))
 def test_t17_third_derivatives(name):
     f, theta = FAMILIES[name], jnp.asarray(THETA[1])
@@ -347,6 +370,7 @@ def test_t17_third_derivatives(name):
     d2tau = jnp.vdot(m, delta**2) / w.sum()
     close(twice, m * delta**2 - w * d2tau, 1e-11)
     close(cubic, cubic.T, 1e-11)
+    close(cubic @ h, twice, 1e-11)  # third derivatives of the value: any order
 
 
 def test_derivatives_in_alpha_and_temperature():
@@ -382,6 +406,7 @@ def test_t8_the_derivative_in_the_temperature():
 # Losses ---------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @few_families
 def test_t10_losses(name):
     f, q = FAMILIES[name], jnp.asarray(MEASURE)
@@ -416,6 +441,7 @@ def test_t10_losses(name):
     close(d["label_gradient"], d["p"] - smooth)
 
 
+@pytest.mark.costly
 @family
 def test_labels_are_one_hot_probabilities(name):
     f, labels = FAMILIES[name], jnp.array([0, 5, 2, 1])
@@ -423,7 +449,13 @@ def test_labels_are_one_hot_probabilities(name):
     hard = f_loss(THETA, labels, f, MEASURE, constant=constant)
     hot = jax.nn.one_hot(labels, K, dtype=float)
     close(hard, f_loss(THETA, hot, f, MEASURE, constant=constant), 1e-11)
-    assert (hard >= 0).all() or not constant
+    own = jnp.asarray(MEASURE)[labels]
+    D = own * f.value(1 / own) + (MEASURE.sum() - own) * f.at_zero if constant else 0
+    scores = THETA[np.arange(4), labels]
+    close(hard, f_softmax(THETA, f, MEASURE) + D - scores, 1e-11)
+    # Else it is 0, to rounding.
+    wrong = f_softargmax(THETA, f, MEASURE)[np.arange(4), labels] < 0.9
+    assert wrong.any() and ((hard > 0) | ~wrong | (not constant)).all()
 
 
 def test_losses_with_common_offsets_and_temperature():
@@ -455,6 +487,10 @@ def test_supervised_losses():
     close(losses.Logistic()(u, y), logistic)
     close(losses.Hinge()(u, y), [0.5, 3.0])
     close(losses.Huber(1.5)(u, y), [0.125 + 1.5 * (2 - 0.75), 1.5 * (2 - 0.75) + 0.5])
+    close(losses.Absolute()(u, y), [0.5 + 2, 2 + 1])
+    close(losses.Euclidean()(u, y), np.sqrt([0.25 + 4, 4 + 1]))
+    counts = jnp.array([[2.0, 0.0], [1.0, 3.0]])
+    close(losses.Poisson()(u, counts), np.exp(u).sum(1) - [2 * 0.5, 1.0])
     scores = jnp.array([[2.0, 0.5, 0.0], [0.0, 2.0, 1.5]])
     close(losses.Hinge()(scores, jnp.array([0, 2])), [0.0, 1.5])
 
@@ -466,6 +502,7 @@ def set_up(theta, f, q):
     return check(jnp.asarray(theta), f, q, -1, None, 1.0, None).set_up()
 
 
+@pytest.mark.costly
 @family
 def test_t18_brackets_and_bisection(name):
     f = FAMILIES[name]
@@ -493,13 +530,15 @@ def test_t19_newton_falls_to_the_root(name):
     y = s.problem.scores - s.problem.m
     low, high = bracket(s.classes, s.f, s.problem)
     root, sigma = bisect(s.classes, s.f, s.problem), high
+    assert high[0, 0] > root[0, 0] + 1e-3 * jnp.abs(root[0, 0])  # a way to go
     for _ in range(8):
         S, W = sums(s.classes, s.f, sigma + y, s.problem.q)
         new = sigma - s.f.mean_step(S, s.problem.Q) / W
         slack = 1e-13 * jnp.abs(sigma)
-        if name not in ("Jeffreys", "LeCam"):
+        if name != "Jeffreys":
             assert (new <= sigma + slack).all() and (new >= root - slack).all()
         sigma = jnp.clip(new, low, high)
+    close(sigma, root, 1e-13)
 
 
 def stress(k=512):
@@ -520,6 +559,7 @@ def stress(k=512):
     return np.stack(rows)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("3", "-0.5", "0.5")])
 def test_at_most_nine_evaluations(name):
     for q in ("unit", "uniform"):
@@ -528,6 +568,7 @@ def test_at_most_nine_evaluations(name):
         assert found.residual.max() < 1e-9
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name, k, q",
     [
@@ -579,6 +620,7 @@ def test_a_generator_given_as_a_function():
 # Hard inputs ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("KL", "ReverseKL", "LeCam", "1.5", "traced 0.3"))
 def test_excluded_classes(name):
     f, keep = FAMILIES[name], np.array([True, True, False, True, False, True])
@@ -632,6 +674,7 @@ def test_nan_is_no_missing_class(name):
         assert np.isnan(values[0]) and np.isfinite(values[1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("KL", "1.5", "ReverseKL", "LeCam", "traced 0.3"))
 def test_rows_without_classes(name):
     f, scores = FAMILIES[name], jnp.asarray(THETA).at[1].set(-jnp.inf)
@@ -656,6 +699,7 @@ def test_rows_without_classes(name):
         assert np.isfinite(gradient).all() and (gradient[1] == 0).all()
 
 
+@pytest.mark.costly
 @family
 def test_one_class_ties_and_distant_scores(name):
     f = FAMILIES[name]
@@ -666,6 +710,7 @@ def test_one_class_ties_and_distant_scores(name):
         assert np.isfinite(p).all()
         close(p.sum(-1), 1, 1e-11)
         close(p[0, 1], p[0, 2], 1e-14)
+        assert p[0, 1] > 0.45 and p[1, 0] > 0.9
     single = f_softargmax(THETA.astype("f4") + np.float32(1e4), f, "unit")
     rounded = (THETA.astype("f4") + np.float32(1e4)).astype(float)
     np.testing.assert_allclose(single, f_softargmax(rounded, f, "unit"), atol=5e-6)
@@ -674,11 +719,20 @@ def test_one_class_ties_and_distant_scores(name):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_short_floats_are_computed_in_float32(dtype):
     scores = jnp.asarray(np.tile(THETA, (1, 50)), dtype)
+    try:
+        jax.jit(lambda a: a.astype("f4"))(scores).block_until_ready()
+    except jax.errors.JaxRuntimeError:
+        pytest.skip(f"no {dtype} on this processor, whatever is computed")
     for f in (KL(), Alpha(1.5), JensenShannon()):
         p = f_softargmax(scores, f, "unit")
         assert p.dtype == scores.dtype
         exact = f_softargmax(scores.astype("f4"), f, "unit")
-        assert (p == exact.astype(dtype)).all()
+        # Half a unit in the last place. Two programs may differ in float32, so that
+        # what is between two short floats may go to either.
+        short = jnp.finfo(dtype)
+        half, least = float(short.eps) / 2, float(short.smallest_subnormal) / 2
+        error = np.abs(np.asarray(p, float) - np.asarray(exact, float))
+        assert (error <= 1.01 * np.maximum(half * np.asarray(exact), least)).all()
         loss = lambda s, f=f: f_loss(s, jnp.zeros(4, int), f, "unit").sum()
         assert jax.eval_shape(jax.grad(loss), scores).dtype == scores.dtype
 
@@ -705,6 +759,7 @@ def test_diagnostics():
     found = losses.diagnose(THETA, Alpha(1.5), "unit")
     p = losses.entmax15(THETA)
     np.testing.assert_array_equal(found.support, (p > 0).sum(-1))
+    assert found.support[0] > 1 and found.support[-1] < K
     assert found.residual.max() < 1e-14 and found.evaluations <= 9
 
 

@@ -70,8 +70,14 @@ def normal(seed, *shape):
     return jr.normal(jr.key(seed), shape)
 
 
+def of_norm(size, matrix):
+    return size * matrix / jnp.linalg.norm(matrix, 2)
+
+
 A, Z, LAM = normal(0, 4, 3), normal(1, 3), normal(2, 4)
-CURVED, AFFINE = Curved(normal(3, 4, 3)), Affine(A, normal(4, 4))
+CURVED, AFFINE = Curved(of_norm(2.0, normal(3, 4, 3))), Affine(A, normal(4, 4))
+# The norm of the Hessian of <lam, CURVED> is at most max |lam| (0.77 |W|^2 + 4 * 0.3).
+SMALL = 0.2 * LAM / jnp.max(jnp.abs(LAM))
 S = normal(5, 3, 3)
 Q = S @ S.T + jnp.eye(3)
 ONE_WEIGHT = jnp.ones(())
@@ -105,7 +111,8 @@ def test_t5_2_absolute_value_gives_the_huber_function():
 
 @pytest.mark.parametrize("rule", [MoreauRule(ONE), InverseRule(2.0, ONE)])
 def test_t5_3_one_unit_gradient_step_is_the_chain_rule(rule):
-    close(run(rule, CURVED, Z, LAM), jax.vjp(CURVED, Z)[1](LAM)[0], 1e-15)
+    # Operation by operation: a compiled program may round in another way.
+    close(rule.pull(CURVED, Z, LAM), jax.vjp(CURVED, Z)[1](LAM)[0], 1e-15)
 
 
 def test_t5_4_one_gauss_newton_step_in_both_forms():
@@ -153,7 +160,7 @@ def test_t5_8_inverse_with_large_gamma_tends_to_the_chain_rule():
 
 
 def test_t5_10_the_message_is_the_derivative_of_the_envelope():
-    lam, rule = 0.3 * LAM, MoreauRule(EXACT)
+    lam, rule = SMALL, MoreauRule(EXACT)
 
     @jax.jit
     def envelope(x):
@@ -169,7 +176,7 @@ def test_t5_10_the_message_is_the_derivative_of_the_envelope():
 
 
 def test_one_newton_step():
-    lam = 0.3 * LAM
+    lam = SMALL
     gradient = jax.vjp(CURVED, Z)[1](lam)[0]
     C = jax.jit(jax.hessian(lambda x: lam @ CURVED(x)))(Z)
     one = InnerNewton(1)
@@ -183,13 +190,13 @@ def test_one_newton_step():
 
 
 def test_gauss_newton_steps_of_the_moreau_rule_are_unit_gradient_steps():
-    steps = [run(MoreauRule(s(3)), CURVED, Z, 0.3 * LAM)
+    steps = [run(MoreauRule(s(3)), CURVED, Z, SMALL)
              for s in (InnerGaussNewton, InnerGradient)]  # fmt: skip
     close(*steps)
 
 
 def test_gradient_steps_converge_and_loops_are_what_is_written_out():
-    lam, gamma = 0.1 * LAM, 1.0
+    lam, gamma = 0.5 * SMALL, 1.0
     for rule in (lambda s: MoreauRule(s), lambda s: InverseRule(gamma, s)):
         exact = run(rule(EXACT), CURVED, Z, lam)
         close(run(rule(InnerGradient(2000, 0.1)), CURVED, Z, lam), exact)
@@ -201,7 +208,7 @@ def test_gradient_steps_converge_and_loops_are_what_is_written_out():
 
 
 def test_exact_inverse_of_an_invertible_layer_is_target_propagation():
-    W = normal(8, 3, 3) + 2 * jnp.eye(3)
+    W = of_norm(1.0, normal(8, 3, 3)) + 2 * jnp.eye(3)
     layer, lam = (lambda x: W @ x + 0.1 * jnp.sin(W @ x)), 0.1 * Z
     target = layer(Z) - lam
     g = InverseRule(1e-12, InnerGaussNewton(20)).pull(layer, Z, lam)
@@ -286,7 +293,7 @@ def test_t8_5_small_alpha_gives_the_gradient():
     for oracle in (
         MoreauBackprop(1e-6, seed=MoreauRule(InnerNewton(4))),
         prox_prop(1.0, 1e8),
-        MoreauBackprop(1e-6, MoreauRule(InnerNewton(1)), InverseRule(1e5), split=True),
+        MoreauBackprop(1e-6, MoreauRule(InnerNewton(1)), InverseRule(1e6), split=True),
     ):
         close(direction(oracle, net, scale="gradient"), gradient, 2e-4)
 
@@ -297,6 +304,8 @@ def test_t8_10_stationary_where_the_loss_is():
     for oracle in (MoreauBackprop(5.0), prox_prop(5.0)):
         found = direction(oracle, net, dp.losses.Squared(), targets)
         close(found, jtu.tree_map(jnp.zeros_like, found), 1e-14)
+        elsewhere = direction(oracle, net, dp.losses.Squared(), targets + 1)
+        assert np.linalg.norm(ravel_pytree(elsewhere)[0]) > 0.1
 
 
 def test_t5_9_prox_prop_on_a_linear_layer_is_ridge_regression():
@@ -346,19 +355,22 @@ def test_batch_and_examples_apart_differ_for_moreau_and_agree_for_one_example():
 def test_split_takes_a_stage_apart():
     """By hand: the activation, then the dense layer, each with its own problem."""
     linear, tanh = layers()[:2]
-    rule, alpha = MoreauRule(InnerNewton(6)), 0.7
+    rule = MoreauRule(InnerNewton(6))
     rules: Any = dict(state=rule, weights=rule, seed=ChainRule())
     loss, targets = dp.losses.Squared(), normal(10, 7, 4)
     net = dp.Network([linear, tanh])
-    found = direction(MoreauBackprop(alpha, split=True, **rules), net, loss, targets)
     z = jax.vmap(linear)(X)
-    lam = alpha / 7 * (tanh(z) - targets)
+    residual = tanh(z) - targets
+    # So small that all problems are convex: |tanh''| < 0.77.
+    squares = jnp.sum(X**2, 1, keepdims=True) + 1
+    alpha = float(1 / jnp.max(jnp.mean(jnp.abs(residual) * squares, 0)))
+    found = direction(MoreauBackprop(alpha, split=True, **rules), net, loss, targets)
+    lam = alpha / 7 * residual
     lam = jax.jit(jax.vmap(lambda z, lam: rule.pull(tanh, z, lam)))(z, lam)
     close(found, (lam.T @ X, jnp.sum(lam, 0)))
-    whole = ravel_pytree(direction(MoreauBackprop(alpha, **rules), net, loss, targets))[
-        0
-    ]
-    assert np.linalg.norm(whole - ravel_pytree(found)[0]) > 1e-3
+    whole = direction(MoreauBackprop(alpha, **rules), net, loss, targets)
+    whole, found = ravel_pytree(whole)[0], ravel_pytree(found)[0]
+    assert np.linalg.norm(whole - found) > 1e-2 * np.linalg.norm(found)
 
 
 def test_equal_stages_in_a_loop_are_the_same_as_written_out():
@@ -509,11 +521,13 @@ def test_control_is_a_network_whose_loss_is_the_terminal_cost():
         lambda x: jnp.sum((x - 0.3) ** 2) / 2,
         1,
     )
-    solver = InnerNewton(4)
-    du, _ = dp.direction(problem, dp.MoreauGradient(0.5, solver), Z, stage.W[None])
+    # So small that all problems are convex.
+    solver, alpha = InnerNewton(4), 0.4 / (1 + float(Z @ Z))
+    method = dp.MoreauGradient(alpha, solver)
+    du, _ = dp.direction(problem, method, Z, stage.W[None])
     rule = MoreauRule(solver)
     found = direction(
-        MoreauBackprop(0.5, rule, rule, rule),
+        MoreauBackprop(alpha, rule, rule, rule),
         net,
         dp.losses.Squared(),
         jnp.full((1, 3), 0.3),

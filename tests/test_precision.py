@@ -23,6 +23,7 @@ def dtypes(tree):
 PAIRS = [(method, MONOTONE[i % 2]) for i, method in enumerate(DIRECTIONS)]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method, search", PAIRS, ids=name)
 def test_float32_solves_and_stays_float32(method, search):
     problem, x0, us = helpers.spring(dtype=jnp.float32)
@@ -40,6 +41,7 @@ def test_float32_stops_successfully_at_its_own_round_off(method):
     np.testing.assert_allclose(solution.cost, 39.31168, rtol=1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", DIRECTIONS[1:], ids=name)
 def test_float64_stops_successfully_at_its_own_round_off(method):
     problem, x0, us = helpers.spring()
@@ -53,6 +55,7 @@ def test_numpy_arrays_and_python_floats_are_data():
     assert solution.us.dtype == jnp.float64
     single = dp.solve(problem, dp.ILQR(), np.float32(x0), np.float32(us))
     assert single.us.dtype == jnp.float32
+    np.testing.assert_allclose(single.cost, solution.cost, rtol=1e-5)
     mixed = dp.rollout(
         dp.ControlProblem(
             lambda x, u, t: (x[0] + u, x[1]), lambda x, u, t: u**2, lambda x: x[0], 3
@@ -60,7 +63,7 @@ def test_numpy_arrays_and_python_floats_are_data():
         (0.0, 1.0),
         np.ones(3, np.float32),
     )
-    assert mixed.cost.dtype == jnp.float32
+    assert mixed.cost.dtype == jnp.float32 and mixed.cost == 6.0
 
 
 PROGRAM = """
@@ -85,4 +88,5 @@ def test_float32_without_the_x64_flag():
     assert run.returncode == 0, run.stderr
     problem, x0, us = helpers.spring()
     exact = dp.solve(problem, dp.DDP(), x0, us).cost
-    np.testing.assert_allclose([float(c) for c in run.stdout.split()], exact, rtol=1e-4)
+    costs = [float(cost) for cost in run.stdout.split()]
+    np.testing.assert_allclose(costs, len(MONOTONE) * [exact], rtol=1e-4)

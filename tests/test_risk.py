@@ -96,7 +96,7 @@ def divergence(f, q):
     [
         ("superquantile", 0.0, lambda t: t),
         ("superquantile", 0.5, lambda t: np.maximum(t - 0.5, 0) / 0.5),
-        ("superquantile", 0.47, lambda t: np.maximum(t - 0.47, 0) / 0.53),
+        ("superquantile", 0.47, lambda t: np.maximum(t - 0.47, 0) / (1 - 0.47)),
         ("extremile", 1.0, lambda t: t),
         ("extremile", 2.5, lambda t: t**2.5),
         ("esrm", 1.0, lambda t: np.expm1(t) / np.expm1(1)),
@@ -105,7 +105,8 @@ def divergence(f, q):
 )
 def test_spectrum_is_the_increment_of_the_integral(kind, parameter, cumulative, n):
     sigma = np.asarray(L.spectrum(kind, n, parameter))
-    expected = np.diff(cumulative(np.arange(n + 1) / n))
+    # With more digits, where there are, for the differences.
+    expected = np.diff(cumulative(np.arange(n + 1, dtype=np.longdouble) / n))
     np.testing.assert_allclose(sigma, expected, rtol=0, atol=1e-15)
     assert abs(sigma.sum() - 1) < 1e-14
     assert np.all(np.diff(sigma) >= 0) and np.all(sigma >= 0)
@@ -116,7 +117,9 @@ def test_spectrum_of_many_losses_keeps_its_digits():
     sigma = np.asarray(L.spectrum("extremile", n, r))
     exact = (2.0 * np.arange(1, n + 1) - 1) / n**2
     np.testing.assert_allclose(sigma, exact, rtol=1e-13)
-    assert np.isfinite(np.asarray(L.spectrum("esrm", 10, 2000.0))).all()
+    steep = L.spectrum("esrm", 10, 2000.0)
+    expected = np.exp(-200.0 * np.arange(10)[::-1])
+    np.testing.assert_allclose(steep, expected, rtol=1e-12, atol=1e-300)
 
 
 @pytest.mark.parametrize("q0", [0.0, 0.25, 0.5, 0.75])
@@ -178,6 +181,7 @@ def test_extremile_of_order_two_is_the_mean_of_the_larger_of_two():
 # Optimality of the smoothed weights -----------------------------------------------
 
 
+@pytest.mark.costly
 @every_f
 @every_sigma
 def test_optimality_certificate(f, sigma):
@@ -195,6 +199,7 @@ def test_optimality_certificate(f, sigma):
         assert abs(jnp.sum(jnp.sort(g) * sigma) - jnp.sum(g * q)) < 1e-12
 
 
+@pytest.mark.costly
 @every_f
 def test_value_is_primal_value(f):
     for sigma in SPECTRA.values():
@@ -216,7 +221,7 @@ def test_mean_and_risk_enclose_the_smoothed_risk(f):
         plain = L.spectral_risk(LOSSES, sigma)
         for nu in (0.01, 0.3, 5.0):
             h = risk(LOSSES, sigma, f, nu)
-            assert jnp.mean(LOSSES) - 1e-14 <= h <= plain + 1e-14
+            assert jnp.mean(LOSSES) + 1e-6 < h < plain - 1e-6
             # infinite where f(0) is and sigma has zeros
             assert plain - h <= nu * divergence(f, sigma) + 1e-14
 
@@ -227,6 +232,13 @@ def test_much_smoothing_gives_the_mean(f, sigma):
     q, h = compiled(f)(LOSSES, sigma, 1e9)
     np.testing.assert_allclose(q, 1 / N, rtol=1e-8)
     assert abs(h - jnp.mean(LOSSES)) < 1e-8
+    # With less of it by how much they differ, to first order.
+    nu, mean, curvature = 1e4, jnp.mean(LOSSES), f.curvature(jnp.ones(()))
+    q, h = compiled(f)(LOSSES, sigma, nu)
+    slope = curvature * (LOSSES - mean)
+    np.testing.assert_allclose(nu * (N * q - 1), slope, rtol=0, atol=1e-2)
+    variance = jnp.var(LOSSES)
+    np.testing.assert_allclose(nu * (h - mean), curvature * variance / 2, rtol=1e-3)
 
 
 @every_f
@@ -261,7 +273,9 @@ def test_shifts_and_orders(f):
     order = np.random.default_rng(1).permutation(N)
     permuted, value = compiled(f)(LOSSES[order], sigma, 0.3)
     np.testing.assert_allclose(permuted, q[order], rtol=0, atol=1e-15)
-    assert abs(value - h) < 1e-15
+    # Sums in another order.
+    rounding = N * jnp.finfo(float).eps * jnp.sum(q * jnp.abs(LOSSES))
+    assert abs(value - h) <= rounding
 
 
 @every_f
@@ -398,6 +412,7 @@ def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
     fn = ft.partial(compiled_weights(f), sigma=sigma, nu=0.3)
     _, change = jax.jvp(fn, (losses,), (jnp.cos(jnp.arange(1.0 * N)),))
     np.testing.assert_allclose(change[top], 0, atol=1e-14)
+    assert jnp.max(jnp.abs(change)) > 1e-3
 
 
 # The capped softargmax ------------------------------------------------------------
@@ -445,8 +460,15 @@ def test_capped_softargmax_of_rows_and_masks():
         scores.T, cap=caps
     ).T
     one = jax.jit(lambda row, cap: capped(row, CHI2, "uniform", cap=cap))
-    for row, cap, expected in zip(scores, caps, p):
-        np.testing.assert_allclose(one(row, cap), expected, rtol=0, atol=1e-15)
+    for row, cap, found in zip(np.asarray(scores), np.asarray(caps), p, strict=True):
+        # min(q (1 + theta / beta - tau), cap), where the tau of sum 1 is halved out
+        at = lambda tau: np.clip((1 + row / 0.3 - tau) / 5, 0, cap)
+        low, high = row.min() / 0.3 - 5, row.max() / 0.3 + 1
+        for _ in range(80):
+            tau = (low + high) / 2
+            low, high = (tau, high) if at(tau).sum() > 1 else (low, tau)
+        np.testing.assert_allclose(found, at(low), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(one(row, cap), at(low), rtol=0, atol=1e-14)
     # Without effect it is the softargmax.
     whole = L.f_softargmax(scores[3], CHI2, "uniform", temperature=0.3)
     np.testing.assert_allclose(p[3], whole, rtol=0, atol=1e-14)
@@ -489,7 +511,11 @@ def test_float32(name):
 
 def test_bfloat16_and_one_loss():
     few, sigma = LOSSES[:4].astype(jnp.bfloat16), L.spectrum("extremile", 4, 2)
-    assert compiled_weights(CHI2)(few, sigma, 0.3).dtype == jnp.bfloat16
+    q = compiled_weights(CHI2)(few, sigma, 0.3)
+    assert q.dtype == jnp.bfloat16
+    exact = compiled_weights(CHI2)(few.astype(float), sigma, 0.3)
+    assert jnp.ptp(exact) > 0.1
+    np.testing.assert_allclose(q.astype(float), exact, rtol=2.0**-8, atol=1e-6)
     one = jnp.ones(1)
     for f in (CHI2, L.Alpha(1.5)):
         q, h = compiled(f)(one, one, 1.0)
@@ -629,15 +655,17 @@ CASES = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name, kind, parameter, f", CASES)
 def test_methods_converge_linearly(name, kind, parameter, f):
     sigma = L.spectrum(kind, 20, parameter)
     solution = minimizer(sigma, f, 1.0)
+    # With 0.05 it depends on the examples that are drawn whether Prospect converges.
     method = getattr(L, name)(
-        squared, sigma, f, smoothing=1.0, learning_rate=0.05, l2=L2
+        squared, sigma, f, smoothing=1.0, learning_rate=0.02, l2=L2
     )
-    state, error = errors(method, solution, 20 * (240 if name == "prospect" else 60))
-    assert error[-1] < 1e-12
+    state, error = errors(method, solution, 20 * 120)
+    assert error[0] > 0.1 and error[-1] < 1e-12
     # Four more digits take as long as the four before.
     at = [int(np.argmax(error < tolerance)) for tolerance in (1e-4, 1e-8, 1e-12)]
     assert at[2] - at[1] <= 1.5 * (at[1] - at[0]) + 2, at
@@ -670,7 +698,7 @@ def test_the_mean_of_a_step_is_the_gradient(name):
         step = method.step(state, data, key).params["slope"]
         return jax.random.randint(key, (), 0, 20), step
 
-    drawn, steps = draw(jax.random.split(jax.random.key(1), 200))
+    drawn, steps = draw(jax.random.split(jax.random.key(1), 500))
     examples, first = np.unique(drawn, return_index=True)
     assert len(examples) == 20
 

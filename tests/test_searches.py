@@ -88,6 +88,7 @@ def test_rejections_end(search):
     assert dampings[0] == search.min_damping and dampings[-1] <= search.max_damping
     factors = np.divide(dampings[1:], dampings[:-1])
     np.testing.assert_allclose(factors, factors[0])
+    assert dampings[-1] > 0.05 * search.max_damping
 
 
 def test_backtracking_starts_near_the_last_step_size():
@@ -134,3 +135,6 @@ def test_a_state_of_another_precision_or_search_warms_a_solve_up():
     single, x0, us = helpers.spring(dtype=jnp.float32)
     warm = dp.solve(single, dp.ILQR(), x0, us, state=double.state)
     assert warm.us.dtype == jnp.float32 and warm.state.damping.dtype == jnp.float32
+    first = warm.history["damping"][0]
+    assert first > 0 and first == double.state.damping.astype(jnp.float32)
+    np.testing.assert_allclose(warm.cost, double.cost, rtol=1e-5)

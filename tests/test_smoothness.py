@@ -273,7 +273,7 @@ def test_elementwise_constants_are_tight(fn):
     assert math.isclose(slope[zero], known.slope[0])
     assert math.isclose(3 * value[zero], known.value, abs_tol=1e-15)
     largest = 3 * np.max(np.abs(value))
-    assert largest <= known.magnitude
+    assert largest <= known.magnitude * (1 + 1e-12)
     assert known.magnitude == inf or 0.9999 <= largest / known.magnitude
 
 
@@ -290,7 +290,8 @@ def test_softmax_constants(shape):
     assert math.isclose(spectral(value)[0], known.slope[0])
     assert math.isclose(math.sqrt(rows[0] / rows[1]), known.value)
     assert known.magnitude == math.sqrt(rows[0])
-    assert np.max(spectral(value)) <= 1 / 2
+    # Attained by two equal classes, up to rounding, as they are in the first.
+    assert np.max(spectral(value)[1:]) < known.lipschitz[0] == 1 / 2
     norms = np.linalg.norm(towards.reshape(100, -1), axis=1)
     assert np.max(spectral(changed) / norms) <= known.smoothness[0]
     # Attained by two classes: with h = (1, -1) / sqrt(2) at the worst probabilities.
@@ -321,6 +322,7 @@ CONVOLUTIONS: dict[str, tuple[int, tuple[int, ...], dict]] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_count_the_patches_that_share_an_entry(name, getkey):
     num_dims, size, options = CONVOLUTIONS[name]
@@ -415,7 +417,8 @@ def test_they_grow_with_the_radius_and_the_input():
             triples(dp.smoothness(net, r, input_norm=n, joint=joint))
             for r, n in [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 2.0), (4.0, 2.0)]
         ]
-        assert np.all(np.diff(rows, axis=0) >= 0)
+        changes = np.diff(rows, axis=0)
+        assert np.all(changes >= 0) and np.all(changes[:, -1, 1:] > 0)
 
 
 def test_joint_bounds_are_not_larger():
@@ -579,7 +582,8 @@ def test_jacobian_norm(getkey):
     key = getkey()
     one = ft.partial(dp.jacobian_norm, fn, key=key, num_steps=1)
     first = jax.jit(one)(net.params)
-    call = eqx.filter_jit(ft.partial(dp.jacobian_norm, key=key, num_steps=200))
+    # So many that two singular values may be close.
+    call = eqx.filter_jit(ft.partial(dp.jacobian_norm, key=key, num_steps=2000))
     last = call(lambda net: {"out": jax.vmap(net)(x)}, net)
     assert 0.05 * exact < first < exact
     assert math.isclose(last, exact, rel_tol=1e-8)

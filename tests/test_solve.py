@@ -20,9 +20,13 @@ CODES = [getattr(dp.RESULTS, code) for code in NAMES]
 @pytest.fixture(scope="module")
 def optimum():
     problem, x0, us = helpers.spring()
-    return dp.solve(problem, dp.DDP(), x0, us, rtol=0.0, atol=0.0)
+    solution = dp.solve(problem, dp.DDP(), x0, us, rtol=0.0, atol=0.0)
+    assert solution.cost < 0.95 * dp.rollout(problem, x0, us).cost
+    assert np.linalg.norm(helpers.gradient("spring")(solution.us)) < 1e-6
+    return solution
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_all_directions_reach_the_same_optimum(method, search, optimum):
@@ -42,22 +46,33 @@ def test_quadratic_convergence(method, optimum):
     solution = dp.solve(problem, method, x0, us, rtol=0.0, atol=0.0)
     gradients = np.asarray(solution.history["gradient"])
     gradients = gradients[~np.isnan(gradients)]
-    last = gradients[(gradients < 0.1) & (gradients > 1e-11)]
+    # Below, the rounding of the cost decides on the length of a step.
+    last = gradients[:-1][gradients[:-1] > 1e-6]
     assert len(last) >= 2
     # Each error is at most a multiple of the square of the one before.
-    assert np.all(last[1:] <= 10 * last[:-1] ** 2)
+    assert np.all(gradients[1 : len(last) + 1] <= 0.1 * last**2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_solution_is_stationary_and_consistent(method):
-    problem, x0, us = helpers.linear()
-    solution = dp.solve(problem, method, x0, us, max_steps=2000)
+    # Random problems are too ill conditioned for gradient descent.
+    exact = method in helpers.SECOND_ORDER
+    chain = "linear" if exact else "spring"
+    problem, x0, us = helpers.PROBLEMS[chain]()
+    solution = dp.solve(problem, method, x0, us)
     again = dp.rollout(problem, x0, solution.us)
     np.testing.assert_allclose(solution.cost, again.cost, rtol=1e-14)
     np.testing.assert_allclose(solution.xs, again.xs, rtol=1e-12, atol=1e-12)
-    gradient = helpers.gradient("linear")(solution.us)
-    norm = np.linalg.norm(gradient)
-    np.testing.assert_allclose(solution.stats["gradient"], norm, atol=1e-12)
+    first, last = (
+        np.linalg.norm(helpers.gradient(chain)(us)) for us in (us, solution.us)
+    )
+    np.testing.assert_allclose(solution.history["gradient"][0], first, rtol=1e-12)
+    # One step of second order solves this: what is left is rounding.
+    np.testing.assert_allclose(
+        solution.stats["gradient"], last, atol=2e-14 * float(first)
+    )
+    assert last <= (1e-13 if exact else 1e-3) * first
     assert solution.stats["decrement"] <= 1e-9 * (1 + abs(solution.cost))
 
 
@@ -80,6 +95,16 @@ def test_policy_stabilizes_and_works_on_pytrees():
     x = dict(position=flat.xs[3, 0] + 0.1, speed=flat.xs[3, 1])
     expected = flat.us[3] + flat.policy.k[3] + 0.1 * flat.policy.K[3, :, 0]
     np.testing.assert_allclose(solution.policy(3, x)["force"], expected, atol=1e-13)
+    # From a disturbed start, feedback beats the same controls without it.
+    costs, ends = [], []
+    for policy in (flat.policy, lambda t, x: flat.us[t]):
+        x, cost = x0 + 0.3, 0.0
+        for t in range(12):
+            u = policy(t, x)
+            cost, x = cost + problem.cost(x, u, t), problem.dynamics(x, u, t)
+        costs.append(cost + problem.terminal_cost(x))
+        ends.append(np.linalg.norm(x - flat.xs[-1]))
+    assert costs[0] < 0.98 * costs[1] and ends[0] < 0.75 * ends[1]
 
 
 _stack = lambda x: jnp.stack([x["position"], x["speed"]])
@@ -145,6 +170,7 @@ def test_vmap_equals_loop(method, search):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", SEARCHES, ids=name)
 def test_stepping_by_hand_equals_solve(search):
     problem, x0, us = helpers.spring()
@@ -154,7 +180,7 @@ def test_stepping_by_hand_equals_solve(search):
     while not state.done:
         costs.append(float(state.cost))
         state = dp.step(problem, state)
-    assert state.result == dp.RESULTS.successful
+    assert state.result == dp.RESULTS.successful and len(costs) > 2
     by_hand = dp.finish(problem, state)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
     jtu.tree_map(close, by_hand, solution)
@@ -171,6 +197,7 @@ def test_finishing_early_gives_the_policy_of_the_iterate():
         dp.finish(problem, state)
     early = dp.finish(problem, state, throw=False)
     np.testing.assert_array_equal(early.us, state.us)
+    assert np.linalg.norm(early.us - us) > 0.1
     one = dp.solve(problem, dp.ILQR(), x0, us, max_steps=1, throw=False)
     np.testing.assert_allclose(early.policy.K, one.policy.K, atol=1e-13)
     assert np.linalg.norm(early.policy.K) > 0
@@ -181,8 +208,10 @@ def test_warm_start_at_a_solution_takes_no_step(search):
     problem, x0, us = helpers.spring()
     first = dp.solve(problem, dp.ILQR(), x0, us, search)
     second = dp.solve(problem, dp.ILQR(), x0, first.us, search, state=first.state)
-    assert second.stats["num_steps"] == 0
-    assert second.cost == first.cost
+    assert first.stats["num_steps"] > 0 and second.stats["num_steps"] == 0
+    np.testing.assert_array_equal(second.us, first.us)
+    # A roll-out and a trial add the costs up in another order.
+    np.testing.assert_allclose(second.cost, first.cost, rtol=1e-14)
 
 
 def test_counts_are_true():
@@ -206,6 +235,7 @@ def test_counts_are_true():
     # Without a step: one roll-out and the derivatives of one expansion.
     (expansion, _), (total, stats) = counts
     expansions = stats["num_steps"] + 1
+    assert stats["num_steps"] > 2
     assert total == stats["num_rollouts"] + expansions * (expansion - 1)
     assert stats["num_backwards"] >= expansions
 
@@ -214,14 +244,18 @@ def test_history_can_be_left_out():
     problem, x0, us = helpers.spring()
     with_history = dp.solve(problem, dp.ILQR(), x0, us)
     without = dp.solve(problem, dp.ILQR(), x0, us, history=False)
-    assert without.history == {}
-    np.testing.assert_array_equal(without.us, with_history.us)
+    assert without.history == {} and len(with_history.history["cost"]) == 257
+    for key in ("num_steps", "num_rollouts", "num_backwards"):
+        assert without.stats[key] == with_history.stats[key] > 0
+    # Another program: the rounding may differ.
+    np.testing.assert_allclose(without.us, with_history.us, rtol=0, atol=1e-13)
 
 
 def test_history_describes_each_iteration():
     problem, x0, us = helpers.pendulum()
     solution = dp.solve(problem, dp.ILQR(), x0, us)
     h, n = solution.history, int(solution.stats["num_steps"])
+    assert 1 < n < 256 and solution.cost < h["cost"][0] / 2
     assert all(len(column) == 257 for column in h.values())
     # Fused loops add the costs up in another order.
     np.testing.assert_allclose(h["cost"][0], dp.rollout(problem, x0, us).cost, 1e-14)
@@ -252,6 +286,7 @@ def test_verbose_hands_named_arrays_to_a_function():
         problem, dp.ILQR(), x0, us, verbose=lambda **row: rows.append(row)
     )
     jax.effects_barrier()
+    assert len(rows) == solution.stats["num_steps"] + 1 > 2
     costs = [float(row["cost"]) for row in rows]
     np.testing.assert_array_equal(costs, solution.history["cost"][: len(rows)])
 
@@ -280,15 +315,23 @@ def test_a_constant_in_the_cost_changes_only_the_cost():
 
 def test_scaling_the_cost_by_four_leaves_undamped_gains_bit_for_bit():
     problem, x0, us = helpers.linear()
-    system = problem.system
-    scaled = dp.ControlProblem(
-        system.dynamics,
-        lambda x, u, t: 4.0 * system.cost(x, u, t),
-        lambda x: 4.0 * system.terminal_cost(x),
-        12,
-    )
-    solve = lambda p: dp.solve(p, dp.ILQR(), x0, us, dp.FixedStep(), max_steps=1)
-    np.testing.assert_array_equal(solve(scaled).policy.K, solve(problem).policy.K)
+
+    @jax.jit
+    def solve(scale):
+        # The factor is data: both run the same program, and so round alike.
+        scaled = dp.ControlProblem(
+            problem.dynamics,
+            lambda x, u, t: scale * problem.cost(x, u, t),
+            lambda x: scale * problem.terminal_cost(x),
+            12,
+        )
+        return dp.solve(scaled, dp.ILQR(), x0, us, dp.FixedStep(), max_steps=1)
+
+    one, four = (solve(jnp.asarray(scale)) for scale in (1.0, 4.0))
+    assert np.linalg.norm(one.policy.K) > 0.1
+    np.testing.assert_array_equal(four.policy.K, one.policy.K)
+    np.testing.assert_array_equal(four.us, one.us)
+    np.testing.assert_array_equal(four.cost, 4.0 * one.cost)
 
 
 # Failures: each has its code, keeps the best finite iterate, and raises when concrete.
@@ -323,6 +366,7 @@ def _(primals, tangents):
     return primals[0], -50.0 * tangents[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [dp.Gradient(), dp.DDP()], ids=name)
 @pytest.mark.parametrize("kind", ["overflow", "nan start"])
 def test_an_initial_rollout_that_overflows(kind, method):
@@ -340,6 +384,7 @@ def test_an_initial_rollout_that_overflows(kind, method):
     np.testing.assert_array_equal(error.value.solution.us, us + 0.25)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", SEARCHES, ids=name)
 @pytest.mark.parametrize("method", [dp.Gradient(), dp.DDP()], ids=name)
 def test_a_trial_outside_the_domain_never_poisons_the_iterate(method, search):
@@ -347,21 +392,35 @@ def test_a_trial_outside_the_domain_never_poisons_the_iterate(method, search):
     solution = dp.solve(problem, method, x0, us, search, max_steps=50, throw=False)
     assert np.all(np.isfinite(solution.xs)) and np.all(np.isfinite(solution.us))
     assert np.isfinite(solution.cost)
-    assert solution.cost <= dp.rollout(problem, x0, us).cost
+    start = dp.rollout(problem, x0, us).cost
+    assert solution.cost < start if search.monotone else solution.cost <= start
     assert np.all(np.isfinite(solution.policy.K))
 
 
 def test_fixed_step_keeps_the_best_iterate_when_it_diverges():
-    problem, x0, us = failing("root")
-    solution = dp.solve(problem, dp.ILQR(), x0, us, dp.FixedStep(), throw=False)
+    # One control is right after a step, the other grows by a factor of -999.
+    problem = dp.ControlProblem(
+        lambda x, u, t: x,
+        lambda x, u, t: (u[0] ** 2 + 1e3 * u[1] ** 2) / 2,
+        lambda x: jnp.zeros_like(x[0]),
+        1,
+    )
+    x0, us = jnp.zeros(1), jnp.asarray([[100.0, 1e-6]])
+    solve = lambda throw: dp.solve(
+        problem, dp.Gradient(), x0, us, dp.FixedStep(), throw=throw
+    )
+    solution = solve(throw=False)
     assert solution.result == dp.RESULTS.nonfinite_rollout
-    assert solution.stats["first_nonfinite"] <= 8
+    assert solution.stats["first_nonfinite"] == 0
     costs = np.asarray(solution.history["cost"])
-    assert solution.cost == np.nanmin(costs)
+    assert np.nanargmin(costs) == 1 and np.nanmax(costs) > 1e100
+    assert solution.cost == costs[1]
+    np.testing.assert_allclose(solution.us, [[0.0, -999e-6]], rtol=1e-9)
     with pytest.raises(dp.SolveError, match="roll-out is not finite"):
-        dp.solve(problem, dp.ILQR(), x0, us, dp.FixedStep())
+        solve(throw=True)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "kind, search, code",
     [

@@ -167,6 +167,7 @@ def test_progress_backwards_costs_nan():
     assert jnp.isnan(race.terminal_cost(x))
 
 
+@pytest.mark.costly
 def test_keeps_float32(system):
     system, m = system
     x, u, t = system.x0.astype(jnp.float32), jnp.zeros(m, jnp.float32), jnp.int32(3)
@@ -177,6 +178,7 @@ def test_keeps_float32(system):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.costly
 def test_derivatives_are_finite(system):
     system, m = system
     x, u, t = system.x0, 0.1 * jnp.ones(m), jnp.int32(2)
@@ -196,6 +198,7 @@ def test_derivatives_are_finite(system):
     assert jnp.all(jnp.isfinite(second)) and jnp.any(second != 0)
 
 
+@pytest.mark.costly
 def test_numbers_are_leaves(system):
     """A number may be a traced array, and the cost has a derivative in it."""
     system, m = system
@@ -206,9 +209,13 @@ def test_numbers_are_leaves(system):
         changed = eqx.tree_at(lambda s: s.dt, system, dt)
         return changed.terminal_cost(changed.dynamics(system.x0, u, 0))
 
-    assert jnp.isfinite(jax.grad(cost)(jnp.array(0.01)))
+    slope = jax.grad(cost)(jnp.array(0.01))
+    difference = (cost(jnp.array(0.01001)) - cost(jnp.array(0.00999))) / 2e-5
+    np.testing.assert_allclose(slope, difference, rtol=1e-4, atol=1e-7)
+    assert jnp.abs(slope) > 1e-6
 
 
+@pytest.mark.costly
 def test_vmap_equals_one_by_one(system):
     system, m = system
     xs = system.x0[None] + 0.01 * jnp.arange(3.0)[:, None] * jnp.ones(
@@ -264,6 +271,7 @@ def test_cart_pole_keeps_its_energy():
 
     x = jnp.array([0.1, 2.0, 0.3, -1.0])
     end = drive(cart, x, jnp.zeros(1), 1000)
+    assert jnp.all(jnp.abs(end - x) > 0.01)
     np.testing.assert_allclose(energy(end), energy(x), rtol=1e-9)
     np.testing.assert_allclose(momentum(end), momentum(x), rtol=1e-9)
 
@@ -303,11 +311,44 @@ def test_quadrotor_turns_with_its_yaw():
     np.testing.assert_allclose(dy[3], dx[3], atol=1e-12)
 
 
+def test_quadrotor_moves_like_a_rigid_body():
+    """Its rotation R obeys R' = R [w], m v' = R (0, 0, F) - (0, 0, m g), and Euler."""
+    cross = -np.cross(np.eye(3)[:, None], np.eye(3))  # [e_i] for each axis e_i
+
+    def rotation(angles):
+        def turn(i):  # by Rodrigues
+            K = cross[i]
+            return np.eye(3) + jnp.sin(angles[i]) * K + (1 - jnp.cos(angles[i])) * K @ K
+
+        return turn(2) @ turn(1) @ turn(0)
+
+    @jax.jit
+    def motion(x, u):
+        parts = Quadrotor().vector_field(x, u, 0.0).reshape(4, 3)
+        return parts, *jax.jvp(rotation, (x[3:6],), (parts[1],))
+
+    x, u = np.linspace(-0.5, 0.6, 12), np.array([0.1, -0.2, 0.3, 0.4])
+    (velocity, _, acceleration, spin), R, change = map(np.asarray, motion(x, u))
+    v, w = x[6:9], x[9:]
+    f1, f2, f3, f4 = forces = u + 0.5 * 9.81 / 4
+    torque = [0.175 * (f2 - f4), 0.175 * (f3 - f1), 0.0168 * (f1 - f2 + f3 - f4)]
+    inertia = np.array([0.0023, 0.0023, 0.004])
+    lift = np.sum(forces) / 0.5 * R[:, 2]
+    for found, desired in (
+        (velocity, v),
+        (change, R @ np.tensordot(w, cross, 1)),
+        (acceleration, lift - [0.0, 0.0, 9.81]),
+        (inertia * spin, torque - np.cross(w, inertia * w)),
+    ):
+        np.testing.assert_allclose(found, desired, rtol=0, atol=1e-12)
+
+
 def test_quadrotor_spins_freely():
     """Without torques the rotation energy stays."""
     quadrotor = Quadrotor(dt=1e-3, method="rk4")
     x = jnp.zeros(12).at[9:].set(jnp.array([0.4, -0.3, 0.5]))
     end = drive(quadrotor, x, jnp.zeros(4), 300)
+    assert jnp.all(jnp.abs(end[9:11] - x[9:11]) > 0.01)
     inertia = jnp.array(quadrotor.inertia)
     energy = lambda x: jnp.sum(inertia * x[9:] ** 2)
     np.testing.assert_allclose(energy(end), energy(x), rtol=1e-12)

@@ -1,0 +1,199 @@
+"""The public functions and methods: which are called, and what a trivial one does.
+
+    pytest --trivial survivors.txt
+
+runs every test once as it is and then once more for each public function that it
+calls, which returns a trivial answer instead: no step, zero, its input, the given
+controls, uniform probabilities. A test that still passes says nothing of this function;
+all are listed. They are what to look at, not all are faults: a test of messages or of
+shapes may pass.
+"""
+
+import collections
+import functools as ft
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import pytest
+from _pytest.runner import runtestprotocol
+
+import diffprog as dp
+from diffprog import plot
+
+
+MODULES = {"": dp, "losses.": dp.losses, "oracles.": dp.oracles, "plot.": plot}
+# Methods that users call, or that decide a result.
+METHODS = """
+__call__ block_update center conjugate conjugate_prox cost derivative dual_projection
+dynamics factor gradient half_widths heading hessian_mv left lines normal propose right
+scaled step terminal_cost vector_field
+""".split()
+
+called: set[str] = set()
+lying: list[str] = []  # the function that answers trivially, if any
+lied: set[str] = set()
+TRIES = 2
+tries: collections.Counter = collections.Counter()
+
+
+def functions():
+    """Owner, attribute and name of everything public that can be called."""
+    for prefix, module in MODULES.items():
+        for name, item in vars(module).items():
+            home = getattr(item, "__module__", None) or ""
+            if name[0] == "_" or not home.startswith("diffprog"):
+                continue
+            if inspect.isclass(item):
+                yield from methods(prefix, item)
+            elif callable(item):
+                yield module, name, prefix + name
+    for item in vars(dp.systems).values():
+        if inspect.isclass(item):
+            yield from methods("systems.", item)
+
+
+def methods(prefix: str, cls: type):
+    if issubclass(cls, dp.AbstractSearch | dp.oracles.AbstractDamping):
+        return  # a search that never accepts does not end
+    for name, item in vars(cls).items():
+        abstract = getattr(item, "__isabstractmethod__", False)
+        if name in METHODS and inspect.isfunction(item) and not abstract:
+            yield cls, name, f"{prefix}{cls.__name__}.{name}"
+
+
+def watch():
+    """From now on calls are noted, and answers can be made trivial."""
+    for owner, attribute, name in list(functions()):
+        wrapped = watched(getattr(owner, attribute), name)
+        if inspect.isclass(owner):
+            type.__setattr__(owner, attribute, wrapped)
+        else:
+            setattr(owner, attribute, wrapped)
+
+
+def watched(fn: Callable, name: str) -> Callable:
+    @ft.wraps(fn)
+    def wrapper(*args, **kwargs):
+        out = fn(*args, **kwargs)
+        called.add(name)
+        if name not in lying:
+            return out
+        lied.add(name)
+        return trivial(name, out, *args, **kwargs)
+
+    return wrapper
+
+
+# Trivial answers ------------------------------------------------------------------
+
+
+def zeros(tree):
+    is_number = lambda a: eqx.is_inexact_array(a) or isinstance(a, float)
+    zero = lambda a: 0 * a if isinstance(a, float) else jnp.zeros_like(a)
+    return jtu.tree_map(lambda a: zero(a) if is_number(a) else a, tree)
+
+
+def trivial(name: str, out, *args, **kwargs):
+    short = name.split(".")[-1]
+    if short in LIES:
+        return LIES[short](out, *args, **kwargs)
+    return zeros(out)
+
+
+def given_controls(solution, problem, method, x0, us, *_, **__):
+    trajectory = dp.rollout(problem, x0, us)
+    return guessed(solution, trajectory)
+
+
+def given_batch(solution, problem, method, x0s, uss, *_, **__):
+    roll = lambda x0, us: dp.rollout(problem, x0, us)
+    return guessed(solution, jax.vmap(roll)(x0s, uss))
+
+
+def guessed(solution, trajectory):
+    parts = lambda s: (s.xs, s.us, s.cost)
+    return eqx.tree_at(parts, solution, parts(trajectory))
+
+
+def uniform(out, *_, **__):
+    return jtu.tree_map(lambda p: jnp.full_like(p, 1 / max(p.shape[-1:] or (1,))), out)
+
+
+def state_as_it_was(state, *args, **kwargs):
+    """Of `dp.step` and of `ValueAndDirection.step`."""
+    if isinstance(args[0], dp.ValueAndDirection):
+        found, direction, state = state
+        return found, zeros(direction), state
+    same = [a for a in (*args, *kwargs.values()) if isinstance(a, dp.SolverState)]
+    return same[0]
+
+
+first_argument = lambda out, self, first, *_, **__: first
+LIES: dict[str, Callable[..., Any]] = dict(
+    solve=given_controls,
+    solve_batch=given_batch,
+    direction=lambda out, *_, **__: (zeros(out[0]), *out[1:]),
+    step=state_as_it_was,
+    init=lambda out, *_, **__: out,
+    finish=lambda out, *_, **__: out,
+    f_softargmax=uniform,
+    capped_f_softargmax=uniform,
+    sparsemax=uniform,
+    entmax=uniform,
+    entmax15=uniform,
+    spectral_weights=uniform,
+    f_sigmoid=lambda out, *_, **__: jnp.full_like(out, 0.5),
+    conjugate_prox=first_argument,
+    dual_projection=first_argument,
+    block_update=first_argument,
+    dynamics=first_argument,
+    propose=lambda out, *_, **__: eqx.tree_at(lambda p: p.step, out, zeros(out.step)),
+)
+
+
+# The plug-in ----------------------------------------------------------------------
+
+
+def forget():
+    """What was computed by true functions, or by trivial ones."""
+    jax.clear_caches()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests."):
+            for item in list(vars(module).values()):
+                if hasattr(item, "cache_clear"):
+                    item.cache_clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    passes = lambda reports: all(report.passed for report in reports)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    called.clear()
+    reports = runtestprotocol(item, nextitem=item)
+    test = item.nodeid.split("[")[0]
+    found = sorted(called) if passes(reports) else []
+    open_pairs = [name for name in found if tries[test, name] < TRIES]
+    survivors = []
+    for name in open_pairs:
+        forget()
+        lying[:] = [name]
+        lied.clear()
+        reports = runtestprotocol(item, log=False, nextitem=item)
+        if passes(reports) and lied:
+            survivors.append(name)
+        # One set of parameters that tells a function from a trivial one is enough.
+        tries[test, name] += 1 if passes(reports) else TRIES
+    lying.clear()
+    if open_pairs:
+        forget()
+    item.session._setupstate.teardown_exact(nextitem)
+    with open(item.config.getoption("--trivial"), "a") as file:
+        file.write(f"{item.nodeid}\t{' '.join(found)}\t{' '.join(survivors)}\n")
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True

@@ -1,0 +1,58 @@
+"""The size of a traced program depends neither on the horizon nor on equal stages."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import diffprog as dp
+
+from . import helpers
+from .helpers import DIRECTIONS, name
+
+
+def count_equations(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        total += 1
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += count_equations(inner)
+    return total
+
+
+CEILINGS = dict(Gradient=750, GaussNewton=950, Newton=1100, ILQR=950, DDP=1050)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_on_an_accelerator():
+    """On the CPU a program stands there twice. The module is traced afresh."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    patch.undo()
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("method", DIRECTIONS, ids=name)
+def test_size_of_the_program_does_not_depend_on_the_horizon(method):
+    sizes = []
+    for T in (10, 100, 1000):
+        problem, x0, us = helpers.pendulum(T)
+        solve = lambda us: dp.solve(problem, method, x0, us).us
+        sizes.append(count_equations(jax.make_jaxpr(solve)(us).jaxpr))
+    assert sizes[0] == sizes[1] == sizes[2] <= CEILINGS[name(method)]
+
+
+def test_size_of_the_program_does_not_depend_on_equal_neighbors():
+    system = helpers.Spring()
+    phase = lambda T: dp.Phase(system.dynamics, system.cost, T)
+    sizes = []
+    for T in (6, 24):
+        chain = dp.Chain((phase(T), phase(T)), system.terminal_cost)
+        solve = lambda us: dp.solve(chain, dp.ILQR(), jnp.ones(2), us).us
+        us = (jnp.ones((T, 1)),) * 2
+        sizes.append(count_equations(jax.make_jaxpr(solve)(us).jaxpr))
+    assert sizes[0] == sizes[1]
