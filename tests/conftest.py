@@ -4,6 +4,8 @@ pytest --all              runs what is slow too, and every set of parameters
 pytest --default-flags    compiles as users do
 pytest --seed 3           draws other random numbers, wherever a test draws some
 pytest --plain-loops      runs as if fast loops did not exist
+pytest --selection        tests of every public function once: `selection.txt`
+pytest --calls FILE       lists what each test calls: `public.py`
 pytest --trivial FILE     lists tests that trivial answers pass: `public.py`
 """
 
@@ -12,6 +14,7 @@ import collections
 import ctypes
 import gc
 import os
+import pathlib
 import resource
 import shutil
 import sys
@@ -57,6 +60,10 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="with what is slow or costly")
     parser.addoption("--default-flags", action="store_true", help="compile as users do")
     parser.addoption("--seed", type=int, default=0, help="draw other random numbers")
+    parser.addoption(
+        "--selection", action="store_true", help="every public function once"
+    )
+    parser.addoption("--calls", help="file for what each test calls")
     parser.addoption("--trivial", help="file for tests that trivial answers pass")
 
 
@@ -73,11 +80,14 @@ def pytest_configure(config):
         from diffprog import _fast_loops
 
         _fast_loops.NEWEST = (0, 0)
-    if config.getoption("--trivial"):
+    calls, trivial = config.getoption("--calls"), config.getoption("--trivial")
+    selection = config.getoption("--selection")
+    if calls or trivial or selection:
         from . import public
 
         public.watch()
-        config.pluginmanager.register(public)
+        plugin = public.Trivial(trivial) if trivial else public.Calls(calls, selection)
+        config.pluginmanager.register(plugin)
     if config.getoption("--seed"):
         shift_seeds(100_003 * config.getoption("--seed"))
 
@@ -100,6 +110,14 @@ KEPT = 2
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--selection"):
+        path = pathlib.Path(__file__).with_name("selection.txt")
+        chosen = set(path.read_text().splitlines())
+        absent = chosen - {item.nodeid for item in items}
+        if absent:
+            raise pytest.UsageError(f"no such tests: {absent}; see tests/selection.txt")
+        drop(config, items, {item for item in items if item.nodeid not in chosen})
+        return
     if config.getoption("--all"):
         return
     costly = collections.defaultdict(list)
@@ -112,8 +130,12 @@ def pytest_collection_modifyitems(config, items):
         kept = {(first + i * len(group) // KEPT) % len(group) for i in range(KEPT)}
         dropped |= {item for i, item in enumerate(group) if i not in kept}
     if len(dropped) < len(items):  # else they were asked for by name
-        items[:] = [item for item in items if item not in dropped]
-        config.hook.pytest_deselected(items=list(dropped))
+        drop(config, items, dropped)
+
+
+def drop(config, items, dropped):
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
 
 
 def pytest_collection_finish():

@@ -1,6 +1,14 @@
 """The public functions and methods: which are called, and what a trivial one does.
 
-    pytest --trivial survivors.txt
+    pytest --selection
+
+runs the tests of `selection.txt` and fails where a public function is called by none.
+
+    pytest --calls FILE
+
+writes what each test takes in seconds, and the functions that it calls.
+
+    pytest --trivial FILE
 
 runs every test once as it is and then once more for each public function that it
 calls, which returns a trivial answer instead: no step, zero, its input, the given
@@ -157,7 +165,54 @@ LIES: dict[str, Callable[..., Any]] = dict(
 )
 
 
-# The plug-in ----------------------------------------------------------------------
+# Plug-ins -------------------------------------------------------------------------
+
+
+class Calls:
+    """Notes what the tests that pass call, over all processes."""
+
+    def __init__(self, path: str | None, complete: bool):
+        self.path, self.complete = path, complete
+        self.seen: set[str] = set()
+        self.missing: list[str] = []
+
+    def pytest_runtest_setup(self):
+        called.clear()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" or not report.passed:
+            return
+        self.seen |= called
+        if self.path and called:
+            with open(self.path, "a") as file:
+                names = " ".join(sorted(called))
+                file.write(f"{report.nodeid}\t{report.duration:.2f}\t{names}\n")
+
+    def pytest_testnodedown(self, node):
+        self.seen |= set(node.workeroutput["called"])
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["called"] = sorted(self.seen)
+        elif self.complete:
+            self.missing = sorted({name for *_, name in functions()} - self.seen)
+            session.exitstatus = session.exitstatus or int(bool(self.missing))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.missing:
+            terminalreporter.write_line(f"called by no test: {' '.join(self.missing)}")
+
+
+class Trivial:
+    """Runs tests again with trivial functions."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        with_trivial_functions(item, nextitem, self.path)
+        return True
 
 
 def forget():
@@ -170,8 +225,7 @@ def forget():
                     item.cache_clear()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item, nextitem):
+def with_trivial_functions(item, nextitem, path: str):
     passes = lambda reports: all(report.passed for report in reports)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     called.clear()
@@ -193,7 +247,6 @@ def pytest_runtest_protocol(item, nextitem):
     if open_pairs:
         forget()
     item.session._setupstate.teardown_exact(nextitem)
-    with open(item.config.getoption("--trivial"), "a") as file:
+    with open(path, "a") as file:
         file.write(f"{item.nodeid}\t{' '.join(found)}\t{' '.join(survivors)}\n")
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
