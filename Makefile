@@ -23,6 +23,8 @@ venv: .venv/.installed
 demo: venv
 	$(BIN)/python examples/car_racing.py
 
+SSE4 := $(addprefix tests/test_,directions.py honesty.py solve.py lqr.py moreau.py \
+  gauss_newton.py prox_linear.py target_propagation.py value_and_direction.py)
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) -q
 
 test: venv

@@ -1,4 +1,4 @@
-"""The size of a traced program depends neither on the horizon nor on equal stages."""
+"""The size of a traced program does not depend on the horizon."""
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,10 @@ def test_size_of_the_program_does_not_depend_on_the_horizon(method):
         problem, x0, us = helpers.pendulum(T)
         solve = lambda us: dp.solve(problem, method, x0, us).us
         sizes.append(count_equations(jax.make_jaxpr(solve)(us).jaxpr))
-    assert sizes[0] == sizes[1] == sizes[2] <= CEILINGS[name(method)]
+    assert 300 < sizes[0] == sizes[1] == sizes[2] <= CEILINGS[name(method)]
 
 
-def test_size_of_the_program_does_not_depend_on_equal_neighbors():
+def test_size_of_the_program_does_not_depend_on_the_horizons_of_a_chain():
     system = helpers.Spring()
     phase = lambda T: dp.Phase(system.dynamics, system.cost, T)
     sizes = []
@@ -55,4 +55,4 @@ def test_size_of_the_program_does_not_depend_on_equal_neighbors():
         solve = lambda us: dp.solve(chain, dp.ILQR(), jnp.ones(2), us).us
         us = (jnp.ones((T, 1)),) * 2
         sizes.append(count_equations(jax.make_jaxpr(solve)(us).jaxpr))
-    assert sizes[0] == sizes[1]
+    assert 300 < sizes[0] == sizes[1]
