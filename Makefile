@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test test-default test-sse4 test-selection check docs pages
+.PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
 .PHONY: bench bench-losses bench-oracles bench-gpu clean
 
 venv: .venv/.installed
@@ -37,6 +37,10 @@ test-default: venv
 # Every public function once, compiled as users do.
 test-selection: venv
 	$(PYTEST) --default-flags --selection $(ARGS)
+
+# Every example, with little to do.
+test-examples: venv
+	$(PYTEST) --all --dist=load tests/test_examples.py $(ARGS)
 
 # The instructions of a processor of 2008, whose rounding is another one.
 test-sse4: venv

@@ -104,11 +104,6 @@ def pytest_ignore_collect(collection_path, config):
         return True
 
 
-# So many sets of parameters of a costly test run without `--all`: other ones for other
-# tests, so that together they see every direction, loss and solver.
-KEPT = 2
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--selection"):
         path = pathlib.Path(__file__).with_name("selection.txt")
@@ -125,10 +120,11 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("costly"):
             costly[item.nodeid.split("[")[0]].append(item)
     dropped = {item for item in items if item.get_closest_marker("slow")}
+    # Other tests, and other seeds, take other parameters: together they see every
+    # direction, loss and solver.
     for name, group in costly.items():
-        first = zlib.crc32(name.encode())
-        kept = {(first + i * len(group) // KEPT) % len(group) for i in range(KEPT)}
-        dropped |= {item for i, item in enumerate(group) if i not in kept}
+        kept = (zlib.crc32(name.encode()) + config.getoption("--seed")) % len(group)
+        dropped |= {item for i, item in enumerate(group) if i != kept}
     if len(dropped) < len(items):  # else they were asked for by name
         drop(config, items, dropped)
 

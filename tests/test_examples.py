@@ -7,6 +7,7 @@ import pytest
 
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 LIMITS = {"car_racing.py": 250, "digits_gauss_newton.py": 165}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
@@ -45,8 +46,10 @@ def _run(script, fast, *options):
     )
 
 
-@pytest.mark.costly
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("script", [
+    script if script == "pendulum.py" else pytest.param(script, marks=pytest.mark.slow)
+    for script in SCRIPTS
+])  # fmt: skip
 def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
     options = ["--out", tmp_path]
     if script == "car_racing.py":  # on a circuit of the user
@@ -59,7 +62,7 @@ def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
     assert files <= {path.name for path in tmp_path.iterdir() if path.stat().st_size}
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_is_short(script):
     lines = (EXAMPLES / script).read_text().splitlines()
     assert len(lines) <= LIMITS.get(script, 150)
