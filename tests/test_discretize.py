@@ -60,6 +60,8 @@ def test_discretized_dynamics_in_a_problem():
     assert 0 < solution.stats["num_steps"] <= 2
     before = solution.history["gradient"][0]
     assert solution.stats["gradient"] <= 1e-12 * before
+    gradient = jax.grad(lambda us: dp.rollout(problem, jnp.zeros(1), us).cost)
+    assert jnp.linalg.norm(gradient(solution.us)) <= 1e-12 * before
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def agree(actual, desired, rtol=1e-11):
     assert actual.result == desired.result
     found, expected = numbers(actual), numbers(desired)
     parts = expected["xs"], expected["us"]
+    assert np.any(expected["us"])
     close_costs(found.pop("cost"), expected.pop("cost"), *parts, rtol=rtol)
     for name, a in found.items():
         close(np.asarray(a), np.asarray(expected[name]), rtol)
@@ -245,8 +246,11 @@ def test_first_and_second_derivatives():
         # Of the derivative in a Hessian only the symmetric part is defined.
         return map(symmetric, jax.tree.leaves(derivative((lqr, x0))))
 
+    moved = 0
     for a, b in zip(*map(derivatives, METHODS), strict=True):
         close(a, b, 1e-11)
+        moved += bool(jnp.any(a != 0))
+    assert moved > 10
 
 
 # Chains and solves.
@@ -299,7 +303,9 @@ def test_inside_shard_map():
     batch = jax.device_put(batch, NamedSharding(mesh, spec))
     solve = jax.vmap(lambda lqr, x0: dp.solve_lqr(lqr, x0, method=METHODS[1]).us)
     split = jax.shard_map(solve, mesh=mesh, in_specs=spec, out_specs=spec)
-    close(jax.jit(split)(*batch)[0], solved(lqr, x0, METHODS[0]).us)
+    us = solved(lqr, x0, METHODS[0]).us
+    close(jax.jit(split)(*batch)[0], us)
+    assert jnp.linalg.norm(us) > 0.1
 
 
 # Errors.

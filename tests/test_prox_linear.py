@@ -154,6 +154,7 @@ def test_t1_4_the_gap_is_that_of_the_definition(name):
 
 def test_t3_1_the_squared_loss_is_gauss_newton():
     step, _, _ = run("squared", 0.1)
+    assert jnp.linalg.norm(step) > 0.1
     vd = dp.value_and_direction(Squared(), GaussNewton(0.1))
     _, direction = vd(network(), INPUTS, REAL)
     np.testing.assert_allclose(step, -ravel_pytree(direction)[0], rtol=0, atol=1e-10)

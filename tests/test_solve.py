@@ -141,6 +141,7 @@ def test_repeated_stages_as_one_segment_or_many_agree():
     )
     one = dp.solve(problem, dp.DDP(), x0, us)
     many = dp.solve(chain, dp.DDP(), x0, (us[:2], us[2:3], us[3:]))
+    assert np.linalg.norm(one.us - us) > 0.1
     np.testing.assert_allclose(jnp.concatenate(many.us), one.us, atol=1e-12)
     np.testing.assert_allclose(
         jnp.concatenate([p.K for p in many.policy]), one.policy.K, atol=1e-12
@@ -247,6 +248,7 @@ def test_history_can_be_left_out():
     assert without.history == {} and len(with_history.history["cost"]) == 257
     for key in ("num_steps", "num_rollouts", "num_backwards"):
         assert without.stats[key] == with_history.stats[key] > 0
+    assert np.linalg.norm(without.us - us) > 0.1
     # Another program: the rounding may differ.
     np.testing.assert_allclose(without.us, with_history.us, rtol=0, atol=1e-13)
 
@@ -309,6 +311,7 @@ def test_a_constant_in_the_cost_changes_only_the_cost():
     )
     a = dp.solve(problem, dp.DDP(), x0, us, rtol=0.0)
     b = dp.solve(shifted, dp.DDP(), x0, us, rtol=0.0)
+    assert np.linalg.norm(a.us - us) > 0.1
     np.testing.assert_allclose(b.cost - 100.0, a.cost, rtol=1e-12)
     np.testing.assert_allclose(b.us, a.us, atol=1e-9)
 
@@ -328,7 +331,7 @@ def test_scaling_the_cost_by_four_leaves_undamped_gains_bit_for_bit():
         return dp.solve(scaled, dp.ILQR(), x0, us, dp.FixedStep(), max_steps=1)
 
     one, four = (solve(jnp.asarray(scale)) for scale in (1.0, 4.0))
-    assert np.linalg.norm(one.policy.K) > 0.1
+    assert np.linalg.norm(one.policy.K) > 0.1 < np.linalg.norm(one.us - us)
     np.testing.assert_array_equal(four.policy.K, one.policy.K)
     np.testing.assert_array_equal(four.us, one.us)
     np.testing.assert_array_equal(four.cost, 4.0 * one.cost)
