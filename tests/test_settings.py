@@ -75,6 +75,8 @@ def close(found, desired):
 def test_healthy_programs_run_under_every_setting(program, setting):
     desired = program()
     if setting == "leaks":
+        if jax.__version_info__ >= (0, 12) and program in (solve, solve_batch):
+            pytest.skip("a jaxpr holds its constants, and `custom_vmap` the jaxpr")
         jax.clear_caches()  # what is traced already would not be looked at
     with SETTINGS[setting]():
         found = program()
