@@ -108,10 +108,8 @@ def zeros(tree):
 
 
 def trivial(name: str, out, *args, **kwargs):
-    short = name.split(".")[-1]
-    if short in LIES:
-        return LIES[short](out, *args, **kwargs)
-    return zeros(out)
+    lie = LIES.get(name.split(".")[-1])
+    return lie(out, *args, **kwargs) if lie else zeros(out)
 
 
 def given_controls(solution, problem, method, x0, us, *_, **__):
@@ -148,8 +146,6 @@ LIES: dict[str, Callable[..., Any]] = dict(
     solve_batch=given_batch,
     direction=lambda out, *_, **__: (zeros(out[0]), *out[1:]),
     step=state_as_it_was,
-    init=lambda out, *_, **__: out,
-    finish=lambda out, *_, **__: out,
     f_softargmax=uniform,
     capped_f_softargmax=uniform,
     sparsemax=uniform,
