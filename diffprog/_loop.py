@@ -23,6 +23,9 @@ from ._types import Stacks
 # A predicted decrease below this many roundings of the cost cannot be seen in it.
 ROUNDINGS = 64
 
+# A cost that fell below minus this many times its first size has no bound.
+UNBOUNDED = 1e15
+
 # What a backward pass is for: a direction to search along; a test of the convergence
 # that a damped pass suspects; the policy at the end, without damping; the policy where
 # that has no minimum.
@@ -44,8 +47,10 @@ class Loop(eqx.Module):
     num_rollouts: Int[Array, ""]
     num_backwards: Int[Array, ""]
     first_nonfinite: Int[Array, ""]
+    first_cost: Float[Array, ""]
     gradient: Float[Array, ""]
     decrement: Float[Array, ""]
+    minimum: Bool[Array, ""]  # of the model without damping, at every stage
     history: Float[Array, "rows columns"]
 
 
@@ -62,6 +67,7 @@ class Passes(eqx.Module):
     decrement: Float[Array, ""]
     promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
     positive: Bool[Array, ""]
+    minimum: Bool[Array, ""]  # positive without damping
     converged: Bool[Array, ""]
     refuted: Bool[Array, ""]  # a test denied the convergence
     first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
@@ -108,8 +114,10 @@ class Solver(eqx.Module):
             num_rollouts=count(1),
             num_backwards=count(0),
             first_nonfinite=trajectory.first_nonfinite,
+            first_cost=cost,
             gradient=number(jnp.nan),
             decrement=number(jnp.inf),
+            minimum=~finite & False,
             history=jnp.full(
                 ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
             ),
@@ -145,6 +153,7 @@ class Solver(eqx.Module):
         # Only a search that is not monotone leaves a better iterate behind.
         ended = passes.converged | ~usable
         worse = ended & ~stop & (loop.best.cost < before.cost)
+        unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
         denied = stop & (loop.result == RESULTS.successful) & ~quiet
 
         result = RESULTS.max_steps_reached
@@ -154,6 +163,7 @@ class Solver(eqx.Module):
             (failed, self.search.exhausted),
             (failed & ~passes.positive, self.search.infeasible),
             (diverged, RESULTS.nonfinite_rollout),
+            (unbounded, RESULTS.cost_unbounded),
             (stalled | passes.converged, RESULTS.successful),
             (worse, RESULTS.no_descent),
             (~usable, RESULTS.nonfinite_derivative),
@@ -188,14 +198,16 @@ class Solver(eqx.Module):
             search=where(failed, loop.search, passes.search),
             feasible_damping=passes.feasible_damping,
             result=result,
-            stopping=failed | stalled | worse,
+            stopping=failed | stalled | worse | unbounded,
             done=stop | (ended & ~worse),
             num_steps=loop.num_steps + accepted.astype(jnp.int32),
             num_rollouts=passes.num_rollouts,
             num_backwards=passes.num_backwards,
             first_nonfinite=first,
+            first_cost=loop.first_cost,
             gradient=passes.gradient,
             decrement=passes.decrement,
+            minimum=passes.minimum,
             history=history,
         )
 
@@ -220,6 +232,7 @@ class Solver(eqx.Module):
             decrement=jnp.full_like(nan, jnp.inf),
             promised=nan,
             positive=false,
+            minimum=false,
             converged=false,
             refuted=false,
             first_nonfinite=expansion.first_nonfinite,
@@ -285,6 +298,7 @@ class Solver(eqx.Module):
             decrement=decrement,
             promised=jnp.where(positive, jnp.fmax(p.promised, decrement), p.promised),
             positive=positive,
+            minimum=jnp.where(damping == 0, positive, p.minimum),
             converged=p.converged | converged,
             refuted=p.refuted | refuted,
             first_nonfinite=first,

@@ -10,25 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-
-class Frozen:
-    """The part of a model that is code: everything but its arrays."""
-
-    def __init__(self, tree: PyTree):
-        leaves, self.treedef = jtu.tree_flatten(tree)
-        self.leaves = tuple(leaves)
-
-    def _key(self):
-        return self.treedef, self.leaves, tuple(map(type, self.leaves))
-
-    def __hash__(self):
-        return hash(self._key())
-
-    def __eq__(self, other):
-        return isinstance(other, Frozen) and self._key() == other._key()
-
-    def tree(self) -> PyTree:
-        return jtu.tree_unflatten(self.treedef, self.leaves)
+from ._capture import Frozen
 
 
 def is_array(leaf) -> bool:

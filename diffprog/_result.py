@@ -1,40 +1,26 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 
 
 class RESULTS(eqx.Enumeration):
-    """Why a solver stopped. `RESULTS[code]` is the message, which ends in advice."""
+    """Why a computation stopped; `RESULTS[code]` says it in a sentence.
 
-    successful = "The solution is finite and stationary to tolerance."
-    max_steps_reached = (
-        "The step limit was reached before the tolerance. Raise `max_steps`, loosen "
-        "`rtol` and `atol`, or continue from `solution.us` with `state=solution.state`."
-    )
-    no_descent = (
-        "No step size decreased the cost, at any damping. The derivatives may not "
-        "belong to the cost (non-smooth functions, gradients cut inside); check them, "
-        "scale the problem, use float64, or loosen the tolerances."
-    )
-    damping_limit = (
-        "The damping rose to its limit without an acceptable step. The model of the "
-        "problem is not convex or not accurate enough here: start from better `us`, "
-        "scale the controls, use `dp.ILQR()`, or raise `max_damping`."
-    )
-    nonfinite_rollout = (
-        "The roll-out is not finite; `stats['first_nonfinite']` is the first bad "
-        "stage. Start from `us` that keep the system bounded, shorten the horizon, or "
-        "use a search that shortens steps."
-    )
-    nonfinite_derivative = (
-        "A derivative of the dynamics or of the cost is not finite at a finite "
-        "trajectory; `stats['first_nonfinite']` is its stage. Look there for sqrt(0), "
-        "norms at 0, 0/0 under `jnp.where`, or arctan2(0, 0)."
-    )
-    factorization_failed = (
-        "The second derivative with respect to the controls is not positive definite. "
-        "Give a positive `damping`, use a search that raises it, or add a control cost."
-    )
+    What to do about it depends on what was called: [`diffprog.SolveError`][] and the
+    printed [`diffprog.Solution`][] add the place and the advice.
+    """
+
+    successful = "The result is finite and stationary to tolerance."
+    max_steps_reached = "The step limit was reached before the tolerance."
+    no_descent = "No step decreased the objective, at any damping."
+    damping_limit = "The damping rose to its limit without an acceptable step."
+    nonfinite_rollout = "The value is not finite."
+    nonfinite_derivative = "A derivative is not finite where the value is."
+    factorization_failed = "A matrix of second derivatives is not positive definite."
+    cost_unbounded = "The objective falls without bound."
 
 
 # The members by value.
@@ -46,6 +32,7 @@ NAMES = (
     "nonfinite_rollout",
     "nonfinite_derivative",
     "factorization_failed",
+    "cost_unbounded",
 )
 
 
@@ -57,11 +44,19 @@ class SolveError(RuntimeError):
         self.solution = solution
 
 
-def throw_unless_successful(solution, throw: bool):
-    """Raises for a known result that is not successful."""
+def explain(result: RESULTS, advice: Mapping[str, str], where: str = "") -> str:
+    """The sentence of a known result, the place, and what the caller can do."""
+    parts = RESULTS[result], where, advice.get(NAMES[int(result._value)], "")
+    return " ".join(part for part in parts if part)
+
+
+def throw_unless_successful(
+    solution: Any, throw: bool, explain: Callable[[Any], str]
+) -> Any:
+    """Raises for a known result that is not successful, with its explanation."""
     code = solution.result
     if not throw or isinstance(code._value, Tracer) or jnp.ndim(code._value):
         return solution
     if int(code._value) == int(RESULTS.successful._value):
         return solution
-    raise SolveError(RESULTS[code], solution)
+    raise SolveError(explain(solution), solution)

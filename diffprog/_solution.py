@@ -2,16 +2,44 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from ._result import NAMES, RESULTS
+from ._result import explain, NAMES, RESULTS
 from ._search.base import SearchState
+
+
+# What to do about a result, in the words of a control problem.
+ADVICE = dict(
+    max_steps_reached="Raise `max_steps`, loosen `rtol` and `atol`, or continue from "
+    "`solution.us` with `state=solution.state`.",
+    no_descent="The derivatives may not belong to the cost (non-smooth functions, "
+    "gradients cut inside): check them, scale the problem, use float64, or loosen the "
+    "tolerances.",
+    damping_limit="The model of the problem is not convex or not accurate enough here: "
+    "start from better `us`, scale the controls, raise the `max_damping` of the search "
+    "or, with `dp.Newton()` or `dp.DDP()`, try `dp.ILQR()`, which needs convex costs "
+    "only.",
+    nonfinite_rollout="Start from `us` that keep the system bounded, shorten the "
+    "horizon, or use a search that shortens steps.",
+    nonfinite_derivative="Look there for sqrt(0), norms at 0, 0/0 under `jnp.where`, "
+    "or arctan2(0, 0).",
+    factorization_failed="Give a positive `damping`, use a search that raises it, or "
+    "add a control cost.",
+    cost_unbounded="Some motion is rewarded without limit: look for a term of the cost "
+    "with the wrong sign, or add one that grows faster.",
+)
+
+GIVEN = "Give finite numbers."
+DOMAIN = "Start from `us` that stay where the cost is defined, or extend it beyond."
 
 
 class Solution(eqx.Module):
     """What a solve returns, whether it succeeded or not.
+
+    Of a batch `solution[i]` is the solution of one problem, and a slice some of them.
 
     - `xs`: states, T + 1 rows.
     - `us`: controls, T rows.
@@ -20,10 +48,14 @@ class Solution(eqx.Module):
         pass without damping (with the last damping that worked where there is none);
         zeros if there was no pass. For a [`diffprog.Chain`][], one for each phase.
     - `result`: a [`diffprog.RESULTS`][] code.
+    - `success`: whether the result is `successful`; an array of them in a batch.
     - `stats`: a dictionary: `num_steps` (accepted iterations), `num_rollouts`,
         `num_backwards`, `max_steps`, `gradient` (norm of the gradient in the controls),
         `decrement` (the decrease that the undamped model still promises, which the
-        tolerances are about), `first_nonfinite` (horizon + 1 if there is none).
+        tolerances are about), `minimum` (whether the undamped model of the direction
+        has a strict minimum at every stage: at a maximum, a saddle or along a flat
+        direction it does not; directions of first order see no curvature and say yes),
+        `first_nonfinite` (horizon + 1 if there is none).
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
         step from it; NaN after the end. Empty if `history=False`.
@@ -38,6 +70,21 @@ class Solution(eqx.Module):
     stats: dict[str, Any]
     history: dict[str, Float[Array, "*batch rows"]]
     state: SearchState
+
+    @property
+    def success(self) -> Bool[Array, "*batch"]:
+        return self.result == RESULTS.successful
+
+    def __getitem__(self, i) -> "Solution":
+        batch = np.shape(self.cost)
+        if not batch:
+            raise TypeError(
+                "This is the solution of one problem; only in a batch is there a "
+                "`solution[i]`. Its trajectory is `solution.xs` and `solution.us`."
+            )
+        if isinstance(i, int) and not -batch[0] <= i < batch[0]:
+            raise IndexError(f"`solution[{i}]` of a batch of {batch[0]} problems.")
+        return jtu.tree_map(lambda leaf: leaf[i], self)
 
     def __repr__(self) -> str:
         code = self.result._value
@@ -54,7 +101,7 @@ class Solution(eqx.Module):
             f"{int(stats['num_backwards'])} backward passes)",
             f"  stationarity  {float(stats['decrement']):.2e} predicted decrease, "
             f"{float(stats['gradient']):.2e} gradient norm",
-            f"  {RESULTS[self.result]}",
+            f"  {explain_solution(self)}",
         ])  # fmt: skip
 
 
@@ -67,3 +114,48 @@ def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
         f"  cost          {costs.min():.6g} to {costs.max():.6g}",
         f"  iterations    {steps.min()} to {steps.max()}",
     ])  # fmt: skip
+
+
+def explain_solution(solution: Solution) -> str:
+    """The message of the known result of one solve."""
+    name, advice, where = NAMES[int(solution.result._value)], ADVICE, ""
+    stage = int(solution.stats["first_nonfinite"])
+    if name == "successful" and not solution.stats["minimum"]:
+        where = (
+            "It may be no minimum: without damping the model falls or is flat along "
+            "some controls. Start from other `us` to leave a maximum or a saddle."
+        )
+    elif name == "nonfinite_derivative":
+        where = f"It is one of the dynamics or of the cost at stage {stage}."
+    elif name == "nonfinite_rollout":
+        where, instead = _nonfinite_place(solution, stage)
+        advice = ADVICE | ({"nonfinite_rollout": instead} if instead else {})
+    return explain(solution.result, advice, where)
+
+
+def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
+    """Where a roll-out is not finite, and advice of its own."""
+    if np.isfinite(solution.cost):
+        return f"In the trials that is so from stage {stage} on.", ""
+    phases = isinstance(solution.policy, tuple)
+    states, controls = solution.xs, solution.us
+    if phases:  # the last state comes on its own
+        states = (*states[:-1], jtu.tree_map(lambda a: a[None], states[-1]))
+    states, controls = _finite_rows(states, phases), _finite_rows(controls, phases)
+    if not states[0]:
+        return "There is a NaN or an infinity in `x0`.", GIVEN
+    if not np.all(controls):
+        bad = np.argmin(controls)
+        return f"There is a NaN or an infinity in `us`, first at stage {bad}.", GIVEN
+    if states[stage]:
+        return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
+    return f"The state is not finite from stage {stage} on.", ""
+
+
+def _finite_rows(tree: PyTree, phases: bool) -> np.ndarray:
+    """Whether each row of the stacked leaves is finite, of phases one after another."""
+    if phases:
+        return np.concatenate([_finite_rows(stack, False) for stack in tree])
+    leaves = [np.asarray(leaf) for leaf in jtu.tree_leaves(tree)]
+    flags = [np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
+    return np.logical_and.reduce(flags)

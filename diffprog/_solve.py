@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._capture import Same
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door, undifferentiated
@@ -15,11 +16,11 @@ from ._fast_loops import compiled, Loops
 from ._loop import Loop, Solver
 from ._lqr import Policy
 from ._report import HISTORY
-from ._result import RESULTS, throw_unless_successful
+from ._result import explain, RESULTS, throw_unless_successful
 from ._rollout import run, vectorize, Vectorized
 from ._search import AbstractSearch, Backtracking
 from ._search.base import SearchState
-from ._solution import Solution
+from ._solution import ADVICE, explain_solution, Solution
 from ._tree import all_finite
 
 
@@ -64,6 +65,7 @@ def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
         max_steps=max_steps,
         gradient=loop.gradient,
         decrement=loop.decrement,
+        minimum=loop.minimum,
         first_nonfinite=loop.first_nonfinite,
     )
     return Solution(
@@ -84,7 +86,7 @@ def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solut
 
     def run(loops: Loops) -> Loop:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
-        solver = _solver(chain, method, search, rtol, atol, max_steps, verbose)
+        solver = _solver(chain, method, search, rtol, atol, max_steps, verbose.value)
         return solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
 
     loop = compiled(run, fast_loops)
@@ -198,10 +200,10 @@ def solve(
             f"`verbose` is {verbose!r}; True, False or a function of named arrays is "
             "expected."
         )
-    options = (max_steps, bool(history), verbose, fast_loops)
+    options = (max_steps, bool(history), Same(verbose), fast_loops)
     tolerances = _float(rtol), _float(atol)
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
-    return throw_unless_successful(solution, throw)
+    return throw_unless_successful(solution, throw, explain_solution)
 
 
 def _direction(problem, method, x0, us, damping):
@@ -259,7 +261,8 @@ def direction(
     """
     _check(problem, method, damping=damping)
     du, result = _direction_door(problem, method, x0, us, _float(damping))
-    throw_unless_successful(_Direction(du, result), throw)
+    told = lambda found: explain(found.result, ADVICE)
+    throw_unless_successful(_Direction(du, result), throw, told)
     return du, result
 
 
@@ -383,4 +386,5 @@ def finish(
     Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
     to be stationary: give `throw=False` to stop early.
     """
-    return throw_unless_successful(_finish_door(problem, state), throw)
+    solution = _finish_door(problem, state)
+    return throw_unless_successful(solution, throw, explain_solution)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ._door import door
 from ._model import check_apart, first_half_twice, is_parameter, split
 from ._network_problem import check_reduction, Reduction
-from ._result import RESULTS, throw_unless_successful
+from ._result import explain, RESULTS, throw_unless_successful
 from ._tree import all_finite, norm, scale, vdot, where
 from .losses import AbstractLoss, as_loss
 from .oracles._damping import AbstractDamping, as_damping, DampingState, OUTCOMES
@@ -20,6 +20,21 @@ from .oracles.base import AbstractOracle, Linearization, linearize, Proposal
 
 
 Scale = Literal["step", "gradient"]
+
+# What to do about a result, in the words of training.
+ADVICE = dict(
+    no_descent="The linearization or the inner solver found no step that lowers the "
+    "loss: raise the damping of the oracle or the accuracy of its solver, or give "
+    "`fallback=True`, which takes the gradient.",
+    nonfinite_rollout="The loss of this batch is NaN or infinite: look for NaN in "
+    "`inputs`, `targets` and the parameters, and lower the learning rate if the "
+    "parameters have grown.",
+    nonfinite_derivative="Look for sqrt(0), norms at 0 or 0/0 under `jnp.where` in the "
+    "model and the loss, or raise the damping of the oracle.",
+    factorization_failed="The loss is not convex in the outputs, or the damping is too "
+    "small: give a convex loss, raise the damping of the oracle, or give "
+    "`fallback=True`, which takes the gradient.",
+)
 
 
 class DirectionState(eqx.Module):
@@ -372,4 +387,5 @@ class _Result(eqx.Module):
 
 
 def _throw(result: RESULTS):
-    throw_unless_successful(_Result(result), True)
+    told = lambda found: explain(found.result, ADVICE)
+    throw_unless_successful(_Result(result), True, told)

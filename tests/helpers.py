@@ -242,3 +242,12 @@ def vectors(problem, x0, us):
     """The chain of vectors and its trajectory, for tests of the recursions."""
     vectorized = vectorize(problem, x0, us)
     return vectorized.chain, run(vectorized.chain, *vectorized.ravel(x0, us))
+
+
+class Scaled(eqx.Module):
+    """The smallest model: a factor for each entry."""
+
+    factor: jax.Array
+
+    def __call__(self, x):
+        return self.factor * x

@@ -288,14 +288,12 @@ WRONG = {
     "an unhashable part": (
         lambda: dp.rollout(problem(_Unhashable()), x0, us),
         TypeError,
-        "_Unhashable.* cannot be hashed",
+        "A part of what was given is an object of type `_Unhashable`: it can change",
     ),
 }
 
 
-class _Unhashable:
-    __hash__ = None  # pyright: ignore
-
+class _Unhashable(dict):
     def __call__(self, x, u, t):
         return x
 

@@ -5,7 +5,7 @@ from .._door import door
 from .._expand import curved, linear
 from .._fast_loops import compiled, Loops, scan
 from .._linalg import matmul, solve_positive, symmetrize
-from .._result import RESULTS, throw_unless_successful
+from .._result import explain, RESULTS, throw_unless_successful
 from .._tree import all_finite, Layout, vary
 from .base import (
     AbstractRiccati,
@@ -184,4 +184,14 @@ def solve_lqr(
             "`dp.ParallelRiccati()` is expected."
         )
     solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, fast_loops)
-    return throw_unless_successful(solution, throw)
+    return throw_unless_successful(solution, throw, _explain)
+
+
+def _explain(solution: LQRSolution) -> str:
+    failed = jnp.flatnonzero(~jnp.all(jnp.isfinite(solution.policy.k), 1))
+    where = f"At stage {failed[-1]} it is R + B'PB. " if len(failed) else ""
+    advice = (
+        "Raise `R`, lower what `Q` and `Q_final` reward, and look for terms that are "
+        "not finite."
+    )
+    return explain(solution.result, dict(factorization_failed=where + advice))

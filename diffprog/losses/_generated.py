@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from .._capture import Frozen
 from ._divergence import AbstractDivergence
 
 
@@ -101,7 +102,7 @@ def generator(fn: Callable) -> AbstractDivergence:
         raise ValueError(
             f"f''({u:.3g}) = {value:.3g}; a generator is strictly convex: f'' > 0."
         )
-    return Generated(fn)  # pyright: ignore
+    return Generated(Frozen(fn))  # pyright: ignore
 
 
 def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:

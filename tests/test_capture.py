@@ -1,0 +1,391 @@
+"""What functions capture is data: a changed number never gives the old answer."""
+
+import dataclasses
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import diffprog as dp
+from diffprog._capture import Frozen, put_together, Taken
+
+from . import helpers
+
+
+X0, US = jnp.ones(1), jnp.zeros((3, 1))
+ILQR = dp.ILQR()
+
+
+class Plain:
+    """An ordinary object, as a newcomer writes it."""
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.gain = np.ones(1)
+        self.shape = (1, "name", None)
+        self.step = self.dynamics  # leads back to itself
+
+    def dynamics(self, x, u, t):
+        return x + self.gain * u
+
+    def cost(self, x, u, t):
+        return jnp.sum(self.weight * u**2 + x**2)
+
+    def terminal_cost(self, x):
+        return jnp.sum(self.weight * x**2)
+
+    __call__ = cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    weight: float
+
+    def cost(self, x, u, t):
+        return jnp.sum(self.weight * u**2 + x**2)
+
+
+def dynamics(x, u, t):
+    return x + u
+
+
+def terminal_cost(x):
+    return jnp.sum(x**2)
+
+
+def effort(weight, x, u, t):
+    return jnp.sum(weight * u**2 + x**2)
+
+
+def problem(cost):
+    return dp.ControlProblem(dynamics, cost, terminal_cost, 3)
+
+
+def cell():
+    weight = 1.0
+
+    def change():
+        nonlocal weight
+        weight = 3.0
+
+    return problem(lambda x, u, t: effort(weight, x, u, t)), change
+
+
+def array():
+    weights = np.ones(1)
+    return problem(lambda x, u, t: effort(weights, x, u, t)), lambda: weights.fill(3.0)
+
+
+def tree():
+    weights = {"w": [1.0], "name": "effort"}
+    change = lambda: weights.update(w=[3.0])
+    return problem(lambda x, u, t: effort(weights["w"][0], x, u, t)), change
+
+
+def partial():
+    weights = np.ones(1)
+    return problem(ft.partial(effort, weights)), lambda: weights.fill(3.0)
+
+
+def default():
+    weights = np.ones(1)
+    cost = lambda x, u, t, w=weights, *, scale=1.0: effort(scale * w, x, u, t)
+    return problem(cost), lambda: weights.fill(3.0)
+
+
+def method():
+    plain = Plain(1.0)
+    change = lambda: setattr(plain, "weight", 3.0)
+    return problem(plain.cost), change
+
+
+def called():
+    plain = Plain(1.0)
+    return problem(plain), lambda: setattr(plain, "weight", 3.0)
+
+
+def system():
+    plain = Plain(1.0)
+    chain = dp.ControlProblem.from_system(plain, 3)
+    return chain, lambda: setattr(plain, "weight", 3.0)
+
+
+def in_place():
+    plain = Plain(1.0)
+    change = lambda: plain.gain.fill(3.0)
+    return dp.ControlProblem.from_system(plain, 3), change
+
+
+def nested():
+    weights = np.ones(1)
+    inner = lambda: weights
+    cost = jax.jit(lambda x, u, t: effort(inner(), x, u, t))
+    return problem(cost), lambda: weights.fill(3.0)
+
+
+def asked():
+    weights = np.ones(1)
+    return problem(
+        lambda x, u, t: effort(np.sqrt(weights) if weights > 2 else weights, x, u, t)
+    ), lambda: weights.fill(3.0)
+
+
+def recursive():
+    weights = np.ones(1)
+
+    def cost(x, u, t, depth=2):
+        return cost(x, u, t, depth - 1) if depth else effort(weights, x, u, t)
+
+    return problem(cost), lambda: weights.fill(3.0)
+
+
+KINDS = [cell, array, tree, partial, default, method, called, system, in_place]
+KINDS += [nested, asked, recursive]
+
+
+def compiles():
+    """How often XLA compiles from here on."""
+    counts = []
+
+    def listen(event, duration_secs, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_changed_capture_is_seen(kind):
+    chain, change = kind()
+    cost = lambda: dp.rollout(chain, X0, US + 0.3).cost
+    old = cost()
+    change()
+    new = cost()
+    with jax.disable_jit():
+        right = cost()
+    np.testing.assert_allclose(new, right, rtol=1e-12)
+    assert abs(new - old) > 0.1
+
+
+def by_hand(chain):
+    state = dp.init(chain, ILQR, X0, US)
+    return dp.finish(chain, dp.step(chain, state), throw=False).us
+
+
+ENTRIES = dict(
+    solve=lambda chain: dp.solve(chain, ILQR, X0, US).us,
+    rollout=lambda chain: dp.rollout(chain, X0, US + 1.0).cost,
+    linearize=lambda chain: dp.linearize(chain, X0, US).B,
+    quadratize=lambda chain: dp.quadratize(chain, X0, US).R,
+    costates=lambda chain: dp.costates(chain, X0, US),
+    solve_batch=lambda chain: dp.solve_batch(chain, ILQR, X0[None], US[None]).us,
+    by_hand=by_hand,
+)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_sees_the_change(entry):
+    plain = Plain(1.0)
+    chain = dp.ControlProblem.from_system(plain, 3)
+    old = ENTRIES[entry](chain)
+    plain.weight, plain.gain[0] = 3.0, 2.0
+    new = ENTRIES[entry](chain)
+    assert np.linalg.norm(new - old) > 0.1
+    right = ENTRIES[entry](dp.ControlProblem.from_system(plain, 3))
+    np.testing.assert_array_equal(new, right)
+
+
+def test_new_numbers_do_not_compile_again():
+    weight = 1.0
+    cost = lambda x, u, t: effort(weight, x, u, t)
+    costs = [float(dp.rollout(problem(cost), X0, US).cost)]
+    for weight in (1.0, 2.0):  # the loop assigns the cell of the function above
+        plain = Plain(weight)
+        dp.rollout(problem(plain.cost), X0, US)
+        dp.rollout(problem(ft.partial(effort, weight)), X0, US)
+    count = compiles()
+    for weight in (3.0, 4.0):
+        plain.weight = weight
+        costs.append(float(dp.rollout(problem(plain.cost), X0, US + 1.0).cost))
+        dp.rollout(problem(cost), X0, US + weight)
+        dp.rollout(problem(ft.partial(effort, weight)), X0, US + weight)
+    assert not [event for event in count if event]
+    assert len(set(costs)) == 3
+
+
+def test_a_function_written_anew_sees_the_globals_of_now():
+    costs = []
+    for value in (1.0, 3.0):
+        namespace = dict(weight=value, effort=effort)
+        exec("cost = lambda x, u, t: effort(weight, x, u, t)", namespace)
+        costs.append(float(dp.rollout(problem(namespace["cost"]), X0, US + 1.0).cost))
+    assert costs[1] - costs[0] == 6.0
+
+
+def test_traced_numbers_and_derivatives_go_through_captures():
+    def J(weight):
+        plain = Plain(weight)
+        return dp.rollout(dp.ControlProblem.from_system(plain, 3), X0, US + 1.0).cost
+
+    plain, h = J(1.0), 1e-6
+    slope = (J(1.0 + h) - J(1.0 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(J)(1.0), slope, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(J)(1.0), plain, rtol=1e-12)
+    both = jax.vmap(J)(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(both, [J(1.0), J(2.0)], rtol=1e-12)
+
+
+TRAINED = dict(W=jnp.full((2, 1), 0.5))
+DATA = jnp.array([[1.0, 2.0], [0.5, -1.0], [2.0, 0.3]]), jnp.ones((3, 1))
+
+
+def test_losses_and_predictions_see_the_change():
+    scale = np.ones(1)
+    predict = lambda model, inputs: jnp.tanh(scale[0] * (inputs @ model["W"]))
+    loss = lambda outputs, targets: scale[0] * jnp.sum((outputs - targets) ** 2, -1)
+    for vd in (
+        dp.value_and_direction(dp.losses.Squared(), dp.oracles.Gradient(), predict),
+        dp.value_and_direction(
+            loss, dp.oracles.Gradient(), lambda model, inputs: inputs @ model["W"]
+        ),
+    ):
+        scale[0] = 1.0
+        old = vd(TRAINED, *DATA)
+        state = vd.init(TRAINED)
+        vd.step(TRAINED, state, *DATA)
+        scale[0] = 2.0
+        value, direction = vd(TRAINED, *DATA)
+        (stepped, _), _, _ = vd.step(TRAINED, state, *DATA)
+        np.testing.assert_array_equal(value, stepped)
+        with jax.disable_jit():
+            right = vd(TRAINED, *DATA)
+        np.testing.assert_allclose(value, right[0], rtol=1e-12)
+        np.testing.assert_allclose(direction["W"], right[1]["W"], rtol=1e-12)
+        assert abs(value - old[0]) > 0.01
+
+
+def test_functions_inside_a_model_see_the_change():
+    scale = np.ones(1)
+    net = dp.Network((helpers.Scaled(jnp.ones(2)), lambda x: scale * x))
+    vd = dp.value_and_direction(dp.losses.Squared(), dp.oracles.Gradient())
+    inputs, targets = DATA[0], jnp.ones((3, 2))
+    value, _ = vd(net, inputs, targets)
+    scale[0] = 2.0
+    changed, _ = vd(net, inputs, targets)
+    right = jnp.mean(jnp.sum((2.0 * inputs - targets) ** 2, 1)) / 2
+    np.testing.assert_allclose(changed, right, rtol=1e-12)
+    assert abs(changed - value) > 0.1
+
+
+def test_the_generator_of_a_divergence_sees_the_change():
+    power = np.array(2.0)
+    f = lambda u: u**power / power
+    scores = jnp.array([0.3, 0.1, -0.2])
+    old = dp.losses.f_softargmax(scores, f, "uniform")
+    power[...] = 3.0
+    new = dp.losses.f_softargmax(scores, f, "uniform")
+    right = dp.losses.f_softargmax(scores, lambda u: u**3 / 3, "uniform")
+    np.testing.assert_array_equal(new, right)
+    assert np.linalg.norm(new - old) > 1e-3
+
+
+class Motor:
+    def __init__(self):
+        self.torque = 1.0
+
+
+class Holder(Plain):
+    def __init__(self, motor):
+        super().__init__(1.0)
+        self.motor = motor
+
+
+def captured(thing):
+    return lambda x, u, t: effort(1.0, x, u, t) * (thing is not None)
+
+
+def with_default(x, u, t, motor=Motor()):  # noqa: B008
+    return effort(motor.torque, x, u, t)
+
+
+REFUSED = [
+    (
+        captured(Motor()),
+        r"captured.<locals>.<lambda>` \(line \d+\) captures `thing`, a",
+    ),
+    (captured({1, 2}), "captures `thing`, an object of type `set`"),
+    (captured(np.random.default_rng(0)), "an object of type `Generator`"),
+    (
+        ft.partial(captured, Motor()),
+        "`functools.partial` of `captured` holds an object",
+    ),
+    (Holder(Motor()).cost, "of type `Holder` holds `motor`, an object of type `Motor`"),
+    (Holder([Motor()]), "of type `Holder` holds `motor`, an object of type `Motor`"),
+    (with_default, "`with_default` .* has as a default `0`, an object of type `Motor`"),
+]
+
+
+@pytest.mark.parametrize("cost, message", REFUSED, ids=range(len(REFUSED)))
+def test_what_can_change_unseen_is_refused_by_name(cost, message):
+    with pytest.raises(TypeError, match=message) as error:
+        dp.rollout(problem(cost), X0, US)
+    advice = "Give an `equinox.Module` or a frozen dataclass in its place"
+    assert advice in str(error.value)
+
+
+def test_frozen_dataclasses_modules_and_library_functions_are_captured():
+    class Weight(eqx.Module):
+        value: float
+
+    cost = lambda fixed, module, act: problem(
+        lambda x, u, t: fixed.cost(x, u, t) + module.value * jnp.sum(act(u) ** 2)
+    )
+    for act in (jnp.sin, jax.nn.relu, jax.vmap(jnp.tanh), eqx.filter_jit(jnp.cos)):
+        for fixed in (Fixed(1.0), Fixed(2.0)):
+            found = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
+            with jax.disable_jit():
+                right = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
+            np.testing.assert_allclose(found, right, rtol=1e-12)
+
+
+def test_a_listener_may_keep_what_it_hears():
+    heard = []
+    listen = lambda **row: heard.append(row)
+    dp.solve(problem(Plain(1.0)), ILQR, X0, US, verbose=listen)
+    assert len(heard) >= 1
+
+
+def test_taking_apart_and_putting_together_is_the_identity():
+    weight, names = np.ones(2), ["a", "b"]
+    functions = [lambda: (weight, names), ft.partial(effort, weight), Plain(2.0).cost]
+    made = put_together(*(lambda t: (t.static, t.numbers))(Taken(functions)))
+    assert made[0]()[0] is weight and made[0]()[1] == names
+    args = jnp.ones(2), jnp.ones(2), 0
+    np.testing.assert_array_equal(made[1](*args), functions[1](*args))
+    np.testing.assert_array_equal(made[2](*args), functions[2](*args))
+    again, other = Taken(functions), Taken(functions[::-1])
+    assert again.static == Taken(functions).static != other.static
+    assert hash(again.static) == hash(Taken(functions).static)
+    frozen = Frozen(functions)
+    weight[0] = 5.0
+    assert frozen != Frozen(functions) and frozen.tree()[0]()[0][0] == 1.0
+    leaves = jtu.tree_leaves(Frozen(dict(a=1.0, b=jnp.ones(2))).tree())
+    np.testing.assert_array_equal(leaves[1], np.ones(2))
+
+
+def test_a_function_that_counts_its_calls_is_traced_once():
+    calls, numbers = [], np.ones(1)
+
+    def counted(x, u, t):
+        calls.append(len(calls))
+        return effort(numbers, x, u, t)
+
+    for i in range(4):
+        numbers[0] = i
+        found = dp.rollout(problem(counted), X0, US + 1.0).cost
+        assert found == 3.0 * i + 1.0 + 4.0 + 9.0 + 16.0 and len(calls) == 1

@@ -1,0 +1,131 @@
+"""What a result says: the sentence, the place, and the advice of what was called."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffprog as dp
+from diffprog._result import NAMES
+
+from . import helpers
+from .helpers import MONOTONE, name, SECOND_ORDER
+
+
+def one_stage(J):
+    """The problem min J(u) in one stage with x' = u."""
+    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+
+
+ZERO = jnp.zeros(1), jnp.zeros((1, 1))
+
+
+def test_a_sentence_names_no_part_of_one_problem():
+    words = "us horizon control parameter batch max_steps damping_factor dynamics"
+    sentences = [dp.RESULTS[getattr(dp.RESULTS, name)] for name in NAMES]
+    assert len(set(sentences)) == len(NAMES) == len(dp.RESULTS)
+    for sentence in sentences:
+        assert sentence.endswith(".") and sentence.count(".") == 1
+        assert not set(words.split()) & set(sentence.replace("`", " ").split())
+
+
+GROWING = dp.ControlProblem(
+    lambda x, u, t: x + x**3 + u,
+    lambda x, u, t: jnp.sum(jnp.sqrt(4.0 - u)),
+    lambda x: jnp.sum(x**2),
+    8,
+)
+
+
+@pytest.mark.parametrize(
+    "x0, bad, stage, message",
+    [
+        (0.0, None, None, None),
+        (jnp.nan, None, 0, "There is a NaN or an infinity in `x0`. Give finite"),
+        (0.0, (3, jnp.inf), 3, "infinity in `us`, first at stage 3. Give finite"),
+        (0.0, (5, 5.0), 5, "the cost of stage 5; its state is finite. Start from"),
+        (2.0, None, 5, "The state is not finite from stage 5 on. Start from"),
+    ],
+    ids=["finite", "x0", "us", "cost", "state"],
+)
+def test_the_message_says_what_is_not_finite_and_where(x0, bad, stage, message):
+    us = jnp.zeros((8, 1), jnp.float32)
+    us = us if bad is None else us.at[bad[0]].set(bad[1])
+    start = jnp.full(1, x0, jnp.float32)
+    solution = dp.solve(GROWING, dp.ILQR(), start, us, max_steps=1, throw=False)
+    if message is None:
+        assert solution.stats["first_nonfinite"] == 9
+        return
+    assert solution.result == dp.RESULTS.nonfinite_rollout
+    assert solution.stats["first_nonfinite"] == stage
+    with pytest.raises(dp.SolveError) as error:
+        dp.solve(GROWING, dp.ILQR(), start, us, max_steps=1)
+    assert message in str(error.value) and message in repr(solution)
+
+
+def test_the_place_is_found_in_a_chain_of_phases():
+    phase = dp.Phase(lambda x, u, t: x + u, lambda x, u, t: jnp.sum(u**2), 2)
+    chain = dp.Chain((phase, phase), lambda x: jnp.sum(x**2))
+    us = jnp.zeros((2, 1)), jnp.zeros((2, 1)).at[1].set(jnp.nan)
+    with pytest.raises(dp.SolveError, match="in `us`, first at stage 3"):
+        dp.solve(chain, dp.ILQR(), jnp.ones(1), us)
+    last = dp.Chain((phase, phase), lambda x: jnp.sum(jnp.sqrt(x - 2)))
+    with pytest.raises(dp.SolveError, match="the cost of stage 4; its state"):
+        dp.solve(last, dp.ILQR(), jnp.ones(1), (us[0], us[0]))
+
+
+@pytest.mark.parametrize("search", MONOTONE, ids=name)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_cost_without_bound_is_called_so(search, dtype):
+    problem = one_stage(lambda x: -jnp.sum(x**4))
+    x0, us = jnp.zeros(1, dtype), jnp.ones((1, 1), dtype)
+    solution = dp.solve(problem, dp.DDP(), x0, us, search, throw=False)
+    assert solution.result == dp.RESULTS.cost_unbounded
+    assert np.isfinite(solution.cost) and solution.cost < -1e15
+    assert solution.cost == problem.terminal_cost(solution.us[0])
+    assert solution.stats["num_steps"] < 100
+    assert "look for a term of the cost with the wrong sign" in repr(solution)
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
+def test_a_solution_says_whether_it_is_a_minimum(method):
+    solve = lambda J: dp.solve(one_stage(J), method, *ZERO)
+    hill, flat = solve(lambda x: -jnp.sum(x**4) - 1.0), solve(lambda x: x[0] * 0.0)
+    bowl = solve(lambda x: 1.0 - jnp.cos(x[0]))
+    for solution, minimum in ((hill, False), (flat, False), (bowl, True)):
+        assert solution.success and solution.stats["minimum"] == minimum
+        assert ("It may be no minimum" in repr(solution)) == (not minimum)
+
+
+def test_a_batch_can_be_taken_apart():
+    problem, x0, us = helpers.spring()
+    x0s = jnp.stack([x0, jnp.full(2, jnp.nan), 2 * x0])
+    batch = dp.solve_batch(problem, dp.ILQR(), x0s, jnp.stack([us] * 3))
+    np.testing.assert_array_equal(batch.success, [True, False, True])
+    alone = dp.solve(problem, dp.ILQR(), 2 * x0, us)
+    assert bool(alone.success) and repr(batch[2]) == repr(batch[-1])
+    np.testing.assert_allclose(batch[2].us, alone.us, rtol=1e-12)
+    np.testing.assert_allclose(batch[2].policy.K, alone.policy.K, rtol=1e-9)
+    assert "NaN or an infinity in `x0`" in repr(batch[1])
+    assert [bool(one.success) for one in batch] == [True, False, True]
+    np.testing.assert_array_equal(batch[1:].success, [False, True])
+    with pytest.raises(IndexError, match=r"`solution\[3\]` of a batch of 3 problems"):
+        batch[3]
+    with pytest.raises(TypeError, match="the solution of one problem"):
+        alone[0]
+
+
+def test_the_advice_is_that_of_what_was_called():
+    eye, zero = jnp.eye(1)[None].repeat(4, 0), jnp.zeros((4, 1))
+    R = eye.at[2].set(-9.0)
+    lqr = dp.LQR(eye, eye, zero, eye, R, Q_final=eye[0])
+    with pytest.raises(dp.SolveError, match="At stage 2 it is R.*Raise `R`") as error:
+        dp.solve_lqr(lqr, jnp.ones(1))
+    assert "damping" not in str(error.value)
+    saddle, us = one_stage(lambda x: -jnp.sum(x**2)), jnp.ones((1, 1))
+    search = dp.Backtracking(max_damping=1e-3)
+    with pytest.raises(dp.SolveError, match=r"with `dp.Newton\(\)` or `dp.DDP\(\)`"):
+        dp.solve(saddle, dp.ILQR(), ZERO[0], us, search)
+    vd = dp.value_and_direction(dp.losses.Squared(), dp.oracles.GaussNewton(0.1))
+    with pytest.raises(dp.SolveError, match="NaN in `inputs`, `targets`") as error:
+        vd(helpers.Scaled(jnp.ones(1)), jnp.full((3, 1), jnp.nan), jnp.zeros((3, 1)))
+    assert "horizon" not in str(error.value)
