@@ -179,14 +179,16 @@ class Taken:
             return Same(value)
         if callable(value) and hasattr(value, "__wrapped__"):
             return self._wrapper(value)
-        frozen = dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen  # pyright: ignore
-        if not frozen and kind.__hash__ not in (object.__hash__, None):
-            try:
-                hash(value)
-            except TypeError:
-                return None
-            return kind, value
-        return self._object(value) if frozen else None
+        record = dataclasses.is_dataclass(value)
+        if record and value.__dataclass_params__.frozen:  # pyright: ignore
+            return self._object(value)
+        if kind.__hash__ in (object.__hash__, None):
+            return None
+        try:
+            hash(value)
+        except TypeError:  # it compares by value, but something in it has no hash
+            return self._kept(value, _values(value)) if record else None
+        return kind, value
 
     def _function(self, fn: types.FunctionType):
         names = fn.__code__.co_freevars
@@ -216,12 +218,16 @@ class Taken:
 
     def _wrapper(self, wrapper: Any):
         """A function behind one of JAX's or Python's wrappers."""
-        before = self._constants
+        parts = dict(function=getattr(wrapper, "__wrapped__"))  # noqa: B009
         # Only `jax.jit` can be left out and the function called as it is.
-        self._constants = before or not isinstance(wrapper, JITTED)
-        kind = JITTED if isinstance(wrapper, JITTED) else Same(wrapper)
-        inner = getattr(wrapper, "__wrapped__")  # noqa: B009
-        node = self._holder(wrapper, (kind,), dict(function=inner))
+        if isinstance(wrapper, JITTED):
+            return self._holder(wrapper, (JITTED,), parts)
+        return self._kept(wrapper, parts)
+
+    def _kept(self, value, parts: dict[str, Any]):
+        """A thing that cannot be rebuilt: the numbers in it are constants."""
+        before, self._constants = self._constants, True
+        node = self._holder(value, (Same(value),), parts)
         self._constants = before
         return node
 
@@ -308,6 +314,10 @@ def _names(value) -> Iterator[str]:
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 yield name
+
+
+def _values(value) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
 def _fields(value) -> dict[str, Any]:

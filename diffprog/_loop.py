@@ -172,25 +172,9 @@ class Solver(eqx.Module):
         first = jnp.where(diverged, passes.trial.first_nonfinite, loop.first_nonfinite)
         first = jnp.where(usable, first, passes.first_nonfinite)
 
-        row = jnp.stack([
-            before.cost,
-            jnp.where(accepted, passes.search.stepsize, jnp.nan),
-            passes.damping,
-            passes.slope,
-            jnp.where(stop, 0, passes.search.trials).astype(before.cost.dtype),
-            passes.gradient,
-        ])  # fmt: skip
-        if self.verbose:
-            report(self.verbose, loop.num_steps, row)
         best = after
         if not self.search.monotone:
             best = where(after.cost < loop.best.cost, after, loop.best)
-        history = loop.history
-        if history.shape[0]:
-            # The row of a search that failed stays.
-            written = history[loop.num_steps]
-            row = jnp.where(jnp.isnan(written[0]), row, written)
-            history = lax.dynamic_update_index_in_dim(history, row, loop.num_steps, 0)
         return Loop(
             trajectory=after,
             best=best,
@@ -208,8 +192,27 @@ class Solver(eqx.Module):
             gradient=passes.gradient,
             decrement=passes.decrement,
             minimum=passes.minimum,
-            history=history,
+            history=self._record(loop, before, passes, stop),
         )
+
+    def _record(self, loop: Loop, before: VectorTrajectory, passes: Passes, stop):
+        """The history with a row about the iterate and the step from it."""
+        row = jnp.stack([
+            before.cost,
+            jnp.where(passes.verdict.accept, passes.search.stepsize, jnp.nan),
+            passes.damping,
+            passes.slope,
+            jnp.where(stop, 0, passes.search.trials).astype(before.cost.dtype),
+            passes.gradient,
+        ])  # fmt: skip
+        if self.verbose:
+            report(self.verbose, loop.num_steps, row)
+        if not loop.history.shape[0]:
+            return loop.history
+        # The row of a search that failed stays.
+        written = loop.history[loop.num_steps]
+        row = jnp.where(jnp.isnan(written[0]), row, written)
+        return lax.dynamic_update_index_in_dim(loop.history, row, loop.num_steps, 0)
 
     def _passes(self, loop, before, expansion, stop, usable) -> Passes:
         """Backward passes, each with its trials, until one trial is accepted.

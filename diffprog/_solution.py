@@ -48,7 +48,6 @@ class Solution(eqx.Module):
         pass without damping (with the last damping that worked where there is none);
         zeros if there was no pass. For a [`diffprog.Chain`][], one for each phase.
     - `result`: a [`diffprog.RESULTS`][] code.
-    - `success`: whether the result is `successful`; an array of them in a batch.
     - `stats`: a dictionary: `num_steps` (accepted iterations), `num_rollouts`,
         `num_backwards`, `max_steps`, `gradient` (norm of the gradient in the controls),
         `decrement` (the decrease that the undamped model still promises, which the
@@ -60,6 +59,8 @@ class Solution(eqx.Module):
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
         step from it; NaN after the end. Empty if `history=False`.
     - `state`: the memory of the search, for `state=` of the next solve.
+
+    Property: `success`, whether the result is `successful`; in a batch, of each.
     """
 
     xs: PyTree[Array]

@@ -29,6 +29,7 @@ FLOORS = {
     "_linalg": 1,
     "_report": 1,
     "_result": 1,
+    "_capture": 1,
     "_tree": 1,
     "_chain": 2,
     "_inner": 2,
