@@ -2,6 +2,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -9,6 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from ._capture import is_number
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door
@@ -17,30 +19,81 @@ from ._report import report_batch
 from ._result import RESULTS
 from ._search import AbstractSearch, Backtracking, SearchState
 from ._solution import Solution
-from ._solve import solve
+from ._solve import solve, tolerance
+from ._tree import strong
 
 
-def _solve_all(problem, method, x0s, uss, search, states, rtol, atol, options):
+def _solve_all(shared, method, mapped, search, rtol, atol, options):
     max_steps, history, fast_loops = options
 
     def one(arguments, fast_loops):
-        x0, us, state = arguments
+        numbers, x0, us, state = arguments
+        problem = eqx.combine(numbers, shared)
         return solve(
             problem, method, x0, us, search, max_steps=max_steps, rtol=rtol, atol=atol,
             state=state, history=history, fast_loops=fast_loops,
         )  # fmt: skip
 
-    arguments = x0s, uss, states
     if fast_loops is not False:
         try:
-            return lax.map(lambda a: one(a, True), arguments)
+            return lax.map(lambda a: one(a, True), mapped)
         except FastLoopsError:
             if fast_loops:
                 raise
-    return jax.vmap(lambda a: one(a, False))(arguments)
+    return jax.vmap(lambda a: one(a, False))(mapped)
 
 
 _door = door(_solve_all)
+
+
+class _Part:
+    """A part of the problem with the axis of its numbers; a leaf."""
+
+    def __init__(self, axis, tree):
+        self.axis, self.tree = axis, tree
+
+
+def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
+    """The numbers that differ from problem to problem, that axis first; the rest."""
+
+    def first(axis, leaf):
+        if axis is None or (axis is in_axes and not jnp.ndim(leaf)):
+            return None  # one axis for all arrays leaves out those that have none
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(
+                f"`in_axes` has {axis!r}; an axis is an int, or `None` for a number "
+                "that all problems share."
+            )
+        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+            raise ValueError(
+                f"`in_axes` has {axis} for a number of shape {jnp.shape(leaf)} in the "
+                "problem, which has no such axis."
+            )
+        return jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+
+    is_none = lambda part: part is None
+    try:
+        parts = jtu.tree_map(_Part, in_axes, problem, is_leaf=is_none)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`in_axes` is {in_axes!r:.100}, no tree like the problem: give `None`, an "
+            "axis for all arrays in the problem, or e.g. `eqx.tree_at(lambda p: "
+            "p.system.mass, jax.tree.map(lambda _: None, problem), 0, "
+            "is_leaf=lambda a: a is None)`."
+        ) from error
+    numbers = lambda part: jtu.tree_map(
+        lambda leaf: first(part.axis, leaf), eqx.filter(part.tree, is_number)
+    )
+    mapped = jtu.tree_map(numbers, parts)
+    if in_axes is not None and not jtu.tree_leaves(mapped):
+        raise ValueError(
+            f"`in_axes` is {in_axes!r:.100}, but no array in the problem has an axis "
+            "of problems: numbers that differ are fields of an `equinox.Module`, "
+            "stacked, such as `Pendulum(mass=jnp.linspace(0.5, 1.5, 16))`."
+        )
+    is_shared = lambda new, old: None if new is not None else old
+    shared = jtu.tree_map(is_shared, mapped, problem, is_leaf=is_none)
+    return mapped, shared
 
 
 def _num_problems(**trees: PyTree) -> int:
@@ -56,9 +109,10 @@ def _num_problems(**trees: PyTree) -> int:
             for size, name in found.items()
         )
         raise ValueError(
-            f"{listed or 'nothing is given'}; the first axis of `x0s`, `uss` and "
-            "`state` is the problem, and all must agree. To start every problem from "
-            "the same `us`: `jnp.broadcast_to(us, (len(x0s), *us.shape))`."
+            f"{listed or 'nothing is given'}; the first axis of `x0s`, `uss`, `state` "
+            "and what `in_axes` says of the problem is the problem, and all must "
+            "agree. To start every problem from the same `us`: "
+            "`jnp.broadcast_to(us, (len(x0s), *us.shape))`."
         )
     return next(iter(found))  # pyright: ignore
 
@@ -70,6 +124,7 @@ def solve_batch(
     uss: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    in_axes: Any = None,
     batch_size: int | None = None,
     max_steps: int = 256,
     rtol: Any = None,
@@ -79,7 +134,7 @@ def solve_batch(
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
 ) -> Solution:
-    r"""Solves many problems that differ in the first state and the first guess.
+    r"""Solves many problems that differ in their numbers, first states and guesses.
 
     The solution of each is what [`diffprog.solve`][] gives. On the CPU the problems run
     one after another, each compiled as one function, where that is possible; elsewhere
@@ -91,6 +146,10 @@ def solve_batch(
         [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
+    - `in_axes`: which numbers differ from problem to problem: none unless given; `0`
+        for all arrays in the problem, whose first axis then is the problem (Python
+        floats and arrays without axes are shared); or a tree of axes and `None` like
+        the problem, or like its upper part.
     - `batch_size`: at most so many problems at once; all unless given. It bounds the
         memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.
@@ -104,10 +163,15 @@ def solve_batch(
 
     **Fails:** `ValueError` or `TypeError` at once for a wrong call.
 
-    For problems that differ in other numbers, use `jax.vmap` or `jax.lax.map` over
-    [`diffprog.solve`][].
+    ```python
+    masses = jnp.linspace(0.5, 1.5, 256)
+    problem = dp.ControlProblem.from_system(Pendulum(mass=masses), horizon=100)
+    solutions = dp.solve_batch(problem, dp.DDP(), x0s, uss, in_axes=0)
+    ```
     """
-    num_problems = _num_problems(x0s=x0s, uss=uss, state=state)
+    numbers, shared = _apart(problem, in_axes)
+    given = dict(x0s=x0s, uss=uss, state=state, problem=numbers)
+    num_problems = _num_problems(**given)
     batch_size = num_problems if batch_size is None else batch_size
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"`batch_size` is {batch_size!r}; a Python int is expected.")
@@ -117,11 +181,14 @@ def solve_batch(
             "each is expected."
         )
     options = (max_steps, bool(history), fast_loops)
+    (x0s, uss), dtype = strong(x0s, uss)
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    state = SearchState.none(dtype, (num_problems,)) if state is None else state
 
     def solve_rows(rows):
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
-        batch = jtu.tree_map(take, (x0s, uss, state))
-        return _door(problem, method, *batch[:2], search, batch[2], rtol, atol, options)
+        batch = jtu.tree_map(take, (numbers, x0s, uss, state))
+        return _door(shared, method, batch, search, *tolerances, options)
 
     solutions = []
     for first in range(0, num_problems, batch_size):

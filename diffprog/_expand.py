@@ -26,6 +26,7 @@ from ._rollout import (
     vectorize,
     VectorTrajectory,
 )
+from ._tree import strong
 from ._types import Stacks, Tensors
 
 
@@ -187,7 +188,7 @@ def linearize(problem: ControlProblem, x0: PyTree, us: PyTree) -> LinearModel:
     **Returns:** a [`diffprog.LinearModel`][]; states and controls that are pytrees lie
     in it raveled, leaf after leaf.
     """
-    return _linearize(problem, x0, us)
+    return _linearize(problem, *strong(x0, us)[0])
 
 
 def quadratize(problem: ControlProblem, x0: PyTree, us: PyTree) -> QuadraticModel:
@@ -200,7 +201,7 @@ def quadratize(problem: ControlProblem, x0: PyTree, us: PyTree) -> QuadraticMode
 
     **Returns:** a [`diffprog.QuadraticModel`][].
     """
-    return _quadratize(problem, x0, us)
+    return _quadratize(problem, *strong(x0, us)[0])
 
 
 def costates(
@@ -215,4 +216,4 @@ def costates(
 
     **Arguments:** `problem`, `x0` and `us` as in [`diffprog.rollout`][].
     """
-    return _costates(problem, x0, us)
+    return _costates(problem, *strong(x0, us)[0])

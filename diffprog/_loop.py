@@ -88,7 +88,7 @@ class Solver(eqx.Module):
     max_steps: int = eqx.field(static=True)
     verbose: bool | Callable = eqx.field(static=True)
 
-    def init(self, x0, us, state: SearchState | None, history: bool) -> Loop:
+    def init(self, x0, us, state: SearchState, history: bool) -> Loop:
         chain, dtype = self.chain, self.chain.dtype
         number = lambda value: jnp.asarray(value, dtype)
         count = lambda value: jnp.asarray(value, jnp.int32)
@@ -97,13 +97,15 @@ class Solver(eqx.Module):
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
         memory = self.search.init(dtype)
-        cast = lambda old, new: jnp.asarray(old, new.dtype)
+        given = jtu.tree_map(
+            lambda old, new: jnp.asarray(old, new.dtype), state, memory
+        )
         widths = [1 + x.shape[1] for x in trajectory.xs]
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
             gains=tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths)),
-            search=memory if state is None else jtu.tree_map(cast, state, memory),
+            search=where(jnp.isnan(given.stepsize), memory, given),
             feasible_damping=number(0.0),
             result=RESULTS.where(
                 finite, RESULTS.max_steps_reached, RESULTS.nonfinite_rollout

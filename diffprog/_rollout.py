@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._fast_loops import Loops, scan
-from ._tree import all_finite, float_dtype, Layout, vary
+from ._tree import all_finite, float_dtype, Layout, strong, vary
 from ._types import Rows
 
 
@@ -314,4 +314,5 @@ def rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
 
     **Raises:** `ValueError` or `TypeError` for shapes and dtypes that do not fit.
     """
+    (x0, us), _ = strong(x0, us)
     return _rollout(problem, x0, us)

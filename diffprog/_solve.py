@@ -21,14 +21,17 @@ from ._rollout import run, vectorize, Vectorized
 from ._search import AbstractSearch, Backtracking
 from ._search.base import SearchState
 from ._solution import ADVICE, explain_solution, Solution
-from ._tree import all_finite
+from ._tree import all_finite, strong
+
+
+def tolerance(value: Any, dtype) -> Any:
+    """The tolerance given, or else an accuracy that the dtype can deliver."""
+    if value is None:
+        return 1e-9 if dtype == jnp.float64 else 1e-6
+    return float(value) if isinstance(value, int) else value
 
 
 def _solver(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
-    # For an accuracy that the dtype can deliver.
-    default = 1e-9 if chain.dtype == jnp.float64 else 1e-6
-    rtol = default if rtol is None else rtol
-    atol = default if atol is None else atol
     dtype = chain.dtype
     cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     return Solver(
@@ -201,7 +204,9 @@ def solve(
             "expected."
         )
     options = (max_steps, bool(history), Same(verbose), fast_loops)
-    tolerances = _float(rtol), _float(atol)
+    (x0, us), dtype = strong(x0, us)
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    state = SearchState.none(dtype) if state is None else state
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
     return throw_unless_successful(solution, throw, explain_solution)
 
@@ -260,6 +265,7 @@ def direction(
     `result` is not `successful`.
     """
     _check(problem, method, damping=damping)
+    (x0, us), _ = strong(x0, us)
     du, result = _direction_door(problem, method, x0, us, _float(damping))
     told = lambda found: explain(found.result, ADVICE)
     throw_unless_successful(_Direction(du, result), throw, told)
@@ -364,9 +370,10 @@ def init(
     """
     _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
     options = (max_steps, bool(history))
-    return _init_door(
-        problem, method, x0, us, search, state, _float(rtol), _float(atol), options
-    )
+    (x0, us), dtype = strong(x0, us)
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    state = SearchState.none(dtype) if state is None else state
+    return _init_door(problem, method, x0, us, search, state, *tolerances, options)
 
 
 def step(problem: AbstractChain, state: SolverState) -> SolverState:

@@ -48,6 +48,27 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     return jtu.tree_map(add, tree)
 
 
+def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
+    """The trees with weakly typed arrays in the dtype of the others, and that dtype.
+
+    An array like `jnp.full(2, 1.0)` would else be another program.
+    """
+    arrays = [
+        a for a in jtu.tree_leaves(trees) if isinstance(a, jax.Array | np.ndarray)
+    ]
+    known = [array.dtype for array in arrays if not _is_weak(array)]
+    dtype = jnp.result_type(known[0] if known else float)
+    if len(known) < len(arrays) and jnp.issubdtype(dtype, jnp.floating):
+        cast = lambda leaf: jnp.asarray(leaf, dtype) if _is_weak(leaf) else leaf
+        trees = jtu.tree_map(cast, trees)
+    return trees, dtype
+
+
+def _is_weak(leaf) -> bool:
+    floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and leaf.weak_type
+
+
 def float_dtype(**trees: PyTree) -> np.dtype:
     """The dtype that the floating leaves of the named trees share."""
     found: dict[np.dtype, str] = {}

@@ -1,5 +1,7 @@
 """Many problems in one call equal the same problems one by one."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,59 @@ def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
     code = jtu.tree_map(lambda leaf: leaf[2], solution.result)
     assert code == dp.RESULTS.nonfinite_rollout
     np.testing.assert_array_equal(solution.us[2], uss[2])
+
+
+MASSES = jnp.linspace(0.5, 1.5, 5)
+
+
+@pytest.mark.parametrize("axes", ["all", "tree", "last"])
+def test_problems_with_numbers_of_their_own(axes):
+    _, x0s, uss = batch()
+    table = jnp.stack([MASSES, 2 * MASSES])  # the problem is the last axis
+
+    class Heavy(helpers.Spring):
+        masses: Any = None
+
+        def cost(self, x, u, t):
+            return super().cost(x, u, t) + jnp.sum(self.masses) * u[0] ** 2
+
+    masses = dict(all=MASSES, tree=MASSES[:, None], last=table)[axes]
+    problem = lambda mass: dp.ControlProblem.from_system(Heavy(masses=mass), 12)
+    in_axes = 0
+    if axes != "all":
+        none = lambda leaf: leaf is None
+        shared = jtu.tree_map(lambda _: None, problem(masses))
+        axis = dict(tree=0, last=-1)[axes]
+        in_axes = eqx.tree_at(lambda p: p.system.masses, shared, axis, is_leaf=none)
+    solution = dp.solve_batch(
+        problem(masses), dp.ILQR(), x0s, uss, in_axes=in_axes, batch_size=3
+    )
+    rows = jnp.moveaxis(masses, 1, 0) if axes == "last" else masses
+    for i in (0, 4):
+        alone = dp.solve(problem(rows[i]), dp.ILQR(), x0s[i], uss[i])
+        agree(solution[i].us, alone.us)
+    assert np.ptp(solution.cost) > 0.1
+
+
+def test_wrong_axes():
+    _, x0s, uss = batch()
+
+    def call(in_axes, stiffness: Any = MASSES):
+        system = helpers.Spring(stiffness=stiffness)
+        problem = dp.ControlProblem.from_system(system, 12)
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss, in_axes=in_axes)
+
+    with pytest.raises(TypeError, match="`in_axes` has '0'; an axis is an int"):
+        call("0")
+    with pytest.raises(ValueError, match="no tree like the problem: give `None`"):
+        call({"mass": 0})
+    with pytest.raises(ValueError, match=r"has 1 for a number of shape \(5,\) in"):
+        call(1)
+    with pytest.raises(ValueError, match="`in_axes` is 0, but no array in the problem"):
+        call(0, stiffness=0.3)
+    message = "`problem.system.stiffness` has 3 problems"
+    with pytest.raises(ValueError, match=message):
+        call(0, stiffness=MASSES[:3])
 
 
 def test_wrong_calls(unchecked):

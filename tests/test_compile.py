@@ -124,3 +124,46 @@ def test_bound_methods_of_equal_modules_share_a_compilation():
         problem = dp.ControlProblem(plant.dynamics, plant.cost, plant.terminal_cost, 3)
         dp.rollout(problem, jnp.ones(1), jnp.ones((3, 1)))
     assert len(calls) == 1
+
+
+def test_weak_types_states_and_tolerances_do_not_compile_again(caplog):
+    problem, _, us = helpers.spring()
+    strong = jnp.array([0.5, 0.0])
+    weak = jnp.full(2, 0.25)
+    assert weak.weak_type and not strong.weak_type
+    cold = dp.solve(problem, dp.ILQR(), strong, us)
+    zeros, weak_us = jnp.full(2, 0.0), 0.0 * jnp.full(us.shape, 1.0)  # compiled here
+    entries = (
+        lambda: dp.solve(problem, dp.ILQR(), weak, us),
+        lambda: dp.solve(problem, dp.ILQR(), strong, us, state=cold.state),
+        lambda: dp.solve(problem, dp.ILQR(), strong, us, rtol=1e-8, atol=1),
+        lambda: dp.solve(problem, dp.ILQR(), zeros, weak_us),
+        lambda: dp.solve(problem, dp.ILQR(), np.zeros(2), np.asarray(us)),
+    )
+    with jax.log_compiles(True):
+        solutions = [entry() for entry in entries]
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [m for m in messages if "Compiling" in m and "jitted" in m]
+    assert all(solution.success for solution in solutions)
+    assert solutions[1].stats["num_steps"] <= cold.stats["num_steps"]
+    single = dp.solve(problem, dp.ILQR(), weak, us.astype(jnp.float32))
+    assert single.us.dtype == jnp.float32  # what is weak follows
+
+
+def test_one_program_steps_by_hand_and_solves_batches(caplog):
+    problem, x0, us = helpers.spring()
+    weak = jnp.full(2, 0.25)
+    batch = lambda x0s, state=None: dp.solve_batch(
+        problem, dp.ILQR(), x0s, us[None], state=state, max_steps=3
+    )
+    first = batch(jnp.stack([x0]))
+    entries = (dp.rollout, dp.linearize, dp.quadratize, dp.costates)
+    for entry in entries:
+        entry(problem, x0, us)
+    weak_batch = jnp.full((1, 2), 0.25)
+    with jax.log_compiles(True):
+        batch(weak_batch, first.state)
+        for entry in entries:
+            entry(problem, weak, us)
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [m for m in messages if "Compiling" in m and "jitted" in m]

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._result import RESULTS
@@ -17,6 +18,8 @@ def check_numbers(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str])
         if isinstance(value, int | float) and not holds(value):
             raise ValueError(f"`{name}` is {value}; {accepted} is expected.")
 
+
+Number = Array | np.ndarray
 
 FACTOR = (lambda value: 0 < value < 1, "a number between 0 and 1")
 GROWTH = (lambda value: value >= 1, "a number of at least 1")
@@ -38,7 +41,7 @@ class Trial(eqx.Module):
     curvature: Float[Array, ""]
     cost_gradient: Float[Array, ""]
 
-    def decreases(self, change: Float[Array, ""]) -> Bool[Array, ""]:
+    def decreases(self, change: Float[Number, ""]) -> Bool[Array, ""]:
         """Whether the cost changed by `change` or less, up to its rounding error."""
         slack = jnp.finfo(self.cost.dtype).eps * jnp.abs(self.cost)
         return self.trial_cost - self.cost <= change + slack
@@ -53,10 +56,16 @@ class SearchState(eqx.Module):
     - `trials`: roll-outs of the current direction so far.
     """
 
-    stepsize: Float[Array, ""]
-    damping: Float[Array, ""]
-    scale: Float[Array, ""]
-    trials: Int[Array, ""]
+    stepsize: Float[Number, "*batch"]
+    damping: Float[Number, "*batch"]
+    scale: Float[Number, "*batch"]
+    trials: Int[Number, "*batch"]
+
+    @staticmethod
+    def none(dtype, batch: tuple[int, ...] = ()) -> "SearchState":
+        """In the place of a memory where there is none: the same program takes both."""
+        nan, zero = np.full(batch, np.nan, dtype), np.zeros(batch, np.int32)
+        return SearchState(nan, nan, nan, zero)
 
 
 class Verdict(eqx.Module):
