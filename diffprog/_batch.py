@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._capture import is_number
+from ._capture import is_data
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door
@@ -82,7 +82,7 @@ def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
             "is_leaf=lambda a: a is None)`."
         ) from error
     numbers = lambda part: jtu.tree_map(
-        lambda leaf: first(part.axis, leaf), eqx.filter(part.tree, is_number)
+        lambda leaf: first(part.axis, leaf), eqx.filter(part.tree, is_data)
     )
     mapped = jtu.tree_map(numbers, parts)
     if in_axes is not None and not jtu.tree_leaves(mapped):

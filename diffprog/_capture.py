@@ -124,7 +124,7 @@ NUMBERS = (float, jax.Array, np.ndarray, np.generic)
 PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
 
 
-def is_number(leaf) -> bool:
+def is_data(leaf) -> bool:
     return type(leaf) not in PLAIN and isinstance(leaf, NUMBERS)
 
 
@@ -145,7 +145,7 @@ class Taken:
 
     def _leaf(self, leaf):
         """A leaf of the tree itself."""
-        if is_number(leaf):
+        if is_data(leaf):
             return self._number(leaf)
         return self._code(leaf) or self._object(leaf)
 
@@ -249,7 +249,7 @@ class Taken:
 
     def _captured(self, value, holder, name: str):
         """A value that a function or an object holds."""
-        if is_number(value):
+        if is_data(value):
             return self._number(value)
         try:
             leaves, treedef = jtu.tree_flatten(value)
@@ -405,8 +405,8 @@ class Frozen:
 
     def __init__(self, tree: PyTree):
         leaves, treedef = jtu.tree_flatten(tree)
-        numbers = [leaf if is_number(leaf) else None for leaf in leaves]
-        rest = [None if is_number(leaf) else leaf for leaf in leaves]
+        numbers = [leaf if is_data(leaf) else None for leaf in leaves]
+        rest = [None if is_data(leaf) else leaf for leaf in leaves]
         self.treedef = treedef
         self.numbers = tuple(n if n is None else _Constant(n) for n in numbers)
         taken = Taken(rest, constants=True)

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from ._linalg import matmul, solve_positive, symmetrize
 from ._tree import add, scale, vdot, where
-from ._types import check_count, check_positive, Number, number
+from ._types import check_count, check_numbers, check_positive, Number, number
 
 
 class Subproblem(NamedTuple):
@@ -124,6 +124,7 @@ class InnerGaussNewton(AbstractInner):
     def __check_init__(self):
         check_count("num_steps", self.num_steps)
         check_count("max_cg", self.max_cg)
+        check_numbers(self, "rtol")
 
     def solve(self, problem):
         if not problem.fitted:
@@ -174,6 +175,7 @@ class InnerNewton(AbstractInner):
     def __check_init__(self):
         check_count("num_steps", self.num_steps)
         check_count("max_cg", self.max_cg)
+        check_numbers(self, "rtol")
 
     def solve(self, problem):
         p0 = problem.fn(problem.x) if problem.fitted else None

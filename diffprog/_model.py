@@ -1,6 +1,7 @@
 """Models of the user, taken apart into arrays and code."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._capture import Frozen
+from ._types import came, noted, shapes
 
 
 def is_array(leaf) -> bool:
@@ -23,9 +25,12 @@ def is_parameter(leaf) -> bool:
 
 def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
     """The arrays of a model, and the rest."""
+    if isinstance(model, type):
+        raise TypeError(f"The model is {came(model)}; a model made of it is expected.")
     if predict is None and not callable(model):
+        what = came(model) if is_array(model) else f"a {type(model).__name__}"
         raise TypeError(
-            f"The model is a {type(model).__name__}, which cannot be called: give "
+            f"The model is {what}, which cannot be called: give "
             "`dp.value_and_direction` a `predict`, such as `lambda params, x: "
             "module.apply(params, x)`."
         )
@@ -44,6 +49,32 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
                 )
     arrays, rest = eqx.partition(model, is_array)
     return arrays, Frozen(rest)
+
+
+def check_batch(key: Any, **batch: PyTree):
+    """Raises for lists of numbers in place of arrays, and for what is no key."""
+    for name, tree in batch.items():
+        number = lambda leaf: isinstance(leaf, int | float)
+        if isinstance(tree, list) and all(map(number, jtu.tree_leaves(tree))):
+            raise TypeError(
+                f"`{name}` is a list of numbers, which is no array: give "
+                f"`jnp.asarray({name})`."
+            )
+    if key is not None and not is_array(key):
+        raise TypeError(
+            f"`key` is {came(key)}; a key such as `jax.random.key(0)` is expected."
+        )
+
+
+def explained(model: Callable, inputs: PyTree) -> Callable:
+    """The model for one example, whose errors say what it was given."""
+
+    def call(x, *keys):
+        of = f"one example of shape {shapes(x):.200}, a row of inputs of shape "
+        with noted(lambda: f"The model was given {of}{shapes(inputs):.200}."):
+            return model(x, key=keys[0]) if keys else model(x)
+
+    return call
 
 
 def first_half_twice(a):

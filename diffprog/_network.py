@@ -11,6 +11,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._types import came, noted, shapes
+
 
 MIN_RUN = 4  # shorter runs of equal stages are cheaper written out
 
@@ -100,9 +102,15 @@ class Network(eqx.Module):
 
     def with_params(self, params: tuple[PyTree, ...]) -> "Network":
         """The network with other parameters, arranged like `params`."""
+        params = tuple(params)
+        if jtu.tree_structure(params) != jtu.tree_structure(self.params):
+            raise ValueError(
+                "`params` is not arranged like those of the network: give a tuple like "
+                "`net.params`."
+            )
         stages = lambda net: tuple(stack.stage for stack in net.stacks)
         rest = eqx.filter(stages(self), eqx.is_inexact_array, inverse=True)
-        return eqx.tree_at(stages, self, eqx.combine(tuple(params), rest))
+        return eqx.tree_at(stages, self, eqx.combine(params, rest))
 
     def scan(
         self, fn: Callable, carry: PyTree, *data: tuple, reverse: bool = False
@@ -139,7 +147,12 @@ class Network(eqx.Module):
                 for k, s in zip(split, self.stacks, strict=True)
             )
         apply = lambda stage, x, key: (stage(x, key=key), None)
-        return self.scan(apply, x, keys)[0]
+        given = lambda: (
+            f"The network was given x of shape {shapes(x):.200}, as one example: for a "
+            "batch there is `jax.vmap(network)(x)`."
+        )
+        with noted(given):
+            return self.scan(apply, x, keys)[0]
 
 
 Network.__init__.__doc__ = """**Arguments:**
@@ -173,7 +186,7 @@ def _flat(layers) -> list[Callable]:
             flat += _flat(layer)
         elif not callable(layer) or inspect.isclass(layer):
             raise TypeError(
-                f"Layer {i} is {layer!r:.100}, which is no function; a module or a "
+                f"Layer {i} is {came(layer)}, which is no function; a module or a "
                 "function of one array is expected."
             )
         elif isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():

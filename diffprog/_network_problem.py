@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from ._chain import AbstractChain, Phase
 from ._network import Network, Stack
+from ._types import came
 
 
 Reduction = Literal["mean", "sum"]
@@ -55,9 +56,9 @@ class NetworkProblem(AbstractChain):
                 f"`network` is a {type(self.network).__name__}; a `dp.Network` is "
                 "expected: `dp.Network(layers)`."
             )
-        if not callable(self.loss):
+        if isinstance(self.loss, type) or not callable(self.loss):
             raise TypeError(
-                f"`loss` is {self.loss!r:.100}; a function `loss(outputs, targets)` "
+                f"`loss` is {came(self.loss)}; a function `loss(outputs, targets)` "
                 "with one number per example is expected."
             )
         check_reduction(self.reduction)

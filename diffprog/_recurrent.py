@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._tree import vary
+from ._types import came, check_function
 
 
 class RNNCell(eqx.Module):
@@ -40,6 +41,7 @@ class RNNCell(eqx.Module):
                 f'`init` is {init!r}; "orthonormal" or a function `(key, shape, dtype) '
                 "-> array`, such as those of `jax.nn.initializers`, is expected."
             )
+        check_function("activation", activation, "a(z)")
         draw = init if callable(init) else _orthonormal
         dtype = jnp.result_type(float) if dtype is None else dtype
         keys = jr.split(key)
@@ -89,9 +91,9 @@ class Recurrent(eqx.Module):
     sequence: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if not callable(self.cell):
+        if isinstance(self.cell, type) or not callable(self.cell):
             raise TypeError(
-                f"`cell` is {self.cell!r:.100}; a function `cell(x, h) -> h`, such as "
+                f"`cell` is {came(self.cell)}; a function `cell(x, h) -> h`, such as "
                 "`dp.RNNCell` or `eqx.nn.GRUCell`, is expected."
             )
         leaves = jtu.tree_leaves(self.initial)

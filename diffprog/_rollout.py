@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -14,7 +15,7 @@ from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._fast_loops import Loops, scan
 from ._tree import all_finite, float_dtype, Layout, strong, vary
-from ._types import Rows
+from ._types import noted, Rows, shapes
 
 
 class Segment(eqx.Module):
@@ -128,6 +129,10 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
             f"`problem` is a {type(problem).__name__}; a `dp.ControlProblem` or "
             "`dp.Chain` is expected."
         )
+    if isinstance(us, list) and not any(map(np.ndim, jtu.tree_leaves(us))):
+        raise TypeError(
+            "`us` is a list of numbers, which is no array: give `jnp.asarray(us)`."
+        )
     dtype = float_dtype(x0=x0, us=us)
     zeros = lambda layout: vary(jnp.zeros(layout.size, dtype), like=(x0, us))
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
@@ -143,7 +148,9 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         _check_next(x_layouts[-1], x_layouts[0])
     terminal = _traced(
         lambda x: _scalar(
-            "terminal_cost", problem.terminal_cost(x_layouts[-1].unravel(x)), dtype
+            "terminal_cost",
+            _call("terminal_cost", problem.terminal_cost, x_layouts[-1].unravel(x)),
+            dtype,
         ),
         zeros(x_layouts[-1]),
     )
@@ -171,6 +178,38 @@ def _traced(fn: Callable, *examples: Array) -> Callable:
     return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
 
 
+def _call(name: str, fn: Callable, x: PyTree, *rest: Any):
+    """A function of the user; an error inside it says what it was given."""
+
+    def note():
+        given = f"`{name}` was given x of shape {shapes(x):.200}"
+        if rest:
+            given += f" and u of shape {shapes(rest[0]):.200}"
+        advice = _about_state(x)
+        if rest and _is_number(rest[0]):
+            advice += (
+                " u is a number, as `us` has one number per stage: for an array of one "
+                "give `us[:, None]`."
+            )
+        return given + "." + advice
+
+    with noted(note):
+        return fn(x, *rest)
+
+
+def _is_number(tree: PyTree) -> bool:
+    return jtu.treedef_is_leaf(jtu.tree_structure(tree)) and np.ndim(tree) == 0
+
+
+def _about_state(x: PyTree) -> str:
+    """What is to be said of a state that may have been meant for an array."""
+    if isinstance(x, list) and not any(map(np.ndim, jtu.tree_leaves(x))):
+        return " `x0` is a list of numbers: for an array give `jnp.asarray(x0)`."
+    if _is_number(x):
+        return " `x0` is a number: for an array of one give `jnp.asarray([x0])`."
+    return ""
+
+
 def _trace(
     phase: Phase, start: int, x_layout: Layout, u_layout: Layout, zeros: Callable
 ):
@@ -178,12 +217,14 @@ def _trace(
 
     def dynamics(x, u, t):
         nonlocal next_layout
-        new = phase.dynamics(x_layout.unravel(x), u_layout.unravel(u), t)
+        args = x_layout.unravel(x), u_layout.unravel(u), t
+        new = _call("dynamics", phase.dynamics, *args)
         next_layout = _next_layout(new, phase, x_layout)
         return next_layout.ravel(new)
 
     def cost(x, u, t):
-        value = phase.cost(x_layout.unravel(x), u_layout.unravel(u), t)
+        args = x_layout.unravel(x), u_layout.unravel(u), t
+        value = _call("cost", phase.cost, *args)
         return _scalar("cost", value, dtype)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
@@ -206,6 +247,7 @@ def _check_next(layout: Layout, before: Layout):
         raise ValueError(
             f"`dynamics` returned a state with the shapes {layout.describe()}; the "
             f"state it was given has {before.describe()}, and both must agree."
+            + _about_state(before.structs())
         )
 
 

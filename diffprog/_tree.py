@@ -6,6 +6,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._types import shapes
+
 
 def where(condition, if_true: PyTree, if_false: PyTree) -> PyTree:
     """`jnp.where` on every leaf."""
@@ -118,17 +120,13 @@ class Layout(NamedTuple):
             start = stop
         return jtu.tree_unflatten(self.treedef, leaves)
 
+    def structs(self) -> PyTree:
+        """The shapes of the tree, in its arrangement."""
+        structs = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in self.shapes]
+        return jtu.tree_unflatten(self.treedef, structs)
+
     def describe(self) -> str:
-        leaves = jtu.tree_unflatten(self.treedef, map(_Shape, self.shapes))
-        return str(leaves)
-
-
-class _Shape:
-    def __init__(self, shape):
-        self.shape = shape
-
-    def __repr__(self):
-        return f"{list(self.shape)}"
+        return shapes(self.structs())
 
 
 def _count(shape: tuple[int, ...]) -> int:

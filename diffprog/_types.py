@@ -1,7 +1,11 @@
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 
 # A number that may be traced: a new value never compiles again.
@@ -14,16 +18,83 @@ def number(default: float) -> Any:
     return eqx.field(default=default, converter=to_float)
 
 
-def check_positive(name: str, value: Any):
-    """Raises for a number that is known and not positive."""
+def came(value: Any) -> str:
+    """What a user gave, in the words of a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}"
+    text = repr(value)
+    return text if len(text) < 200 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def check_kind(name: str, value: Any, kind: Any, example: str):
+    """Raises for what is no instance of `kind`: another object, or a class."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` is {came(value)}; something like `{example}` is expected."
+        )
+
+
+def check_function(name: str, value: Any, call: str):
+    """Raises for what cannot be called, and for a class."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"`{name}` is {came(value)}; a function `{call}` is expected.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, or an array of them."""
+    return isinstance(value, float | int | np.generic | np.ndarray | jax.Array)
+
+
+def check_number(name: str, value: Any, expected: str):
+    """Raises for what is no number."""
+    if not is_number(value):
+        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
+
+
+def check_positive(name: str, value: Any, otherwise: str = ""):
+    """Raises for what is no number, and for one that is known and not positive."""
+    wrong = f"`{name}` is {came(value)}; a number > 0 is expected{otherwise}."
+    if not is_number(value):
+        raise TypeError(wrong)
     if isinstance(value, float | int) and not value > 0:
-        raise ValueError(f"`{name}` is {value}; a number > 0 is expected.")
+        raise ValueError(wrong)
+
+
+def check_numbers(owner: Any, *names: str):
+    """Raises for fields that are no numbers."""
+    for name in names:
+        check_number(name, getattr(owner, name), "a number")
 
 
 def check_count(name: str, value: Any):
     """Raises for what is no positive int."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` is {value!r}; a Python int >= 1 is expected.")
+
+
+def shapes(tree: PyTree) -> str:
+    """The shapes of the arrays of a tree, in its arrangement."""
+    return str(jax.tree_util.tree_map(lambda leaf: _Shape(np.shape(leaf)), tree))
+
+
+class _Shape:
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __repr__(self):
+        return f"{tuple(self.shape)}"
+
+
+@contextmanager
+def noted(note: Callable[[], str]):
+    """Adds a note to an error that code of the user raises inside."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note())
+        raise
 
 
 # Data with a row per stage: a stacked array for every segment of a chain.

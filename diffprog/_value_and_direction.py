@@ -10,30 +10,44 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._door import door
-from ._model import check_apart, first_half_twice, is_parameter, split
+from ._model import (
+    check_apart,
+    check_batch,
+    explained,
+    first_half_twice,
+    is_parameter,
+    split,
+)
 from ._network_problem import check_reduction, Reduction
 from ._result import explain, RESULTS, throw_unless_successful
 from ._tree import all_finite, norm, scale, vdot, where
+from ._types import came, check_kind, noted
 from .losses import AbstractLoss, as_loss
 from .oracles._damping import AbstractDamping, as_damping, DampingState, OUTCOMES
-from .oracles.base import AbstractOracle, Linearization, linearize, Proposal
+from .oracles.base import (
+    AbstractOracle,
+    check_outputs,
+    Linearization,
+    linearize,
+    Proposal,
+)
 
 
 Scale = Literal["step", "gradient"]
 
 # What to do about a result, in the words of training.
 ADVICE = dict(
-    no_descent="The linearization or the inner solver found no step that lowers the "
-    "loss: raise the damping of the oracle or the accuracy of its solver, or give "
-    "`fallback=True`, which takes the gradient.",
+    no_descent="Not even the gradient lowers the model: raise `damping`, or the steps "
+    "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
+    "gradient.",
     nonfinite_rollout="The loss of this batch is NaN or infinite: look for NaN in "
-    "`inputs`, `targets` and the parameters, and lower the learning rate if the "
-    "parameters have grown.",
+    "`inputs`, `targets` and the parameters; if the parameters have grown, take smaller "
+    "steps or more damping.",
     nonfinite_derivative="Look for sqrt(0), norms at 0 or 0/0 under `jnp.where` in the "
-    "model and the loss, or raise the damping of the oracle.",
-    factorization_failed="The loss is not convex in the outputs, or the damping is too "
-    "small: give a convex loss, raise the damping of the oracle, or give "
-    "`fallback=True`, which takes the gradient.",
+    "model and the loss; with target propagation raise `regularization`.",
+    factorization_failed="The loss is not convex in the outputs, or the damping is lost "
+    "in rounding: raise `damping`, use float64, or give `fallback=True`, which takes "
+    "the gradient. In `MoreauBackprop` it is an inner problem: lower `alpha`.",
 )
 
 
@@ -97,7 +111,7 @@ class ValueAndDirection(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, PyTree]:
         """`value, direction`, or `(value, aux), direction` with `has_aux`."""
-        arrays, frozen = self._split(model, inputs, key)
+        arrays, frozen = self._split(model, inputs, targets, key)
         args = self, arrays, frozen, inputs, targets, key
         value, aux, replaced, direction = _call_door(*args)
         if isinstance(replaced, Tracer) or not jnp.all(replaced):
@@ -129,17 +143,18 @@ class ValueAndDirection(eqx.Module):
         the default splits it among the examples.
         """
         if not isinstance(state, DirectionState):
-            raise TypeError(
-                f"`state` is a {type(state).__name__}; start with `init(model)`."
-            )
-        arrays, frozen = self._split(model, inputs, key, state.model_state)
+            raise TypeError(f"`state` is {came(state)}; start with `init(model)`.")
+        arrays, frozen = self._split(model, inputs, targets, key, state.model_state)
         return _step_door(self, arrays, frozen, state, inputs, targets, key, True)
 
-    def _split(self, model, inputs, key, model_state=None):
+    def _split(self, model, inputs, targets, key, model_state=None):
         arrays, frozen = split(model, self.predict)
+        check_batch(key, inputs=inputs, targets=targets)
         if self.check:
             options = (inputs, model_state, key)
-            check_apart(_outputs_door(self, arrays, frozen, *options))
+            found = _outputs_door(self, arrays, frozen, *options)
+            check_apart(found)
+            self.loss(found[0], targets)  # which sees the labels here
         return arrays, frozen
 
 
@@ -183,7 +198,8 @@ def value_and_direction(
     - `fallback`: return the gradient, where it is finite, instead of a direction that
         cannot be trusted.
     - `check`: raise if the output of one example depends on the input of another, as in
-        batch normalization. Runs the model twice more; for debugging.
+        batch normalization, and for targets that the loss does not know, such as labels
+        out of range. Runs the model twice more; for debugging.
 
     **Returns:** a [`diffprog.ValueAndDirection`][]. Call it, or keep its state from
     batch to batch with `init` and `step`, for oracles that adapt their damping or
@@ -193,16 +209,12 @@ def value_and_direction(
     trusted, or returns NaN under `jit` and `vmap`; `step` returns 0 and a code.
     `TypeError` or `ValueError` at once for a wrong call.
     """
-    for name, value, kind, example in (
-        ("oracle", oracle, AbstractOracle, "`dp.oracles.GaussNewton()`"),
-        ("predict", predict, object, "`lambda model, inputs: ...`"),
-    ):
-        wrong = name == "predict" and not (predict is None or callable(predict))
-        if wrong or not isinstance(value, kind) or isinstance(value, type):
-            came = f"the class {value.__name__}" if isinstance(value, type) else value
-            raise TypeError(
-                f"`{name}` is {came!s:.200}; something like {example} is expected."
-            )
+    check_kind("oracle", oracle, AbstractOracle, "dp.oracles.GaussNewton()")
+    if isinstance(predict, type) or not (predict is None or callable(predict)):
+        raise TypeError(
+            f"`predict` is {came(predict)}; something like `lambda model, inputs: ...` "
+            "is expected."
+        )
     if scale not in ("step", "gradient"):
         raise ValueError(f'`scale` is {scale!r}; "step" or "gradient" is expected.')
     check_reduction(reduction)
@@ -240,13 +252,23 @@ def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
                     "that takes `state=` and returns the outputs and the new state."
                 )
             if key is None:
-                return jax.vmap(model)(inputs), None
+                return jax.vmap(explained(model, inputs))(inputs), None
             keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])
-            return jax.vmap(lambda x, key: model(x, key=key))(inputs, keys), None
+            return jax.vmap(explained(model, inputs))(inputs, keys), None
         options = {} if key is None else {"key": key}
+        if model_state is not None:
+            options["state"] = model_state
+        call = "".join(f", {name}={name}" for name in options)
+        with noted(lambda: f"Raised in `predict(model, inputs{call})`."):
+            outputs = vd.predict(model, inputs, **options)
         if model_state is None:
-            return vd.predict(model, inputs, **options), None
-        return vd.predict(model, inputs, state=model_state, **options)
+            return outputs, None
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise TypeError(
+                f"`predict` returned {came(outputs)}; with a state of the model it "
+                "returns two things, the outputs and the new state."
+            )
+        return outputs
 
     return run
 
@@ -273,6 +295,7 @@ def _outputs(vd, arrays, frozen, inputs, model_state, key):
     for batch in (inputs, jtu.tree_map(first_half_twice, inputs)):
         predict, params = _predictor(vd, arrays, frozen, batch, model_state, key)
         found.append(predict(params)[0])
+        check_outputs(found[-1], batch)
     return tuple(found)
 
 

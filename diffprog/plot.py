@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+import diffprog as dp
+
 
 def _matplotlib():
     # The caller's backend and style stay as they are.
@@ -29,8 +31,79 @@ def _new_axes(rows: int = 1, size: tuple = (7.0, 4.2)):
 
 
 def _one_axes(ax, size: tuple = (7.0, 4.2)):
-    _matplotlib()
+    _check_axes(ax, None)
     return _new_axes(size=size)[0] if ax is None else ax
+
+
+def _check_axes(ax, num: int | None):
+    """Raises for what is not so many axes; `None` is one, not in a sequence."""
+    _matplotlib()
+    from matplotlib.axes import Axes
+
+    some = [ax] if num is None else np.ravel(np.asarray(ax, object)).tolist()
+    good = all(isinstance(one, Axes) for one in some) and len(some) == (num or 1)
+    if ax is not None and not good:
+        how = "`plt.gca()`" if num is None else f"`plt.subplots({num})[1]`"
+        raise TypeError(
+            f"`ax` is {_came(ax)}; {num or 'one'} axes are expected, as in {how}."
+        )
+
+
+def _came(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    array = isinstance(value, jax.Array | np.ndarray)
+    return f"an array of shape {value.shape}" if array else f"{value!r:.100}"
+
+
+# What is drawn: arrays, or a solution that holds them. ------------------------------
+
+
+def _holds(value: Any) -> bool:
+    """Whether it has states and controls; raises for a batch."""
+    if not isinstance(value, dp.Solution | dp.Trajectory):
+        return False
+    if np.ndim(value.cost):
+        raise ValueError(
+            f"A batch of {np.size(value.cost)} solutions came; draw one of them, such "
+            "as `solution[0]`."
+        )
+    return True
+
+
+def _states(xs: Any) -> np.ndarray:
+    """Rows that begin with a position."""
+    points = np.asarray(xs.xs) if _holds(xs) else np.asarray(xs)
+    if points.ndim != 2 or points.shape[1] < 2 or points.dtype == object:
+        raise ValueError(
+            f"The path is {_came(xs)}; positions, or states that begin with them, of "
+            "shape (T+1, n), or a `dp.Solution` is expected."
+        )
+    return points
+
+
+def _system(value: Any) -> Any:
+    """The system of a problem that was made from one."""
+    return value.system if isinstance(value, dp.ControlProblem) else value
+
+
+def _is_race(value: Any) -> bool:
+    return hasattr(value, "track") and hasattr(value, "car")
+
+
+def _check_track(value: Any):
+    if not isinstance(value, dp.systems.Track):
+        raise TypeError(
+            f"`track` is {_came(value)}; a track such as `dp.systems.Track.circle()` "
+            "or `dp.systems.Track.from_csv(path)`, or a race on one, is expected."
+        )
+
+
+def _speed(race: Any, xs: Any, us: Any) -> np.ndarray:
+    """How fast the position, the first two numbers of the state, moves."""
+    us = np.concatenate([us, us[-1:]])
+    velocity = jax.vmap(lambda x, u: race.vector_field(x, u, 0.0)[:2])
+    return np.linalg.norm(np.asarray(velocity(np.asarray(xs), us)), axis=1)
 
 
 def _style(ax, xlabel: str, ylabel: str):
@@ -45,12 +118,18 @@ def _columns(tree: Any, letter: str) -> tuple[np.ndarray, list[str]]:
     """The leaves of a tree as columns with names, shape `(rows, columns)`."""
     columns, names = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = np.atleast_1d(np.asarray(leaf))
         array = array.reshape(array.shape[0], -1)
         name = jax.tree_util.keystr(path, simple=True, separator=".") or letter
         columns.append(array)
         many = array.shape[1] > 1 or not path
         names += [f"{name}[{i}]" if many else name for i in range(array.shape[1])]
+    rows = sorted({len(column) for column in columns})
+    if len(rows) != 1:
+        raise ValueError(
+            f"The arrays of `{letter}s` have {rows} rows; one per stage is expected in "
+            f"each. Of a chain draw one phase: `solution.{letter}s[0]`."
+        )
     return np.concatenate(columns, axis=1), names
 
 
@@ -58,6 +137,7 @@ def _named(tree, names, letter):
     values, own = _columns(tree, letter)
     if names is None:
         return values, own
+    names = [names] if isinstance(names, str) else names
     if len(names) != values.shape[1]:
         raise ValueError(
             f"{len(names)} names came for {values.shape[1]} columns of `{letter}`; "
@@ -79,28 +159,33 @@ def _legend(ax, num: int):
 
 def trajectory(
     xs: Any,
-    us: Any,
+    us: Any = None,
     *,
     dt: float | None = None,
     names: Sequence[str] | None = None,
     input_names: Sequence[str] | None = None,
     ax: Any = None,
 ):
-    """Draws states and controls over time.
+    """Draws states and controls over time: `trajectory(solution)`.
 
     **Arguments:**
 
-    - `xs`: states, shape `(T+1, n)` or a pytree of arrays with T + 1 rows.
-    - `us`: controls, shape `(T, m)` or a pytree of arrays with T rows.
+    - `xs`: a [`diffprog.Solution`][] or [`diffprog.Trajectory`][]; or states, shape
+        `(T+1, n)` or a pytree of arrays with T + 1 rows.
+    - `us`: with states, the controls, shape `(T, m)` or a pytree of arrays with T rows.
     - `dt`: duration of a stage [s]; without it the axis counts stages.
     - `names`, `input_names`: a name, with its unit, for each state and each control.
     - `ax`: two axes, for states and controls; a new figure if `None`.
 
     **Returns:** the two axes; `axes[0].figure.savefig("file.png")` saves them.
 
-    **Raises:** `ValueError` for a wrong number of names.
+    **Raises:** `ValueError` for a wrong number of names, and for a batch of solutions.
     """
-    _matplotlib()
+    _check_axes(ax, 2)
+    if _holds(xs):
+        xs, us = xs.xs, xs.us
+    elif us is None:
+        raise TypeError("`us` is missing: give states and controls, or a solution.")
     states, names = _named(xs, names, "x")
     inputs, input_names = _named(us, input_names, "u")
     axes = _new_axes(2, (7.5, 5.0)) if ax is None else ax
@@ -120,23 +205,34 @@ def trajectory(
     return axes
 
 
-def convergence(
-    solutions: Mapping[str, Any], *, best: float | None = None, ax: Any = None
-):
+def convergence(solutions: Any, *, best: float | None = None, ax: Any = None):
     """Draws how far the cost is above the best one, iteration by iteration.
 
     **Arguments:**
 
-    - `solutions`: a [`diffprog.Solution`][] of one problem for each label.
+    - `solutions`: a [`diffprog.Solution`][]; or several of one problem, in a list or in
+        a dictionary with a label for each.
     - `best`: the least cost; by default the least among the solutions.
     - `ax`: axes; a new figure if `None`.
 
     **Returns:** the axes. A curve ends where its cost is the best one: zero has no
     logarithm.
 
-    **Raises:** `ValueError` for a solution without history.
+    **Raises:** `ValueError` for a solution without history, and for a batch.
     """
     ax = _one_axes(ax, (8.5, 4.2))
+    if isinstance(solutions, dp.Solution):
+        solutions = {"solution": solutions}
+    elif not isinstance(solutions, Mapping):
+        solutions = {f"solution {i}": s for i, s in enumerate(solutions)}
+    for solution in solutions.values():
+        if not isinstance(solution, dp.Solution) or not _holds(solution):
+            raise TypeError(
+                f"`solutions` holds {_came(solution)}; solutions of `dp.solve` are "
+                "expected."
+            )
+    if not solutions:
+        raise ValueError("`solutions` is empty; at least one is expected.")
     if not all(solution.history for solution in solutions.values()):
         raise ValueError("A solution has no history; solve with `history=True`.")
     costs = {k: np.asarray(s.history["cost"]) for k, s in solutions.items()}
@@ -177,6 +273,7 @@ def _outline(track, num: int = 500) -> np.ndarray:
 
 def _plane_axes(ax, points: np.ndarray, bar: bool):
     # A figure as high as its picture is at equal scales.
+    _check_axes(ax, None)
     if ax is not None:
         return ax
     wide, high = np.ptp(points, axis=0)
@@ -195,19 +292,22 @@ def track(track: Any, *, num: int = 1000, ax: Any = None):
 
     **Arguments:**
 
-    - `track`: a [`diffprog.systems.Track`][].
+    - `track`: a [`diffprog.systems.Track`][], or a race on one.
     - `num`: points per line.
     - `ax`: axes; a new figure if `None`.
 
     **Returns:** the axes, with equal scales. A bar across the track marks its start.
     """
+    track = _system(track)
+    track = track.track if _is_race(track) else track
+    _check_track(track)
     ax = _plane_axes(ax, _outline(track), bar=False)
     return _draw_track(ax, track, num)
 
 
 def race(
     path: Any,
-    speed: Any,
+    speed: Any = None,
     track: Any = None,
     *,
     label: str = "speed [m/s]",
@@ -215,17 +315,50 @@ def race(
 ):
     """Draws the path of a car, colored by its speed, between the borders of a track.
 
+    `race(problem, solution)` for a solution of a race, or `race(states, speed, track)`.
+
     **Arguments:**
 
-    - `path`: positions, or states that begin with them, shape `(T+1, n)` [m].
-    - `speed`: shape `(T+1,)` [m/s].
-    - `track`: a [`diffprog.systems.Track`][], drawn below the path; `None` for none.
+    - `path`: a [`diffprog.systems.Race`][], a [`diffprog.systems.PathTracking`][] or
+        the problem made from it; or positions, or states that begin with them, shape
+        `(T+1, n)` [m].
+    - `speed`: for the former, its [`diffprog.Solution`][]; for the latter the speed,
+        shape `(T+1,)` [m/s].
+    - `track`: a [`diffprog.systems.Track`][], drawn below the path; `None` for that of
+        the race, or for none.
     - `label`: of the color bar.
     - `ax`: axes; a new figure if `None`.
 
     **Returns:** the axes, with equal scales and a color bar beside them.
+
+    **Raises:** `TypeError` and `ValueError` for what is none of these.
     """
-    points, speed = np.asarray(path)[:, :2], np.asarray(speed)
+    system = _system(path)
+    if _is_race(system):
+        if not _holds(speed):
+            raise TypeError(
+                f"The second argument is {_came(speed)}; with a race, its solution is "
+                "expected: `race(problem, solution)`."
+            )
+        points, track = _states(speed), system.track if track is None else track
+        speed = _speed(system, points, np.asarray(speed.us))
+    else:
+        if _is_race(_system(speed)) or speed is None:
+            raise TypeError(
+                "A path needs its speed, or a race before it: `race(problem, solution)`"
+                " or `race(states, speed, track)`."
+            )
+        points, speed = _states(path), np.asarray(speed)
+    if speed.shape != points.shape[:1]:
+        raise ValueError(
+            f"`speed` is {_came(speed)}; one speed for each of the {len(points)} "
+            "positions is expected."
+        )
+    if track is not None:
+        track = _system(track)
+        track = track.track if _is_race(track) else track
+        _check_track(track)
+    points = points[:, :2]
     _matplotlib()
     from matplotlib.collections import LineCollection
 
@@ -258,7 +391,8 @@ def inputs(
 
     **Arguments:**
 
-    - `us`: controls, shape `(T, m)` or a pytree of arrays with T rows.
+    - `us`: a [`diffprog.Solution`][] or [`diffprog.Trajectory`][]; or controls, shape
+        `(T, m)` or a pytree of arrays with T rows.
     - `speed`: shape `(T,)` or `(T+1,)` [m/s]; not drawn if `None`.
     - `dt`: duration of a stage [s]; without it the axis counts stages.
     - `names`: a name, with its unit, for each input.
@@ -266,11 +400,21 @@ def inputs(
 
     **Returns:** the axes.
 
-    **Raises:** `ValueError` for a wrong number of names.
+    **Raises:** `ValueError` for a wrong number of names, and for a batch of solutions.
     """
     _matplotlib()
+    us = us.us if _holds(us) else us
     values, names = _named(us, names, "u")
     rows = len(names) + (speed is not None)
+    _check_axes(ax, rows)
+    if speed is not None and np.shape(speed) not in (
+        (len(values),),
+        (len(values) + 1,),
+    ):
+        raise ValueError(
+            f"`speed` is {_came(np.asarray(speed))}; one number for each of the "
+            f"{len(values)} stages, or one more, is expected."
+        )
     axes = _new_axes(rows, (7.5, 0.9 + 1.5 * rows)) if ax is None else ax
     unit = 1.0 if dt is None else float(dt)
     rest = list(axes)
@@ -294,9 +438,9 @@ def animation(
     xs: Any,
     track: Any,
     *,
-    dt: float,
-    length: float,
-    width: float,
+    dt: float | None = None,
+    length: float | None = None,
+    width: float | None = None,
     speed: Any = None,
     plans: Any = None,
     window: float | None = None,
@@ -306,14 +450,18 @@ def animation(
 ):
     """Writes a race as an animated GIF: the car, its trace and its plan.
 
+    `animation("race.gif", solution, race)`, where the race knows the rest.
+
     **Arguments:**
 
-    - `file`: where to write.
-    - `xs`: states that begin with the position [m] and the heading [rad], shape
-        `(T+1, n)`.
-    - `track`: a [`diffprog.systems.Track`][].
-    - `dt`: duration of a stage [s].
-    - `length`, `width`: dimensions of the car [m].
+    - `file`: where to write; its name ends in `.gif`.
+    - `xs`: a [`diffprog.Solution`][], or states that begin with the position [m] and
+        the heading [rad], shape `(T+1, n)`.
+    - `track`: a [`diffprog.systems.Track`][], or a [`diffprog.systems.Race`][] or
+        [`diffprog.systems.PathTracking`][] on one.
+    - `dt`: duration of a stage [s]; needed for a track, by default that of the race.
+    - `length`, `width`: dimensions of the car [m]; needed for a track, by default those
+        of the car of the race.
     - `speed`: shape `(T+1,)` [m/s], for the title and the colors; by default the
         distance between two positions over `dt`.
     - `plans`: planned positions at each stage, shape `(T+1, horizon+1, 2)` [m]; not
@@ -328,7 +476,22 @@ def animation(
     _matplotlib()
     from matplotlib.animation import PillowWriter
 
-    xs = np.asarray(xs)
+    if not os.fspath(file).lower().endswith(".gif"):
+        raise ValueError(f"`file` is {os.fspath(file)!r}; a name in .gif is expected.")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"`every` is {every!r}; an int >= 1 is expected.")
+    xs, system = _states(xs), _system(track)
+    if _is_race(system):
+        track, car = system.track, system.car
+        dt = system.dt if dt is None else dt
+        length = car.length if length is None else length
+        width = car.width if width is None else width
+    _check_track(track)
+    if dt is None or length is None or width is None:
+        raise TypeError(
+            "`dt`, `length` or `width` is missing: give all three, or a race in place "
+            "of the track."
+        )
     if speed is None:
         speed = np.linalg.norm(np.gradient(xs[:, :2], dt, axis=0), axis=1)
     frame = _Frame(xs, np.asarray(speed), track, plans, length, width, window, dt)

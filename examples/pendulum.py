@@ -36,8 +36,7 @@ print(f"ends at {angle:.4f} rad, {velocity:.4f} rad/s; upright is {np.pi:.4f} ra
 # %%
 # Pictures.
 axes = plot.trajectory(
-    solution.xs,
-    solution.us,
+    solution,
     dt=pendulum.dt,
     names=["angle [rad]", "velocity [rad/s]"],
     input_names=["torque [N m]"],

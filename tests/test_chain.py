@@ -194,7 +194,7 @@ WRONG = {
     "another shape": (
         lambda: dp.rollout(problem(lambda x, u, t: x[:1]), x0, us),
         ValueError,
-        r"\[1\].*\[2\]",
+        r"shapes \(1,\).* has \(2,\)",
     ),
     "another dtype": (
         lambda: dp.rollout(
@@ -212,6 +212,47 @@ WRONG = {
         lambda: dp.rollout(problem(terminal_cost=lambda x: x[:1]), x0, us),
         ValueError,
         r"`terminal_cost` returned something of shape \(1,\)",
+    ),
+    "a list of controls": (
+        lambda: dp.rollout(problem(), x0, [[0.0, 0.0]] * 3),
+        TypeError,
+        r"`us` is a list of numbers, .*`jnp.asarray\(us\)`",
+    ),
+    "a list of integers": (
+        lambda: dp.rollout(problem(), x0, [[0, 0]] * 3),
+        TypeError,
+        r"`us` is a list of numbers, .*`jnp.asarray\(us\)`",
+    ),
+    "a list for a state": (
+        lambda: dp.rollout(problem(lambda x, u, t: 0.5 * x), [0.0, 0.0], us),
+        TypeError,
+        r"`dynamics` was given x of shape \[\(\), \(\)\] and u of shape \(2,\)."
+        r" `x0` is a list of numbers: .*`jnp.asarray\(x0\)`",
+    ),
+    "an array for a list": (
+        lambda: dp.rollout(problem(lambda x, u, t: jnp.stack(x)), [0.0, 0.0], us),
+        ValueError,
+        r"has \[\(\), \(\)\], and both must agree. `x0` is a list of numbers",
+    ),
+    "a number for a control": (
+        lambda: dp.rollout(problem(lambda x, u, t: x + u[0]), x0, us[:, 0]),
+        IndexError,
+        r"u of shape \(\). u is a number, .*give `us\[:, None\]`",
+    ),
+    "a number for a control of the cost": (
+        lambda: dp.rollout(problem(cost=lambda x, u, t: u @ u), x0, us[:, 0]),
+        Exception,
+        r"`cost` was given x of shape \(2,\) and u of shape \(\).*`us\[:, None\]`",
+    ),
+    "a number for a state": (
+        lambda: dp.rollout(problem(lambda x, u, t: x[0]), 1.0, us),
+        IndexError,
+        r"x of shape \(\) .*`x0` is a number: .*`jnp.asarray\(\[x0\]\)`",
+    ),
+    "an error in the terminal cost": (
+        lambda: dp.rollout(problem(terminal_cost=lambda x: x[0, 0]), x0, us),
+        IndexError,
+        r"`terminal_cost` was given x of shape \(2,\)",
     ),
     "no horizon": (lambda: problem(horizon=0), ValueError, "`horizon` is 0; at least"),
     "a float horizon": (

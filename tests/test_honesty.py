@@ -220,7 +220,7 @@ CALLS = {
     ),
     "a state of another shape for a policy": (
         lambda: helpers_policy()(0, jnp.ones(1)),
-        r"`x` has the shapes \[1\]; a state of the problem has \[2\]",
+        r"`x` has the shapes \(1,\); a state of the problem has \(2,\)",
     ),
     "a stage that a policy does not have": (
         lambda: helpers_policy()(12, jnp.ones(2)),

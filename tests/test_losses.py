@@ -1,6 +1,8 @@
 """f-softmax, f-softargmax and their losses: identities, derivatives, hard inputs."""
 
 import itertools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -769,7 +771,9 @@ def test_wrong_calls(unchecked):
         f_softargmax(np.arange(3), KL())
     with raises(ValueError, r"`axis` is 2; an integer from -2 to 1"):
         f_softargmax(THETA, KL(), axis=2)
-    with raises(TypeError, r"`reference` is missing; for ChiSquare it matters"):
+    with raises(
+        TypeError, r"`reference` is missing; for ChiSquare\(\) = Alpha\(2\) it matters"
+    ):
         f_softargmax(THETA, ChiSquare())
     with raises(ValueError, r'`reference` is "prior"; "unit", "uniform" or an array'):
         f_softargmax(THETA, KL(), "prior")  # pyright: ignore
@@ -785,9 +789,9 @@ def test_wrong_calls(unchecked):
         Alpha(jnp.array([1.0, jnp.inf]))
     with raises(TypeError, "`alpha` is an array of dtype int32"):
         Alpha(jnp.array(1, jnp.int32))
-    with raises(TypeError, "`alpha` is a str"):
+    with raises(TypeError, "`alpha` is '1.5'; a number"):
         Alpha("1.5")  # pyright: ignore
-    with raises(TypeError, "`f` is a str; a generator such as"):
+    with raises(TypeError, "`f` is 'kl'; a generator such as"):
         f_softargmax(THETA, "kl", "unit")  # pyright: ignore
     with raises(TypeError, "`where` has dtype float64; booleans are expected"):
         f_softargmax(THETA, KL(), where=np.ones(K))
@@ -801,6 +805,150 @@ def test_wrong_calls(unchecked):
         losses.hessian_operator(THETA, KL())
     with raises(ValueError, r"`scores` has shape \(2, 0\): no class on axis -1"):
         f_softargmax(np.zeros((2, 0)), KL())
+
+
+OPERATORS = {
+    "f_softargmax": lambda **options: f_softargmax(THETA, KL(), **options),
+    "f_softmax": lambda **options: f_softmax(THETA, KL(), **options),
+    "f_loss": lambda **options: f_loss(THETA, LABELS, KL(), **options),
+    "entmax": lambda **options: losses.entmax(THETA, 1.3, **options),
+    "entmax15": lambda **options: losses.entmax15(THETA, **options),
+    "sparsemax": lambda **options: losses.sparsemax(THETA, **options),
+    "capped_f_softargmax": lambda **options: losses.capped_f_softargmax(
+        jnp.asarray(THETA), KL(), cap=0.5, **options
+    ),
+    "diagnose": lambda **options: losses.diagnose(THETA, KL(), **options),
+}
+LABELS = np.array([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_axis_has_another_name_elsewhere(name):
+    with pytest.raises(TypeError, match=f"`{name}` takes no `dim`: say `axis=0`"):
+        OPERATORS[name](dim=0)
+    with pytest.raises(TypeError, match=f"`{name}` takes no `n_iter`: its arguments"):
+        OPERATORS[name](n_iter=3)
+
+
+@pytest.mark.parametrize("name", ["f_softplus", "f_sigmoid"])
+def test_entry_by_entry_there_is_no_axis(name):
+    operator = getattr(losses, name)
+    for option in ("axis", "dim"):
+        match = f"`{name}` takes no `{option}`: it takes every entry by itself"
+        with pytest.raises(TypeError, match=match):
+            operator(THETA, KL(), **{option: 0})
+
+
+@pytest.mark.parametrize(
+    "f, name",
+    [
+        (Alpha(1.5), r"Alpha\(1.5\)"),
+        (Alpha(1.05), r"Alpha\(1.05\)"),
+        (Alpha(jnp.array([1.5, 1.2])), r"Alpha\(f64\[2\]\)"),
+        (Alpha(0.0), r"ReverseKL\(\) = Alpha\(0\)"),
+        (LeCam(), r"LeCam\(.*\)"),  # pyright: ignore
+        (lambda u: u * jnp.log(u), r"generator\(<lambda>\)"),
+    ],
+)
+def test_a_generator_has_the_name_that_was_written(f, name):
+    missing = f"`reference` is missing; for {name} it matters"
+    with pytest.raises(TypeError, match=missing):
+        losses.FLoss(f)
+    if not isinstance(f, type(Alpha(jnp.array([1.5])))):
+        with pytest.raises(TypeError, match=missing):
+            f_softargmax(THETA[0], f)
+    with pytest.raises(ValueError, match=r"ReverseKL\(\) = Alpha\(0\), whose f"):
+        f_loss(THETA, LABELS, Alpha(0.0), "unit")
+
+
+def test_more_wrong_calls(unchecked):
+    raises = lambda kind, match: pytest.raises(kind, match=match)
+    with raises(TypeError, r"`f` is the class KL; .*`dp.losses.KL\(\)`"):
+        f_softargmax(THETA, KL)  # pyright: ignore
+    with raises(TypeError, r"`f` is Alpha, which returned Alpha.*Alpha\(1.5\)`"):
+        losses.FLoss(Alpha, "unit")
+    with raises((TypeError, IndexError), "which was called with one number"):
+        losses.generator(lambda u: u[0])
+    with raises(TypeError, r"`f` is an array of shape \(4,\)"):
+        f_loss(THETA, KL(), LABELS)  # pyright: ignore
+    with raises(TypeError, "scores come before targets"):
+        f_loss(LABELS, THETA, KL())
+    for bad in (0.0, -1.0, np.array([1.0, -1.0, 1.0, 1.0])):
+        with raises(ValueError, "`temperature` is .*-?[01].*expected"):
+            f_softargmax(THETA, KL(), temperature=bad)
+    with raises(TypeError, "`temperature` is 'hot'; a number > 0"):
+        losses.FLoss(KL(), temperature="hot")  # pyright: ignore
+    for bad in (2.0, -0.1):
+        with raises(ValueError, rf"`smoothing` is {bad}; a number in \[0, 1\]"):
+            losses.FLoss(KL(), smoothing=bad)
+    one_hot = np.eye(K)[LABELS]
+    with raises(ValueError, r"Convert them with `targets.astype\(float\)`"):
+        f_loss(THETA, one_hot.astype(int), KL())
+    with raises(ValueError, r"Convert them with `targets.astype\(int\)`"):
+        losses.SoftmaxCrossEntropy()(jnp.asarray(THETA), jnp.arange(4.0))
+    for loss in (losses.Logistic(), losses.Hinge()):
+        with raises(ValueError, "contains 0.0; binary targets are 1.0 and -1.0"):
+            loss(jnp.asarray(THETA), jnp.asarray(one_hot))
+    with raises(ValueError, "`delta` is -1.0; a number > 0"):
+        losses.Huber(-1.0)
+
+
+def test_losses_of_classes_need_classes(unchecked):
+    for loss in (losses.SoftmaxCrossEntropy(), losses.FLoss(KL())):
+        with pytest.raises(
+            ValueError, match=r"`outputs` has shape \(3,\); \(examples, c"
+        ):
+            loss(jnp.ones(3), jnp.array([0.0, 0.0, 1.0]))
+        # Else every loss would be 0.
+        with pytest.raises(ValueError, match=r"of which there is one: .*Logistic\(\)"):
+            loss(jnp.ones((3, 1)), jnp.array([0, 1, 1]))
+        with pytest.raises(ValueError, match=r"of which there is one: .*Logistic\(\)"):
+            jax.jit(loss.gradient)(jnp.ones((3, 1)), jnp.array([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"of which there is one: .*targets 1.0 and"):
+        losses.Hinge()(jnp.ones((3, 1)), jnp.array([1, -1, 1]))
+    with pytest.raises(TypeError, match=r"`outputs` is \[\[1.0\]\]; an array whose"):
+        losses.Squared()([[1.0]], [[2.0]])  # pyright: ignore
+
+
+def test_wrong_parts_of_energies_and_risks(unchecked):
+    energy, subsets = lambda w, x, y: jnp.dot(w, y), losses.Subsets(3)
+    anything: Any = losses
+    sigma = losses.spectrum("superquantile", 3, 0.5)
+    for call, message in (
+        (lambda: anything.exact_objective(energy, subsets, KL()), "`subsets.all()`"),
+        (lambda: anything.exact_objective("e", subsets.all(), KL()), "`energy` is 'e'"),
+        (
+            lambda: anything.minmin_objective(energy, energy, losses.Subsets, KL()),
+            "`sampler` is the class Subsets",
+        ),
+        (lambda: anything.Subsets(3.0), "`k` is 3.0; a Python int"),
+        (lambda: anything.Enumeration(3), "`candidates` has the shapes ()"),
+        (
+            lambda: losses.Enumeration(jnp.ones((4, 2)), np.ones(2)),
+            "one for each of the 4 candidates",
+        ),
+        (
+            lambda: anything.prospect(
+                losses.Squared(), sigma, KL(), smoothing=1.0, learning_rate=0.1
+            ),
+            "`loss` is Squared(); a function `loss(params, example)`",
+        ),
+        (
+            lambda: anything.lsvrg(energy, 0.5, learning_rate=0.1),
+            "`sigma` has shape (); a spectrum",
+        ),
+        (
+            lambda: losses.viterbi(jnp.ones((3, 2, 2), int)),
+            "`potentials` has dtype int",
+        ),
+        (lambda: anything.sparsemax(0.5), "`scores` is one number"),
+        (
+            lambda: anything.f_softargmax(KL(), THETA),
+            "`scores` is KL(); an array is expected, and f comes after it",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            call()
 
 
 def test_labels_out_of_range_under_jit():

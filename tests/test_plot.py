@@ -2,6 +2,7 @@ import functools
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,6 +120,127 @@ def test_convergence(solution, tmp_path):
     np.testing.assert_allclose(curve[:-1], (cost - cost[-1])[:-1])
     assert np.isnan(curve[-1])
     _draw(ax, tmp_path)
+
+
+def test_solutions_are_drawn_as_they_are(solution):
+    for bare, arrays in (
+        (plot.trajectory(solution), plot.trajectory(solution.xs, solution.us)),
+        (plot.inputs(solution), plot.inputs(solution.us)),
+    ):
+        curves = lambda axes: (
+            [np.asarray(line.get_ydata()) for ax in axes for line in ax.lines]
+            + [patch.get_data().values for ax in axes for patch in ax.patches]
+        )
+        assert len(curves(bare)) == len(curves(arrays)) > 0
+        for a, b in zip(curves(bare), curves(arrays), strict=True):
+            np.testing.assert_array_equal(a, b)
+    desired = plot.convergence({"solution": solution})
+    for some, labels in (
+        (solution, ["solution"]),
+        ([solution, solution], ["solution 0", "solution 1"]),
+    ):
+        ax = plot.convergence(some)
+        assert _labels(ax) == labels
+        for line in ax.lines:
+            np.testing.assert_array_equal(
+                line.get_ydata(), desired.lines[0].get_ydata()
+            )
+
+
+def test_a_race_and_its_solution(circuit, drive, tmp_path):
+    tracking = dp.systems.PathTracking(dp.systems.KinematicCar(), circuit)
+    sliding = dp.systems.Race.miniature(circuit)
+    speed = np.linspace(1.0, 2.0, 9)
+    columns = lambda *more: np.stack([*drive.T, *more], axis=1)
+    # The speed of a car that slips is that of its position too.
+    for race, xs, m in (
+        (tracking, columns(speed, 0 * speed), 2),
+        (sliding, columns(0.6 * speed, 0.8 * speed, *3 * [0 * speed]), 3),
+    ):
+        driven = dp.Trajectory(jnp.asarray(xs), jnp.ones((8, m)), jnp.zeros(()))
+        for first in (race, dp.ControlProblem.from_system(race, 8)):
+            ax = plot.race(first, driven)
+            line = ax.collections[-1]
+            np.testing.assert_allclose(line.get_array(), (speed[1:] + speed[:-1]) / 2)
+            pieces = np.stack([drive[:-1, :2], drive[1:, :2]], axis=1)
+            np.testing.assert_allclose(line.get_segments(), pieces)
+            assert len(ax.lines) == len(plot.track(race).lines) == 4
+    file = tmp_path / "race.gif"
+    assert plot.animation(file, driven, race, every=8, dpi=20.0) == file
+    assert file.stat().st_size > 1000
+
+
+def _batch(solution):
+    return jax.tree.map(lambda a: jnp.stack([a, a]), solution)
+
+
+def _subplots(rows):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    return figure, figure.subplots(rows)
+
+
+MISTAKES = {
+    "a batch": (lambda s, t: plot.trajectory(_batch(s)), r"`solution\[0\]`"),
+    "a batch's inputs": (lambda s, t: plot.inputs(_batch(s)), "batch of 2 solutions"),
+    "a batch's costs": (lambda s, t: plot.convergence(_batch(s)), "batch of 2"),
+    "states alone": (lambda s, t: plot.trajectory(s.xs), "`us` is missing"),
+    "one axes of two": (
+        lambda s, t: plot.trajectory(s, ax=_subplots(1)[1]),
+        r"2 axes are expected, as in `plt.subplots\(2\)\[1\]`",
+    ),
+    "a figure too": (
+        lambda s, t: plot.convergence(s, ax=_subplots(1)),
+        "`ax` is .*; one axes are expected",
+    ),
+    "costs": (
+        lambda s, t: plot.convergence({"a": s.history["cost"]}),
+        r"`solutions` holds an array of shape \(6,\); solutions",
+    ),
+    "no solutions": (lambda s, t: plot.convergence([]), "`solutions` is empty"),
+    "phases": (
+        lambda s, t: plot.inputs((np.zeros((2, 1)), np.zeros((3, 1)))),
+        r"`us` have \[2, 3\] rows; .* `solution.us\[0\]`",
+    ),
+    "one name as a string": (
+        lambda s, t: plot.trajectory(s, names="angle"),
+        "1 names came for 2 columns",
+    ),
+    "a speed of another length": (
+        lambda s, t: plot.race(s.xs, np.ones(4), t),
+        r"`speed` is an array of shape \(4,\); .* each of the 5 positions",
+    ),
+    "a speed of few stages": (
+        lambda s, t: plot.inputs(s, np.ones(3)),
+        r"`speed` is an array of shape \(3,\)",
+    ),
+    "no speed": (lambda s, t: plot.race(s), r"`race\(problem, solution\)`"),
+    "a race without its solution": (
+        lambda s, t: plot.race(dp.systems.Race.miniature(t), s.xs),
+        r"The second argument is an array of shape \(5, 2\)",
+    ),
+    "a file for a track": (
+        lambda s, t: plot.track("monza.csv"),
+        r"`track` is 'monza.csv'; .*`dp.systems.Track.from_csv\(path\)`",
+    ),
+    "no path": (lambda s, t: plot.race(t, np.ones(5)), r"The path is Track"),
+    "a film": (
+        lambda s, t: plot.animation("race.mp4", s, t),
+        "`file` is 'race.mp4'; a name in .gif",
+    ),
+    "an animation without a car": (
+        lambda s, t: plot.animation("race.gif", s, t, dt=0.1),
+        "`dt`, `length` or `width` is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case, solution, circuit, unchecked):
+    call, message = MISTAKES[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(solution, circuit)
 
 
 def test_convergence_needs_a_history():

@@ -1,6 +1,6 @@
 """The door of the oracles: any model, any optimizer, state, failures."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -431,6 +431,175 @@ def test_wrong_calls(call, error, message, unchecked):
     vd = dp.value_and_direction(Squared(), GaussNewton(0.1))
     with pytest.raises(error, match=message):
         call(vd)
+
+
+def transposed(model, inputs):
+    return jax.vmap(model)(inputs).T
+
+
+@pytest.mark.parametrize("loss", [Squared(), lambda u, y: jnp.sum((u - y) ** 2, -1)])
+def test_who_did_not_give_a_row_per_example(loss, unchecked):
+    call = lambda predict, targets=TARGETS, inputs=INPUTS: dp.value_and_direction(
+        loss, GaussNewton(0.1), predict
+    )(MODEL, inputs, targets)
+    blamed = lambda match: pytest.raises(ValueError, match=match)
+    mean = lambda model, inputs: jnp.mean(jax.vmap(model)(inputs), 0)
+    for predict in (transposed, mean, lambda model, inputs: model(inputs[0])):
+        with blamed(r"`predict` returned outputs of shape .* for 6 examples"):
+            call(predict)
+    for predict in (None, lambda model, inputs: jax.vmap(model)(inputs)):
+        with blamed(r"`targets` has shape \(4, 2\) for 6 examples"):
+            call(predict, TARGETS[:4])
+    # Sequences whose first axis is time say nothing of the examples.
+    with blamed(r"outputs of shape \(2, 6\) for inputs of .*, and `targets` has shape"):
+        call(transposed, TARGETS[:4])
+    with pytest.raises(Exception, match=r"outputs of shape \(6, 2\).*returns them"):
+        call(None, jnp.ones((6, 3)))
+
+
+def test_labels_of_a_transposed_output(unchecked):
+    vd = dp.value_and_direction(SoftmaxCrossEntropy(), Gradient(), transposed)
+    with pytest.raises(ValueError, match="`predict` returned outputs of shape"):
+        vd(MODEL, INPUTS, jnp.arange(6) % 2)
+
+
+def test_check_looks_at_the_targets():
+    vd = dp.value_and_direction(SoftmaxCrossEntropy(), Gradient(), check=True)
+    vd(MODEL, INPUTS, jnp.arange(6) % 2)
+    with pytest.raises(ValueError, match="label 2; the 2 classes are 0 to 1"):
+        vd(MODEL, INPUTS, jnp.arange(6) % 3)
+
+
+anything: Any = dp  # what follows is wrong on purpose
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: anything.oracles.GaussNewton(0.1, CG), "`solver` is the class CG; "),
+        (
+            lambda: anything.oracles.GaussNewton(0.1, 10),
+            r"`solver` is 10; .*CG\(max_steps=10\)`",
+        ),
+        (
+            lambda: anything.oracles.DualGaussNewton(0.1, CG),
+            "`solver` is the class CG; ",
+        ),
+        (
+            lambda: anything.oracles.GaussNewton("big"),
+            "`damping` is 'big'; a number > 0 .* a rule",
+        ),
+        (
+            lambda: anything.oracles.GaussNewton(CG()),
+            r"`damping` is CG\(\); a number > 0",
+        ),
+        (
+            lambda: anything.oracles.Gradient(Threshold),
+            "`damping` is the class Threshold; a number",
+        ),
+        (lambda: anything.oracles.GaussNewton(None), "`damping` is None; a number > 0"),
+        (
+            lambda: anything.oracles.ProxLinear(0.1, CG()),
+            r"`solver` is CG\(\); .*NewtonSteps",
+        ),
+        (
+            lambda: anything.oracles.ProxLinear(0.1, gap="small"),
+            "`gap` is 'small'; a number > 0",
+        ),
+        (lambda: anything.oracles.Threshold(low="a"), "`low` is 'a'; a number"),
+        (
+            lambda: anything.oracles.MadsenNielsen([1.0]),
+            r"`initial` is \[1.0\]; a number > 0",
+        ),
+        (lambda: anything.oracles.GradientNorm(power="2"), "`power` is '2'; a number"),
+        (lambda: anything.oracles.CG(rtol="small"), "`rtol` is 'small'; a number"),
+        (
+            lambda: anything.oracles.NewtonSteps(solver=CG),
+            "`solver` is the class CG; `Auto`",
+        ),
+        (
+            lambda: anything.oracles.MoreauRule(CG()),
+            r"`solver` is CG\(\); .*InnerNewton",
+        ),
+        (
+            lambda: anything.oracles.prox_prop(solver=anything.oracles.InnerNewton),
+            "`solver` is the class InnerNewton",
+        ),
+        (
+            lambda: anything.oracles.TargetPropagation("x"),
+            "`stepsize` is 'x'; a number > 0",
+        ),
+        (
+            lambda: anything.oracles.TargetPropagation(eps=None),
+            "`eps` is None; a number in",
+        ),
+        (
+            lambda: anything.ILQR(anything.ParallelRiccati),
+            "`riccati` is the class ParallelRicc",
+        ),
+        (
+            lambda: anything.Newton("parallel"),
+            r"`riccati` is 'parallel'; .*Riccati\(\)`",
+        ),
+        (lambda: anything.GaussNewton(0.1), "`riccati` is 0.1; something like"),
+        (lambda: anything.MoreauGradient(1.0, CG()), r"`solver` is CG\(\)"),
+        (lambda: anything.rule_boundary(eqx.nn.Linear), "`layer` is the class Linear"),
+        (lambda: anything.Network([eqx.nn.Linear]), "Layer 0 is the class Linear"),
+        (
+            lambda: anything.Recurrent(anything.RNNCell, 3),
+            "`cell` is the class RNNCell",
+        ),
+        (
+            lambda: anything.NetworkProblem(
+                anything.Network([MODEL]), Squared, TARGETS
+            ),
+            "`loss` is the class Squared",
+        ),
+    ],
+)
+def test_parts_are_checked_when_they_are_put_together(make, message, unchecked):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_wrong_models_and_batches(unchecked):
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1))
+    raises = lambda kind, match: pytest.raises(kind, match=match)
+    with raises(TypeError, r"The model is an array of shape \(6, 3\), which cannot"):
+        vd(INPUTS, MODEL, TARGETS)
+    with raises(TypeError, "The model is the class MLP"):
+        vd(eqx.nn.MLP, INPUTS, TARGETS)
+    with raises(TypeError, r"`inputs` is a list of numbers.*`jnp.asarray\(inputs\)`"):
+        vd(MODEL, INPUTS.tolist(), TARGETS)
+    with raises(TypeError, r"`key` is 0; a key such as `jax.random.key\(0\)`"):
+        vd(MODEL, INPUTS, TARGETS, key=0)  # pyright: ignore
+    with raises(ValueError, r"have shape \(0, 2\): .* Skip an empty batch"):
+        vd(MODEL, INPUTS[:0], TARGETS[:0])
+    with raises(Exception, r"one example of shape \(\), a row of inputs of shape \(3"):
+        vd(MODEL, INPUTS[0], TARGETS[0])
+    net = dp.Network([MODEL])
+    with raises(Exception, r"as one example: .*`jax.vmap\(network\)\(x\)`"):
+        net(INPUTS)
+    with raises(ValueError, "`params` is not arranged like those of the network"):
+        net.with_params(())
+    with raises(TypeError, r"`activation` is 'tanh'; a function `a\(z\)`"):
+        anything.RNNCell(3, 4, "tanh", key=jr.key(0))
+    with raises(Exception, r"Raised in `predict\(model, inputs, key=key\)`"):
+        predict = lambda model, inputs: jax.vmap(model)(inputs)
+        bare = dp.value_and_direction(Squared(), GaussNewton(0.1), predict)
+        bare(MODEL, INPUTS, TARGETS, key=jr.key(0))
+    with raises(TypeError, "`predict` returned .* it returns two things"):
+        predict = lambda model, inputs, state: jax.vmap(model)(inputs)
+        bare = dp.value_and_direction(Squared(), GaussNewton(0.1), predict)
+        bare.step(MODEL, bare.init(MODEL, jnp.zeros(())), INPUTS, TARGETS)
+    with raises(ValueError, r"`metric` is an array of shape \(3,\); a pytree like"):
+        oracle = GaussNewton(0.1, metric=jnp.ones(3))
+        dp.value_and_direction(Squared(), oracle)(MODEL, INPUTS, TARGETS)
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), arrays(MODEL))
+    half = eqx.combine(half, MODEL)
+    low = lambda a: a.astype(jnp.float16)
+    with raises(TypeError, "dtype float16, and factorizations need float32"):
+        vd(half, low(INPUTS), low(TARGETS))
 
 
 def test_wrong_definitions(unchecked):

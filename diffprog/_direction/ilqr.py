@@ -1,6 +1,7 @@
 from typing import ClassVar
 
 from .._lqr import AbstractRiccati, Riccati
+from .._types import check_kind
 from .base import AbstractDirection, deferred, linear_quadratic
 
 
@@ -21,6 +22,9 @@ class ILQR(AbstractDirection):
     riccati: AbstractRiccati = Riccati()
 
     follows_dynamics: ClassVar[bool] = True
+
+    def __check_init__(self):
+        check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")
 
     def expand(self, chain, trajectory):
         if chain.loops == "fused" and isinstance(self.riccati, Riccati):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from .._inner import AbstractInner, InnerNewton, Subproblem
 from .._lqr import Sweep
 from .._tree import all_finite, norm, vdot
-from .._types import check_positive, Number, number
+from .._types import check_kind, check_positive, Number, number
 from .base import AbstractDirection, feedforward, gradients
 
 
@@ -44,6 +44,7 @@ class MoreauGradient(AbstractDirection):
 
     def __check_init__(self):
         check_positive("alpha", self.alpha)
+        check_kind("solver", self.solver, AbstractInner, "dp.oracles.InnerNewton()")
 
     def expand(self, chain, trajectory):
         return gradients(chain, trajectory)

@@ -2,6 +2,7 @@ from typing import ClassVar
 
 from .._expand import adjoints
 from .._lqr import AbstractRiccati, Riccati
+from .._types import check_kind
 from .base import AbstractDirection, linear_quadratic
 
 
@@ -22,6 +23,9 @@ class Newton(AbstractDirection):
     riccati: AbstractRiccati = Riccati()
 
     follows_dynamics: ClassVar[bool] = False
+
+    def __check_init__(self):
+        check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")
 
     def expand(self, chain, trajectory):
         _, lams, _ = adjoints(chain, trajectory)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
+from .._types import came
 from ._divergence import (
     AbstractDivergence,
     ChiSquare,
@@ -126,7 +127,9 @@ class TracedAlpha(AbstractDivergence):
     sparse: ClassVar[bool] = True
 
     def __repr__(self):
-        return f"Alpha({eqx.tree_pformat(self.alpha)})"
+        if isinstance(self.alpha, Tracer) or jnp.ndim(self.alpha):
+            return f"Alpha({eqx.tree_pformat(self.alpha)})"
+        return f"Alpha({self.alpha:g})"
 
     @property
     def convex_ratio(self):
@@ -210,6 +213,12 @@ def second_remainder(z: Array) -> Array:
 NAMED = {1.0: KL(), 0.0: ReverseKL(), 2.0: ChiSquare(), -1.0: Neyman()}
 
 
+def written(f: AbstractDivergence) -> str:
+    """A generator as it may have been written: `Alpha` has other names for some."""
+    also = [f" = Alpha({a:g})" for a, named in NAMED.items() if type(f) is type(named)]
+    return "".join([repr(f), *also])
+
+
 def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
     r"""The alpha-divergence.
 
@@ -245,9 +254,7 @@ def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
             raise ValueError(f"`alpha` is {alpha}; finite numbers are expected.")
         return TracedAlpha(array)  # pyright: ignore
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)):
-        raise TypeError(
-            f"`alpha` is a {type(alpha).__name__}; a number or an array is expected."
-        )
+        raise TypeError(f"`alpha` is {came(alpha)}; a number or an array is expected.")
     number = float(alpha)
     if not math.isfinite(number):
         raise ValueError(f"`alpha` is {number}; a finite number is expected.")

@@ -1,8 +1,9 @@
 """The arguments of an operator: checked, and put in the order of the solver."""
 
 import functools as ft
+import inspect
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, cast, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
+from .._types import came, check_positive
+from ._alpha import written
 from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
 from ._kernel import Mode, mode
@@ -18,6 +21,7 @@ from ._root import Classes, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
+Fn = TypeVar("Fn", bound=Callable)
 Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
 
 
@@ -86,6 +90,10 @@ class Call(eqx.Module):
 
 
 def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
+    if callable(scores) or isinstance(scores, AbstractDivergence):
+        raise TypeError(
+            f"`scores` is {came(scores)}; an array is expected, and f comes after it."
+        )
     scores, f = jnp.asarray(scores), as_divergence(f)
     _check_scores(scores, axis)
     shape = scores.shape
@@ -94,23 +102,14 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
             raise TypeError(f"`where` has dtype {where.dtype}; booleans are expected.")
+    check_temperature(temperature)
     if isinstance(temperature, (int, float)) and temperature == 1:
         temperature = None
     else:
         temperature = per_row("temperature", temperature, shape, axis)
-    if reference is None and not isinstance(f, KL):
-        raise TypeError(
-            f'`reference` is missing; for {type(f).__name__} it matters: "unit" '
-            '(as in entmax and sparsemax), "uniform" (1 / number of classes), or an '
-            "array. Only KL gives the same probabilities for the first two."
-        )
+    check_reference(reference, f)
     unit = reference is None
     if isinstance(reference, str):
-        if reference not in ("unit", "uniform"):
-            raise ValueError(
-                f'`reference` is "{reference}"; "unit", "uniform" or an array is '
-                "expected."
-            )
         unit, reference = reference == "unit", None
     elif reference is not None:
         reference = _like_scores("reference", reference, scores.shape)
@@ -123,16 +122,62 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     return Call(scores, f, reference, where, temperature, *options)
 
 
+def operator(fn: Fn) -> Fn:
+    """Refuses options of other libraries, and says what the option is here."""
+    own = inspect.signature(fn).parameters
+
+    @ft.wraps(fn)
+    def call(*args, **options):
+        for name in options.keys() - own.keys():
+            instead = "its arguments are " + ", ".join(f"`{known}`" for known in own)
+            if name == "dim" and "axis" in own:
+                instead = f"say `axis={options[name]!r}`"
+            elif name in ("dim", "axis"):
+                instead = f"it takes every entry by itself; {instead}"
+            raise TypeError(f"`{fn.__name__}` takes no `{name}`: {instead}.")
+        return fn(*args, **options)
+
+    return cast(Fn, call)
+
+
 def is_known(array) -> bool:
     return not isinstance(array, Tracer)
+
+
+def check_reference(reference: Any, f: AbstractDivergence):
+    """Raises for a measure that is missing, and for a name that there is not."""
+    if reference is None and not isinstance(f, KL):
+        raise TypeError(
+            f'`reference` is missing; for {written(f)} it matters: "unit" (as in '
+            'entmax and sparsemax), "uniform" (1 / number of classes), or an array. '
+            "Only KL gives the same probabilities for the first two."
+        )
+    if isinstance(reference, str) and reference not in ("unit", "uniform"):
+        raise ValueError(
+            f'`reference` is "{reference}"; "unit", "uniform" or an array is expected.'
+        )
+
+
+def check_temperature(temperature: Any):
+    """Raises for what is no number, and for known numbers that are not positive."""
+    if isinstance(temperature, list | tuple):
+        temperature = jnp.asarray(temperature)
+    check_positive("temperature", temperature)
+    number = isinstance(temperature, float | int)
+    if not number and is_known(temperature) and not np.all(np.asarray(temperature) > 0):
+        raise ValueError(
+            f"`temperature` is {temperature}; positive numbers are expected."
+        )
 
 
 def _check_scores(scores: Array, axis: int):
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(
             f"`scores` has dtype {scores.dtype}; floats are expected: convert integers "
-            "with `scores.astype(float)`."
+            "with `scores.astype(float)`, and mind that scores come before targets."
         )
+    if scores.ndim == 0:
+        raise ValueError("`scores` is one number; an axis of classes is expected.")
     if not isinstance(axis, int) or not -scores.ndim <= axis < scores.ndim:
         raise ValueError(
             f"`axis` is {axis}; an integer from {-scores.ndim} to {scores.ndim - 1} is "

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._call import Call, check, Divergence, is_known, per_row, Reference
+from ._call import Call, check, Divergence, is_known, operator, per_row, Reference
 from ._divergence import AbstractDivergence
 from ._root import ratio
 
@@ -62,6 +62,7 @@ def _ratios(f, s, y, q, cap):
     return ratio(f, jnp.where(below & present, s + y, top)), below, present
 
 
+@operator
 def capped_f_softargmax(
     scores: Float[Array, "..."],
     f: Divergence,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from .._types import came
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
 
@@ -107,9 +108,9 @@ def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:
     if isinstance(loss, AbstractLoss):
         return loss
     if inspect.isclass(loss) or not callable(loss):
-        given = f"the class {loss.__name__}" if inspect.isclass(loss) else repr(loss)
         raise TypeError(
-            f"`loss` is {given}; a loss such as `dp.losses.Squared()`, or a function "
-            "of outputs and targets that returns one number per example, is expected."
+            f"`loss` is {came(loss)}; a loss such as `dp.losses.Squared()`, or a "
+            "function of outputs and targets that returns one number per example, is "
+            "expected."
         )
     return Custom(loss)

@@ -24,6 +24,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from .._types import check_count, check_function, check_kind, shapes
 from ._call import Divergence
 from ._divergence import AbstractDivergence, KL
 from ._generated import as_divergence
@@ -44,6 +45,19 @@ class Enumeration(eqx.Module):
 
     candidates: PyTree
     weights: Float[ArrayLike, " number"] | None = None
+
+    def __check_init__(self):
+        lengths = {np.shape(leaf)[:1] for leaf in jtu.tree_leaves(self.candidates)}
+        if len(lengths) != 1 or () in lengths:
+            raise ValueError(
+                f"`candidates` has the shapes {shapes(self.candidates):.200}; arrays "
+                "whose first axis counts the candidates are expected."
+            )
+        if self.weights is not None and np.shape(self.weights) not in lengths:
+            raise ValueError(
+                f"`weights` has shape {np.shape(self.weights)}; one for each of the "
+                f"{self.number} candidates is expected."
+            )
 
     @property
     def number(self) -> int:
@@ -69,7 +83,7 @@ class Subsets(eqx.Module):
     dtype: Any = eqx.field(default=float, static=True)
 
     def __check_init__(self):
-        _check_number(self.k)
+        check_count("k", self.k)
 
     @property
     def size(self) -> int:
@@ -97,7 +111,7 @@ class Permutations(eqx.Module):
     k: int = eqx.field(static=True)
 
     def __check_init__(self):
-        _check_number(self.k)
+        check_count("k", self.k)
 
     @property
     def size(self) -> int:
@@ -178,6 +192,10 @@ def minmin_objective(
     their Partition Function", 2025, arXiv 2501.18528.
     """
     f = as_divergence(f)
+    check_function("energy", energy, "energy(params, x, y)")
+    check_function("log_partition", log_partition, "log_partition(params, x)")
+    if not isinstance(sampler, Enumeration):
+        check_function("sampler", sampler, "sampler(key, x) -> y")
     _check_options(f, num_samples, mass, max_ratio)
 
     def objective(params, x, y, key=None) -> tuple[Array, Normalization]:
@@ -235,6 +253,8 @@ def exact_objective(
     the minimizing t, for KL the log-partition. No derivatives flow to tau.
     """
     f = as_divergence(f)
+    check_function("energy", energy, "energy(params, x, y)")
+    check_kind("enumeration", enumeration, Enumeration, "subsets.all()")
     _check_options(f, 1, mass, 1.0)
 
     def objective(params, x, y) -> tuple[Array, Array]:
@@ -292,11 +312,6 @@ def _check_options(f: AbstractDivergence, num_samples: int, mass, max_ratio):
             raise ValueError(
                 f"`f` has an alpha of shape {jnp.shape(leaf)}; a scalar is expected."
             )
-
-
-def _check_number(k: int):
-    if k < 1:
-        raise ValueError(f"`k` is {k}; at least 1 is expected.")
 
 
 def _check_size(family, size: int):

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._capture import Frozen
+from .._types import came, noted
 from ._divergence import AbstractDivergence
 
 
@@ -22,6 +23,9 @@ class Generated(AbstractDivergence):
     convex_ratio: ClassVar[bool] = False
     origin: ClassVar[float] = 0.0
     lift: ClassVar[float] = 0.0
+
+    def __repr__(self):
+        return f"generator({getattr(self.fn, '__name__', self.fn)})"
 
     # Ratios are looked for between e^-REACH and e^REACH.
     REACH: ClassVar[float] = 64.0
@@ -88,10 +92,18 @@ def generator(fn: Callable) -> AbstractDivergence:
 
     **Raises:** `ValueError` if f'' is not positive somewhere between 1e-4 and 1e4.
     """
-    if not callable(fn):
+    if isinstance(fn, type) or not callable(fn):
         raise TypeError(
-            f"`f` is a {type(fn).__name__}; a generator such as `dp.losses.KL()` or a "
-            "function of one number is expected."
+            f"`f` is {came(fn)}; a generator such as `dp.losses.KL()` or a function of "
+            "one number is expected."
+        )
+    name = getattr(fn, "__name__", fn)
+    with noted(lambda: f"`f` is {name}, which was called with one number."):
+        value = fn(jnp.ones(()))
+    if not eqx.is_array_like(value) or jnp.shape(value) != ():
+        raise TypeError(
+            f"`f` is {name}, which returned {came(value)} for a number; f(u), one "
+            "number, is expected, or a generator such as `dp.losses.Alpha(1.5)`."
         )
     with jax.ensure_compile_time_eval():
         grid = jnp.geomspace(1e-4, 1e4, 81)

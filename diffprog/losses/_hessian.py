@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
-from ._call import Call, check, Divergence, Reference
+from ._call import Call, check, Divergence, operator, Reference
 from ._root import ratio, root
 
 
@@ -94,6 +94,7 @@ def solution(call: Call) -> tuple[Array, Array]:
     return call.rows(s.problem.q * u), call.rows(weights)
 
 
+@operator
 def hessian_operator(
     scores: Float[ArrayLike, " k"],
     f: Divergence,

@@ -8,10 +8,12 @@ tokens say.
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from .._types import came
 from ._call import is_known
 from ._factor import AbstractFactor
 
@@ -191,12 +193,30 @@ def total(losses: Array) -> Float[Array, " examples"]:
 
 def like(outputs: Array, targets: Array) -> Array:
     """Targets of the shape of the outputs, in their dtype."""
+    if not isinstance(outputs, jax.Array | np.ndarray) or outputs.ndim == 0:
+        raise TypeError(
+            f"`outputs` is {came(outputs)}; an array whose first axis is the example "
+            "is expected."
+        )
     if jnp.shape(outputs) != jnp.shape(targets):
         raise ValueError(
-            f"`targets` has shape {jnp.shape(targets)}; that of `outputs`, "
-            f"{jnp.shape(outputs)}, is expected."
+            f"`targets` has shape {jnp.shape(targets)}, and `outputs` "
+            f"{jnp.shape(outputs)}; both must agree."
         )
     return jnp.asarray(targets, outputs.dtype)
+
+
+def signs(outputs: Array, targets: Array) -> Array:
+    """Binary targets, 1 or -1, of the shape of the outputs, in their dtype."""
+    y = like(outputs, targets)
+    if is_known(y):
+        wrong = np.asarray(targets)[np.abs(np.asarray(targets)) != 1]
+        if wrong.size:
+            raise ValueError(
+                f"`targets` contains {wrong[0]}; binary targets are 1.0 and -1.0: of "
+                "zeros and ones make `2.0 * targets - 1.0`."
+            )
+    return y
 
 
 def where_inside(excess: Array, size: Array | float, values: Array) -> Array:

@@ -10,16 +10,25 @@ from jaxtyping import Array
 
 from .._types import Number, number
 from ._block import majorized, newton
-from ._call import Call, check, Divergence, Reference, Setup
+from ._call import (
+    Call,
+    check,
+    check_reference,
+    check_temperature,
+    Divergence,
+    Reference,
+    Setup,
+)
 from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor, row_dot
 from ._generated import as_divergence
 from ._hessian import solution
-from ._loss import AbstractLoss, like, per_example, total, where_inside
+from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
 from ._operators import (
     check_at_zero,
+    check_classes,
     check_labels,
-    check_targets,
+    check_smoothing,
     f_loss,
     f_softargmax,
 )
@@ -37,12 +46,7 @@ def _is_labels(targets: Array) -> bool:
 def _one_hot(outputs: Array, labels: Array) -> Array:
     """Rows of zeros for labels out of range, where these are not known."""
     k = outputs.shape[-1]
-    if jnp.shape(labels) != outputs.shape[:-1]:
-        raise ValueError(
-            f"`targets` has shape {jnp.shape(labels)}; labels of the shape "
-            f"{outputs.shape[:-1]}, that of `outputs` without the classes, are "
-            "expected. Binary targets are floats, 1.0 or -1.0."
-        )
+    check_classes(outputs, jnp.asarray(labels))
     check_labels(jnp.asarray(labels), k)
     return jax.nn.one_hot(labels, k, dtype=outputs.dtype)
 
@@ -88,9 +92,14 @@ class FLoss(AbstractLoss):
     smoothing: float = eqx.field(static=True, default=0.0)
 
     def __check_init__(self):
-        object.__setattr__(self, "f", as_divergence(self.f))
+        f = as_divergence(self.f)
+        object.__setattr__(self, "f", f)
+        check_reference(self.reference, f)
+        check_temperature(self.temperature)
+        check_smoothing(self.smoothing)
 
     def __call__(self, outputs, targets):
+        check_classes(outputs, jnp.asarray(targets))
         losses = f_loss(
             outputs,
             targets,
@@ -109,7 +118,7 @@ class FLoss(AbstractLoss):
         """The probabilities y, and 1 for rows with a loss, 0 for the others."""
         scores, q, Q, _ = call.set_up().problem
         y, targets = None, jnp.asarray(targets)
-        check_targets(targets, scores.shape, -1)
+        check_classes(scores, targets)
         if _is_labels(targets):
             y = _one_hot(call.scores, targets)
             if self.smoothing == 0:
@@ -193,12 +202,14 @@ class SoftmaxCrossEntropy(AbstractLoss):
     has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
+        check_classes(outputs, jnp.asarray(targets))
         if _is_labels(targets):
             return total(f_loss(outputs, targets, KL()))
         return total(-like(outputs, targets) * jax.nn.log_softmax(outputs))
 
     def _targets(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
         """y and its sum."""
+        check_classes(outputs, jnp.asarray(targets))
         by_label = _is_labels(targets)
         y = _one_hot(outputs, targets) if by_label else like(outputs, targets)
         return y, _sum(y)
@@ -253,14 +264,14 @@ class Hinge(AbstractLoss):
 
     def __call__(self, outputs, targets):
         if not _is_labels(targets):
-            return total(jnp.maximum(1 - like(outputs, targets) * outputs, 0))
+            return total(jnp.maximum(1 - signs(outputs, targets) * outputs, 0))
         own = _one_hot(outputs, targets)
         margins = jnp.max(outputs + 1 - own, -1) - jnp.sum(own * outputs, -1)
         return total(margins * jnp.sum(own, -1))
 
     def gradient(self, outputs, targets):
         if not _is_labels(targets):
-            y = like(outputs, targets)
+            y = signs(outputs, targets)
             return jnp.where(y * outputs < 1, -y, 0)
         own = _one_hot(outputs, targets)
         worst = jnp.argmax(outputs + 1 - own, -1)

@@ -9,12 +9,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._alpha import Alpha
-from ._call import Call, check, Divergence, is_known, Reference, Setup
+from .._types import check_number
+from ._alpha import Alpha, written
+from ._call import (
+    Call,
+    check,
+    Divergence,
+    is_known,
+    operator,
+    Reference,
+    Setup,
+)
 from ._divergence import AbstractDivergence, ChiSquare
 from ._root import height, probabilities, same_for_all, solve
 
 
+@operator
 def f_softargmax(
     scores: Float[ArrayLike, "..."],
     f: Divergence,
@@ -69,6 +79,7 @@ def _softargmax(call: Call) -> Array:
     return call.rows(probabilities(s.classes, s.f, s.problem))
 
 
+@operator
 def f_softmax(
     scores: Float[ArrayLike, "..."],
     f: Divergence,
@@ -103,6 +114,7 @@ def _softmax(call: Call) -> Array:
     return call.row(jnp.where(s.problem.Q > 0, s.beta * value, -jnp.inf))
 
 
+@operator
 def f_loss(
     scores: Float[ArrayLike, "..."],
     targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
@@ -145,6 +157,7 @@ def f_loss(
     call = check(scores, f, reference, axis, where, temperature, axis_name)
     targets, shape = jnp.asarray(targets), call.scores.shape
     labels = check_targets(targets, shape, axis)
+    check_smoothing(smoothing)
     if isinstance(smoothing, (int, float)) and smoothing == 0:
         smoothing = None
     if labels:
@@ -172,11 +185,38 @@ def check_targets(targets: Array, shape: tuple, axis: int) -> bool:
     labels = jnp.issubdtype(targets.dtype, jnp.integer)
     batch = shape[:axis] + shape[axis:][1:]
     if targets.shape != (batch if labels else shape) or targets.dtype == bool:
+        other = "int" if targets.shape == batch else "float"
+        convert = f" Convert them with `targets.astype({other})`."
         raise ValueError(
             f"`targets` has shape {targets.shape} and dtype {targets.dtype}; labels "
             f"are integers of shape {batch}, probabilities floats of shape {shape}."
+            + (convert if targets.shape in (batch, shape) else "")
         )
     return bool(labels)
+
+
+def check_classes(outputs: Array, targets: Array):
+    """Raises for outputs without an axis of classes, and for labels of one class."""
+    if jnp.ndim(outputs) < 2:
+        raise ValueError(
+            f"`outputs` has shape {jnp.shape(outputs)}; (examples, classes) is "
+            "expected: for one example give `outputs[None]` and `targets[None]`."
+        )
+    if jnp.issubdtype(targets.dtype, jnp.integer) and outputs.shape[-1] == 1:
+        raise ValueError(
+            f"`outputs` has shape {outputs.shape} and `targets` holds labels, of which "
+            "there is one: with one output per example use `dp.losses.Logistic()` or "
+            "`dp.losses.Hinge()`, with targets 1.0 and -1.0 of the shape of `outputs`."
+        )
+    check_targets(targets, outputs.shape, -1)
+
+
+def check_smoothing(smoothing: Any):
+    """Raises for what is no number, and for a known one outside of [0, 1]."""
+    expected = "a number in [0, 1]"
+    check_number("smoothing", smoothing, expected)
+    if isinstance(smoothing, float | int) and not 0 <= smoothing <= 1:
+        raise ValueError(f"`smoothing` is {smoothing}; {expected} is expected.")
 
 
 def check_labels(labels: Array, k: int):
@@ -193,7 +233,7 @@ def check_labels(labels: Array, k: int):
 def check_at_zero(f: AbstractDivergence):
     if is_known(f.at_zero) and np.any(np.isinf(f.at_zero)):
         raise ValueError(
-            f"The loss of labels is infinite with {f}, whose f(0) is: use "
+            f"The loss of labels is infinite with {written(f)}, whose f(0) is: use "
             "`smoothing=0.1`, or `constant=False` for the loss without D_f(y, q), "
             "which is unbounded below."
         )
@@ -250,7 +290,14 @@ def _soft(s: Setup, y: Array, smoothing, constant: bool) -> Array:
     return drop + s.classes.sum(values)
 
 
-def f_softplus(scores, f: Divergence, reference: Reference = None, **options):
+@operator
+def f_softplus(
+    scores: Float[ArrayLike, "..."],
+    f: Divergence,
+    reference: Reference = None,
+    *,
+    temperature: Any = 1.0,
+) -> Float[Array, "..."]:
     r"""The f-softmax of the two scores 0 and s, for every entry s.
 
     **Arguments:** `scores`, any shape; an array as `reference` has the two measures on
@@ -259,10 +306,17 @@ def f_softplus(scores, f: Divergence, reference: Reference = None, **options):
     **Returns:** an array of the shape of `scores`; its derivative is
     [`diffprog.losses.f_sigmoid`][].
     """
-    return f_softmax(_binary(scores), f, reference, **options)
+    return f_softmax(_binary(scores), f, reference, temperature=temperature)
 
 
-def f_sigmoid(scores, f: Divergence, reference: Reference = None, **options):
+@operator
+def f_sigmoid(
+    scores: Float[ArrayLike, "..."],
+    f: Divergence,
+    reference: Reference = None,
+    *,
+    temperature: Any = 1.0,
+) -> Float[Array, "..."]:
     r"""The probability of s in the f-softargmax of 0 and s, for every entry s.
 
     With chi-square and the reference "unit" it is (1 + s) / 2, clipped to [0, 1].
@@ -271,7 +325,8 @@ def f_sigmoid(scores, f: Divergence, reference: Reference = None, **options):
 
     **Returns:** an array of the shape of `scores`.
     """
-    return f_softargmax(_binary(scores), f, reference, **options)[..., 1]
+    p = f_softargmax(_binary(scores), f, reference, temperature=temperature)
+    return p[..., 1]
 
 
 def _binary(scores) -> Array:
@@ -279,22 +334,50 @@ def _binary(scores) -> Array:
     return jnp.stack([jnp.zeros_like(scores), scores], -1)
 
 
-def entmax(scores, alpha, **options):
-    """alpha-entmax: `f_softargmax(scores, Alpha(alpha), "unit")`.
+@operator
+def entmax(
+    scores: Float[ArrayLike, "..."],
+    alpha: Any,
+    *,
+    axis: int = -1,
+    where=None,
+    temperature: Any = 1.0,
+    axis_name: str | None = None,
+) -> Float[Array, "..."]:
+    """alpha-entmax: `f_softargmax(scores, Alpha(alpha), "unit")`, with its options.
 
     A number alpha is static, an array is traced and differentiable.
     """
-    return f_softargmax(scores, Alpha(alpha), "unit", **options)
+    call = check(scores, Alpha(alpha), "unit", axis, where, temperature, axis_name)
+    return _softargmax(call)
 
 
-def entmax15(scores, **options):
-    """1.5-entmax: `f_softargmax(scores, Alpha(1.5), "unit")`."""
-    return entmax(scores, 1.5, **options)
+@operator
+def entmax15(
+    scores: Float[ArrayLike, "..."],
+    *,
+    axis: int = -1,
+    where=None,
+    temperature: Any = 1.0,
+    axis_name: str | None = None,
+) -> Float[Array, "..."]:
+    """1.5-entmax: `entmax(scores, 1.5)`, with the same options."""
+    call = check(scores, Alpha(1.5), "unit", axis, where, temperature, axis_name)
+    return _softargmax(call)
 
 
-def sparsemax(scores, **options):
+@operator
+def sparsemax(
+    scores: Float[ArrayLike, "..."],
+    *,
+    axis: int = -1,
+    where=None,
+    temperature: Any = 1.0,
+    axis_name: str | None = None,
+) -> Float[Array, "..."]:
     """The Euclidean projection on the simplex: `entmax` with alpha = 2."""
-    return f_softargmax(scores, ChiSquare(), "unit", **options)
+    call = check(scores, ChiSquare(), "unit", axis, where, temperature, axis_name)
+    return _softargmax(call)
 
 
 class Diagnostics(NamedTuple):
@@ -311,6 +394,7 @@ class Diagnostics(NamedTuple):
     evaluations: Int[Array, ""]
 
 
+@operator
 def diagnose(
     scores: Float[ArrayLike, "..."],
     f: Divergence,

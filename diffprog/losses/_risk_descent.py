@@ -13,7 +13,10 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._types import came
 from ._call import Divergence
+from ._generated import as_divergence
+from ._loss import AbstractLoss
 from ._risk import Number, spectral_weights
 
 
@@ -89,6 +92,21 @@ def pick(tree: PyTree, i: Array) -> PyTree:
     return jtu.tree_map(lambda a: a[i], tree)
 
 
+def _check(loss: Any, sigma: Any, f: Any):
+    if isinstance(loss, AbstractLoss) or isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            f"`loss` is {came(loss)}; a function `loss(params, example)`, the loss of "
+            "one example, is expected, which calls the model itself."
+        )
+    if jnp.ndim(sigma) != 1:
+        raise ValueError(
+            f"`sigma` has shape {jnp.shape(sigma)}; a spectrum with an entry for each "
+            'example is expected: `dp.losses.spectrum("superquantile", n, 0.5)`.'
+        )
+    if f is not None:
+        as_divergence(f)
+
+
 def count(data: PyTree, sigma: Array) -> int:
     """The number of examples."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(data)}
@@ -142,6 +160,7 @@ def prospect(
     Source: Mehta, Roulet, Pillutla, Harchaoui, "Distributionally Robust Optimization
     with Bias and Variance Reduction", 2024, arXiv 2310.13863.
     """
+    _check(loss, sigma, f)
     value_and_gradient = jax.value_and_grad(loss)
     weigh = lambda losses: spectral_weights(
         losses, sigma.astype(losses.dtype), f, smoothing=smoothing
@@ -216,6 +235,7 @@ def lsvrg(
         raise ValueError(
             f"`period` is {period!r}; an integer >= 1 or None is expected."
         )
+    _check(loss, sigma, f)
     gradient_of = jax.grad(loss)
 
     def check_in(params: PyTree, data: PyTree):

@@ -8,7 +8,7 @@ from jax import lax
 from jax.scipy.special import xlog1py, xlogy
 from jaxtyping import Array
 
-from .._types import Number, number
+from .._types import check_positive, Number, number
 from ._block import majorized, newton, quadratic
 from ._factor import (
     diagonal_factor,
@@ -17,7 +17,7 @@ from ._factor import (
     never,
     ScaledFactor,
 )
-from ._loss import AbstractLoss, like, per_example, total, where_inside
+from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
 from ._simplex import scaled_omega
 
 
@@ -66,10 +66,10 @@ class Logistic(AbstractLoss):
     has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
-        return total(jax.nn.softplus(-like(outputs, targets) * outputs))
+        return total(jax.nn.softplus(-signs(outputs, targets) * outputs))
 
     def gradient(self, outputs, targets):
-        y = like(outputs, targets)
+        y = signs(outputs, targets)
         return -y * jax.nn.sigmoid(-y * outputs)
 
     def _curvature(self, outputs):
@@ -112,6 +112,9 @@ class Huber(AbstractLoss):
     smooth: ClassVar[bool] = True
     has_conjugate: ClassVar[bool] = True
     delta: Number = number(1.0)
+
+    def __check_init__(self):
+        check_positive("delta", self.delta)
 
     def __call__(self, outputs, targets):
         size = jnp.abs(outputs - like(outputs, targets))

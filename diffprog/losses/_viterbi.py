@@ -175,6 +175,11 @@ def _check(potentials, start, final, mask) -> tuple[Array, Array, Array, Array]:
             f"`potentials` has shape {shape}; (T, S, S), a square of scores per move, "
             "is expected: `jax.vmap` over sequences."
         )
+    if not jnp.issubdtype(potentials.dtype, jnp.floating):
+        raise TypeError(
+            f"`potentials` has dtype {potentials.dtype}; floats are expected: convert "
+            "it with `.astype(float)`."
+        )
     ends: list[Array] = []
     for name, scores in (("start", start), ("final", final)):
         scores = jnp.zeros(shape[1]) if scores is None else jnp.asarray(scores)

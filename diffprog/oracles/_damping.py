@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._tree import where
-from .._types import check_positive, Number, number
+from .._types import check_numbers, check_positive, Number, number
 
 
 class DampingState(eqx.Module):
@@ -123,6 +123,7 @@ class MadsenNielsen(AbstractDamping):
 
     def __check_init__(self):
         check_positive("initial", self.initial)
+        check_numbers(self, "minimum", "maximum")
 
     def init(self):
         return _start(self.initial)
@@ -168,6 +169,8 @@ class Threshold(AbstractDamping):
 
     def __check_init__(self):
         check_positive("initial", self.initial)
+        check_numbers(self, "low", "high", "increase", "decrease")
+        check_numbers(self, "minimum", "maximum")
 
     def init(self):
         return _start(self.initial)
@@ -207,6 +210,7 @@ class GradientNorm(AbstractDamping):
     def __check_init__(self):
         check_positive("factor", self.factor)
         check_positive("minimum", self.minimum)
+        check_numbers(self, "power")
 
     def init(self):
         return _start(self.minimum)
@@ -224,3 +228,10 @@ class GradientNorm(AbstractDamping):
 def as_damping(damping: Any) -> AbstractDamping:
     """The rule itself, or `Constant` for a number."""
     return damping if isinstance(damping, AbstractDamping) else Constant(damping)
+
+
+def check_damping(damping: Any):
+    """Raises for what is neither a rule nor a positive number."""
+    if not isinstance(damping, AbstractDamping):
+        rule = ", or a rule such as `dp.oracles.Threshold()`"
+        check_positive("damping", damping, rule)

@@ -8,7 +8,8 @@ from jaxtyping import Array, PyTree
 
 from .._result import RESULTS
 from .._tree import scale, vdot
-from .._types import check_positive, number
+from .._types import came, check_kind, number
+from ._damping import check_damping
 from ._solvers import AbstractSolver, Auto, CG
 from .base import AbstractOracle, Linearization, Proposal
 
@@ -47,7 +48,8 @@ class GaussNewton(AbstractOracle):
     metric: PyTree = None
 
     def __check_init__(self):
-        check_positive("damping", self.damping)
+        check_damping(self.damping)
+        check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
 
     def init(self, params):
         return _init(self.solver, params)
@@ -83,7 +85,8 @@ class DualGaussNewton(AbstractOracle):
     metric: PyTree = None
 
     def __check_init__(self):
-        check_positive("damping", self.damping)
+        check_damping(self.damping)
+        check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
 
     def init(self, params):
         return _init(self.solver, params)
@@ -110,6 +113,13 @@ def _propose(
     scale_model: bool,
     metric: PyTree,
 ) -> Proposal:
+    structure = jtu.tree_structure(at.params)
+    if metric is not None and jtu.tree_structure(metric) != structure:
+        raise ValueError(
+            f"`metric` is {came(metric)}; a pytree like the parameters, those of "
+            "`eqx.filter(model, eqx.is_inexact_array)`, with positive weights is "
+            "expected."
+        )
     roots = jtu.tree_map(jnp.sqrt, metric)
     if metric is not None:  # w = metric^(-1/2) v
         at = _scaled(at, roots)

@@ -3,7 +3,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._tree import scale, vdot
-from .._types import check_positive, number
+from .._types import number
+from ._damping import check_damping
 from .base import AbstractOracle, Proposal
 
 
@@ -17,7 +18,7 @@ class Gradient(AbstractOracle):
     damping: Any = number(1.0)
 
     def __check_init__(self):
-        check_positive("damping", self.damping)
+        check_damping(self.damping)
 
     def init(self, params):
         return None

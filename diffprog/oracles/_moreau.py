@@ -12,7 +12,7 @@ from .._inner import AbstractInner, InnerGaussNewton, InnerGradient, ridge, Subp
 from .._network import Network, Stage
 from .._result import RESULTS
 from .._tree import all_finite, scale, vdot
-from .._types import check_positive, Number, number
+from .._types import check_kind, check_positive, Number, number
 from ._gram import is_linear
 from ._rules import AbstractRule, is_boundary, run_network, with_rule
 from .base import AbstractOracle, Linearization, Proposal
@@ -47,6 +47,9 @@ class MoreauRule(AbstractMessageRule):
 
     solver: AbstractInner = InnerGradient()
 
+    def __check_init__(self):
+        check_kind("solver", self.solver, AbstractInner, "dp.oracles.InnerNewton()")
+
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message))
 
@@ -69,6 +72,8 @@ class InverseRule(AbstractMessageRule):
 
     def __check_init__(self):
         check_positive("gamma", self.gamma)
+        example = "dp.oracles.InnerGaussNewton()"
+        check_kind("solver", self.solver, AbstractInner, example)
 
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message, True, self.gamma))
@@ -206,12 +211,8 @@ class MoreauBackprop(AbstractOracle):
     def __check_init__(self):
         check_positive("alpha", self.alpha)
         for name in ("state", "weights", "seed"):
-            rule = getattr(self, name)
-            if not isinstance(rule, AbstractMessageRule):
-                raise TypeError(
-                    f"`{name}` is {rule!r:.100}; a rule such as "
-                    "`dp.oracles.MoreauRule()` is expected."
-                )
+            rule, example = getattr(self, name), "dp.oracles.MoreauRule()"
+            check_kind(name, rule, AbstractMessageRule, example)
         if isinstance(self.seed, InverseRule):
             raise TypeError(
                 "`seed` is an InverseRule, and a loss has no inverse: give "

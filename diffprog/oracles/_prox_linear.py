@@ -21,8 +21,9 @@ from jaxtyping import Array, PyTree
 from .._linalg import matmul
 from .._result import RESULTS
 from .._tree import add, scale, vdot, where
-from .._types import check_count, check_positive, Number, number
+from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
+from ._damping import check_damping
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
 
@@ -77,7 +78,7 @@ class NewtonSteps(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
         if not isinstance(self.solver, Auto | CG | Cholesky):
             raise TypeError(
-                f"`solver` is {self.solver!r:.100}; `Auto`, `CG` or `Cholesky` of "
+                f"`solver` is {came(self.solver)}; `Auto`, `CG` or `Cholesky` of "
                 "`dp.oracles` is expected."
             )
 
@@ -314,8 +315,11 @@ class ProxLinear(AbstractOracle):
     gap: Number = number(0.1)
 
     def __check_init__(self):
-        check_positive("damping", self.damping)
+        check_damping(self.damping)
         check_positive("gap", self.gap)
+        if self.solver is not None:
+            example = "dp.oracles.NewtonSteps()"
+            check_kind("solver", self.solver, AbstractModelSolver, example)
 
     def init(self, params):
         return None

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._network import Network
+from .._types import came
 
 
 class AbstractRule(eqx.Module):
@@ -98,6 +99,11 @@ def rule_boundary(layer: Callable) -> RuleBoundary:
     The layer keeps its meaning; under such an oracle its backward pass follows the rule
     for one example at a time, wherever it stands in the model.
     """
+    if isinstance(layer, type) or not callable(layer):
+        raise TypeError(
+            f"`layer` is {came(layer)}; a module or a function of one array is "
+            "expected."
+        )
     return RuleBoundary(layer)
 
 

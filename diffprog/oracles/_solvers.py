@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from .._linalg import matmul
 from .._network import Network
 from .._tree import add, all_finite, norm, scale, vdot, where
-from .._types import check_count, Number, number
+from .._types import check_count, check_numbers, Number, number
 from ._gram import gram, gram_flops, is_dense
 from .base import Linearization
 
@@ -67,6 +67,15 @@ def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: int, unroll: b
     return lax.while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
 
 
+def _check_precision(outputs: Array):
+    if outputs.dtype.itemsize < 4:
+        raise TypeError(
+            f"The outputs have dtype {outputs.dtype}, and factorizations need float32 "
+            "or float64: convert the parameters and the inputs, or give the oracle "
+            "`solver=dp.oracles.CG()`."
+        )
+
+
 def ratio(a: Array, b: Array) -> Array:
     """a / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
@@ -96,6 +105,7 @@ class CG(AbstractSolver):
 
     def __check_init__(self):
         check_count("max_steps", self.max_steps)
+        check_numbers(self, "rtol", "warm_start")
 
     def solve(self, at, damping, start, key):
         by = self._outputs if self.in_outputs else self._parameters
@@ -184,6 +194,7 @@ class DualCG(AbstractSolver):
 
     def __check_init__(self):
         check_count("max_steps", self.max_steps)
+        check_numbers(self, "rtol")
 
     def solve(self, at, damping, start, key):
         mu = damping / at.weight
@@ -255,6 +266,7 @@ class Cholesky(AbstractSolver):
 
         With `shift` the gradient is that of the losses less J' times it.
         """
+        _check_precision(at.outputs)
         mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
         rho, e = factor.rho, factor.remainder
         if shift is not None:
@@ -310,6 +322,7 @@ class RandomSubspace(AbstractSolver):
                 "`RandomSubspace` draws directions: give the call a `key`, such as "
                 "`jax.random.key(0)`, another one each time."
             )
+        _check_precision(at.outputs)
         leaves, treedef = jtu.tree_flatten(at.params)
         keys = jax.random.split(key, len(leaves))
         V = jtu.tree_unflatten(
@@ -354,6 +367,7 @@ class Auto(AbstractSolver):
 
     def __check_init__(self):
         check_count("max_steps", self.max_steps)
+        check_numbers(self, "rtol", "warm_start")
 
     def solve(self, at, damping, start, key):
         return self.choose(at).solve(at, damping, start, key)

@@ -13,8 +13,7 @@ from jaxtyping import PyTree
 from .._linalg import matmul
 from .._network import Network, Stack
 from .._tree import vary, vdot
-from .._types import Number, number
-from ._damping import check_positive
+from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
     cell_activation,
@@ -101,6 +100,8 @@ class TargetPropagation(AbstractOracle):
 
     def __check_init__(self):
         check_positive("stepsize", self.stepsize)
+        check_number("regularization", self.regularization, "a number >= 0")
+        check_number("eps", self.eps, "a number in (0, 0.5)")
         if isinstance(self.regularization, float) and not self.regularization >= 0:
             raise ValueError(
                 f"`regularization` is {self.regularization}; a number >= 0 is expected."
@@ -112,10 +113,11 @@ class TargetPropagation(AbstractOracle):
                 f'`inverse` is {self.inverse!r}; "linearized" or "difference" is '
                 "expected."
             )
-        if self.head is not None and (isinstance(self.head, bool) or self.head < 0):
+        count = isinstance(self.head, int) and not isinstance(self.head, bool)
+        if self.head is not None and not (count and self.head >= 0):
             raise ValueError(
-                f"`head` is {self.head!r}; the number of last stages that are trained "
-                "by the gradient, an int >= 0, is expected."
+                f"`head` is {came(self.head)}; the number of last stages that are "
+                "trained by the gradient, an int >= 0, is expected."
             )
 
     def init(self, params):

@@ -8,10 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._result import RESULTS
 from .._tree import vdot
+from .._types import came, shapes
 from ..losses import AbstractLoss
 
 
@@ -101,10 +103,10 @@ def linearize(
 ) -> tuple[Linearization, PyTree]:
     """The linearization, and what else `predict` returns."""
     outputs, mv, aux = jax.linearize(predict, params, has_aux=True)
-    check_outputs(outputs)
+    check_outputs(outputs, inputs)
     transpose = jax.linear_transpose(mv, params)
     transpose_mv = lambda v: transpose(v)[0]
-    losses = loss(outputs, targets)
+    losses = _losses(loss, outputs, targets, inputs)
     weight = 1 / outputs.shape[0] if reduction == "mean" else 1.0
     cotangent = loss.gradient(outputs, targets)
     return Linearization(
@@ -126,12 +128,58 @@ def linearize(
     ), aux
 
 
-def check_outputs(outputs: Any):
+def check_outputs(outputs: Any, inputs: PyTree):
     if not eqx.is_inexact_array(outputs) or outputs.ndim == 0:
+        examples = rows(inputs)
+        of = "the batch" if examples is None else f"a batch of {examples} examples"
         raise TypeError(
-            f"The model returned {outputs!r:.200} for the batch; one floating array "
-            "whose first axis counts examples is expected."
+            f"The model (or `predict`) returned {came(outputs)} for {of}; one floating "
+            "array whose first axis counts examples is expected."
         )
+    if outputs.size == 0:
+        raise ValueError(
+            f"The outputs for the batch have shape {outputs.shape}: at least one "
+            "example with one output is expected. Skip an empty batch."
+        )
+
+
+def rows(tree: PyTree) -> int | None:
+    """The length of the first axis that all arrays of a batch share, if they do."""
+    lengths = {np.shape(leaf)[:1] for leaf in jtu.tree_leaves(tree)}
+    return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else None
+
+
+def _losses(loss: AbstractLoss, outputs: Array, targets: PyTree, inputs: PyTree):
+    """The losses; where they fail, says who did not give a row for every example."""
+    try:
+        return loss(outputs, targets)
+    except Exception as error:
+        found, asked, wanted = outputs.shape[0], rows(inputs), rows(targets)
+        if wanted is None or wanted == found:
+            error.add_note(
+                f"The loss was given outputs of shape {outputs.shape}, as the model "
+                f"(or `predict`) returns them for the batch, and targets of shape "
+                f"{shapes(targets)}."
+            )
+            raise
+        if asked == wanted:
+            message = (
+                f"`predict` returned outputs of shape {outputs.shape} for {asked} "
+                "examples; their first axis is the example, as in "
+                "`jax.vmap(model)(inputs)`."
+            )
+        elif asked == found:
+            message = (
+                f"`targets` has shape {shapes(targets)} for {asked} examples; the "
+                "first axis is the example."
+            )
+        else:
+            message = (
+                f"`predict` returned outputs of shape {outputs.shape} for inputs of "
+                f"shape {shapes(inputs)}, and `targets` has shape {shapes(targets)}; "
+                "the first axis of outputs and targets is the example."
+            )
+        raise ValueError(message) from error
 
 
 class Proposal(eqx.Module):
