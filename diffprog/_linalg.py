@@ -23,7 +23,8 @@ def solve_positive(
 ) -> tuple[Float[Array, "m k"], Bool[Array, ""]]:
     """Solves `matrix @ x = rhs` by Cholesky; also says whether `matrix` is positive.
 
-    Where it is not, `x` means nothing.
+    Where it is not, and m is at most `UNROLLED`, the first column of `x` is a vector w
+    with w' matrix w <= 0, and the others are 0; above that `x` means nothing.
     """
     m = matrix.shape[0]
     if m > UNROLLED:
@@ -43,4 +44,15 @@ def solve_positive(
         y[i] = rhs[i] - sum(L[i, k] * y[k] for k in range(i))
     for i in reversed(range(m)):
         x[i] = y[i] * inverse[i] - sum(L[k, i] * x[k] for k in range(i + 1, m))
-    return jnp.stack([x[i] for i in range(m)]), jnp.all(jnp.stack(pivots) > 0)
+    # Before the first pivot that is not positive all are: w = inv(L') e has it for
+    # its curvature.
+    w, before = {}, jnp.asarray(True)
+    for i in range(m):
+        good = before & (pivots[i] > 0)
+        w[i], before = (before & ~good).astype(matrix.dtype), good
+    for i in reversed(range(m)):
+        w[i] = w[i] - sum(L[k, i] * w[k] for k in range(i + 1, m))
+    solution = jnp.stack([x[i] for i in range(m)])
+    w = jnp.stack([w[i] for i in range(m)])
+    others = jnp.zeros_like(solution[:, 1:])
+    return jnp.where(before, solution, jnp.concatenate([w[:, None], others], 1)), before

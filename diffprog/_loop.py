@@ -26,6 +26,10 @@ ROUNDINGS = 64
 # A cost that fell below minus this many times its first size has no bound.
 UNBOUNDED = 1e15
 
+# Steps along negative curvature away from a stationary point: each so many times the
+# one before, down to the least.
+LEAVE, LEAST = 1 / 8, 1e-5
+
 # What a backward pass is for: a direction to search along; a test of the convergence
 # that a damped pass suspects; the policy at the end, without damping; the policy where
 # that has no minimum.
@@ -262,17 +266,20 @@ class Solver(eqx.Module):
         positive = sweep.positive
         small = positive & (sweep.decrement <= tolerance)
         suspected = searching & small & ~(p.refuted & (damping > 0))
-        trying = searching & positive & ~suspected
+        # Where the model has no minimum the iterate may be a maximum or a saddle.
+        testing = p.purpose == TEST
+        leaving = testing & ~positive
+        trying = leaving | (searching & positive & ~suspected)
         state, verdict, trial, num_rollouts = self._trials(
-            p, before, expansion, sweep, trying
+            p, before, expansion, sweep, trying, leaving, tolerance
         )
+        state = where(leaving & ~verdict.accept, p.search, state)
         state, verdict = where(
             searching & ~positive, self.search.reject(state), (state, verdict)
         )
         # Where there is a minimum without damping, it alone decides.
-        testing = p.purpose == TEST
         refuted = testing & positive & ~small
-        confirmed = testing & ~refuted
+        confirmed = testing & ~refuted & ~verdict.accept
         settled = (p.purpose == POLICY) | (p.purpose == FALLBACK)
         converged = jnp.where(settled, small, confirmed | (suspected & (damping == 0)))
         purpose = jnp.select(
@@ -280,9 +287,10 @@ class Solver(eqx.Module):
                 suspected & (damping > 0),
                 searching & verdict.refresh,
                 refuted,
+                testing & verdict.accept,
                 (testing | (p.purpose == POLICY)) & ~positive,
             ],
-            [TEST, SEARCH, SEARCH, FALLBACK],
+            [TEST, SEARCH, SEARCH, END, FALLBACK],
             END,
         )
         first = p.first_nonfinite
@@ -313,8 +321,13 @@ class Solver(eqx.Module):
             num_backwards=p.num_backwards + 1,
         )
 
-    def _trials(self, passes, before, expansion, sweep: Sweep, trying):
-        """Roll-outs along one direction until the search has a verdict."""
+    def _trials(
+        self, passes, before, expansion, sweep: Sweep, trying, leaving, tolerance
+    ):
+        """Roll-outs along one direction until the search has a verdict.
+
+        When `leaving` a stationary point, until the cost falls beyond the tolerance.
+        """
 
         def decided(verdict: Verdict):
             return verdict.accept | verdict.refresh | verdict.fail
@@ -325,21 +338,32 @@ class Solver(eqx.Module):
                 self.chain, before, expansion.model, sweep, state.stepsize
             )
             finite = trial.first_nonfinite > self.chain.horizon
-            state, verdict = self.search.step(
+            cost = jnp.where(finite, trial.cost, jnp.inf)
+            judged = self.search.step(
                 state,
                 Trial(
                     before.cost,
-                    jnp.where(finite, trial.cost, jnp.inf),
+                    cost,
                     sweep.slope,
                     sweep.curvature,
                     expansion.cost_gradient,
                 ),
             )
+            falls = cost < before.cost - tolerance
+            shorter = eqx.tree_at(
+                lambda state: (state.stepsize, state.trials),
+                state,
+                (jnp.where(falls, 1, LEAVE) * state.stepsize, state.trials + 1),
+            )
+            left = Verdict(falls, falls & False, ~falls & (shorter.stepsize < LEAST))
+            state, verdict = where(leaving, (shorter, left), judged)
             return state, verdict, trial, num_rollouts + 1
 
         false = jnp.zeros_like(trying)
+        one = jnp.ones_like(passes.search.stepsize)
+        whole = eqx.tree_at(lambda state: state.stepsize, passes.search, one)
         carry = (
-            passes.search,
+            where(leaving, whole, passes.search),
             Verdict(false, false, false),
             passes.trial,
             passes.num_rollouts,

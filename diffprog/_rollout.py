@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import eval_jaxpr
+from jax.core import eval_jaxpr, Tracer
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._chain import AbstractChain, ControlProblem, Phase
@@ -342,7 +343,37 @@ def _rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
     return Trajectory(vectorized.states(trajectory), us, trajectory.cost)
 
 
-def rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
+def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):
+    """Raises where a function reads beyond the end of an array."""
+    vectorized = vectorize(problem, x0, us)
+    chain = vectorized.chain
+    trajectory = run(chain, *vectorized.ravel(x0, us))
+    if isinstance(trajectory.cost, Tracer):
+        raise ValueError("`check=True` looks at numbers: call outside `jit` for it.")
+
+    def check(name: str, fn: Callable, start: int, *rows: Array):
+        error, _ = jax.vmap(checkify.checkify(fn, errors=checkify.index_checks))(*rows)
+        if message := error.get():
+            first, _, _ = message.partition("\n")
+            place, _, what = first.removeprefix("at mapped index ").partition(": ")
+            stage = "" if name == "terminal_cost" else f" at stage {start + int(place)}"
+            raise IndexError(
+                f"`{name}`{stage} reads beyond the end of an array, where JAX takes "
+                f"the last entry instead: {what.strip()} A table that is indexed by "
+                "the stage needs a row for each; where the last one should go on, "
+                "write `jnp.minimum(t, len(table) - 1)`."
+            )
+
+    data = chain.segments, trajectory.xs, trajectory.us, chain.ts
+    for segment, *rows in zip(*data, strict=True):
+        check("dynamics", segment.dynamics, segment.start, *rows)
+        check("cost", segment.cost, segment.start, *rows)
+    check("terminal_cost", chain.terminal_cost, chain.horizon, trajectory.final[None])
+
+
+def rollout(
+    problem: AbstractChain, x0: PyTree, us: PyTree, *, check: bool = False
+) -> Trajectory:
     r"""Runs $x_{t+1} = f_t(x_t, u_t)$ from `x0` and adds up the cost.
 
     **Arguments:**
@@ -350,11 +381,17 @@ def rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
     - `problem`: a [`diffprog.ControlProblem`][] or [`diffprog.Chain`][].
     - `x0`: the first state, shape `(n,)` or any pytree of floating arrays.
     - `us`: the controls, shape `(T, m)` or any pytree of arrays with T rows.
+    - `check`: look for indices beyond the end of an array, such as `table[t]` of a
+        table with less rows than stages: JAX reads the last row there without a word.
+        For debugging; outside `jit`.
 
     **Returns:** a [`diffprog.Trajectory`][]; differentiable in every argument. What
     overflows comes back as it is, infinite or NaN.
 
-    **Raises:** `ValueError` or `TypeError` for shapes and dtypes that do not fit.
+    **Raises:** `ValueError` or `TypeError` for shapes and dtypes that do not fit;
+    `IndexError`, with `check`, that names the function and the stage.
     """
     (x0, us), _ = strong(x0, us)
+    if check:
+        _check_indices(problem, x0, us)
     return _rollout(problem, x0, us)

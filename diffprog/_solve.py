@@ -190,6 +190,11 @@ def solve(
     **Fails:** `ValueError` or `TypeError` at once for a wrong call. Results other than
     `successful` are listed in [`diffprog.RESULTS`][].
 
+    At a maximum or a saddle the gradient is 0 as well. Where the model of `method` has
+    no minimum there (and at most 7 controls), a few steps along its negative curvature
+    are tried, and the solve goes on from one that lowers the cost; else
+    `solution.stats["minimum"]` is false.
+
     The functions of the problem are traced once; new numbers in the problem, method,
     search, x0 or us do not compile again. Derivatives of the solution are not
     available yet and raise.

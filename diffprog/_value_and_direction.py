@@ -1,3 +1,5 @@
+"""The replacement for `value_and_grad`: what is checked, and the compiled step."""
+
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -41,13 +43,13 @@ ADVICE = dict(
     "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
     "gradient.",
     nonfinite_rollout="The loss of this batch is NaN or infinite: look for NaN in "
-    "`inputs`, `targets` and the parameters; if the parameters have grown, take smaller "
-    "steps or more damping.",
+    "`inputs`, `targets` and the parameters; if the parameters have grown, take "
+    "smaller steps or more damping.",
     nonfinite_derivative="Look for sqrt(0), norms at 0 or 0/0 under `jnp.where` in the "
     "model and the loss; with target propagation raise `regularization`.",
-    factorization_failed="The loss is not convex in the outputs, or the damping is lost "
-    "in rounding: raise `damping`, use float64, or give `fallback=True`, which takes "
-    "the gradient. In `MoreauBackprop` it is an inner problem: lower `alpha`.",
+    factorization_failed="The loss is not convex in the outputs, or the damping is "
+    "lost in rounding: raise `damping`, use float64, or give `fallback=True`, which "
+    "takes the gradient. In `MoreauBackprop` it is an inner problem: lower `alpha`.",
 )
 
 

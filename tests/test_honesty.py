@@ -271,3 +271,35 @@ def test_reprs_never_fail():
     for thing in (solution.policy, shapes, jax.tree.map(lambda _: None, solution)):
         assert repr(thing)
     assert repr(solution.policy).startswith("Policy(K=")
+
+
+TABLE = jnp.arange(10.0)
+
+
+@pytest.mark.parametrize("where", ["dynamics", "cost", "terminal_cost"])
+def test_a_table_that_is_too_short_is_found(where):
+    read = lambda here, t: TABLE[t] if here == where else 0.0
+    problem = lambda horizon: dp.ControlProblem(
+        lambda x, u, t: x + u + read("dynamics", t),
+        lambda x, u, t: jnp.sum(u**2) + read("cost", t),
+        lambda x: jnp.sum(x**2) + read("terminal_cost", jnp.int32(horizon - 1)),
+        horizon,
+    )
+    x0, us = jnp.ones(1), jnp.zeros((13, 1))
+    plain = dp.rollout(problem(10), x0, us[:10])
+    checked = dp.rollout(problem(10), x0, us[:10], check=True)
+    np.testing.assert_array_equal(checked.xs, plain.xs)
+    place = "" if where == "terminal_cost" else " at stage 10"
+    with pytest.raises(IndexError, match=f"`{where}`{place} reads beyond the end"):
+        dp.rollout(problem(13), x0, us, check=True)
+    with pytest.raises(ValueError, match="`check=True` looks at numbers"):
+        jax.jit(lambda us: dp.rollout(problem(13), x0, us, check=True))(us)
+
+
+def test_the_stage_of_a_short_table_counts_through_phases():
+    late = lambda x, u, t: jnp.sum(u**2) + TABLE[t + 6]
+    phase = lambda cost: dp.Phase(lambda x, u, t: x + u, cost, 3)
+    chain = dp.Chain((phase(lambda x, u, t: 0.0), phase(late)), jnp.sum)
+    us = jnp.zeros((3, 1)), jnp.zeros((3, 1))
+    with pytest.raises(IndexError, match="`cost` at stage 4 reads beyond"):
+        dp.rollout(chain, jnp.ones(1), us, check=True)

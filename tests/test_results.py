@@ -89,11 +89,43 @@ def test_a_cost_without_bound_is_called_so(search, dtype):
 @pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
 def test_a_solution_says_whether_it_is_a_minimum(method):
     solve = lambda J: dp.solve(one_stage(J), method, *ZERO)
-    hill, flat = solve(lambda x: -jnp.sum(x**4) - 1.0), solve(lambda x: x[0] * 0.0)
-    bowl = solve(lambda x: 1.0 - jnp.cos(x[0]))
-    for solution, minimum in ((hill, False), (flat, False), (bowl, True)):
-        assert solution.success and solution.stats["minimum"] == minimum
+    flat, bowl = solve(lambda x: x[0] * 0.0), solve(lambda x: 1.0 - jnp.cos(x[0]))
+    for solution, minimum in ((flat, False), (bowl, True)):
+        assert solution.success and solution.stats["num_steps"] == 0
+        assert solution.stats["minimum"] == minimum
         assert ("It may be no minimum" in repr(solution)) == (not minimum)
+
+
+HILL = lambda u: jnp.cos(u[0]) + 0.5 * u[1] ** 2
+SADDLE = lambda u: u[0] ** 2 + u[1] ** 2 - 3.0 * u[0] * u[1] + jnp.sum(u**4)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("search", MONOTONE, ids=name)
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
+@pytest.mark.parametrize("J, least", [(HILL, -1.0), (SADDLE, -1 / 8)], ids=["1", "2"])
+def test_a_maximum_and_a_saddle_are_left(J, least, method, search):
+    us = jnp.zeros((1, 2))
+    solution = dp.solve(one_stage(J), method, jnp.zeros(2), us, search)
+    assert solution.success and solution.stats["minimum"]
+    assert abs(solution.cost - least) < 1e-8
+    costs = np.asarray(solution.history["cost"])
+    assert np.all(np.diff(costs[np.isfinite(costs)]) < 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("fast_loops", [None, False])
+def test_a_pendulum_leaves_the_worst_position(fast_loops, dtype):
+    def dynamics(x, u, t):
+        return x + 0.05 * jnp.stack([x[1], u[0] - 9.81 * jnp.sin(x[0])])
+
+    final = lambda x: 100.0 * (1.0 + jnp.cos(x[0]))
+    effort = lambda x, u, t: 0.01 * u[0] ** 2
+    problem = dp.ControlProblem(dynamics, effort, final, 40)
+    x0, us = jnp.zeros(2, dtype), jnp.zeros((40, 1), dtype)
+    solution = dp.solve(problem, dp.DDP(), x0, us, fast_loops=fast_loops)
+    assert solution.stats["minimum"] and solution.cost < 7.0
+    assert abs(abs(solution.xs[-1, 0]) - jnp.pi) < 0.1
 
 
 def test_a_batch_can_be_taken_apart():

@@ -49,6 +49,9 @@ class Riccati(AbstractRiccati):
                     W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
             product = matmul(rows, F)
             V, gains, minimum = bellman(F, W, product[:-1], len(u), damping)
+            # A pass without a minimum is left with a direction of negative curvature
+            # at the last stage that has none.
+            gains = jnp.where(positive, gains, 0)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if model.F is None:

@@ -60,9 +60,8 @@ class AdaptiveDamping(AbstractSearch):
     def begin(self, state, cost_gradient):
         damping = state.scale / self.increase * cost_gradient
         damping = jnp.where(damping < self.min_damping, 0, damping)
-        return SearchState(
-            state.stepsize, damping, state.scale, jnp.zeros_like(state.trials)
-        )
+        one, zero = jnp.ones_like(state.stepsize), jnp.zeros_like(state.trials)
+        return SearchState(one, damping, state.scale, zero)
 
     def step(self, state, trial):
         accept = trial.decreases(trial.slope / 2)
