@@ -35,12 +35,14 @@ def fit(
     **Returns:** coefficients, shape `(N, 4, 3, 2)`.
     """
     offsets = np.stack(borders, axis=1) - center[:, None]
-    share, least = np.ones((len(center), 2)), np.zeros(2)
+    share, least, given = np.ones((len(center), 2)), np.zeros(2), None
     while True:
         drawn = center[:, None] + share[..., None] * offsets
         values = np.concatenate([center, drawn.reshape(-1, 4)], axis=1)
         coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
-        folds = _advance(knots, coefficients) <= least
+        advance = _advance(knots, coefficients)
+        given = advance if given is None else given
+        folds = advance <= least
         if not np.any(folds):
             return coefficients
         for side in np.flatnonzero(np.any(folds, axis=0)):
@@ -51,15 +53,15 @@ def fit(
         least = np.where(np.any(folds, axis=0), _ADVANCE, least)
         if np.min(share) < _LEAST:
             side = int(np.argmin(np.min(share, axis=0)))
-            narrowed = share[:-1, side] < 1
-            row, radius = _sharpest(knots, coefficients, side, narrowed)
-            given = int(np.argmin(np.linalg.norm(points - center[row], axis=1)))
+            row = int(np.argmin(given[:, side]))
+            away = np.linalg.norm(offsets[row, side])
+            radius = away / (1 - given[row, side])
+            nearest = int(np.argmin(np.linalg.norm(points - center[row], axis=1)))
             raise ValueError(
-                f"`{('left', 'right')[side]}` is "
-                f"{np.linalg.norm(offsets[row, side]):.3g} m away from the center in "
-                f"{named(lines, given)}, s = {knots[row]:.1f} m, in a corner of radius "
-                f"{radius:.3g} m: the border would run backwards. It can be at most "
-                f"{(1 - _ADVANCE) * radius:.3g} m away there, and up to about twice as "
+                f"`{('left', 'right')[side]}` is {away:.3g} m away from the center in "
+                f"{named(lines, nearest)}, s = {knots[row]:.1f} m, where it runs "
+                f"backwards, as in a corner of radius {radius:.3g} m. It can be at "
+                f"most {(1 - _ADVANCE) * radius:.3g} m there; up to about twice as "
                 "much is narrowed to that: lower the width, or smooth the center line."
             )
 
@@ -94,7 +96,9 @@ def right_of(slope: np.ndarray) -> np.ndarray:
 
 def _advance(knots, coefficients):
     # The least one of each border in each interval, shape (N, 2).
-    slopes = _samples(knots, coefficients)[0]
+    tau = np.linspace(0.0, np.diff(knots), _SAMPLES + 1, axis=1)[..., None, None]
+    _, b, c, d = np.moveaxis(coefficients[:, None], 2, 0)
+    slopes = b + tau * (2 * c + tau * 3 * d)
     middle = slopes[:, :, :1]
     along = np.sum(slopes[:, :, 1:] * middle, axis=-1) / np.sum(middle**2, axis=-1)
     return np.min(along, axis=1)
@@ -109,20 +113,3 @@ def _distances(knots, folds, closed):
     after = np.clip(np.searchsorted(places, knots), 0, len(places) - 1)
     both = places[np.stack([np.maximum(after - 1, 0), after])]
     return np.min(np.abs(knots - both), axis=0)
-
-
-def _samples(knots, coefficients):
-    # First and second derivatives, shape (N, samples, 3, 2) each.
-    at = np.linspace(0.0, np.diff(knots), _SAMPLES + 1, axis=1)[..., None, None]
-    _, b, c, d = np.moveaxis(coefficients[:, None], 2, 0)
-    return b + at * (2 * c + at * 3 * d), 2 * c + at * 6 * d
-
-
-def _sharpest(knots, coefficients, side, narrowed):
-    # The row and the radius of the sharpest turn to the side, where it was narrowed.
-    slope, bend = (samples[:, :, 0] for samples in _samples(knots, coefficients))
-    turn = slope[..., 0] * bend[..., 1] - slope[..., 1] * bend[..., 0]
-    curvature = (1 - 2 * side) * turn / np.sum(slope**2, axis=-1) ** 1.5
-    curvature = np.where(narrowed, np.max(curvature, axis=1), 0.0)
-    row = int(np.argmax(curvature))
-    return row, 1 / curvature[row]
