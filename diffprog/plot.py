@@ -263,7 +263,7 @@ def _draw_track(ax, track, num: int):
     ax.plot(*center.T, color="0.65", linewidth=0.8, linestyle=(0, (6, 5)), zorder=1)
     if track.closed:
         ax.plot(*np.stack([left[0], right[0]]).T, color="0.25", linewidth=2.0)
-    return _in_the_plane(ax)
+    return _in_the_plane(ax, track)
 
 
 def _outline(track, num: int = 500) -> np.ndarray:
@@ -281,8 +281,14 @@ def _plane_axes(ax, points: np.ndarray, bar: bool):
     return _new_axes(size=(8.0, height + 0.8 + bar * 0.9))[0]
 
 
-def _in_the_plane(ax):
-    _style(ax, "x [m]", "y [m]").grid(False)
+def _in_the_plane(ax, track=None):
+    # On the map, a track lies at its origin.
+    east, north = (0.0, 0.0) if track is None else np.asarray(track.origin)
+    labels = (
+        f"{name} {'-+'[start < 0]} {abs(start):.12g} [m]" if start else f"{name} [m]"
+        for name, start in (("x", east), ("y", north))
+    )
+    _style(ax, *labels).grid(False)
     ax.set_aspect("equal")
     return ax
 
@@ -296,7 +302,8 @@ def track(track: Any, *, num: int = 1000, ax: Any = None):
     - `num`: points per line.
     - `ax`: axes; a new figure if `None`.
 
-    **Returns:** the axes, with equal scales. A bar across the track marks its start.
+    **Returns:** the axes, with equal scales, relative to the origin of the track, which
+    the labels name unless it is (0, 0). A bar across the track marks its start.
     """
     track = _system(track)
     track = track.track if _is_race(track) else track
@@ -372,7 +379,7 @@ def race(
     )
     line.set_array((speed[:-1] + speed[1:]) / 2)
     ax.add_collection(line)
-    _in_the_plane(ax).autoscale_view()
+    _in_the_plane(ax, track).autoscale_view()
     place = dict(location="bottom", shrink=0.5, aspect=40, pad=0.04)
     bar = ax.figure.colorbar(line, ax=ax, label=label, **place)
     bar.outline.set_visible(False)

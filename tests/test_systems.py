@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import equinox as eqx
@@ -147,6 +148,35 @@ def test_border_cost_pushes_inward():
         np.testing.assert_allclose(margin, inside, rtol=1e-12)
         np.testing.assert_allclose(gradient[1], side * 300 * inside**2, rtol=1e-10)
         np.testing.assert_allclose(gradient[0], 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("half_width", [3.0, 6.0])
+def test_border_margin_is_that_of_the_cost(half_width):
+    # A hairpin of radius 4 m, at places across and along it.
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 25)
+    arc = 4 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + [40, 0]
+    x = np.arange(0.0, 40.0, 0.5)
+    lower = np.stack([x, np.full_like(x, -4.0)], axis=1)
+    points = np.concatenate([lower, arc, lower[::-1] * [1, -1]])
+    track = Track.from_waypoints(points, half_width, closed=False)
+    race = Race.full_size(track)
+
+    @jax.jit
+    def both(s, offset):
+        state = race.start(10.0, s).at[:2].add(offset * track.normal(s))
+        border = dataclasses.replace(
+            race, q_contour=0.0, q_lag=0.0, q_speed=0.0, q_log=0.0, q_border=1.0
+        )
+        return race.border_margin(state), border.terminal_cost(state)
+
+    s, offset = np.meshgrid(np.linspace(1.0, 90.0, 179), np.linspace(-7.0, 7.0, 57))
+    margin, cost = map(np.asarray, jax.vmap(both)(s.ravel(), offset.ravel()))
+    outside = np.maximum(race.margin - margin, 0.0)
+    np.testing.assert_array_less(outside**3 - 1e-9, cost)
+    np.testing.assert_array_less(cost, 2 * outside**3 + 1e-9)  # one border or both
+    # On the center line the borders are far enough away for the car.
+    middle = margin[offset.ravel() == 0.0]
+    assert np.all(middle > min(half_width, 3.5) - 1.0 - 0.9)
 
 
 def test_border_cost_gradient_matches_differences():

@@ -205,6 +205,151 @@ def test_natural_spline_has_no_curvature_at_its_ends(tracks):
     np.testing.assert_allclose(second(ends), 0.0, atol=1e-3)
 
 
+def ring(radius=10.0, num=101):
+    """A circle whose last point repeats the first."""
+    angle = np.linspace(0.0, 2 * math.pi, num)
+    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+@eqx.filter_jit
+def curvature(track, s):
+    second = jax.vmap(jax.jacfwd(track.derivative))(s)
+    slope = track.derivative(s)
+    turn = slope[:, 0] * second[:, 1] - slope[:, 1] * second[:, 0]
+    return turn / jnp.sum(slope**2, axis=1) ** 1.5
+
+
+@pytest.mark.parametrize("past", [1e-4, -1e-7, 0.05, -0.05])
+def test_last_point_need_not_hit_the_first(past):
+    points = ring()
+    points[-1] = 10 * np.cos(past / 10), 10 * np.sin(past / 10)
+    track = Track.from_waypoints(points, left=1.5, right=1.0)
+    assert track.knots.shape == (101,) and track.first.shape < (110,)
+    s = around(track)
+    np.testing.assert_allclose(curvature(track, jnp.asarray(s)), 0.1, rtol=1e-3)
+    left, right = track.half_widths(s)
+    np.testing.assert_allclose(left, 1.5, atol=1e-6)
+    np.testing.assert_allclose(right, 1.0, atol=1e-6)
+
+
+def test_uneven_points_have_a_small_table():
+    # Two rows 2 mm apart beside rows 3 m apart; interpolation in numpy tells the place.
+    x = np.sort(np.append(3.0 * np.arange(40), [60.002, 60.003, 60.004, 60.005]))
+    points = np.stack([x, 0.01 * x**2], axis=1)
+    track = Track.from_waypoints(points, 1.0, closed=False)
+    assert len(track.first) <= 4 * len(x) and track.halvings == 3
+    s = np.sort(np.append(around(track)[:-1], track.knots + 1e-4))
+    i = np.searchsorted(track.knots, s, side="right") - 1
+    a, b, c, d = np.moveaxis(np.asarray(track.coefficients)[np.minimum(i, 42)], 1, 0)
+    tau = (s - track.knots[i])[:, None, None]
+    inside = s < float(track.length) - 1e-5
+    expected = (a + tau * (b + tau * (c + tau * d)))[inside]
+    np.testing.assert_allclose(track.lines(s)[0][inside], expected, atol=1e-11)
+
+
+def test_steps_back_are_refused():
+    x = 3.0 * np.arange(12)
+    line = np.stack([x, 0.01 * x**2], axis=1)
+
+    def fails(match, points, closed=False):
+        with pytest.raises(ValueError, match=match):
+            Track.from_waypoints(points, 1.0, closed=closed)
+
+    back = np.insert(line, 8, line[7] - [1e-3, 1e-4], axis=0)
+    fails(r"`points` steps back by 0\.001\d* m from row 7 to row 8;", back)
+    fails(
+        "steps back by 3.07 m from row 3 to row 4", line[[0, 1, 2, 4, 3, *range(5, 12)]]
+    )
+    fails(
+        "steps back by 0.0141 m from row 11 to row 12",
+        np.append(line, [[32.99, 10.88]], 0),
+    )
+    fails("same point in rows 7 and 8", np.insert(line, 8, line[7], axis=0))
+    past = ring()
+    past[-1] = past[1] / 3 + 2 * past[0] / 3
+    fails(r"`points` ends in row 100, 0\.209 m past its first point", past, closed=True)
+    three = np.concatenate([ring(), ring()[1:4]])
+    fails(r"`points` ends in row 103, 1\.88 m past its first point", three, closed=True)
+
+
+COARSE = {
+    "square": [[0, 0], [100, 0], [100, 100], [0, 100]],
+    "triangle": [[0, 0], [100, 0], [51, 80], [49, 80]],
+    "thin": [[0, 0], [500, 0], [501, 3], [0, 6]],
+    "thin, closed": [[0, 0], [500, -10], [1000, 0], [1000, 8], [500, 18], [0, 0]],
+}
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_sharp_turns_of_few_points_are_no_steps_back(name):
+    points = np.array(COARSE[name], float)
+    track = Track.from_waypoints(points, 1.0)
+    num = len(points) - (name == "thin, closed")
+    np.testing.assert_allclose(track.center(track.knots[:-1]), points[:num], atol=1e-9)
+
+
+def hairpin(radius=4.0, straight=40.0):
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 25)
+    arc = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1) + [straight, 0]
+    x = np.arange(0.0, straight, 0.5)
+    lower = np.stack([x, np.full_like(x, -radius)], axis=1)
+    return np.concatenate([lower, arc, lower[::-1] * [1, -1]])
+
+
+@pytest.mark.parametrize("half_width", [3.0, 4.0, 6.0])
+def test_borders_run_forward(half_width):
+    track = Track.from_waypoints(hairpin(), half_width, closed=False)
+    lines = eqx.filter_jit(lambda track, s: track.lines(s))
+    slopes = np.asarray(lines(track, around(track)[:-1])[1])
+    assert np.min(np.sum(slopes * slopes[:, :1], axis=-1)) > 0.05
+    left, right = map(np.asarray, across(track, track.knots[:-1])[2:])
+    np.testing.assert_allclose(right, half_width, atol=1e-9)
+    assert np.all(left <= half_width + 1e-9)
+    narrowed = left < half_width - 1e-9
+    assert np.any(narrowed) == (half_width > 3.5)  # 4 - 0.5 for the start of the arc
+    far = np.abs(track.knots[:-1] - 40 - 2 * math.pi) > 2 * math.pi + half_width
+    assert not np.any(narrowed & far)
+    assert left.min() > min(half_width, 3.2) - 1e-9
+
+
+def test_borders_far_beyond_a_corner_are_refused():
+    points = hairpin()
+    for closed in (False, True):
+        with pytest.raises(ValueError, match=r"`left` is 20 m away .* row \d+, s = "):
+            Track.from_waypoints(points, 20.0, closed=closed)
+    with pytest.raises(
+        ValueError, match=r"radius 3\.\d+ m. It can be at most 3\.\d+ m there"
+    ):
+        Track.from_waypoints(points, left=12.0, right=1.0, closed=False)
+    with pytest.raises(ValueError, match="`right` is 12 m away"):
+        Track.from_waypoints(points[::-1], left=1.0, right=12.0, closed=False)
+
+
+def test_borders_on_the_wrong_side_are_refused():
+    points = ring(10.0, 40)[:-1]
+    with pytest.raises(ValueError, match="`left` lies on the other side .* in row "):
+        Track.from_borders(points, 1.1 * points, 0.9 * points)
+
+
+def test_map_coordinates_in_float32():
+    points, place = ring(), np.array([4.5e5, 5.7e6])
+    near = Track.from_waypoints(points, 2.0)
+    far = Track.from_waypoints(points + place, 2.0)
+    np.testing.assert_array_equal(near.origin, [0.0, 0.0])
+    np.testing.assert_array_equal(far.origin, [450010.0, 5700000.0])
+    s = jnp.linspace(0.0, 62.0, 301, dtype=jnp.float32)
+    single, exact = eqx.filter_jit(far.lines)(s)[0], far.lines(s.astype(float))[0]
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, exact, atol=1e-5)
+    on_map = np.asarray(exact) + far.origin
+    np.testing.assert_allclose(
+        on_map[:, 0], np.asarray(near.center(s.astype(float))) + place, atol=1e-6
+    )
+    assert np.all(far.scaled(0.5).origin == far.origin / 2)
+    borders = np.moveaxis(on_map, 1, 0)
+    np.testing.assert_array_equal(Track.from_borders(*borders).origin, far.origin)
+
+
 def test_spacing_resamples_by_arc_length():
     angle = np.array([0.0, 0.3, 0.8, 1.6, 2.0, 3.0, 3.3, 4.4, 5.0, 5.7])
     points = 50 * np.stack([2 * np.cos(angle), np.sin(angle)], axis=1)
@@ -313,6 +458,62 @@ def test_json_lists_and_maps(tmp_path):
         np.testing.assert_allclose(read.coefficients, track.coefficients, atol=1e-10)
 
 
+def rewritten(rows, separator, decimal="."):
+    cells = lambda row: [repr(cell).replace(".", decimal) for cell in row]
+    return "\n".join(separator.join(cells(row)) for row in rows.tolist())
+
+
+COLUMNS = ["x_m", "y_m", "w_tr_right_m", "w_tr_left_m"]
+WRITTEN = {
+    "semicolons": ";".join(COLUMNS) + "\n" + rewritten(table(), ";"),
+    "decimal commas": "# " + "; ".join(COLUMNS) + "\n" + rewritten(table(), "; ", ","),
+    "tabs": "\t".join(COLUMNS) + "\n" + rewritten(table(), "\t"),
+    "tabs, decimal commas": rewritten(table(), "\t", ","),
+    "spaces": "# " + " ".join(COLUMNS) + "\n" + rewritten(table(), "  "),
+    "commas and spaces": "# " + ", ".join(COLUMNS) + "\n" + rewritten(table(), ", "),
+    "capitals": ",".join(COLUMNS).upper() + "\n" + rewritten(table(), ","),
+    "last separator": rewritten(table(), ",").replace("\n", ",\n"),
+    "remarks": rewritten(table(), ",").replace("\n", "  # start, or not\n", 3),
+    "Latin-1": "# N\xfcrburgring, 12 m\n" + rewritten(table(), ","),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_csv_however_it_is_written(tmp_path, how):
+    rows = table()
+    path = tmp_path / "track.csv"
+    path.write_bytes(WRITTEN[how].encode("latin-1"))
+    expected = Track.from_waypoints(rows[:, :2], left=rows[:, 3], right=rows[:, 2])
+    np.testing.assert_array_equal(
+        Track.from_csv(path).coefficients, expected.coefficients
+    )
+
+
+def test_csv_without_widths(tmp_path):
+    rows = table()
+    path = tmp_path / "line.csv"
+    names = "# s_m; x_m; y_m; psi_rad; kappa_radpm; vx_mps; ax_mps2"
+    body = [
+        f"{i}.0; {x!r}; {y!r}; 0; 0; 9; 0"
+        for i, (x, y, _, _) in enumerate(rows.tolist())
+    ]
+    path.write_text("\n".join(["# 3f9c 1a2b", "#", names, *body]))
+    expected = Track.from_waypoints(rows[:, :2], 4.0)
+    read = Track.from_csv(path, half_width=4.0)
+    np.testing.assert_array_equal(read.coefficients, expected.coefficients)
+    with pytest.raises(ValueError, match="missing: w_tr_right_m.*pass `half_width`"):
+        Track.from_csv(path)
+    path.write_text("\n".join(f"{x!r} {y!r}" for x, y, _, _ in rows.tolist()))
+    read = Track.from_csv(path, 4.0)
+    np.testing.assert_array_equal(read.coefficients, expected.coefficients)
+    with pytest.raises(ValueError, match="columns x_m, y_m; missing: w_tr_right_m"):
+        Track.from_csv(path)
+    # Widths that came are not used when one is given.
+    path.write_text(rewritten(rows, ","))
+    read = Track.from_csv(path, half_width=4.0)
+    np.testing.assert_array_equal(read.coefficients, expected.coefficients)
+
+
 BAD_CSV = {
     "x_m,y_m,w_tr_left_m\n1,2,3\n": "missing: w_tr_right_m",
     "1,2,3\n4,5,6\n": "line 1 has 3 cells; 4 are expected",
@@ -321,6 +522,11 @@ BAD_CSV = {
     "": "has 0 points",
     "0,0,1,1\n1,0,1,1\n1,1,1,1\n0,nan,1,1\n": "has .*nan.* in row 3",
     "0,0,1,1\n1,0,1,1\n1,0,1,1\n0,1,1,1\n": "same point in rows 1 and 2",
+    "# a\n\n0,0,1,1\n3,0,1,1\n2.99,0,1,1\n6,0,1,1\n6,6,1,1\n": (
+        r"from row 1 \(line 4 of the file\) to row 2 \(line 5 of the file\)"
+    ),
+    "#\n0,0,1,1\n1,0,nan,1\n1,1,1,1\n0,1,1,1": r"in row 1 \(line 3 of the file\)",
+    "1,5 2,0 3,0 4,0\n": "line 1 has 5 cells; 4 .* decimal comma by semicolons",
     "0,0,1,1\n1,0,1,1\n1,1,-2,1\n0,1,1,1\n": "`right` is -2.0 in row 2",
 }
 

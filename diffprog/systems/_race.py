@@ -16,9 +16,10 @@ class PathTracking(eqx.Module):
 
     $$h_t = \|(x, y) - c(s)\|^2 + \lambda \|u\|^2, \qquad \dot s = v_{ref}$$
 
-    State: that of the car, and the parameter s [m] of the point, shape `(n+1,)`;
-    control: that of the car, shape `(2,)`. Since the point is part of the state, no
-    cost depends on the stage, and a controller may start anywhere.
+    State: that of the car, relative to the origin of the track, and the parameter s [m]
+    of the point, shape `(n+1,)`; control: that of the car, shape `(2,)`. Since the
+    point is part of the state, no cost depends on the stage, and a controller may start
+    anywhere.
 
     Source: V. Roulet, S. Srinivasa, M. Fazel, Z. Harchaoui, "Iterative Linear
     Quadratic Optimization for Nonlinear Control: Differentiable Programming
@@ -94,8 +95,9 @@ class Race(eqx.Module):
     - \beta \log \dot s + q_B \left[(-m_{left})_+^\kappa + (-m_{right})_+^\kappa\right],
     \qquad h_u = \lambda \|u\|^2,$$
 
-    with m the distances between the sides of the car and the borders. A rate of the
-    progress that is not positive makes the cost NaN, which a solver rejects.
+    with m the distances between the sides of the car and the borders, less `margin`. A
+    rate of the progress that is not positive makes the cost NaN, which a solver
+    rejects. Positions are relative to the origin of the track.
 
     State: car, s, rate of s, shape `(n+2,)`; control: car, acceleration of s, shape
     `(3,)`. The control weight counts for the inputs of the car and `progress_weight`
@@ -207,7 +209,7 @@ class Race(eqx.Module):
         rate = x[-1]
         error = self.q_contour * contour**2 + self.q_lag * lag**2
         speed = self.q_speed * self.dt**2 * (rate - self.v_ref) ** 2
-        outside = jnp.maximum(-self._margins(x), 0.0)
+        outside = jnp.maximum(self.margin - self._margins(x), 0.0)
         border = self.q_border * jnp.sum(outside**self.border_power)
         return error + speed - self.q_log * jnp.log(rate) + border
 
@@ -218,11 +220,10 @@ class Race(eqx.Module):
     def border_margin(self, x: Float[Array, " state"]) -> Float[Array, ""]:
         """The distance from the side of the car to the nearest border [m].
 
-        Measured across the center line, positive inside; `margin` is not counted.
+        The m of the cost, before `margin` is taken off: measured at right angles to
+        the borders beside the progress s, positive inside.
         """
-        left, right = self.track.half_widths(x[-2])
-        lateral = self.lateral_error(x)
-        return jnp.minimum(left + lateral, right - lateral) - self.car.width / 2
+        return jnp.min(self._margins(x))
 
     def _errors(self, x):
         # e_c along the normal of the center line, e_l against its direction.
@@ -238,8 +239,7 @@ class Race(eqx.Module):
         points, slopes = self.track.lines(x[-2])
         normals = right_normal(slopes)
         to_right = jnp.sum((x[:2][None] - points) * normals, axis=-1)
-        half = self.car.width / 2 + self.margin
-        return jnp.stack([to_right[1], -to_right[2]]) - half
+        return jnp.stack([to_right[1], -to_right[2]]) - self.car.width / 2
 
 
 Race.__init__.__doc__ = """**Arguments:**

@@ -75,9 +75,20 @@ def even_parameters(
     return np.interp(np.linspace(0.0, lengths[-1], num), lengths, fine)
 
 
-def first_intervals(knots: np.ndarray) -> np.ndarray:
-    """For equal bins, shorter than any interval: the interval where a bin begins."""
-    num_bins = int(np.ceil(1.01 * knots[-1] / np.min(np.diff(knots))))
-    starts = np.arange(num_bins) * (knots[-1] / num_bins)
-    first = np.searchsorted(knots, starts, side="right") - 1
-    return first.astype(np.int32)
+def first_intervals(knots: np.ndarray) -> tuple[np.ndarray, int]:
+    """A table to look up intervals: the one where each of equal bins begins.
+
+    The bins are shorter than any interval, but at most 4 for each interval.
+
+    **Returns:** the table, and how many halvings find the interval inside a bin: one
+    if no bin holds more than one knot.
+    """
+    length, num = knots[-1], len(knots) - 1
+    num_bins = int(min(np.ceil(1.01 * length / np.min(np.diff(knots))), 4 * num))
+    starts = np.arange(num_bins) * (length / num_bins)
+    first, last = (
+        np.searchsorted(knots, at, side="right") - 1
+        for at in (starts, starts + (1 + 1e-6) * length / num_bins)
+    )
+    most = int(np.max(np.minimum(last, num - 1) - first))
+    return first.astype(np.int32), max(most, 1).bit_length()

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from . import _circuits, _spline, _track_files
-from ._track_checks import as_points, as_widths
+from . import _borders, _circuits, _spline, _track_files
+from ._track_checks import as_points, as_widths, check_steps, Lines
 
 
 _SMOOTHING = 1e-6  # half width of the rounded corner of the clamp at an open end [m]
+# A closing gap repeats the first point if it is at most this part of the steps before
+# and after it: these go on in one direction, or there is a corner.
+_GAP, _CORNER_GAP = 0.1, 1e-3
+_FAR = 1000.0  # coordinates beyond [m] are kept relative to an origin
 
 
 class Track(eqx.Module):
@@ -20,6 +24,17 @@ class Track(eqx.Module):
     All three lines share one parameter s, the length of the polyline through the
     waypoints of the center line, which is close to arc length [m]. The first waypoint
     has s = 0. A closed track takes s modulo `length`, an open one stops at `length`.
+
+    All points are relative to `origin` [m], and so are the states of a car on the
+    track: on the map they lie at `track.origin + point`, which takes float64. The
+    origin is (0, 0), unless a coordinate of the first point is beyond 1000 m, as in map
+    projections, where float32 is off by up to half a meter. Then it is the first point,
+    rounded to meters.
+
+    A border that is further from the center than the radius of a corner would run
+    backwards there. It is drawn nearer, so that it runs forward, and tapers before and
+    after the corner; `half_widths` says where it is. Where less than half of the
+    distance would be left, that is an error.
 
     Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
     [`from_borders`][diffprog.systems.Track.from_borders],
@@ -35,7 +50,9 @@ class Track(eqx.Module):
     coefficients: Float[Array | np.ndarray, "pieces 4 3 2"]
     first: Int[Array | np.ndarray, " bins"]
     length: float | Float[Array, ""]
+    origin: Float[Array | np.ndarray, " 2"]
     closed: bool = eqx.field(static=True)
+    halvings: int = eqx.field(static=True)
 
     @classmethod
     def from_waypoints(
@@ -53,7 +70,10 @@ class Track(eqx.Module):
         **Arguments:**
 
         - `points`: center line in the direction of travel [m], shape `(N, 2)`, N >= 4.
-            If closed, the first point may be repeated at the end.
+            If closed, the last one may repeat the first, and need not hit it: it is
+            dropped if the gap between them, to either side, is at most a tenth of the
+            steps before and after it (a thousandth where these are at right angles or
+            more).
         - `half_width`: distance from the center to either border [m], a number or
             shape `(N,)`.
         - `left`, `right`: these distances one by one, instead of `half_width`.
@@ -64,9 +84,19 @@ class Track(eqx.Module):
         **Returns:** a track.
 
         **Raises:** `ValueError` for less than 4 points, repeated points, numbers that
-        are not finite, negative or missing widths.
+        are not finite, negative or missing widths; for a step back, which is one that
+        is shorter than both its neighbors and at more than 90 degrees to both, while
+        these are at less than 90 degrees to each other (so the sharp turn of a hairpin
+        of few points is none); for a closed track that ends past its first point; for
+        borders that are more than about twice as far away as the radius of a corner.
         """
-        center = as_points("points", points)
+        return cls._from_widths(points, half_width, left, right, closed, spacing)
+
+    @classmethod
+    def _from_widths(
+        cls, points, half_width, left, right, closed, spacing=None, lines: Lines = None
+    ):
+        points = as_points("points", points, lines)
         if (half_width is None) == (left is None and right is None):
             raise ValueError(
                 "Give the width of the track once: either `half_width`, or `left` and "
@@ -76,19 +106,20 @@ class Track(eqx.Module):
             left = right = half_width
         widths = np.stack(
             [
-                as_widths("left", left, len(center)),
-                as_widths("right", right, len(center)),
+                as_widths("left", left, len(points), lines),
+                as_widths("right", right, len(points), lines),
             ],
             axis=1,
         )
-        center, widths = _close(center, widths, closed)
+        origin = _origin(points)
+        center, widths = _close(points - origin, widths, closed)
+        check_steps("points", center, closed, lines)
+        given = (center, lines)
         if spacing is not None:
             center, widths = _resample(center, widths, closed, spacing)
-        knots = _spline.chord_lengths(center)
-        _, slope = _spline.evaluate(knots, _spline.fit(knots, center, closed), knots)
-        normal = _right_of(slope)
+        normal = _borders.normals(center, closed)
         borders = (center - widths[:, :1] * normal, center + widths[:, 1:] * normal)
-        return cls._fit(center, *borders, closed)
+        return cls._fit(center, *borders, closed, origin, given)
 
     @classmethod
     def from_borders(
@@ -102,43 +133,56 @@ class Track(eqx.Module):
             shape `(N, 2)` each, N >= 4.
         - `closed`: whether the last point joins the first one.
 
-        **Returns:** a track; nothing is moved or resampled.
+        **Returns:** a track; nothing is resampled, and nothing moved but borders that
+        would run backwards.
 
-        **Raises:** `ValueError` as `from_waypoints`, and for lines with different
-        numbers of points.
+        **Raises:** `ValueError` as `from_waypoints`, for lines with different numbers
+        of points, and for a border on the wrong side of the center line.
         """
-        lines = [
+        given = [
             as_points(name, value, distinct=name == "center")
             for name, value in (("center", center), ("left", left), ("right", right))
         ]
-        if len({len(points) for points in lines}) > 1:
+        if len({len(points) for points in given}) > 1:
             raise ValueError(
                 "`center`, `left` and `right` have "
-                f"{', '.join(str(len(points)) for points in lines)} points; give each "
+                f"{', '.join(str(len(points)) for points in given)} points; give each "
                 "the same number."
             )
-        center, borders = _close(lines[0], np.concatenate(lines[1:], axis=1), closed)
-        return cls._fit(center, borders[:, :2], borders[:, 2:], closed)
+        origin = _origin(given[0])
+        center, left, right = (points - origin for points in given)
+        center, borders = _close(center, np.concatenate([left, right], axis=1), closed)
+        check_steps("center", center, closed, None)
+        left, right = borders[:, :2], borders[:, 2:]
+        _borders.check_sides(center, (left, right), closed)
+        return cls._fit(center, left, right, closed, origin, (center, None))
 
     @classmethod
-    def _fit(cls, center, left, right, closed):
+    def _fit(cls, center, left, right, closed, origin, given):
         knots = _spline.chord_lengths(center)
-        values = np.concatenate([center, left, right], axis=1)
-        coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
-        first = _spline.first_intervals(knots)
-        return cls(knots, coefficients, first, float(knots[-1]), closed)
+        coefficients = _borders.fit(knots, center, (left, right), closed, *given)
+        first, halvings = _spline.first_intervals(knots)
+        length = float(knots[-1])
+        return cls(knots, coefficients, first, length, origin, closed, halvings)
 
     @classmethod
-    def from_csv(cls, path: str | os.PathLike, *, closed: bool = True) -> "Track":
+    def from_csv(
+        cls, path: str | os.PathLike, half_width: Any = None, *, closed: bool = True
+    ) -> "Track":
         """Reads a track in the format of public race track databases.
 
         The columns are `x_m,y_m,w_tr_right_m,w_tr_left_m`: the center line and the
         distances from it to the borders [m]. A header line, plain or behind a `#`, may
-        name them in another order or among others; other lines with a `#` are comments.
+        name them in another order or among others, in capitals or not; any other `#`
+        begins a comment. Commas, semicolons, tabs or spaces separate the cells; where
+        it is not the comma, numbers may have a decimal comma. Files are in UTF-8 or
+        Latin-1.
 
         **Arguments:**
 
         - `path`: the file.
+        - `half_width`: distance from the center to either border [m], instead of the
+            widths of the file, which then needs only the columns `x_m,y_m`.
         - `closed`: whether the last point joins the first one.
 
         **Returns:** a track.
@@ -148,8 +192,9 @@ class Track(eqx.Module):
 
         Source: TUMFTM/racetrack-database, 2019, for the format.
         """
-        points, right, left = _track_files.read_csv(path)
-        return cls.from_waypoints(points, left=left, right=right, closed=closed)
+        points, widths, lines = _track_files.read_csv(path, half_width is None)
+        right, left = widths.T if half_width is None else (None, None)
+        return cls._from_widths(points, half_width, left, right, closed, lines=lines)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike, *, closed: bool = True) -> "Track":
@@ -163,7 +208,7 @@ class Track(eqx.Module):
         - `path`: the file.
         - `closed`: whether the last point joins the first one.
 
-        **Returns:** a track, with the coordinates of the file.
+        **Returns:** a track.
 
         **Raises:** `FileNotFoundError`, or `ValueError` for missing columns, for
         entries that are no numbers, and as `from_borders`.
@@ -201,7 +246,7 @@ class Track(eqx.Module):
         coefficients = _spline.fit(knots, path, closed)
         at = np.linspace(0.0, knots[-1], 100)
         center, slope = _spline.evaluate(knots, coefficients, at)
-        normal = 0.185 * _right_of(slope)
+        normal = 0.185 * _borders.right_of(slope)
         return cls.from_borders(center, center - normal, center + normal, closed=closed)
 
     @classmethod
@@ -239,8 +284,10 @@ class Track(eqx.Module):
         """The same track with all lengths times `factor`: 1/43 makes a miniature."""
         power = np.power(float(factor), [1.0, 0.0, -1.0, -2.0])
         coefficients = np.asarray(self.coefficients) * power[:, None, None]
-        knots = factor * np.asarray(self.knots)
-        return Track(knots, coefficients, self.first, factor * self.length, self.closed)
+        knots, origin = factor * np.asarray(self.knots), factor * self.origin
+        length = factor * self.length
+        fixed = (self.closed, self.halvings)
+        return Track(knots, coefficients, self.first, length, origin, *fixed)
 
     def lines(
         self, s: Float[ArrayLike, "*shape"]
@@ -255,12 +302,14 @@ class Track(eqx.Module):
             z = length - s
             ramp = jnp.clip(z + _SMOOTHING, 0.0, 2 * _SMOOTHING)
             s = length - ramp**2 / (4 * _SMOOTHING) - jnp.maximum(z - _SMOOTHING, 0.0)
-        # A bin is shorter than every interval, so at most one knot lies inside it.
         knots = jnp.asarray(self.knots, s.dtype)
         num_bins, last = self.first.shape[0], self.coefficients.shape[0] - 1
         bin = jnp.floor(s / length * num_bins).astype(jnp.int32)
         i = jnp.asarray(self.first)[jnp.clip(bin, 0, num_bins - 1)]
-        i = jnp.minimum(jnp.where(s > knots[i + 1], i + 1, i), last)
+        # At most 2**halvings - 1 knots lie inside a bin, mostly one.
+        for k in reversed(range(self.halvings)):
+            ahead = jnp.minimum(i + 2**k, last)
+            i = jnp.where(s > knots[ahead], ahead, i)
         row = jnp.asarray(self.coefficients, s.dtype)[i]
         a, b, c, d = (row[..., j, :, :] for j in range(4))
         tau = (s - knots[i])[..., None, None]
@@ -308,17 +357,19 @@ def right_normal(slope: Float[Array, "*shape 2"]) -> Float[Array, "*shape 2"]:
     return jnp.stack([dy, -dx], axis=-1) / jnp.sqrt(dx**2 + dy**2)[..., None]
 
 
-def _right_of(slope: np.ndarray) -> np.ndarray:
-    normal = np.stack([slope[:, 1], -slope[:, 0]], axis=1)
-    return normal / np.linalg.norm(slope, axis=1, keepdims=True)
+def _origin(points: np.ndarray) -> np.ndarray:
+    far = np.max(np.abs(points[0])) > _FAR
+    return np.round(points[0]) if far else np.zeros(2)
 
 
 def _close(center, data, closed):
     # The rows of a closed line end with its first row, given or added.
     if not closed:
         return center, data
-    gap = np.linalg.norm(center[-1] - center[0])
-    if gap <= 1e-9 * _spline.chord_lengths(center)[-1]:
+    before, after = center[-1] - center[-2], center[1] - center[0]
+    part = _GAP if before @ after > 0 else _CORNER_GAP
+    step = min(np.linalg.norm(before), np.linalg.norm(after))
+    if np.linalg.norm(center[-1] - center[0]) <= part * step:
         center, data = center[:-1], data[:-1]
         if len(center) < 4:
             raise ValueError(

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,35 +12,59 @@ _CSV = ("x_m", "y_m", "w_tr_right_m", "w_tr_left_m")
 _JSON = ("X", "Y", "X_i", "Y_i", "X_o", "Y_o")
 
 
-def read_csv(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Center line, shape `(N, 2)`, and distances to the right and left border."""
-    names, rows = None, []
-    lines = _read(path, "columns x_m,y_m,w_tr_right_m,w_tr_left_m").splitlines()
-    for number, cells in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
-        cells = [cell.strip() for cell in cells]
+def read_csv(
+    path: str | os.PathLike, with_widths: bool
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Center line, shape `(N, 2)`, distances to the borders, and lines of the file.
+
+    The distances are those to the right and to the left, shape `(N, 2)`; without
+    widths they are not looked for, shape `(N, 0)`.
+    """
+    wanted = _CSV if with_widths else _CSV[:2]
+    header, rows = None, []
+    text = _read(path, f"columns {','.join(wanted)}")
+    for number, line in enumerate(text.splitlines(), start=1):
+        comment = line.lstrip().startswith("#")
+        cells = _cells(line.lstrip("# \t") if comment else line)
         if not any(cells):
             continue
-        comment = cells[0].startswith("#")
-        cells[0] = cells[0].lstrip("# ")
-        if names is None and not rows and _is_header(cells, comment):
-            names = cells
+        if header is None and not rows and _is_header(cells, comment):
+            header = [cell.lower() for cell in cells]
+            header = header if header[-1] else header[:-1]
         elif not comment:
             rows.append((number, cells))
-    names = _CSV if names is None else names
-    missing = [name for name in _CSV if name not in names]
+    names = header or (_CSV[:2] if rows and len(rows[0][1]) == 2 else _CSV)
+    missing = [name for name in wanted if name not in names]
     if missing:
+        has_points = "x_m" in names and "y_m" in names
         raise ValueError(
             f"`path` {path} has the columns {', '.join(names)}; "
-            f"missing: {', '.join(missing)}. Name the four columns "
-            "x_m,y_m,w_tr_right_m,w_tr_left_m in the header."
+            f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
+            f"the header{', or pass `half_width`' if has_points else ''}."
         )
-    table = np.array([_numbers(path, names, *row) for row in rows]).reshape(-1, 4)
-    return table[:, :2], table[:, 2], table[:, 3]
+    table = np.array([_numbers(path, names, wanted, *row) for row in rows])
+    table = table.reshape(-1, len(wanted))
+    return table[:, :2], table[:, 2:], [number for number, _ in rows]
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line without the comment behind them, whatever separates them."""
+    line = re.sub(r'("[^"]*")|#.*', r"\1", line)
+    # A comma is also a decimal point where something else separates the cells.
+    separator = next((mark for mark in (";", ",\t", "\t", ",") if mark in line), None)
+    if separator is None:
+        return line.split()
+    (cells,) = csv.reader([line], delimiter=separator[0], skipinitialspace=True)
+    if separator[0] != ",":
+        cells = [re.sub(r"(?<=\d),(?=\d)", ".", cell) for cell in cells]
+    return [cell.strip() for cell in cells]
 
 
 def _is_header(cells: list[str], comment: bool) -> bool:
     # Any other comment is only a remark; a plain line of words must be the header.
-    return "x_m" in cells if comment else not any(map(_is_number, cells))
+    if comment:
+        return "x_m" in map(str.lower, cells)
+    return not any(map(_is_number, cells))
 
 
 def _is_number(cell: str) -> bool:
@@ -50,14 +75,19 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _numbers(path, names: Sequence[str], line: int, cells: list[str]) -> list[float]:
+def _numbers(
+    path, names: Sequence[str], wanted: Sequence[str], line: int, cells: list[str]
+) -> list[float]:
+    if len(cells) == len(names) + 1 and not cells[-1]:
+        cells = cells[:-1]  # a separator ends the line
     if len(cells) != len(names):
         raise ValueError(
             f"`path` {path}, line {line} has {len(cells)} cells; {len(names)} are "
-            f"expected, separated by commas: {','.join(names)}."
+            f"expected: {','.join(names)}. Separate them by commas, semicolons, tabs "
+            "or spaces, and numbers with a decimal comma by semicolons or tabs."
         )
     row = []
-    for name in _CSV:
+    for name in wanted:
         cell = cells[names.index(name)]
         if not _is_number(cell):
             raise ValueError(
@@ -124,5 +154,9 @@ def _read(path, accepted: str) -> str:
         raise FileNotFoundError(
             f"`path` is {path}, and there is no such file; give a file with {accepted}."
         )
-    with open(path, encoding="utf-8-sig") as file:
-        return file.read()
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")  # any bytes; only words can come out wrong

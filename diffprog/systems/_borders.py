@@ -1,0 +1,115 @@
+import numpy as np
+
+from . import _spline
+from ._track_checks import Lines, named
+
+
+_ADVANCE = 0.1  # of a border that was narrowed, at least, for each meter of s
+_NARROWING = 0.02  # of its distance to the center, at a time
+_TAPER = 0.5  # of that distance, before and after
+_LEAST = 0.5  # of the distance that was given
+_SAMPLES = 8  # for each interval
+
+
+def fit(
+    knots: np.ndarray,
+    center: np.ndarray,
+    borders: tuple[np.ndarray, np.ndarray],
+    closed: bool,
+    points: np.ndarray,
+    lines: Lines,
+) -> np.ndarray:
+    """Splines through three lines, with borders that run forward.
+
+    In a corner of radius R, a border that is w away from the center advances by
+    1 - w / R for each meter of the center line. Where it would run backwards it is
+    narrowed bit by bit, and ever less before and after that place.
+
+    **Arguments:**
+
+    - `knots`, `center`, `borders`: parameters and points of center, left and right.
+    - `closed`: whether the splines are periodic.
+    - `points`, `lines`: the center line as it came and its lines in a file, for the
+        message.
+
+    **Returns:** coefficients, shape `(N, 4, 3, 2)`.
+    """
+    offsets = np.stack(borders, axis=1) - center[:, None]
+    share, least, given = np.ones((len(center), 2)), np.zeros(2), None
+    while True:
+        drawn = center[:, None] + share[..., None] * offsets
+        values = np.concatenate([center, drawn.reshape(-1, 4)], axis=1)
+        coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
+        advance = _advance(knots, coefficients)
+        given = advance if given is None else given
+        folds = advance <= least
+        if not np.any(folds):
+            return coefficients
+        for side in np.flatnonzero(np.any(folds, axis=0)):
+            far = _distances(knots, folds[:, side], closed)
+            widest = np.max(np.linalg.norm(offsets[far == 0, side], axis=-1))
+            near = np.maximum(1 - far / (_TAPER * widest), 0)
+            share[:, side] *= 1 - _NARROWING * near
+        least = np.where(np.any(folds, axis=0), _ADVANCE, least)
+        if np.min(share) < _LEAST:
+            side = int(np.argmin(np.min(share, axis=0)))
+            row = int(np.argmin(given[:, side]))
+            away = np.linalg.norm(offsets[row, side])
+            radius = away / (1 - given[row, side])
+            nearest = int(np.argmin(np.linalg.norm(points - center[row], axis=1)))
+            raise ValueError(
+                f"`{('left', 'right')[side]}` is {away:.3g} m away from the center in "
+                f"{named(lines, nearest)}, s = {knots[row]:.1f} m, where it runs "
+                f"backwards, as in a corner of radius {radius:.3g} m. It can be at "
+                f"most {(1 - _ADVANCE) * radius:.3g} m there; up to about twice as "
+                "much is narrowed to that: lower the width, or smooth the center line."
+            )
+
+
+def check_sides(
+    center: np.ndarray, borders: tuple[np.ndarray, np.ndarray], closed: bool
+) -> None:
+    """A `ValueError` unless the borders lie to the left and to the right."""
+    normal = normals(center, closed)
+    for name, border, sign in zip(("left", "right"), borders, (-1, 1), strict=True):
+        across = sign * np.sum((border - center) * normal, axis=1)
+        if np.min(across) < -1e-6 * np.max(np.abs(across)):
+            raise ValueError(
+                f"`{name}` lies on the other side of `center` in row "
+                f"{np.argmin(across)}, seen in the direction of travel: exchange "
+                "`left` and `right`, or reverse the rows of all three."
+            )
+
+
+def normals(center: np.ndarray, closed: bool) -> np.ndarray:
+    """Unit normals of the spline through points, to the right of travel."""
+    knots = _spline.chord_lengths(center)
+    coefficients = _spline.fit(knots, center, closed)
+    return right_of(_spline.evaluate(knots, coefficients, knots)[1])
+
+
+def right_of(slope: np.ndarray) -> np.ndarray:
+    """Unit normals to the right of directions, shape `(N, 2)`."""
+    normal = np.stack([slope[:, 1], -slope[:, 0]], axis=1)
+    return normal / np.linalg.norm(slope, axis=1, keepdims=True)
+
+
+def _advance(knots, coefficients):
+    # The least one of each border in each interval, shape (N, 2).
+    tau = np.linspace(0.0, np.diff(knots), _SAMPLES + 1, axis=1)[..., None, None]
+    _, b, c, d = np.moveaxis(coefficients[:, None], 2, 0)
+    slopes = b + tau * (2 * c + tau * 3 * d)
+    middle = slopes[:, :, :1]
+    along = np.sum(slopes[:, :, 1:] * middle, axis=-1) / np.sum(middle**2, axis=-1)
+    return np.min(along, axis=1)
+
+
+def _distances(knots, folds, closed):
+    # Of each knot to the nearest end of a folded interval.
+    ends = np.concatenate([folds, [False]]) | np.concatenate([[False], folds])
+    places = knots[ends]
+    if closed:
+        places = np.concatenate([places - knots[-1], places, places + knots[-1]])
+    after = np.clip(np.searchsorted(places, knots), 0, len(places) - 1)
+    both = places[np.stack([np.maximum(after - 1, 0), after])]
+    return np.min(np.abs(knots - both), axis=0)
