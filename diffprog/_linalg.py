@@ -19,17 +19,20 @@ def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def solve_positive(
-    matrix: Float[Array, "m m"], rhs: Float[Array, "m k"]
+    matrix: Float[Array, "m m"],
+    rhs: Float[Array, "m k"],
+    valid: Bool[Array, ""] | bool = True,
 ) -> tuple[Float[Array, "m k"], Bool[Array, ""]]:
     """Solves `matrix @ x = rhs` by Cholesky; also says whether `matrix` is positive.
 
     Where it is not, and m is at most `UNROLLED`, the first column of `x` is a vector w
-    with w' matrix w <= 0, and the others are 0; above that `x` means nothing.
+    with w' matrix w <= 0, and the others are 0; above that `x` means nothing. What is
+    not `valid` is not positive, with w = 0.
     """
     m = matrix.shape[0]
     if m > UNROLLED:
         factor = jnp.linalg.cholesky(matrix)
-        positive = jnp.all(jnp.diagonal(factor) > 0)
+        positive = valid & jnp.all(jnp.diagonal(factor) > 0)
         return jsl.cho_solve((factor, True), rhs), positive
     # matrix = L D L', row by row, with ones on the diagonal of L; M = L D.
     L, M, inverse, y, x = {}, {}, {}, {}, {}
@@ -46,7 +49,7 @@ def solve_positive(
         x[i] = y[i] * inverse[i] - sum(L[k, i] * x[k] for k in range(i + 1, m))
     # Before the first pivot that is not positive all are: w = inv(L') e has it for
     # its curvature.
-    w, before = {}, jnp.asarray(True)
+    w, before = {}, jnp.asarray(valid)
     for i in range(m):
         good = before & (pivots[i] > 0)
         w[i], before = (before & ~good).astype(matrix.dtype), good

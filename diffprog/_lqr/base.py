@@ -14,18 +14,21 @@ from .._tree import Layout, norm
 from .._types import Rows, Stacks
 
 
-def bellman(F: Array, W: Array, VF: Array, m: int, damping: Array):
+def bellman(
+    F: Array, W: Array, VF: Array, m: int, damping: Array, valid: Array | bool = True
+):
     """One stage of the backward pass, in the blocks of `_expand`, from the product V F.
 
     Minimizes (1, x, u)' Z (1, x, u) / 2 + damping u'u / 2 over u, Z = W + F' V F:
     u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], and whether the
-    minimum exists.
+    minimum exists. Where it does not, k has negative curvature and K is 0; both are 0
+    if V is not `valid`.
     """
     Z = W + matmul(F.T, VF)
     u = Z.shape[0] - m
     G = Z[u:, u:] + damping * jnp.eye(m, dtype=Z.dtype)  # R + damping I + B'PB
     H = Z[u:, :u]  # [h H]: h = r + B'(p + Pc), H = B'PA + M'
-    gains, positive = solve_positive(G, -H)  # [k K] = -inv(G) [h H]
+    gains, positive = solve_positive(G, -H, valid)  # [k K] = -inv(G) [h H]
     return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, positive
 
 

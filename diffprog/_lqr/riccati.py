@@ -48,10 +48,10 @@ class Riccati(AbstractRiccati):
                     hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
                     W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
             product = matmul(rows, F)
-            V, gains, minimum = bellman(F, W, product[:-1], len(u), damping)
-            # A pass without a minimum is left with a direction of negative curvature
-            # at the last stage that has none.
-            gains = jnp.where(positive, gains, 0)
+            # A pass without a minimum leaves a direction of negative curvature at the
+            # last stage that has none.
+            terms = F, W, product[:-1], len(u), damping, positive
+            V, gains, minimum = bellman(*terms)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if model.F is None:
@@ -61,7 +61,7 @@ class Riccati(AbstractRiccati):
                 first = jnp.where(finite, first, t)
                 minimum = minimum & finite
                 rows = jnp.where(minimum, rows, 0)
-            return (rows, positive & minimum, first), (gains, lam[len(V) :])
+            return (rows, minimum, first), (gains, lam[len(V) :])
 
         end = jnp.concatenate([model.V, model.V[:1]])
         stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
