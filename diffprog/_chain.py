@@ -17,7 +17,7 @@ class Phase(eqx.Module):
 
     def __check_init__(self):
         _check_functions(self, "dynamics", "cost")
-        _check_horizon(self.horizon)
+        check_horizon(self.horizon)
 
 
 Phase.__init__.__doc__ = """**Arguments:**
@@ -80,7 +80,7 @@ class ControlProblem(AbstractChain):
 
     def __check_init__(self):
         _check_functions(self.system, "dynamics", "cost", "terminal_cost")
-        _check_horizon(self.horizon)
+        check_horizon(self.horizon)
 
     @classmethod
     def from_system(cls, system: Any, horizon: int) -> "ControlProblem":
@@ -194,7 +194,7 @@ def _check_functions(owner: Any, *names: str):
             )
 
 
-def _check_horizon(horizon):
+def check_horizon(horizon):
     if isinstance(horizon, bool) or not isinstance(horizon, int):
         raise TypeError(
             f"`horizon` is {horizon!r}; the number of stages is a Python int."

@@ -14,11 +14,12 @@ cost-to-go is (1, x)' V (1, x) / 2.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._chain import ControlProblem
 from ._door import door
-from ._linalg import matmul
+from ._linalg import matmul, symmetrize
 from ._rollout import (
     run,
     Segment,
@@ -33,13 +34,20 @@ from ._types import Stacks, Tensors
 class Model(eqx.Module):
     """F and W of every stage, V of the last state; second derivatives of f for DDP.
 
-    Without F and W the backward pass differentiates, stage by stage.
+    Without F and W the backward pass differentiates, stage by stage. Of a Hessian only
+    the symmetric part counts; what is known to be `symmetric` is taken as it is.
     """
 
     F: Stacks | None
     W: Stacks | None
     V: Float[Array, "_ _"]
     tensors: Tensors | None = None
+    symmetric: bool = eqx.field(static=True, default=False)
+
+    def hessians(self) -> tuple[Stacks | None, Array, Tensors | None]:
+        """W, V and the second derivatives, symmetric."""
+        found = self.W, self.V, self.tensors
+        return found if self.symmetric else jtu.tree_map(symmetrize, found)
 
 
 def affine(c: Array, AB: Array) -> Array:

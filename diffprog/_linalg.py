@@ -14,8 +14,9 @@ matmul = ft.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 UNROLLED = 7
 
 
-def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    return 0.5 * (matrix + matrix.T)
+def symmetrize(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """The symmetric part, which is all that x' matrix x sees."""
+    return 0.5 * (matrix + matrix.mT)
 
 
 def solve_positive(

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
+import optimistix
 import pytest
 
 import diffprog as dp
@@ -62,6 +63,106 @@ def test_discretized_dynamics_in_a_problem():
     assert solution.stats["gradient"] <= 1e-12 * before
     gradient = jax.grad(lambda us: dp.rollout(problem, jnp.zeros(1), us).cost)
     assert jnp.linalg.norm(gradient(solution.us)) <= 1e-12 * before
+
+
+# Implicit solvers, on x'' = -1000 (x' - cos(x) u).
+
+
+IMPLICIT = diffrax.ImplicitEuler(root_finder=optimistix.Newton(rtol=1e-8, atol=1e-8))
+
+
+def stiff(x, u, time):
+    return jnp.stack([x[1], -1000 * (x[1] - jnp.cos(x[0]) * u[0])])
+
+
+def test_derivatives_of_an_implicit_step():
+    z, dt = jnp.array([0.3, 0.2, 0.5]), 0.05
+    g = jax.jit(lambda z: dp.discretize(stiff, dt, IMPLICIT)(z[:2], z[2:], 0))
+    new = g(z)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+    close(new, z[:2] + dt * stiff(new, z[2:], 0.0))
+    # By the implicit function theorem.
+    A, B = jax.jacfwd(stiff, (0, 1))(new, z[2:], 0.0)
+    factor = jnp.linalg.inv(jnp.eye(2) - dt * A)
+    exact = jnp.concatenate([factor, dt * factor @ B], 1)
+    close(jax.jit(jax.jacfwd(g))(z), exact)
+    jacobian = jax.jit(jax.jacrev(g))
+    close(jacobian(z), exact)
+    way = exact[1]
+    second = jax.jit(lambda z: jax.jvp(jax.jacrev(g), (z,), (way,))[1])(z)
+    difference = (jacobian(z + 1e-4 * way) - jacobian(z - 1e-4 * way)) / 2e-4
+    np.testing.assert_allclose(second, difference, atol=1e-6)
+    assert jnp.max(jnp.abs(second)) > 0.01
+
+
+def test_an_implicit_step_that_fails_is_nan_and_differentiable():
+    """Where it fails the derivative is 0, in every lane of a batch."""
+    step = dp.discretize(stiff, 0.05, IMPLICIT)
+    f = lambda x, u: step(x, u, 0)
+    xs = jnp.array([[0.3, 0.2], [0.3, jnp.nan], [0.3, 0.2]])
+    us = jnp.array([[0.5], [0.5], [jnp.inf]])
+    bad = np.array([False, True, True])
+    new = jax.jit(jax.vmap(f))(xs, us)
+    np.testing.assert_array_equal(np.isnan(new), bad[:, None] & np.ones(2, bool))
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        found = jax.jit(jax.vmap(jacobian(f, (0, 1))))(xs, us)
+        assert all(np.all(a[bad] == 0) and np.any(a[~bad] != 0) for a in found)
+
+
+def test_a_solve_rejects_a_trial_whose_implicit_step_fails():
+    chord = diffrax.VeryChord(rtol=1e-8, atol=1e-8)  # gives up early
+    dynamics = dp.discretize(stiff, 0.05, diffrax.ImplicitEuler(root_finder=chord))
+    problem = dp.ControlProblem(
+        dynamics, lambda x, u, t: 0.01 * jnp.sum(u**2),
+        lambda x: 10 * jnp.sum((x - jnp.array([1.0, 0.0])) ** 2), 8
+    )  # fmt: skip
+    solve = jax.jit(
+        lambda us: dp.solve(problem, dp.ILQR(), jnp.zeros(2), us, max_steps=2)
+    )
+    solution = solve(jnp.zeros((8, 1)))
+    assert solution.history["trials"][0] > 1
+    assert solution.cost < 0.8 * solution.history["cost"][0]
+    worst = solve(jnp.full((8, 1), 1e6))
+    assert worst.result == dp.RESULTS.nonfinite_rollout
+
+
+def test_one_step_of_diffrax_at_late_times():
+    """Rounding of a large time leaves no rest for a second step."""
+    t = jnp.asarray(123_457, jnp.int32)
+    step = dp.discretize(lambda x, u, time: -x, 0.1, diffrax.Heun())
+    x = jax.jit(step)(jnp.ones(1, jnp.float32), None, t)
+    np.testing.assert_allclose(x, [0.905], rtol=1e-6)
+
+
+def test_several_steps_in_a_stage():
+    """The recipe of the docstring."""
+    fine = dp.discretize(field, 0.05, "rk4")
+
+    def dynamics(x, u, t):
+        for i in range(4):
+            x = fine(x, u, 4 * t + i)
+        return x
+
+    x, u = jnp.asarray([1.0]), jnp.asarray([0.5])
+    np.testing.assert_allclose(dynamics(x, u, 3), exact(x, u, 0.6, 0.2), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "solver, message",
+    [
+        (diffrax.Kvaerno3, r"no tolerances.*Kvaerno3\(root_finder=optimistix.Newton"),
+        (diffrax.ImplicitEuler, r"no tolerances.*ImplicitEuler\(root_finder=optim"),
+        (diffrax.EulerHeun, "is EulerHeun, which needs an equation in several parts"),
+        (diffrax.KenCarp3, "is KenCarp3, which needs an equation in several parts"),
+        (diffrax.SemiImplicitEuler, "which needs an equation in several parts"),
+        (lambda: diffrax.HalfSolver(diffrax.Heun()), "HalfSolver, .* the solver insi"),
+        (lambda: diffrax.Tsit5, "`method` is <class .*; one of euler, midpoint, rk4"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_solvers_that_do_not_fit(solver, message):
+    with pytest.raises(ValueError, match=message):
+        dp.discretize(field, 0.1, solver())
 
 
 @pytest.mark.parametrize(

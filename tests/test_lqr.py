@@ -2,6 +2,7 @@
 
 import functools as ft
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import diffprog as dp
 from . import environments as env
 
 
+METHODS = [dp.Riccati(), dp.ParallelRiccati()]
 SHAPES = [(1, 1, 1), (1, 2, 3), (6, 3, 2), (4, 2, 5)]  # (T, n, m)
 
 
@@ -129,7 +131,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("method", [dp.Riccati(), dp.ParallelRiccati()])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rho", GOLDEN)
 def test_c1_golden_lqr(rho, method):
     lqr, x0 = env.golden_lqr(rho)
@@ -252,6 +254,71 @@ def test_constant_problem():
     close(P, step)
 
 
+def test_horizon_of_a_constant_problem_costs_nothing():
+    """One operation, whatever the horizon: no list of its stages."""
+
+    def constant(horizon):
+        build = lambda A, B: dp.LQR.constant(A, B, None, A, A[:1, :1], horizon=horizon)
+        return str(jax.make_jaxpr(build)(jnp.eye(2), jnp.ones((2, 1))))
+
+    assert constant(4000).replace("4000", "7") == constant(7)
+
+
+# Weights that are not symmetric: x'Qx sees only their symmetric part.
+
+
+def skewed(array, seed):
+    """`array` and something that changes no quadratic form."""
+    skew = np.random.default_rng(seed).standard_normal(array.shape)
+    return array + skew - skew.swapaxes(-1, -2)
+
+
+def skewed_lqr(T, n, m):
+    lqr, x0 = random_lqr(T, n, m)
+    names = ("Q", "R", "Q_final")
+    weights = {name: skewed(getattr(lqr, name), i) for i, name in enumerate(names)}
+    terms = {name: getattr(lqr, name) for name in lqr.__dataclass_fields__}
+    return dp.LQR(**(terms | weights)), lqr, x0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_stage_with_a_triangular_weight(method):
+    # u'u / 2 + x'Q_final x / 2 at x = (1, u): 1/2 + u/2 + u^2.
+    lqr = dp.LQR.constant(
+        np.eye(2), np.eye(2)[:, 1:], None, np.zeros((2, 2)), np.eye(1),
+        Q_final=np.array([[1.0, 1.0], [0.0, 1.0]]), horizon=1,
+    )  # fmt: skip
+    solution = dp.solve_lqr(lqr, jnp.array([1.0, 0.0]), method=method)
+    close(solution.us, [[-0.25]])
+    close(solution.cost, 0.4375)
+    close(lqr.cost(solution.xs, solution.us), 0.4375)
+    close(solution.value.P[-1], [[1.0, 0.5], [0.5, 1.0]])
+
+
+@pytest.mark.parametrize("fast_loops", [None, False])
+@pytest.mark.parametrize("shape", [(6, 3, 2), (3, 2, 8)])
+def test_only_the_symmetric_part_of_a_weight_counts(shape, fast_loops):
+    given, lqr, x0 = skewed_lqr(*shape)
+    xs, us = map(jnp.asarray, kkt(lqr, x0)[:2])
+    for method in METHODS:
+        solution = dp.solve_lqr(given, x0, method=method, fast_loops=fast_loops)
+        close(solution.xs, xs)
+        close(solution.us, us)
+        close_costs(given.cost(xs, us), solution.cost, xs, us)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_in_a_weight_is_symmetric(method):
+    given, _, x0 = skewed_lqr(6, 3, 2)
+    solve = jax.jit(ft.partial(dp.solve_lqr, method=method))
+    gradient = jax.grad(lambda lqr: solve(lqr, x0).cost)(given)
+    solution = solve(given, x0)
+    outer = lambda a: jnp.einsum("...i,...j->...ij", a, a) / 2
+    close(gradient.Q, outer(solution.xs[:-1]))
+    close(gradient.R, outer(solution.us))
+    close(gradient.Q_final, outer(solution.xs[-1]))
+
+
 # Transformations.
 
 
@@ -350,6 +417,93 @@ def test_wrong_dtype():
     integers = {name: array.astype(int) for name, array in arrays().items()}
     with pytest.raises(TypeError, match="`A` has dtype int64; float32 or float64"):
         dp.LQR(**integers)
+
+
+@pytest.mark.parametrize("of_stage", [False, True])
+def test_nothing_to_solve(of_stage):
+    """No stages, no states, no controls."""
+    zeros = lambda *shape: np.zeros(shape if of_stage else (6, *shape))
+    build = ft.partial(dp.LQR.constant, horizon=6) if of_stage else dp.LQR
+    with pytest.raises(ValueError, match=r"`A` has shape .*0, 0\); .*n >= 1 is expec"):
+        build(zeros(0, 0), zeros(0, 2), None, zeros(0, 0), zeros(2, 2))
+    with pytest.raises(ValueError, match=r"`B` has shape .*3, 0\); .*m >= 1 is expec"):
+        build(zeros(3, 3), zeros(3, 0), None, zeros(3, 3), zeros(0, 0))
+
+
+def test_wrong_constant_problems(unchecked):
+    A, B, c, Q, R, *_ = (a[0] for a in jax.tree.leaves(random_lqr(6, 3, 2)[0]))
+    build = lambda *terms, horizon=6: dp.LQR.constant(*terms, horizon=horizon)
+    for horizon in (0, -1):
+        with pytest.raises(ValueError, match=f"`horizon` is {horizon}; at least 1"):
+            build(A, B, c, Q, R, horizon=horizon)
+    for horizon in (2.5, True):
+        with pytest.raises(TypeError, match=f"`horizon` is {horizon}; .*Python int"):
+            build(A, B, c, Q, R, horizon=horizon)  # pyright: ignore
+    with pytest.raises(
+        ValueError, match=r"`A` has shape \(1, 3, 3\); \(n, n\) .*LQR\("
+    ):
+        build(A[None], B, c, Q, R)
+    with pytest.raises(ValueError, match=r"`Q` has shape \(2, 2\); \(3, 3\) is expec"):
+        build(A, B, c, R, R)
+
+
+def test_what_is_no_array_of_floats(unchecked):
+    lqr, x0 = random_lqr(6, 3, 2)
+    for dtype in ("int64", "float16", "bfloat16", "complex128"):
+        terms = {name: term.astype(dtype) for name, term in arrays().items()}
+        with pytest.raises(TypeError, match=f"`A` has dtype {dtype}; float32 or float"):
+            dp.LQR(**terms)
+    with pytest.raises(TypeError, match="`Q` is 'eye'; an array of floats is expected"):
+        dp.LQR(**arrays(Q="eye"))
+    with pytest.raises(TypeError, match="`x0` is None; an array of floats is expected"):
+        dp.solve_lqr(lqr, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match="`x0` has dtype int64; float64, as `A`, .*ast"
+    ):
+        dp.solve_lqr(lqr, [1, 2, 3])  # pyright: ignore[reportArgumentType]
+    listed = dp.solve_lqr(lqr, x0.tolist())  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(listed.us, solved(6, 3, 2)[2].us)
+
+
+def test_weak_types_follow():
+    """One program for weak and strong arrays, and no float32 problem gets wider."""
+    terms = {name: term.astype(jnp.float32) for name, term in arrays().items()}
+    weak = jnp.broadcast_to(jnp.asarray(0.5), (6, 3))
+    assert weak.weak_type and weak.dtype == jnp.float64
+    lqr = dp.LQR(**(terms | dict(q=weak)))
+    assert lqr.q.dtype == jnp.float32 and not lqr.q.weak_type
+    assert dp.solve_lqr(lqr, weak[0]).us.dtype == jnp.float32
+
+
+# Policies.
+
+
+def test_stages_that_a_policy_does_not_have(unchecked):
+    policy, x = solved(6, 3, 2)[2].policy, jnp.ones(3)
+    for t in (-1, 6, np.int64(6)):
+        with pytest.raises(ValueError, match=f"`t` is {t}; .* the stages 0 to 5"):
+            policy(t, x)
+    us = jax.jit(jax.vmap(policy, (0, None)))(jnp.arange(-1, 7), x)
+    assert np.all(np.isnan(us[np.array([0, 7])]))
+    for t in range(6):
+        close(us[1 + t], policy(t, x), 1e-14)
+
+
+def test_policies_of_a_batch_are_mapped():
+    lqr, x0, solution = solved(6, 3, 2)
+    policies = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), solution.policy)
+    with pytest.raises(ValueError, match=r"batch of shape \(2,\), .*`jax.vmap\(lambda"):
+        policies(0, x0)
+    mapped = jax.vmap(lambda policy, x: policy(0, x))
+    us = mapped(policies, jnp.stack([x0, x0]))
+    close(us, jnp.stack([solution.us[0], 2 * solution.us[0]]))
+
+
+def test_compiling_a_policy():
+    _, x0, solution = solved(6, 3, 2)
+    with pytest.raises(TypeError, match=r"use `equinox.filter_jit\(policy\)`, or hand"):
+        jax.jit(solution.policy)(0, x0)
+    close(eqx.filter_jit(solution.policy)(0, x0), solution.us[0])
 
 
 def test_wrong_arguments(unchecked):

@@ -2,6 +2,7 @@
 
 import functools as ft
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from diffprog._expand import Model
 from diffprog._lqr.parallel import combine, combine_affine
 
 from . import helpers
-from .test_lqr import close, close_costs, random_lqr
+from .test_lqr import close, close_costs, random_lqr, skewed
 
 
 METHODS = dp.Riccati(), dp.ParallelRiccati()
@@ -276,6 +277,31 @@ def test_sweep_over_a_chain(chain):
             for a, b in zip(*map(jax.tree.leaves, (parallel, sequential)), strict=True):
                 close(a, b, 1e-11)
     assert positives == [chain == "two_phase", True, True]
+
+
+def test_only_the_symmetric_part_of_a_hessian_counts():
+    """Of what a direction hands over: W, V, and second derivatives of the dynamics."""
+    problem, x0, us = helpers.two_phase()
+    skew = lambda tree: jax.tree.map(lambda a: skewed(a, 0), tree)
+    hessians = lambda model: (model.W, model.V, model.tensors)
+    is_none = lambda tree: tree is None
+    second_order = ft.partial(METHODS[0].backward, second_order=True)
+
+    @jax.jit
+    def sweeps(x0, us, damping):
+        vectors = helpers.vectors(problem, x0, us)
+        newton, ddp = (d.expand(*vectors).model for d in (dp.Newton(), dp.DDP()))
+        pairs = []
+        passes = [(method.backward, newton) for method in METHODS]
+        for backward, model in [*passes, (second_order, ddp)]:
+            given = eqx.tree_at(hessians, model, replace_fn=skew, is_leaf=is_none)
+            pairs.append([backward(*vectors, m, damping) for m in (given, model)])
+        return pairs
+
+    for given, symmetric in sweeps(x0, us, jnp.asarray(100.0)):
+        for a, b in zip(*map(jax.tree.leaves, (given, symmetric)), strict=True):
+            close(a, b, 1e-11)
+        assert given.slope < 0 and given.positive
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._chain import check_horizon
 from .._expand import affine, Model, quadratic
 from .._fast_loops import Loops
 from .._linalg import matmul, solve_positive, symmetrize
@@ -96,6 +98,10 @@ class Policy(eqx.Module):
     fields they lie raveled, leaf after leaf in the order of `jax.tree.leaves`
     (dictionaries by sorted key).
 
+    Under `jax.jit` a stage that the policy does not have gives NaN. Compile it with
+    `equinox.filter_jit(policy)`, or hand it over as data; map the policies of a batch
+    with `jax.vmap(lambda policy, x: policy(t, x))(policies, xs)`.
+
     - `K`: feedback gains, shape `(T, m, n)`.
     - `k`: feedforward terms, shape `(T, m)`; near 0 at an optimum.
     - `xs`, `us`: the trajectory, shapes `(T, n)` and `(T, m)`.
@@ -112,8 +118,15 @@ class Policy(eqx.Module):
     def __repr__(self) -> str:
         return f"Policy(K={self.K!r}, k={self.k!r})"
 
-    def __call__(self, t: int | Int[Array, ""], x: PyTree) -> PyTree:
+    def __call__(self, t: int | np.integer | Int[Array, ""], x: PyTree) -> PyTree:
         """The control at stage `t` in state `x`."""
+        if self.us.ndim != 2:
+            batch = self.us.shape[:-2]
+            raise ValueError(
+                f"This policy holds a batch of shape {batch}, one policy for each "
+                "problem: map over both, `jax.vmap(lambda policy, x: policy(t, x))"
+                "(policy, xs)`."
+            )
         layout, stages = Layout.of(x, self._x.dtype), self.us.shape[0]
         if layout != self._x:
             raise ValueError(
@@ -121,13 +134,23 @@ class Policy(eqx.Module):
                 f"{self._x.describe()}."
             )
         t = t - self._start
-        if isinstance(t, int) and not 0 <= t < stages:
+        inside = (0 <= t) & (t < stages)
+        if isinstance(t, int | np.integer) and not inside:
             raise ValueError(
                 f"`t` is {t + self._start}; this policy has the stages {self._start} "
                 f"to {self._start + stages - 1}."
             )
         y = self._x.ravel(x) - self.xs[t]
-        return self._u.unravel(self.us[t] + self.k[t] + matmul(self.K[t], y))
+        u = self.us[t] + self.k[t] + matmul(self.K[t], y)
+        # JAX would take the nearest stage where a `t` that it traces has none.
+        return self._u.unravel(jnp.where(inside, u, jnp.nan))
+
+    def __hash__(self) -> int:
+        raise TypeError(
+            "A policy holds arrays, so that `jax.jit` cannot take it for a function: "
+            "use `equinox.filter_jit(policy)`, or hand it over as data, "
+            "`jax.jit(lambda policy, t, x: policy(t, x))`."
+        )
 
 
 class Value(eqx.Module):
@@ -141,6 +164,66 @@ class Value(eqx.Module):
     P: Float[Array, "states n n"]
     p: Float[Array, "states n"]
     constant: Float[Array, " states"]
+
+
+def float_array(name: str, value, like: Array | None = None) -> Array:
+    """`value` as an array of floats, of the dtype of `like`; weak types follow it."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` is {value!r:.100}; an array of floats is expected."
+        ) from error
+    dtype = array.dtype if like is None else like.dtype
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"`{name}` has dtype {dtype}; float32 or float64 is expected: convert it "
+            "with `.astype(float)`, or write 1.0 for 1."
+        )
+    weak = array.weak_type and jnp.issubdtype(array.dtype, jnp.floating)
+    if array.dtype != dtype and not weak:
+        raise ValueError(
+            f"`{name}` has dtype {array.dtype}; {dtype}, as `A`, is expected: convert "
+            "it with `.astype`."
+        )
+    return array.astype(dtype)
+
+
+def _check_terms(given: tuple, advice: str, *time: str) -> dict[str, Array]:
+    """The terms of an `LQR` by name; with `time`, a row for each stage."""
+    A = float_array("A", given[0])
+    B = float_array("B", given[1], A)
+    T, ndim = A.shape[: len(time)], len(time) + 2
+    named = lambda *shape: f"({', '.join((*time, *shape))})"
+    if A.ndim != ndim or A.shape[-1] != A.shape[-2] or 0 in A.shape:
+        least = " and ".join(f"{size} >= 1" for size in (*time, "n"))
+        raise ValueError(
+            f"`A` has shape {A.shape}; {named('n', 'n')} with {least} is expected. "
+            f"{advice}."
+        )
+    n, m = A.shape[-1], B.shape[-1] if B.ndim else 0
+    if B.ndim != ndim or B.shape[:-1] != A.shape[:-1] or m == 0:
+        sizes = ", ".join(map(str, A.shape[:-1]))
+        raise ValueError(
+            f"`B` has shape {B.shape}; {named('n', 'm')} = ({sizes}, m) with m >= 1 is "
+            "expected."
+        )
+    shapes = dict(
+        A=(*T, n, n), B=(*T, n, m), c=(*T, n), Q=(*T, n, n), R=(*T, m, m),
+        M=(*T, n, m), q=(*T, n), r=(*T, m), Q_final=(n, n), q_final=(n,),
+    )  # fmt: skip
+    arrays = {}
+    for (name, shape), term in zip(shapes.items(), given, strict=True):
+        array = (
+            jnp.zeros(shape, A.dtype) if term is None else float_array(name, term, A)
+        )
+        if array.shape != shape:
+            raise ValueError(
+                f"`{name}` has shape {array.shape}; {shape} is expected, as "
+                f"`A` has {A.shape} and `B` {B.shape}."
+            )
+        arrays[name] = array
+    return arrays
 
 
 class LQR(eqx.Module):
@@ -166,33 +249,10 @@ class LQR(eqx.Module):
     def __init__(
         self, A, B, c, Q, R, M=None, q=None, r=None, Q_final=None, q_final=None
     ):
-        A, B = jnp.asarray(A), jnp.asarray(B)
-        if A.ndim != 3 or A.shape[1] != A.shape[2] or A.shape[0] < 1:
-            raise ValueError(
-                f"`A` has shape {A.shape}; (T, n, n) with T >= 1 is expected. Terms "
-                "that do not change with time: `dp.LQR.constant(..., horizon=T)`."
-            )
-        T, n, _ = A.shape
-        if B.ndim != 3 or B.shape[:2] != (T, n):
-            raise ValueError(
-                f"`B` has shape {B.shape}; (T, n, m) = ({T}, {n}, m) is expected."
-            )
-        m = B.shape[2]
-        shapes = dict(
-            A=(T, n, n), B=(T, n, m), c=(T, n), Q=(T, n, n), R=(T, m, m), M=(T, n, m),
-            q=(T, n), r=(T, m), Q_final=(n, n), q_final=(n,),
-        )  # fmt: skip
         given = (A, B, c, Q, R, M, q, r, Q_final, q_final)
-        for (name, shape), array in zip(shapes.items(), given, strict=True):
-            array = jnp.zeros(shape, A.dtype) if array is None else jnp.asarray(array)
-            if array.shape != shape or array.dtype != A.dtype:
-                raise ValueError(
-                    f"`{name}` has shape {array.shape} and dtype {array.dtype}; "
-                    f"{shape} and {A.dtype}, as `A`, are expected."
-                )
+        advice = "Terms that do not change with time: `dp.LQR.constant(..., horizon=T)`"
+        for name, array in _check_terms(given, advice, "T").items():
             setattr(self, name, array)
-        if not jnp.issubdtype(A.dtype, jnp.floating):
-            raise TypeError(f"`A` has dtype {A.dtype}; float32 or float64 is expected.")
 
     @classmethod
     def constant(
@@ -200,8 +260,11 @@ class LQR(eqx.Module):
         horizon: int,
     ) -> "LQR":  # fmt: skip
         """The problem whose terms are the same at each of `horizon` stages."""
-        repeat = lambda a: None if a is None else jnp.stack([jnp.asarray(a)] * horizon)
-        stages = map(repeat, (A, B, c, Q, R, M, q, r))
+        check_horizon(horizon)
+        given = (A, B, c, Q, R, M, q, r, Q_final, q_final)
+        advice = "Terms that change with time: `dp.LQR(...)`"
+        *stage, Q_final, q_final = _check_terms(given, advice).values()
+        stages = [jnp.broadcast_to(a, (horizon, *a.shape)) for a in stage]
         return cls(*stages, Q_final=Q_final, q_final=q_final)  # pyright: ignore
 
     def cost(self, xs: Float[Array, "states n"], us: Float[Array, "T m"]):
@@ -226,18 +289,21 @@ class LQR(eqx.Module):
             return affine(c, cat([A, B], 1)), quadratic(cat([q, r]), hessian)
 
         F, W = jax.vmap(stage)(*self.stages)
-        return F, W, quadratic(self.q_final, self.Q_final)
+        V = quadratic(self.q_final, self.Q_final)
+        return F, symmetrize(W), symmetrize(V)
 
 
 LQR.__init__.__doc__ = """**Arguments:** arrays of one floating dtype; `None` is zero.
+NumPy arrays and lists become arrays of JAX, float32 unless `jax_enable_x64` is set.
 
 - `A`, `B`, `c`: dynamics, shapes `(T, n, n)`, `(T, n, m)`, `(T, n)`.
-- `Q`, `R`, `M`: symmetric Hessian blocks of the stage cost, `(T, n, n)`, `(T, m, m)`,
-    and the mixed one `(T, n, m)`.
+- `Q`, `R`, `M`: Hessian blocks of the stage cost, `(T, n, n)`, `(T, m, m)`, and the
+    mixed one `(T, n, m)`. Of `Q`, `R` and `Q_final` only the symmetric part counts.
 - `q`, `r`: gradients of the stage cost, `(T, n)`, `(T, m)`.
 - `Q_final`, `q_final`: the terminal cost, `(n, n)`, `(n,)`.
 
-**Raises:** `ValueError` naming the term whose shape or dtype does not fit.
+**Raises:** `ValueError` or `TypeError` naming the term whose shape or dtype does not
+fit.
 """
 
 

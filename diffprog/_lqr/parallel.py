@@ -229,13 +229,14 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        if model.F is None or model.W is None or model.tensors is not None:
+        Ws, V, tensors = model.hessians()
+        if model.F is None or Ws is None or tensors is not None:
             raise ValueError(
                 "Parts of this model come out of the recursion itself, as in DDP, "
                 "which is therefore sequential: use `dp.Riccati()`."
             )
-        V, lam, rows = model.V, model.V[0], []
-        for F, W, u in zip(model.F[::-1], model.W[::-1], trajectory.us[::-1]):
+        lam, rows = V[0], []
+        for F, W, u in zip(model.F[::-1], Ws[::-1], trajectory.us[::-1]):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
             lam, gradients = self.adjoint(F, W[:, 0], lam, m)
             penalty = jnp.pad(damping * jnp.eye(m, dtype=W.dtype), ((n, 0), (n, 0)))

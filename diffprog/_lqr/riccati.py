@@ -10,6 +10,7 @@ from .._tree import all_finite, Layout, vary
 from .base import (
     AbstractRiccati,
     bellman,
+    float_array,
     LQR,
     LQRSolution,
     Policy,
@@ -63,8 +64,9 @@ class Riccati(AbstractRiccati):
                 rows = jnp.where(minimum, rows, 0)
             return (rows, minimum, first), (gains, lam[len(V) :])
 
-        end = jnp.concatenate([model.V, model.V[:1]])
-        stored = [a for a in (model.F, model.W, model.tensors) if a is not None]
+        W, V, tensors = model.hessians()
+        end = jnp.concatenate([V, V[:1]])
+        stored = [a for a in (model.F, W, tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
         first = None
         if model.F is None:
@@ -87,7 +89,8 @@ class Riccati(AbstractRiccati):
             PA, PB, g = matmul(P, A), matmul(P, B), p + matmul(P, c)
             H, h = M.T + matmul(B.T, PA), r + matmul(B.T, g)
             hH = jnp.concatenate([h[:, None], H], 1)
-            gains, positive = solve_positive(R + matmul(B.T, PB), -hH)
+            G = symmetrize(R) + matmul(B.T, PB)  # P is symmetrized below, so Q need not
+            gains, positive = solve_positive(G, -hH)
             gains = jnp.where(positive, gains, jnp.nan)
             k, K = gains[:, 0], gains[:, 1:]
             constant = constant + (matmul(c, g + p) + matmul(h, k)) / 2
@@ -95,7 +98,7 @@ class Riccati(AbstractRiccati):
             value = P, q + matmul(A.T, g) + matmul(H.T, k), constant
             return value, (value, K, k)
 
-        last = lqr.Q_final, lqr.q_final, jnp.zeros_like(lqr.q_final[0])
+        last = symmetrize(lqr.Q_final), lqr.q_final, jnp.zeros_like(lqr.q_final[0])
         _, (values, K, k) = scan(stage, last, lqr.stages, True, loops)
         join = lambda rows, last: jnp.concatenate([rows, last[None]])
         return Value(*map(join, values, last)), K, k
@@ -114,12 +117,9 @@ class Riccati(AbstractRiccati):
 def _solve_lqr(
     lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati, loops: Loops
 ) -> LQRSolution:
-    n, dtype = lqr.B.shape[1], lqr.B.dtype
-    if x0.shape != (n,) or x0.dtype != dtype:
-        raise ValueError(
-            f"`x0` has shape {x0.shape} and dtype {x0.dtype}; ({n},) and {dtype} "
-            "are expected."
-        )
+    n = lqr.B.shape[1]
+    if x0.shape != (n,):
+        raise ValueError(f"`x0` has shape {x0.shape}; ({n},) is expected.")
     value, K, k = method.values(lqr, loops)
     xs, us = method.rollout(lqr, K, k, x0, loops)
     policy = Policy(
@@ -186,7 +186,8 @@ def solve_lqr(
             f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
             "`dp.ParallelRiccati()` is expected."
         )
-    solution = _solve_lqr_door(lqr, jnp.asarray(x0), method, fast_loops)
+    x0 = float_array("x0", x0, lqr.A)
+    solution = _solve_lqr_door(lqr, x0, method, fast_loops)
     return throw_unless_successful(solution, throw, _explain)
 
 
