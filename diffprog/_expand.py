@@ -35,19 +35,17 @@ class Model(eqx.Module):
     """F and W of every stage, V of the last state; second derivatives of f for DDP.
 
     Without F and W the backward pass differentiates, stage by stage. Of a Hessian only
-    the symmetric part counts; what is known to be `symmetric` is taken as it is.
+    the symmetric part counts.
     """
 
     F: Stacks | None
     W: Stacks | None
     V: Float[Array, "_ _"]
     tensors: Tensors | None = None
-    symmetric: bool = eqx.field(static=True, default=False)
 
     def hessians(self) -> tuple[Stacks | None, Array, Tensors | None]:
         """W, V and the second derivatives, symmetric."""
-        found = self.W, self.V, self.tensors
-        return found if self.symmetric else jtu.tree_map(symmetrize, found)
+        return jtu.tree_map(symmetrize, (self.W, self.V, self.tensors))
 
 
 def affine(c: Array, AB: Array) -> Array:

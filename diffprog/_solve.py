@@ -1,3 +1,5 @@
+"""A solve in one call, one direction, and a solve that is stepped by hand."""
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any
