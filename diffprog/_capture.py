@@ -409,6 +409,7 @@ class Frozen:
         rest = [None if is_data(leaf) else leaf for leaf in leaves]
         self.treedef = treedef
         self.numbers = tuple(n if n is None else _Constant(n) for n in numbers)
+        self.__name__ = getattr(tree, "__name__", type(tree).__name__)
         taken = Taken(rest, constants=True)
         self.static, self.traced = taken.static, tuple(taken.numbers)
 

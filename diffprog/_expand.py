@@ -11,6 +11,8 @@ Then (1, x') = F (1, x, u), the stage costs (1, x, u)' W (1, x, u) / 2, and the
 cost-to-go is (1, x)' V (1, x) / 2.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,17 +37,28 @@ class Model(eqx.Module):
     """F and W of every stage, V of the last state; second derivatives of f for DDP.
 
     Without F and W the backward pass differentiates, stage by stage. Of a Hessian only
-    the symmetric part counts.
+    the symmetric part counts. `symmetric` holds those that are known to be symmetric
+    once more: as long as they are the ones of the model nothing is to be done.
     """
 
     F: Stacks | None
     W: Stacks | None
     V: Float[Array, "_ _"]
     tensors: Tensors | None = None
+    symmetric: PyTree = None
 
-    def hessians(self) -> tuple[Stacks | None, Array, Tensors | None]:
+    def hessians(self, chain: VectorChain) -> tuple[Stacks | None, Array, Any]:
         """W, V and the second derivatives, symmetric."""
-        return jtu.tree_map(symmetrize, (self.W, self.V, self.tensors))
+        known = [id(a) for a in jtu.tree_leaves(self.symmetric)]
+        half = lambda _, a: symmetrize(a)
+
+        def stages(part):
+            if part is None or all(id(a) in known for a in part):
+                return part
+            return chain.map(half, part)
+
+        V = self.V if id(self.V) in known else symmetrize(self.V)
+        return stages(self.W), V, stages(self.tensors)
 
 
 def affine(c: Array, AB: Array) -> Array:

@@ -360,10 +360,9 @@ class Solver(eqx.Module):
             return state, verdict, trial, num_rollouts + 1
 
         false = jnp.zeros_like(trying)
-        one = jnp.ones_like(passes.search.stepsize)
-        whole = eqx.tree_at(lambda state: state.stepsize, passes.search, one)
+        whole = jnp.where(leaving, 1, passes.search.stepsize)
         carry = (
-            where(leaving, whole, passes.search),
+            eqx.tree_at(lambda state: state.stepsize, passes.search, whole),
             Verdict(false, false, false),
             passes.trial,
             passes.num_rollouts,

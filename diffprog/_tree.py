@@ -59,7 +59,7 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
         a for a in jtu.tree_leaves(trees) if isinstance(a, jax.Array | np.ndarray)
     ]
     known = [array.dtype for array in arrays if not _is_weak(array)]
-    dtype = jnp.result_type(known[0] if known else float)
+    dtype = jax.dtypes.canonicalize_dtype(known[0] if known else float)
     if len(known) < len(arrays) and jnp.issubdtype(dtype, jnp.floating):
         cast = lambda leaf: jnp.asarray(leaf, dtype) if _is_weak(leaf) else leaf
         trees = jtu.tree_map(cast, trees)

@@ -23,7 +23,7 @@ def count_equations(jaxpr) -> int:
     return total
 
 
-CEILINGS = dict(Gradient=750, GaussNewton=950, Newton=1100, ILQR=950, DDP=1050)
+CEILINGS = dict(Gradient=820, GaussNewton=1000, Newton=1190, ILQR=1000, DDP=1110)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -110,7 +110,8 @@ def linear_quadratic(
     first = first_false(chain, source, all_finite(V[0]))
     late = first_false(chain, second, all_finite(V))
     first = jnp.where(first > chain.horizon, late, first)
-    return Expansion(Model(F, W, V, tensors), norm(norms, V[0]), first)
+    model = Model(F, W, V, tensors, symmetric=(W, V, tensors))
+    return Expansion(model, norm(norms, V[0]), first)
 
 
 def deferred(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
@@ -124,7 +125,8 @@ def deferred(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
     V = terminal(chain, trajectory.final)
     T = jnp.int32(chain.horizon)
     first = jnp.where(all_finite(V), T + 1, T)
-    return Expansion(Model(None, None, V), norm(norms, V[0]), first)
+    model = Model(None, None, V, symmetric=V)
+    return Expansion(model, norm(norms, V[0]), first)
 
 
 def gradients(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:

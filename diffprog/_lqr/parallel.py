@@ -229,7 +229,7 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        Ws, V, tensors = model.hessians()
+        Ws, V, tensors = model.hessians(chain)
         if model.F is None or Ws is None or tensors is not None:
             raise ValueError(
                 "Parts of this model come out of the recursion itself, as in DDP, "

@@ -64,7 +64,7 @@ class Riccati(AbstractRiccati):
                 rows = jnp.where(minimum, rows, 0)
             return (rows, minimum, first), (gains, lam[len(V) :])
 
-        W, V, tensors = model.hessians()
+        W, V, tensors = model.hessians(chain)
         end = jnp.concatenate([V, V[:1]])
         stored = [a for a in (model.F, W, tensors) if a is not None]
         data = (trajectory.xs, trajectory.us, chain.ts, *stored)
