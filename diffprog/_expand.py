@@ -47,7 +47,7 @@ class Model(eqx.Module):
     tensors: Tensors | None = None
     symmetric: PyTree = None
 
-    def hessians(self, chain: VectorChain) -> tuple[Stacks | None, Array, Any]:
+    def hessians(self, chain: VectorChain) -> tuple[Any, Array, Any]:
         """W, V and the second derivatives, symmetric."""
         known = [id(a) for a in jtu.tree_leaves(self.symmetric)]
         half = lambda _, a: symmetrize(a)

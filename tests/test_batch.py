@@ -103,6 +103,7 @@ def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
 MASSES = jnp.linspace(0.5, 1.5, 5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("axes", ["all", "tree", "last"])
 def test_problems_with_numbers_of_their_own(axes):
     _, x0s, uss = batch()

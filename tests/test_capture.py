@@ -188,6 +188,7 @@ ENTRIES = dict(
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_sees_the_change(entry):
     plain = Plain(1.0)

@@ -75,6 +75,7 @@ def stiff(x, u, time):
     return jnp.stack([x[1], -1000 * (x[1] - jnp.cos(x[0]) * u[0])])
 
 
+@pytest.mark.slow
 def test_derivatives_of_an_implicit_step():
     z, dt = jnp.array([0.3, 0.2, 0.5]), 0.05
     g = jax.jit(lambda z: dp.discretize(stiff, dt, IMPLICIT)(z[:2], z[2:], 0))
@@ -134,6 +135,7 @@ def test_one_step_of_diffrax_at_late_times():
     np.testing.assert_allclose(x, [0.905], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_steps_in_a_stage():
     """The recipe of the docstring."""
     fine = dp.discretize(field, 0.05, "rk4")

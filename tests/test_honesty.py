@@ -276,6 +276,7 @@ def test_reprs_never_fail():
 TABLE = jnp.arange(10.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("where", ["dynamics", "cost", "terminal_cost"])
 def test_a_table_that_is_too_short_is_found(where):
     read = lambda here, t: TABLE[t] if here == where else 0.0

@@ -73,6 +73,7 @@ def test_the_place_is_found_in_a_chain_of_phases():
         dp.solve(last, dp.ILQR(), jnp.ones(1), (us[0], us[0]))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_cost_without_bound_is_called_so(search, dtype):
@@ -86,6 +87,7 @@ def test_a_cost_without_bound_is_called_so(search, dtype):
     assert "look for a term of the cost with the wrong sign" in repr(solution)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", SECOND_ORDER, ids=name)
 def test_a_solution_says_whether_it_is_a_minimum(method):
     solve = lambda J: dp.solve(one_stage(J), method, *ZERO)
@@ -113,6 +115,7 @@ def test_a_maximum_and_a_saddle_are_left(J, least, method, search):
     assert np.all(np.diff(costs[np.isfinite(costs)]) < 1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_a_pendulum_leaves_the_worst_position(fast_loops, dtype):

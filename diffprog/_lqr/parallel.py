@@ -229,12 +229,12 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        Ws, V, tensors = model.hessians(chain)
-        if model.F is None or Ws is None or tensors is not None:
+        if model.F is None or model.W is None or model.tensors is not None:
             raise ValueError(
                 "Parts of this model come out of the recursion itself, as in DDP, "
                 "which is therefore sequential: use `dp.Riccati()`."
             )
+        Ws, V, _ = model.hessians(chain)
         lam, rows = V[0], []
         for F, W, u in zip(model.F[::-1], Ws[::-1], trajectory.us[::-1]):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
