@@ -46,10 +46,13 @@ class _Constant:
     """A number that is part of the program: equal where type and bits are."""
 
     def __init__(self, number):
-        # A copy, since a NumPy array may change in place.
-        copy = number if isinstance(number, float | jax.Array) else np.array(number)
-        array = np.asarray(copy)
-        self.number = copy
+        self.number = number
+        if isinstance(number, jax.Array):  # never changes, and may be far away
+            self.key = (jax.Array, id(number))
+            return
+        if isinstance(number, np.ndarray):  # may change in place
+            self.number = number.copy()
+        array = np.asarray(number)
         self.key = (type(number), array.dtype, array.shape, array.tobytes())
 
     def __eq__(self, other):
@@ -120,6 +123,7 @@ def _has_numbers(part) -> bool:
     return part is _Number or isinstance(part, _Again | _Constant)
 
 
+MANY = 32
 NUMBERS = (float, jax.Array, np.ndarray, np.generic)
 PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
 
@@ -138,7 +142,7 @@ class Taken:
     def __init__(self, tree: PyTree, constants: bool = False):
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
-        self._constants, self._depth = constants, 0
+        self._constants, self._depth, self._many = constants, 0, False
         self._seen: dict[int, _Node] = {}
         leaves, treedef = jtu.tree_flatten(tree)
         self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
@@ -152,7 +156,12 @@ class Taken:
     def _number(self, number):
         if self._depth:
             self.captured = True
-            if self._constants and not isinstance(number, Tracer):
+            # NumPy's integers and masks may be sizes and indices, and a long list of
+            # floats would be as many arguments.
+            of_numpy = isinstance(number, np.ndarray | np.generic)
+            fixed = of_numpy and number.dtype.kind in "biu"
+            fixed = fixed or (self._many and isinstance(number, float))
+            if (fixed or self._constants) and not isinstance(number, Tracer):
                 return _Constant(number)
         if isinstance(number, np.ndarray) and number.dtype.kind not in "biufcV":
             raise TypeError(
@@ -256,7 +265,9 @@ class Taken:
         except (TypeError, ValueError):  # such as keys of a dict without an order
             leaves, treedef = [value], None
         if len(leaves) != 1 or leaves[0] is not value:
+            before, self._many = self._many, len(leaves) > MANY
             parts = [self._captured(leaf, holder, name) for leaf in leaves]
+            self._many = before
             return _Node(value, -1, (treedef,)).close(parts)
         if isinstance(holder, types.MethodType) and name == "owner":
             return self._code(value) or self._object(value)

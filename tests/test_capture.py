@@ -143,8 +143,22 @@ def recursive():
     return problem(cost), lambda: weights.fill(3.0)
 
 
+def index():
+    place = np.array([0])
+    weights = jnp.array([1.0, 3.0])
+    mask = np.array([True])
+    cost = lambda x, u, t: effort(weights[place], x, u[mask], t)
+    return problem(cost), lambda: place.fill(1)
+
+
+def long_list():
+    weights = [1.0] * 100
+    change = lambda: weights.__setitem__(7, 3.0)
+    return problem(lambda x, u, t: effort(jnp.array(weights)[7], x, u, t)), change
+
+
 KINDS = [cell, array, tree, partial, default, method, called, system, in_place]
-KINDS += [nested, asked, recursive]
+KINDS += [nested, asked, recursive, index, long_list]
 
 
 def compiles():
@@ -179,6 +193,7 @@ def by_hand(chain):
 
 ENTRIES = dict(
     solve=lambda chain: dp.solve(chain, ILQR, X0, US).us,
+    direction=lambda chain: dp.direction(chain, ILQR, X0, US)[0],
     rollout=lambda chain: dp.rollout(chain, X0, US + 1.0).cost,
     linearize=lambda chain: dp.linearize(chain, X0, US).B,
     quadratize=lambda chain: dp.quadratize(chain, X0, US).R,
