@@ -56,7 +56,7 @@ docs: .venv/.docs
 
 # The Python blocks of the pages, and what they print.
 pages: venv
-	$(BIN)/python docs/programs/run_pages.py $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(BIN)/python docs/programs/run_pages.py $(ARGS)
 
 # Torch first, and this one: other versions bring gigabytes of libraries for a GPU. The
 # setup of mpc needs an old setuptools.
