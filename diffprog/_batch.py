@@ -21,6 +21,7 @@ from ._search import AbstractSearch, Backtracking, SearchState
 from ._solution import Solution
 from ._solve import solve, tolerance
 from ._tree import strong
+from ._types import noted
 
 
 def _solve_all(shared, method, mapped, search, rtol, atol, options):
@@ -104,14 +105,16 @@ def _num_problems(**trees: PyTree) -> int:
             size = jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
             found.setdefault(size, tree_name + jtu.keystr(path))
     if len(found) != 1 or None in found:
+        lists = [name for name, tree in trees.items() if isinstance(tree, list)]
+        stack = "".join(f"`jnp.stack({name})` makes an array; " for name in lists)
         listed = ", ".join(
             f"`{name}` has " + ("no axis" if size is None else f"{size} problems")
             for size, name in found.items()
         )
         raise ValueError(
-            f"{listed or 'nothing is given'}; the first axis of `x0s`, `uss`, `state` "
-            "and what `in_axes` says of the problem is the problem, and all must "
-            "agree. To start every problem from the same `us`: "
+            f"{listed or 'nothing is given'}; {stack}the first axis of `x0s`, `uss`, "
+            "`state` and what `in_axes` says of the problem is the problem, and all "
+            "must agree. To start every problem from the same `us`: "
             "`jnp.broadcast_to(us, (len(x0s), *us.shape))`."
         )
     return next(iter(found))  # pyright: ignore
@@ -185,10 +188,20 @@ def solve_batch(
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype, (num_problems,)) if state is None else state
 
+    def note():
+        rows = [a for a in jtu.tree_leaves(problem) if is_data(a) and jnp.ndim(a)]
+        if in_axes is None and any(len(a) == num_problems for a in rows):
+            return (
+                f"An array in the problem has {num_problems} rows, like `x0s`: if it "
+                "has one for each problem, give `in_axes=0`."
+            )
+        return "Raised in `dp.solve_batch`."
+
     def solve_rows(rows):
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
         batch = jtu.tree_map(take, (numbers, x0s, uss, state))
-        return _door(shared, method, batch, search, *tolerances, options)
+        with noted(note):
+            return _door(shared, method, batch, search, *tolerances, options)
 
     solutions = []
     for first in range(0, num_problems, batch_size):

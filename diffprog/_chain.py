@@ -185,6 +185,11 @@ _CALLS = {
 
 
 def _check_functions(owner: Any, *names: str):
+    if isinstance(owner, type):
+        raise TypeError(
+            f"`system` is the class {owner.__name__}; an object of it is expected: "
+            f"`{owner.__name__}(...)`."
+        )
     for name in names:
         function = getattr(owner, name, None)
         if not callable(function):

@@ -163,9 +163,9 @@ def discretize(
     - `dt`: the length of a stage in seconds.
     - `method`: `"euler"`, `"midpoint"` or `"rk4"`, of order 1, 2 and 4, or a diffrax
         solver of ordinary differential equations, which takes one step. (Diffrax is
-        differentiated through its own loop: general, and several times slower than the
-        three built-in rules.) The root finder of an implicit solver needs tolerances,
-        which float64 reaches better than float32.
+        differentiated through its own loop: general, but several times slower than the
+        three built-in rules, and implicit solvers compile slowly.) The root finder of
+        an implicit solver needs tolerances, which float64 reaches better than float32.
 
     **Returns:** a module, to be called as `dynamics(x, u, t)`. Where the root finder of
     an implicit solver does not reach its tolerances the new state is NaN, and a solve

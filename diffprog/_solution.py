@@ -33,7 +33,13 @@ ADVICE = dict(
 )
 
 GIVEN = "Give finite numbers."
-DOMAIN = "Start from `us` that stay where the cost is defined, or extend it beyond."
+DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
+EARLY = (
+    "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
+    "problem, for functions outside their domain, and for an implicit step that fails."
+)
+# A state beyond runs away: it is not the cost that is to blame.
+RUNAWAY = 1e9
 
 
 class Solution(eqx.Module):
@@ -124,8 +130,11 @@ def explain_solution(solution: Solution) -> str:
     if name == "successful" and not solution.stats["minimum"]:
         where = (
             "It may be no minimum: without damping the model falls or is flat along "
-            "some controls. Start from other `us` to leave a maximum or a saddle."
+            "some controls. Start from other `us`, such as these with a little noise, "
+            "to leave a maximum or a saddle."
         )
+    elif name == "max_steps_reached" and not solution.stats["minimum"]:
+        where = "Without damping the model has no minimum: has the cost a bound below?"
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
     elif name == "nonfinite_rollout":
@@ -140,6 +149,8 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
         return f"In the trials that is so from stage {stage} on.", ""
     phases = isinstance(solution.policy, tuple)
     states, controls = solution.xs, solution.us
+    finite = [np.where(np.isfinite(x), x, 0) for x in jtu.tree_leaves(states)]
+    largest = max(float(np.max(np.abs(x))) for x in finite)
     if phases:  # the last state comes on its own
         states = (*states[:-1], jtu.tree_map(lambda a: a[None], states[-1]))
     states, controls = _finite_rows(states, phases), _finite_rows(controls, phases)
@@ -148,9 +159,12 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
     if not np.all(controls):
         bad = np.argmin(controls)
         return f"There is a NaN or an infinity in `us`, first at stage {bad}.", GIVEN
+    if states[stage] and largest > RUNAWAY:
+        return f"At stage {stage} the state has run away, to {largest:.1e}.", ""
     if states[stage]:
         return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
-    return f"The state is not finite from stage {stage} on.", ""
+    early = EARLY if stage <= 2 else ""
+    return f"The state is not finite from stage {stage} on.", early
 
 
 def _finite_rows(tree: PyTree, phases: bool) -> np.ndarray:

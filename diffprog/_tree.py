@@ -59,8 +59,9 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
         a for a in jtu.tree_leaves(trees) if isinstance(a, jax.Array | np.ndarray)
     ]
     known = [array.dtype for array in arrays if not _is_weak(array)]
-    dtype = jax.dtypes.canonicalize_dtype(known[0] if known else float)
-    if len(known) < len(arrays) and jnp.issubdtype(dtype, jnp.floating):
+    floating = [dtype for dtype in known if jnp.issubdtype(dtype, jnp.floating)]
+    dtype = jax.dtypes.canonicalize_dtype(floating[0] if floating else float)
+    if len(known) < len(arrays):
         cast = lambda leaf: jnp.asarray(leaf, dtype) if _is_weak(leaf) else leaf
         trees = jtu.tree_map(cast, trees)
     return trees, dtype

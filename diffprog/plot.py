@@ -285,7 +285,9 @@ def _in_the_plane(ax, track=None):
     # On the map, a track lies at its origin.
     east, north = (0.0, 0.0) if track is None else np.asarray(track.origin)
     labels = (
-        f"{name} {'-+'[start < 0]} {abs(start):.12g} [m]" if start else f"{name} [m]"
+        f"{name} {'+' if start < 0 else '-'} {abs(start):.12g} [m]"
+        if start
+        else f"{name} [m]"
         for name, start in (("x", east), ("y", north))
     )
     _style(ax, *labels).grid(False)

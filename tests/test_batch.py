@@ -149,6 +149,13 @@ def test_wrong_axes():
         call(1)
     with pytest.raises(ValueError, match="`in_axes` is 0, but no array in the problem"):
         call(0, stiffness=0.3)
+    system = helpers.Spring(stiffness=MASSES)
+    problem = dp.ControlProblem.from_system(system, 12)
+    with pytest.raises(Exception) as error:
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+    assert any("give `in_axes=0`" in note for note in error.value.__notes__)
+    with pytest.raises(ValueError, match=r"`jnp.stack\(x0s\)` makes an array"):
+        dp.solve_batch(problem, dp.ILQR(), list(x0s), uss)
     message = "`problem.system.stiffness` has 3 problems"
     with pytest.raises(ValueError, match=message):
         call(0, stiffness=MASSES[:3])

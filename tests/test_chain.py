@@ -266,10 +266,7 @@ WRONG = {
         r"`cost` is 1.0 .*\(x, u, t\) -> scalar",
     ),
     "an incomplete system": (
-        lambda: (
-            dp.ControlProblem.from_system(helpers.Spring, 3)
-            and dp.ControlProblem.from_system(object(), 3)
-        ),
+        lambda: dp.ControlProblem.from_system(object(), 3),
         TypeError,
         "`dynamics` is None in object",
     ),
@@ -325,6 +322,11 @@ WRONG = {
         lambda: dp.direction(problem(), dp.ILQR(), x0, us, damping=-1.0),
         ValueError,
         "`damping` is -1.0; a number >= 0",
+    ),
+    "a class for a system": (
+        lambda: dp.ControlProblem.from_system(helpers.Spring, 3),
+        TypeError,
+        r"`system` is the class Spring; an object of it is expected: `Spring\(...\)`",
     ),
     "an unhashable part": (
         lambda: dp.rollout(problem(_Unhashable()), x0, us),

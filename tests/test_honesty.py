@@ -297,6 +297,14 @@ def test_a_table_that_is_too_short_is_found(where):
         jax.jit(lambda us: dp.rollout(problem(13), x0, us, check=True))(us)
 
 
+def test_a_table_of_numpy_is_checked_too():
+    table = np.arange(3.0)
+    cost = lambda x, u, t: jnp.sum(u**2) + table[t]
+    problem = dp.ControlProblem(lambda x, u, t: x + u, cost, jnp.sum, 4)
+    with pytest.raises(IndexError, match="`cost` at stage 3 reads beyond"):
+        dp.rollout(problem, jnp.ones(1), jnp.zeros((4, 1)), check=True)
+
+
 def test_the_stage_of_a_short_table_counts_through_phases():
     late = lambda x, u, t: jnp.sum(u**2) + TABLE[t + 6]
     phase = lambda cost: dp.Phase(lambda x, u, t: x + u, cost, 3)

@@ -330,3 +330,11 @@ def test_says_what_to_install(monkeypatch):
         plot.convergence({})
     with pytest.raises(ImportError, match=r"diffprog\[viz\]"):
         plot.trajectory(np.zeros((3, 1)), np.zeros((2, 1)))
+
+
+def test_a_track_on_the_map_names_its_origin():
+    turn = np.linspace(0.0, 2 * np.pi, 30, endpoint=False)
+    circle = 20.0 * np.stack([np.cos(turn), np.sin(turn)], 1)
+    far = circle + np.array([4.5e5, -5.7e6])
+    ax = dp.plot.track(dp.systems.Track.from_waypoints(far, 3.0))
+    assert ax.get_xlabel() == "x - 450020 [m]" and ax.get_ylabel() == "y + 5700000 [m]"

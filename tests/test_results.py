@@ -42,7 +42,7 @@ GROWING = dp.ControlProblem(
         (0.0, None, None, None),
         (jnp.nan, None, 0, "There is a NaN or an infinity in `x0`. Give finite"),
         (0.0, (3, jnp.inf), 3, "infinity in `us`, first at stage 3. Give finite"),
-        (0.0, (5, 5.0), 5, "the cost of stage 5; its state is finite. Start from"),
+        (0.0, (5, 5.0), 5, "the cost of stage 5; its state is finite. Start where"),
         (2.0, None, 5, "The state is not finite from stage 5 on. Start from"),
     ],
     ids=["finite", "x0", "us", "cost", "state"],
@@ -60,6 +60,22 @@ def test_the_message_says_what_is_not_finite_and_where(x0, bad, stage, message):
     with pytest.raises(dp.SolveError) as error:
         dp.solve(GROWING, dp.ILQR(), start, us, max_steps=1)
     assert message in str(error.value) and message in repr(solution)
+
+
+def test_a_state_that_is_not_finite_at_once_has_another_reason():
+    steep = lambda x, u, t: x + jnp.sqrt(x - 2.0)
+    problem = dp.ControlProblem(steep, lambda x, u, t: 0.0, jnp.sum, 4)
+    with pytest.raises(dp.SolveError, match="from stage 1 on. So early that is hardly"):
+        dp.solve(problem, dp.ILQR(), jnp.ones(1), jnp.zeros((4, 1)))
+
+
+def test_a_state_that_runs_away_is_to_blame_and_not_its_cost():
+    grow = lambda x, u, t: 1e8 * x
+    square = lambda x, u, t: jnp.sum(x**2)
+    problem = dp.ControlProblem(grow, square, jnp.sum, 4)
+    us = jnp.zeros((4, 1), jnp.float32)
+    with pytest.raises(dp.SolveError, match="At stage 3 the state has run away, to 1"):
+        dp.solve(problem, dp.ILQR(), jnp.ones(1, jnp.float32), us)
 
 
 def test_the_place_is_found_in_a_chain_of_phases():

@@ -590,3 +590,14 @@ def test_bad_waypoints():
     fails("`right` is missing", square, left=0.1)
     with pytest.raises(ValueError, match="4, 5, 4 points"):
         Track.from_borders(square, np.concatenate([square, square[:1]]), square)
+
+
+def test_float32_points_far_away_are_refused():
+    turn = np.linspace(0.0, 2 * np.pi, 60, endpoint=False)
+    circle = 100.0 * np.stack([np.cos(turn), np.sin(turn)], 1)
+    far = circle + np.array([4.5e5, 5.7e6])
+    with pytest.raises(ValueError, match="`points` is float32, exact to 0.7 m only"):
+        Track.from_waypoints(far.astype("f4"), 3.0)
+    near = Track.from_waypoints(circle.astype("f4"), 3.0)
+    there = Track.from_waypoints(far, 3.0)
+    np.testing.assert_allclose(near.length, there.length, rtol=1e-6)

@@ -44,6 +44,16 @@ def as_points(
         raise ValueError(
             f"`{name}` has shape {points.shape}; points of the plane have shape (N, 2)."
         )
+    given = getattr(value, "dtype", None)
+    if given in ("float16", "float32") and len(points) > 1:
+        lost = float(np.finfo(given).eps) * float(np.max(np.abs(points)))
+        step = float(np.mean(np.linalg.norm(np.diff(points, axis=0), axis=1)))
+        if lost > 1e-3 * step:
+            raise ValueError(
+                f"`{name}` is {given}, exact to {lost:.1g} m only so far away, with "
+                f"{step:.2g} m from point to point: give NumPy's float64, as read from "
+                "the file."
+            )
     if len(points) < 4:
         raise ValueError(
             f"`{name}` has {len(points)} points; a track needs at least 4: add points."
