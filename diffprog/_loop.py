@@ -167,7 +167,7 @@ class Solver(eqx.Module):
             (stop, loop.result),
             (denied, RESULTS.no_descent),
             (failed, self.search.exhausted),
-            (failed & ~passes.positive, self.search.infeasible),
+            (failed & ~passes.positive, self.search.no_minimum),
             (diverged, RESULTS.nonfinite_rollout),
             (unbounded, RESULTS.cost_unbounded),
             (stalled | passes.converged, RESULTS.successful),

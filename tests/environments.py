@@ -522,7 +522,7 @@ class PublishedDirectional(dp.AbstractSearch):
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[dp.RESULTS] = dp.RESULTS.no_descent
-    infeasible: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
+    no_minimum: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
 
     def init(self, dtype):
         zero = jnp.zeros((), dtype)
@@ -553,7 +553,7 @@ class PublishedGradient(dp.AbstractSearch):
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[dp.RESULTS] = dp.RESULTS.no_descent
-    infeasible: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
+    no_minimum: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
 
     def init(self, dtype):
         one = jnp.ones((), dtype)
@@ -584,7 +584,7 @@ class Either(dp.AbstractSearch):
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[dp.RESULTS] = dp.RESULTS.no_descent
-    infeasible: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
+    no_minimum: ClassVar[dp.RESULTS] = dp.RESULTS.damping_limit
 
     def _choose(self, method: str, *args):
         outcomes = (getattr(search, method)(*args) for search in self.pair)

@@ -469,3 +469,13 @@ def test_starts_on_the_center_line(name):
         np.testing.assert_allclose(system.lateral_error(x), 0.0, atol=1e-12)
         assert system.border_margin(x) > 0
     np.testing.assert_array_equal(system.x0, system.start())
+
+
+@pytest.mark.parametrize("kind", [Race, PathTracking])
+@pytest.mark.usefixtures("unchecked")
+def test_a_race_takes_a_car_and_a_track(kind):
+    car, track = Car.miniature(), Track.circle()
+    with pytest.raises(TypeError, match="`car` is the class Car; something like"):
+        kind(Car, track)
+    with pytest.raises(TypeError, match="`track` is circle; something like"):
+        kind(car, "circle")

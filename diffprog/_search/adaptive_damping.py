@@ -40,7 +40,7 @@ class AdaptiveDamping(AbstractSearch):
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[RESULTS] = RESULTS.damping_limit
-    infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
+    no_minimum: ClassVar[RESULTS] = RESULTS.damping_limit
 
     def __check_init__(self):
         check_numbers(

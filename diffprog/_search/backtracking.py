@@ -39,7 +39,7 @@ class Backtracking(AbstractSearch):
 
     monotone: ClassVar[bool] = True
     exhausted: ClassVar[RESULTS] = RESULTS.no_descent
-    infeasible: ClassVar[RESULTS] = RESULTS.damping_limit
+    no_minimum: ClassVar[RESULTS] = RESULTS.damping_limit
 
     def __check_init__(self):
         check_numbers(

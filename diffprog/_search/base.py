@@ -88,7 +88,7 @@ class AbstractSearch(eqx.Module):
     # trials, and for giving up because no model had a minimum.
     monotone: eqx.AbstractClassVar[bool]
     exhausted: eqx.AbstractClassVar[RESULTS]
-    infeasible: eqx.AbstractClassVar[RESULTS]
+    no_minimum: eqx.AbstractClassVar[RESULTS]
 
     @abc.abstractmethod
     def init(self, dtype) -> SearchState:

@@ -27,7 +27,7 @@ class FixedStep(AbstractSearch):
 
     monotone: ClassVar[bool] = False
     exhausted: ClassVar[RESULTS] = RESULTS.nonfinite_rollout
-    infeasible: ClassVar[RESULTS] = RESULTS.factorization_failed
+    no_minimum: ClassVar[RESULTS] = RESULTS.factorization_failed
 
     def __check_init__(self):
         check_numbers(self, stepsize=POSITIVE, damping=NOT_NEGATIVE)

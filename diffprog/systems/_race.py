@@ -34,6 +34,9 @@ class PathTracking(eqx.Module):
     control_weight: Scalar = 1e-6
     method: Any = eqx.field(static=True, default="euler")
 
+    def __check_init__(self):
+        _check_parts(self)
+
     def start(
         self, speed: Scalar | None = None, s: Scalar = 0.0
     ) -> Float[Array, " state"]:
@@ -124,6 +127,9 @@ class Race(eqx.Module):
     margin: Scalar = 0.0
     border_power: int = eqx.field(static=True, default=3)
     method: Any = eqx.field(static=True, default="rk4")
+
+    def __check_init__(self):
+        _check_parts(self)
 
     @classmethod
     def miniature(
@@ -263,3 +269,16 @@ Race.__init__.__doc__ = """**Arguments:**
 
 def _on_track(car, track, speed, s):
     return car.state(track.center(s), track.heading(s), speed)
+
+
+def _check_parts(race: Any):
+    for name, kind, example in (
+        ("car", AbstractCar, "`dp.systems.Car.miniature()`"),
+        ("track", Track, "`dp.systems.Track.simple()`"),
+    ):
+        part = getattr(race, name)
+        if not isinstance(part, kind):
+            came = f"the class {part.__name__}" if isinstance(part, type) else f"{part}"
+            raise TypeError(
+                f"`{name}` is {came:.200}; something like {example} is expected."
+            )
