@@ -361,12 +361,12 @@ def test_frozen_dataclasses_modules_and_library_functions_are_captured():
     cost = lambda fixed, module, act: problem(
         lambda x, u, t: fixed.cost(x, u, t) + module.value * jnp.sum(act(u) ** 2)
     )
-    for act in (jnp.sin, jax.nn.relu, jax.vmap(jnp.tanh), eqx.filter_jit(jnp.cos)):
-        for fixed in (Fixed(1.0), Fixed(2.0)):
-            found = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
-            with jax.disable_jit():
-                right = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
-            np.testing.assert_allclose(found, right, rtol=1e-12)
+    acts = jnp.sin, jax.nn.relu, jax.vmap(jnp.tanh), eqx.filter_jit(jnp.cos)
+    for act, fixed in zip(acts, map(Fixed, (1.0, 2.0, 3.0, 4.0)), strict=True):
+        found = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
+        with jax.disable_jit():
+            right = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
+        np.testing.assert_allclose(found, right, rtol=1e-12)
 
 
 def test_a_listener_may_keep_what_it_hears():

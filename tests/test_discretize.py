@@ -110,6 +110,7 @@ def test_an_implicit_step_that_fails_is_nan_and_differentiable():
         assert all(np.all(a[bad] == 0) and np.any(a[~bad] != 0) for a in found)
 
 
+@pytest.mark.slow
 def test_a_solve_rejects_a_trial_whose_implicit_step_fails():
     chord = diffrax.VeryChord(rtol=1e-8, atol=1e-8)  # gives up early
     dynamics = dp.discretize(stiff, 0.05, diffrax.ImplicitEuler(root_finder=chord))
