@@ -362,10 +362,10 @@ def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):
             place, _, what = first.removeprefix("at mapped index ").partition(": ")
             stage = "" if name == "terminal_cost" else f" at stage {start + int(place)}"
             raise IndexError(
-                f"`{name}`{stage} reads beyond the end of an array, where JAX takes "
-                f"the last entry instead: {what.strip()} A table that is indexed by "
-                "the stage needs a row for each; where the last one should go on, "
-                "write `jnp.minimum(t, len(table) - 1)`."
+                f"`{name}`{stage} reads beyond the end of an array, where JAX raises "
+                f"nothing and takes another entry: {what.strip()} A table that is "
+                "indexed by the stage needs a row for each; where the last one should "
+                "go on, write `jnp.minimum(t, len(table) - 1)`."
             )
 
     data = chain.segments, trajectory.xs, trajectory.us, chain.ts

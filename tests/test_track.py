@@ -601,3 +601,10 @@ def test_float32_points_far_away_are_refused():
     near = Track.from_waypoints(circle.astype("f4"), 3.0)
     there = Track.from_waypoints(far, 3.0)
     np.testing.assert_allclose(near.length, there.length, rtol=1e-6)
+
+
+def test_commas_that_may_be_decimal_ones_are_refused(tmp_path):
+    path = tmp_path / "track.csv"
+    path.write_text("100,000,0,000\n0,000,100,000\n-100,000,0,000\n0,000,-100,000\n")
+    with pytest.raises(ValueError, match="two columns with decimal commas or four"):
+        Track.from_csv(path, half_width=5.0)

@@ -34,6 +34,12 @@ def read_csv(
         elif not comment:
             rows.append((number, cells))
     names = header or (_CSV[:2] if rows and len(rows[0][1]) == 2 else _CSV)
+    whole = not any("." in cell for _, cells in rows for cell in cells)
+    if header is None and not with_widths and len(names) == 4 and whole:
+        raise ValueError(
+            f"`path` {path} may have two columns with decimal commas or four of whole "
+            "numbers: separate cells by semicolons, or name the columns in a header."
+        )
     missing = [name for name in wanted if name not in names]
     if missing:
         has_points = "x_m" in names and "y_m" in names
