@@ -16,7 +16,6 @@ from ._direction import AbstractDirection
 from ._door import door
 from ._fast_loops import FastLoopsError
 from ._report import report_batch
-from ._result import RESULTS
 from ._search import AbstractSearch, Backtracking, SearchState
 from ._solution import Solution
 from ._solve import solve, tolerance
@@ -219,12 +218,11 @@ def solve_batch(
 
 
 def _report(verbose, batch: str, solution: Solution, start: float):
-    successful = jnp.sum(solution.result == RESULTS.successful)
     report_batch(
         verbose,
         batch=batch,
         problems=len(solution.cost),
-        successful=int(successful),
+        successful=int(jnp.sum(solution.success)),
         iterations=float(jnp.mean(solution.stats["num_steps"])),
         cost=float(jnp.mean(solution.cost)),
         seconds=time.perf_counter() - start,

@@ -123,7 +123,7 @@ def _has_numbers(part) -> bool:
     return part is _Number or isinstance(part, _Again | _Constant)
 
 
-MANY = 32
+MANY = 32  # floats in one captured tree, beyond which they are constants
 NUMBERS = (float, jax.Array, np.ndarray, np.generic)
 PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
 
@@ -136,13 +136,13 @@ class Taken:
     """A tree taken apart: `numbers` are data, and `static` is the rest, hashable.
 
     With `constants` the numbers that functions capture are part of `static` too, unless
-    they are traced.
+    they are traced; `captured` says that the leaves of the tree are such numbers.
     """
 
-    def __init__(self, tree: PyTree, constants: bool = False):
+    def __init__(self, tree: PyTree, constants: bool = False, captured: bool = False):
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
-        self._constants, self._depth, self._many = constants, 0, False
+        self._constants, self._depth, self._many = constants, int(captured), False
         self._seen: dict[int, _Node] = {}
         leaves, treedef = jtu.tree_flatten(tree)
         self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
@@ -245,7 +245,8 @@ class Taken:
         kind = type(value)
         if not _is_plain(kind):
             self._refuse(value, "")
-        return self._holder(value, (object, Same(kind), *_names(value)), _fields(value))
+        fields = {name: getattr(value, name) for name in _names(value)}
+        return self._holder(value, (object, Same(kind), *fields), fields)
 
     def _holder(self, value, key: tuple, parts: dict[str, Any]):
         if id(value) in self._seen:
@@ -331,10 +332,6 @@ def _values(value) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
-def _fields(value) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in _names(value)}
-
-
 def put_together(static, numbers) -> PyTree:
     """The tree of `Taken`, with numbers in their places."""
     treedef, leaves = static
@@ -415,17 +412,12 @@ class Frozen:
     """A tree as part of a program: its numbers, captured ones too, are constants."""
 
     def __init__(self, tree: PyTree):
-        leaves, treedef = jtu.tree_flatten(tree)
-        numbers = [leaf if is_data(leaf) else None for leaf in leaves]
-        rest = [None if is_data(leaf) else leaf for leaf in leaves]
-        self.treedef = treedef
-        self.numbers = tuple(n if n is None else _Constant(n) for n in numbers)
         self.__name__ = getattr(tree, "__name__", type(tree).__name__)
-        taken = Taken(rest, constants=True)
+        taken = Taken(tree, constants=True, captured=True)
         self.static, self.traced = taken.static, tuple(taken.numbers)
 
     def _key(self):
-        return self.treedef, self.numbers, self.static, tuple(map(id, self.traced))
+        return self.static, tuple(map(id, self.traced))
 
     def __hash__(self):
         return hash(self._key())
@@ -438,7 +430,4 @@ class Frozen:
         return self.tree()(*args)
 
     def tree(self) -> PyTree:
-        rest = put_together(self.static, self.traced)
-        pairs = zip(self.numbers, rest, strict=True)
-        leaves = [old if new is None else new.number for new, old in pairs]
-        return jtu.tree_unflatten(self.treedef, leaves)
+        return put_together(self.static, self.traced)

@@ -12,7 +12,7 @@ from jax.core import eval_jaxpr, Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._capture import is_data, put_together, Taken
+from ._capture import put_together, Taken
 from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._fast_loops import Loops, scan
@@ -347,8 +347,7 @@ def _rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
 def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):
     """Raises where a function reads beyond the end of an array."""
     taken = Taken((problem, x0, us))  # a NumPy table takes no traced index
-    numbers = [jnp.asarray(n) if is_data(n) else n for n in taken.numbers]
-    problem, x0, us = put_together(taken.static, numbers)
+    problem, x0, us = put_together(taken.static, map(jnp.asarray, taken.numbers))
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
     trajectory = run(chain, *vectorized.ravel(x0, us))

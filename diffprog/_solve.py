@@ -30,7 +30,7 @@ def tolerance(value: Any, dtype) -> Any:
     """The tolerance given, or else an accuracy that the dtype can deliver."""
     if value is None:
         return 1e-9 if dtype == jnp.float64 else 1e-6
-    return float(value) if isinstance(value, int) else value
+    return _float(value)
 
 
 def _solver(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:

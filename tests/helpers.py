@@ -251,3 +251,8 @@ class Scaled(eqx.Module):
 
     def __call__(self, x):
         return self.factor * x
+
+
+def one_stage(J):
+    """The problem min J(u) in one stage with x' = u."""
+    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)

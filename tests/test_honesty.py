@@ -8,12 +8,7 @@ import pytest
 import diffprog as dp
 
 from . import helpers
-from .helpers import DIRECTIONS, MONOTONE, name, SECOND_ORDER
-
-
-def one_stage(J):
-    """The problem min J(u) in one stage with x' = u."""
-    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+from .helpers import DIRECTIONS, MONOTONE, name, one_stage, SECOND_ORDER
 
 
 @pytest.mark.costly

@@ -8,12 +8,7 @@ import diffprog as dp
 from diffprog._result import NAMES
 
 from . import helpers
-from .helpers import MONOTONE, name, SECOND_ORDER
-
-
-def one_stage(J):
-    """The problem min J(u) in one stage with x' = u."""
-    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+from .helpers import MONOTONE, name, one_stage, SECOND_ORDER
 
 
 ZERO = jnp.zeros(1), jnp.zeros((1, 1))

@@ -19,7 +19,7 @@ def check_numbers(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str])
             raise ValueError(f"`{name}` is {value}; {accepted} is expected.")
 
 
-Number = Array | np.ndarray
+Numbers = Array | np.ndarray
 
 FACTOR = (lambda value: 0 < value < 1, "a number between 0 and 1")
 GROWTH = (lambda value: value >= 1, "a number of at least 1")
@@ -41,7 +41,7 @@ class Trial(eqx.Module):
     curvature: Float[Array, ""]
     cost_gradient: Float[Array, ""]
 
-    def decreases(self, change: Float[Number, ""]) -> Bool[Array, ""]:
+    def decreases(self, change: Float[Numbers, ""]) -> Bool[Array, ""]:
         """Whether the cost changed by `change` or less, up to its rounding error."""
         slack = jnp.finfo(self.cost.dtype).eps * jnp.abs(self.cost)
         return self.trial_cost - self.cost <= change + slack
@@ -56,10 +56,10 @@ class SearchState(eqx.Module):
     - `trials`: roll-outs of the current direction so far.
     """
 
-    stepsize: Float[Number, "*batch"]
-    damping: Float[Number, "*batch"]
-    scale: Float[Number, "*batch"]
-    trials: Int[Number, "*batch"]
+    stepsize: Float[Numbers, "*batch"]
+    damping: Float[Numbers, "*batch"]
+    scale: Float[Numbers, "*batch"]
+    trials: Int[Numbers, "*batch"]
 
     @staticmethod
     def none(dtype, batch: tuple[int, ...] = ()) -> "SearchState":
