@@ -16,6 +16,7 @@ from ._direction import AbstractDirection
 from ._door import door
 from ._fast_loops import FastLoopsError
 from ._report import report_batch
+from ._rollout import vectorize
 from ._search import AbstractSearch, Backtracking, SearchState
 from ._solution import Solution
 from ._solve import solve, tolerance
@@ -119,6 +120,26 @@ def _num_problems(**trees: PyTree) -> int:
     return next(iter(found))  # pyright: ignore
 
 
+def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyTree):
+    """Refuses arrays in the problem that are as good with one row per problem."""
+    paths, leaves = zip(*jtu.tree_leaves_with_path(problem), strict=True)
+    is_suspect = lambda a: is_data(a) and jnp.ndim(a) and len(a) == num_problems
+    suspects = [i for i, leaf in enumerate(leaves) if is_suspect(leaf)]
+    for chosen in [suspects] * (len(suspects) > 1) + [[i] for i in suspects]:
+        one = [leaf[0] if i in chosen else leaf for i, leaf in enumerate(leaves)]
+        try:
+            vectorize(jtu.tree_unflatten(jtu.tree_structure(problem), one), x0, us)
+        except Exception:  # whatever the user's functions raise: no such reading
+            continue
+        names = ", ".join(f"`problem{jtu.keystr(paths[i])}`" for i in chosen)
+        verb = "have" if len(chosen) > 1 else "has"
+        raise ValueError(
+            f"{names} {verb} {num_problems} rows, as many as there are problems, and one "
+            "row would do for each: give `in_axes=0` if the arrays in the problem have "
+            "a row for each problem, `in_axes=None` if all problems share them."
+        )
+
+
 def solve_batch(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -126,7 +147,7 @@ def solve_batch(
     uss: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
-    in_axes: Any = None,
+    in_axes: Any = ...,
     batch_size: int | None = None,
     max_steps: int = 256,
     rtol: Any = None,
@@ -148,10 +169,12 @@ def solve_batch(
         [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
-    - `in_axes`: which numbers differ from problem to problem: none unless given; `0`
+    - `in_axes`: which numbers differ from problem to problem: `None` for none; `0`
         for all arrays in the problem, whose first axis then is the problem (Python
         floats and arrays without axes are shared); or a tree of axes and `None` like
-        the problem, or like its upper part.
+        the problem, or like its upper part. Not given, it is `None`, but an array that
+        has as many rows as there are problems, and would also do with one row, is
+        refused.
     - `batch_size`: at most so many problems at once; all unless given. It bounds the
         memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.
@@ -171,7 +194,8 @@ def solve_batch(
     solutions = dp.solve_batch(problem, dp.DDP(), x0s, uss, in_axes=0)
     ```
     """
-    numbers, shared = _apart(problem, in_axes)
+    asked = in_axes is not ...
+    numbers, shared = _apart(problem, in_axes if asked else None)
     given = dict(x0s=x0s, uss=uss, state=state, problem=numbers)
     num_problems = _num_problems(**given)
     batch_size = num_problems if batch_size is None else batch_size
@@ -186,20 +210,14 @@ def solve_batch(
     (x0s, uss), dtype = strong(x0s, uss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype, (num_problems,)) if state is None else state
-
-    def note():
-        rows = [a for a in jtu.tree_leaves(problem) if is_data(a) and jnp.ndim(a)]
-        if in_axes is None and any(len(a) == num_problems for a in rows):
-            return (
-                f"An array in the problem has {num_problems} rows, like `x0s`: if it "
-                "has one for each problem, give `in_axes=0`."
-            )
-        return "Raised in `dp.solve_batch`."
+    if not asked:
+        first = lambda tree: jtu.tree_map(lambda leaf: leaf[0], tree)
+        _check_shared(problem, num_problems, first(x0s), first(uss))
 
     def solve_rows(rows):
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
         batch = jtu.tree_map(take, (numbers, x0s, uss, state))
-        with noted(note):
+        with noted(lambda: "Raised in `dp.solve_batch`."):
             return _door(shared, method, batch, search, *tolerances, options)
 
     solutions = []

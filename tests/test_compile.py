@@ -41,6 +41,7 @@ def test_functions_are_traced_once_and_data_never_compile_again(method):
     assert counted.calls == dict(dynamics=1, cost=1, terminal_cost=1)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", ["Backtracking", "AdaptiveDamping"])
 def test_new_numbers_anywhere_never_compile_again(search, caplog):
     _, x0, us = helpers.spring()
@@ -71,6 +72,7 @@ def test_new_numbers_anywhere_never_compile_again(search, caplog):
     assert first != second
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_closures_over_traced_values_work_inside_jit(search):
     problem, x0, us = helpers.spring()

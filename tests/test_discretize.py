@@ -35,6 +35,7 @@ def test_rk4_is_exact_for_a_cubic_in_time():
     np.testing.assert_allclose(step(jnp.zeros(1), None, 2), 1.5**4 - 1.0, rtol=1e-14)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["rk4", diffrax.Heun()])
 def test_pytrees_dtypes_and_derivatives(method):
     field = lambda x, u, time: dict(p=x["v"], v=u - jnp.sin(x["p"]))

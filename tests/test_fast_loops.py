@@ -131,6 +131,7 @@ def test_every_primitive_of_the_list_compiles():
         agree(fast(x, i), jax.jit(every)(x, i), **close)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size, terms", [(1024, 35), (16, 2400)])
 def test_what_is_just_small_enough_compiles(size, terms):
     """Loop bodies at the limits, where XLA would fuse them into one operation."""
@@ -198,6 +199,7 @@ def test_verbose_takes_the_ordinary_loops():
         dp.solve(problem, dp.ILQR(), x0, us, verbose=print, fast_loops=True)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", [dp.FixedStep(), dp.Backtracking()], ids=name)
 def test_a_missing_minimum_has_the_same_code(search):
     saddle = lambda x, u, t: x[0] ** 2 - u[0] ** 2

@@ -232,7 +232,7 @@ def test_t1_5_the_dual_variable_at_the_solution():
 
 def slopes(solver, damping):
     found = []
-    for count in range(1, 9):
+    for count in (1, 2, 3, 5, 8):
         oracle = GaussNewton(damping, solver(count, 0.0), scale_model=False)
         found.append(run(oracle, "softmax")[1].slope)
     return np.asarray(found)
@@ -316,6 +316,7 @@ def test_t1_9_a_linear_model_interpolates_in_one_step():
     close(jax.vmap(new)(inputs), targets, 1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("stack", [False, True])
 def test_t1_10_the_layerwise_gram_matrix(stack):
     layers = [eqx.nn.Linear(4, K, key=KEYS[2]), jnp.tanh]
@@ -412,6 +413,7 @@ def test_t2_4_t8_8_predicted_decreases(solver):
     assert damped > 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
 def test_t2_5_repeating_the_batch_changes_nothing(solver):
     loss, targets = LOSSES["softmax"]

@@ -390,6 +390,7 @@ def test_c7_cart_pole_as_run(method, mode):
     matches(float(solution.cost), 7.641703903695675e-05, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dir", "reg"])
 @pytest.mark.parametrize("method", ["ddp_lq", "ddp_q"])
 def test_c7_cart_pole_with_the_intended_physics(method, mode):
@@ -543,6 +544,7 @@ def test_c18_gradient_of_the_border_reaches_the_position():
 # C17: batches.
 
 
+@pytest.mark.slow
 def test_c17_batch_of_64_equals_the_loop():
     pendulum, x0, us = env.pendulum(20)
     traces = []

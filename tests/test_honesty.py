@@ -78,6 +78,7 @@ def test_wrong_numbers_of_a_search_raise_at_construction(cls, numbers, message):
         cls(**numbers)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "search",
     [
@@ -122,6 +123,7 @@ def test_no_policy_of_an_earlier_iterate_is_returned():
     np.testing.assert_array_equal(solution.policy(0, jnp.zeros(1)), 1.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_a_failed_solve_leaves_a_state_that_is_fit_to_start_from(search):
     rough = one_stage(lambda x: jnp.where(x[0] == 0, 1.0, 2.0) - x[0])

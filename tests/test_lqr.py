@@ -295,6 +295,7 @@ def test_one_stage_with_a_triangular_weight(method):
     close(solution.value.P[-1], [[1.0, 0.5], [0.5, 1.0]])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 @pytest.mark.parametrize("shape", [(6, 3, 2), (3, 2, 8)])
 def test_only_the_symmetric_part_of_a_weight_counts(shape, fast_loops):
@@ -516,6 +517,7 @@ def test_wrong_arguments(unchecked):
         dp.solve_lqr((lqr,), x0)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(6, 3, 2), (4, 2, 5)])
 def test_indefinite_control_cost(shape):
     lqr, x0 = random_lqr(*shape)

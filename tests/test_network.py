@@ -126,6 +126,7 @@ def dense(net, loss, targets):
     return jax.grad(h)(flat), J.T @ H @ J, jax.hessian(h)(flat)
 
 
+@pytest.mark.costly
 @every_network
 def test_t8_2_layerwise_directions_are_the_dense_ones(name):
     net, loss = NETWORKS[name](), dp.losses.SoftmaxCrossEntropy()

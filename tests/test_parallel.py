@@ -159,6 +159,7 @@ def special_problems(dtype):
     return stack, jnp.asarray(x0, dtype), np.arange(10) < len(solvable)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_indefinite_and_singular_problems_in_a_batch(dtype):
     """The same verdicts and numbers; and what `vmap` gives is what one call gives."""
@@ -257,6 +258,7 @@ def test_first_and_second_derivatives():
 # Chains and solves.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("chain", ["two_phase", "ragged"])
 def test_sweep_over_a_chain(chain):
     problem, x0, us = helpers.PROBLEMS[chain]()

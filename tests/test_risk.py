@@ -215,6 +215,7 @@ def test_gradient_of_risk_is_weights(name):
         np.testing.assert_allclose(weights(LOSSES, sigma, f, 0.3), q, atol=1e-16)
 
 
+@pytest.mark.costly
 @every_f
 def test_mean_and_risk_enclose_the_smoothed_risk(f):
     for sigma in SPECTRA.values():

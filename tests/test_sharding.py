@@ -76,6 +76,7 @@ print("agree")
 """
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("program", (PROGRAM, VOCABULARY), ids=("solves", "vocabulary"))
 def test_what_is_split_over_devices_equals_what_is_on_one(program):
     flags = (

@@ -152,6 +152,7 @@ NETS = {
 SHIFT = dp.LayerConstants((1, 1), (1, 1, 1), (0, 0), math.sqrt(3), math.sqrt(3))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETS)
 def test_t6_4_sampled_norms_are_below(name, getkey):
     layers, shape = NETS[name]

@@ -110,6 +110,7 @@ def test_policy_stabilizes_and_works_on_pytrees():
 _stack = lambda x: jnp.stack([x["position"], x["speed"]])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "chain, method", [("ragged", dp.ILQR()), ("two_phase", dp.Newton())]
 )
