@@ -114,8 +114,8 @@ def _num_problems(**trees: PyTree) -> int:
         raise ValueError(
             f"{listed or 'nothing is given'}; {stack}the first axis of `x0s`, `uss`, "
             "`state` and what `in_axes` says of the problem is the problem, and all "
-            "must agree. To start every problem from the same `us`: "
-            "`jnp.broadcast_to(us, (len(x0s), *us.shape))`."
+            "must agree. One that all problems share: `jnp.broadcast_to(us, (problems, "
+            "*us.shape))`, and `x0` alike."
         )
     return next(iter(found))  # pyright: ignore
 
