@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._capture import Frozen
+from ._flax import check_parameters
 from ._types import came, noted, shapes
 
 
@@ -37,9 +38,11 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
     leaves = jtu.tree_leaves_with_path(model)
     if not any(is_parameter(leaf) for _, leaf in leaves):
         raise TypeError(
-            "The model has no floating array, so there is nothing to train."
+            "The model has no floating array, so there is nothing to train. With Flax "
+            "linen and haiku the parameters are the model: `params = module.init(...)`."
         )
     if not isinstance(model, eqx.Module):  # a module may well hold indices
+        check_parameters(model)
         for path, leaf in leaves:
             if is_array(leaf) and not is_parameter(leaf):
                 raise TypeError(

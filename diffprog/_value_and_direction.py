@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._door import door
+from ._flax import raised_in_predict
 from ._model import (
     check_apart,
     check_batch,
@@ -259,9 +260,10 @@ def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
             return jax.vmap(explained(model, inputs))(inputs, keys), None
         options = {} if key is None else {"key": key}
         if model_state is not None:
-            options["state"] = model_state
+            # Built anew for each trace: Flax NNX forbids to change older variables.
+            options["state"] = jtu.tree_map(lambda leaf: leaf, model_state)
         call = "".join(f", {name}={name}" for name in options)
-        with noted(lambda: f"Raised in `predict(model, inputs{call})`."):
+        with noted(lambda: raised_in_predict(f"predict(model, inputs{call})")):
             outputs = vd.predict(model, inputs, **options)
         if model_state is None:
             return outputs, None
