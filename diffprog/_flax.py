@@ -44,10 +44,10 @@ def check_parameters(model: PyTree):
     for name, leaf, parameter in found_in(model):
         if not parameter:
             array = isinstance(leaf, jax.Array | np.ndarray)
+            kind = "array" if array else type(leaf).__name__
             raise TypeError(
-                f"`{name}` of the model is no `nnx.Param` of Flax but "
-                f"{'an array' if array else f'a `{type(leaf).__name__}`'}, and would "
-                f"be trained. Keep it apart from the parameters:{NNX}"
+                f"`{name}` of the model is of type `{kind}`; of a module of Flax NNX "
+                f"only what is an `nnx.Param` is trained. Keep the rest apart:{NNX}"
             )
         if id(leaf) in seen:
             raise TypeError(
@@ -77,11 +77,3 @@ def found_in(tree: PyTree) -> Iterator[tuple[str, Any, bool]]:
             if is_variable(leaf) or (is_module(part) and array):
                 name = jtu.keystr((*path, *inside)).removeprefix(".")
                 yield name, leaf, nnx.Param in type(leaf).__mro__
-
-
-def raised_in_predict(call: str) -> str:
-    """A note for the error that `predict` raises."""
-    note = f"Raised in `{call}`."
-    if type(sys.exception()).__name__ != "TraceContextError":
-        return note
-    return f"{note} What Flax NNX changes in a call is handed on as its state:{NNX}"

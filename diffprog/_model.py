@@ -1,5 +1,6 @@
 """Models of the user, taken apart into arrays and code."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._capture import Frozen
-from ._flax import check_parameters
+from ._flax import check_parameters, NNX
 from ._types import came, noted, shapes
 
 
@@ -74,10 +75,33 @@ def explained(model: Callable, inputs: PyTree) -> Callable:
 
     def call(x, *keys):
         of = f"one example of shape {shapes(x):.200}, a row of inputs of shape "
-        with noted(lambda: f"The model was given {of}{shapes(inputs):.200}."):
+        given = f"The model was given {of}{shapes(inputs):.200}."
+        with noted(lambda: given + _about_state(model)):
             return model(x, key=keys[0]) if keys else model(x)
 
     return call
+
+
+def _about_state(model: Callable) -> str:
+    is_state = lambda node: isinstance(node, eqx.nn.StateIndex)
+    if not any(map(is_state, jtu.tree_leaves(model, is_leaf=is_state))):
+        return ""
+    return (
+        " It keeps a state: give `dp.value_and_direction` a `predict` that takes "
+        "`state=` and returns the outputs and the new state; begin with "
+        "`vd.init(model, state)`, and call `vd.step`."
+    )
+
+
+def raised_in_predict(options: dict[str, Any]) -> str:
+    """A note for the error that `predict` raises."""
+    call = "".join(f", {name}={name}" for name in options)
+    note, error = f"Raised in `predict(model, inputs{call})`.", sys.exception()
+    if type(error).__name__ == "TraceContextError":
+        return f"{note} What a module of Flax NNX changes is its state:{NNX}"
+    if "state" in options or "'state'" not in str(error):
+        return note
+    return f"{note} A state is given to `vd.init(model, state)`, and used by `vd.step`."
 
 
 def first_half_twice(a):

@@ -1,8 +1,10 @@
 """Models of Flax and haiku: what is trained, what is handed on, what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -174,10 +176,10 @@ class Scaled(nnx.Module):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Net(statistics=True), "`norm.mean` .* a `BatchStat`"),
-        (lambda: [Net(dropout=True)], "dropped.rngs.count` .* a `RngCount`"),
-        (lambda: nnx.state(Net(statistics=True)), "'mean'.` .* a `BatchStat`"),
-        (Scaled, "`scale` .* but an array"),
+        (lambda: Net(statistics=True), "`norm.mean` .* type `BatchStat`"),
+        (lambda: [Net(dropout=True)], "dropped.rngs.count` .* type `RngCount`"),
+        (lambda: nnx.state(Net(statistics=True)), "'mean'.` .* type `BatchStat`"),
+        (Scaled, "`scale` .* type `array`"),
         (lambda: 2 * [Net()], "0..first.bias` and `.1..first.bias` .* as two"),
     ],
 )
@@ -203,7 +205,7 @@ def test_changes_of_nnx_that_would_be_lost_are_explained():
     with pytest.raises(Exception, match="BatchStat") as info:
         vd(params, INPUTS, TARGETS)
     notes = "".join(info.value.__notes__)
-    assert "handed on" in notes and "vd.init(params, rest)" in notes
+    assert "changes is its state" in notes and "vd.init(params, rest)" in notes
 
 
 def test_statistics_beside_the_parameters_of_linen_are_refused():
@@ -211,3 +213,30 @@ def test_statistics_beside_the_parameters_of_linen_are_refused():
     variables = dict(params=jnp.ones(2), batch_stats=jnp.ones(2))
     with pytest.raises(TypeError, match='(?s)`batch_stats` beside.*mutable="batch_s'):
         vd(variables, INPUTS, TARGETS)
+
+
+class Equinox(eqx.Module):
+    norm: eqx.nn.BatchNorm
+
+    def __call__(self, x, state):
+        return self.norm(x, state)
+
+
+MODEL = Equinox(eqx.nn.BatchNorm(3, "batch", mode="batch"))
+
+
+@pytest.mark.parametrize(
+    "predict, message",
+    [
+        (None, "positional argument: 'state'.* It keeps a state: give"),
+        (lambda model, x, *, state: model(x, state), "'state'.* A state is given to"),
+        (lambda model, x: (x, x), "returned .* A new state may stand beside it"),
+    ],
+    ids=["default", "not given", "not asked for"],
+)
+def test_a_call_that_forgets_the_state_says_where_it_belongs(predict, message):
+    vd = dp.value_and_direction(Squared(), ORACLE, predict)
+    with pytest.raises(TypeError) as info:
+        vd(MODEL, INPUTS, TARGETS)
+    told = "".join([str(info.value), *getattr(info.value, "__notes__", ())])
+    assert re.search(f"(?s){message}", told)
