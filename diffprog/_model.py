@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._capture import Frozen
-from ._flax import check_parameters, NNX
+from ._flax import check_parameters, found_in, NNX
 from ._types import came, noted, shapes
 
 
@@ -31,10 +31,11 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
         raise TypeError(f"The model is {came(model)}; a model made of it is expected.")
     if predict is None and not callable(model):
         what = came(model) if is_array(model) else f"a {type(model).__name__}"
+        such = ", such as `lambda params, x: module.apply(params, x)`."
+        of_nnx = any(True for _ in found_in(model))
         raise TypeError(
             f"The model is {what}, which cannot be called: give "
-            "`dp.value_and_direction` a `predict`, such as `lambda params, x: "
-            "module.apply(params, x)`."
+            f"`dp.value_and_direction` a `predict`{f':{NNX}' if of_nnx else such}"
         )
     leaves = jtu.tree_leaves_with_path(model)
     if not any(is_parameter(leaf) for _, leaf in leaves):

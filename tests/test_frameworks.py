@@ -138,6 +138,27 @@ def test_statistics_are_handed_on_and_the_rest_is_trained(make):
     assert not jnp.any(before) and jnp.all(after != 0)
 
 
+def test_statistics_of_nnx_are_those_of_a_network_written_by_hand():
+    case = of_nnx(statistics=True)
+
+    def predict(params, x):
+        params = jax.tree.map(jnp.atleast_2d, params)
+        dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+        x = dense("first", x)
+        x = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)
+        x = x * params["norm"]["scale"] + params["norm"]["bias"]
+        return dense("last", jnp.tanh(x))
+
+    by_hand = dp.value_and_direction(Squared(), ORACLE, predict)
+    params = nnx.to_pure_dict(case.params)
+    desired, _ = ravel_pytree(by_hand(params, INPUTS, TARGETS)[1])
+    vd = dp.value_and_direction(Squared(), ORACLE, case.predict)
+    state = vd.init(case.params, case.state)
+    _, direction, _ = vd.step(case.params, state, INPUTS, TARGETS)
+    found, _ = ravel_pytree(direction)
+    np.testing.assert_allclose(found, desired, rtol=0, atol=1e-12)
+
+
 def test_a_mask_of_nnx_is_new_at_every_step():
     case = of_nnx(dropout=True)
     vd = dp.value_and_direction(Squared(), ORACLE, case.predict)
@@ -196,6 +217,12 @@ def test_layers_of_nnx_without_statistics_make_a_network():
     assert net(INPUTS[0]).shape == (2,)
     with pytest.raises(TypeError, match="Layer 1, a BatchNorm, keeps a state"):
         dp.Network([model.first, batch_norm(nnx.Rngs(0))])
+
+
+def test_parameters_of_nnx_need_a_predict():
+    vd = dp.value_and_direction(Squared(), ORACLE)
+    with pytest.raises(TypeError, match="(?s)is a State, which cannot .*nnx.split"):
+        vd(nnx.state(Net(), nnx.Param), INPUTS, TARGETS)
 
 
 def test_changes_of_nnx_that_would_be_lost_are_explained():
