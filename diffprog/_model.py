@@ -1,5 +1,6 @@
 """Models of the user, taken apart into arrays and code."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._capture import Frozen
+from ._flax import check_parameters, found_in, NNX
 from ._types import came, noted, shapes
 
 
@@ -29,17 +31,20 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
         raise TypeError(f"The model is {came(model)}; a model made of it is expected.")
     if predict is None and not callable(model):
         what = came(model) if is_array(model) else f"a {type(model).__name__}"
+        such = ", such as `lambda params, x: module.apply(params, x)`."
+        of_nnx = any(True for _ in found_in(model))
         raise TypeError(
             f"The model is {what}, which cannot be called: give "
-            "`dp.value_and_direction` a `predict`, such as `lambda params, x: "
-            "module.apply(params, x)`."
+            f"`dp.value_and_direction` a `predict`{f':{NNX}' if of_nnx else such}"
         )
     leaves = jtu.tree_leaves_with_path(model)
     if not any(is_parameter(leaf) for _, leaf in leaves):
         raise TypeError(
-            "The model has no floating array, so there is nothing to train."
+            "The model has no floating array, so there is nothing to train. With Flax "
+            "linen and haiku the parameters are the model: `params = module.init(...)`."
         )
     if not isinstance(model, eqx.Module):  # a module may well hold indices
+        check_parameters(model)
         for path, leaf in leaves:
             if is_array(leaf) and not is_parameter(leaf):
                 raise TypeError(
@@ -71,10 +76,33 @@ def explained(model: Callable, inputs: PyTree) -> Callable:
 
     def call(x, *keys):
         of = f"one example of shape {shapes(x):.200}, a row of inputs of shape "
-        with noted(lambda: f"The model was given {of}{shapes(inputs):.200}."):
+        given = f"The model was given {of}{shapes(inputs):.200}."
+        with noted(lambda: given + _about_state(model)):
             return model(x, key=keys[0]) if keys else model(x)
 
     return call
+
+
+def _about_state(model: Callable) -> str:
+    is_state = lambda node: isinstance(node, eqx.nn.StateIndex)
+    if not any(map(is_state, jtu.tree_leaves(model, is_leaf=is_state))):
+        return ""
+    return (
+        " It keeps a state: give `dp.value_and_direction` a `predict` that takes "
+        "`state=` and returns the outputs and the new state; begin with "
+        "`vd.init(model, state)`, and call `vd.step`."
+    )
+
+
+def raised_in_predict(options: dict[str, Any]) -> str:
+    """A note for the error that `predict` raises."""
+    call = "".join(f", {name}={name}" for name in options)
+    note, error = f"Raised in `predict(model, inputs{call})`.", sys.exception()
+    if type(error).__name__ == "TraceContextError":
+        return f"{note} What a module of Flax NNX changes is its state:{NNX}"
+    if "state" in options or "'state'" not in str(error):
+        return note
+    return f"{note} A state is given to `vd.init(model, state)`, and used by `vd.step`."
 
 
 def first_half_twice(a):

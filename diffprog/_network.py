@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._flax import found_in
 from ._types import came, noted, shapes
 
 
@@ -189,7 +190,7 @@ def _flat(layers) -> list[Callable]:
                 f"Layer {i} is {came(layer)}, which is no function; a module or a "
                 "function of one array is expected."
             )
-        elif isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
+        elif _keeps_a_state(layer):
             raise TypeError(
                 f"Layer {i}, a {type(layer).__name__}, keeps a state, and a chain of "
                 "examples has none: give the model to `dp.value_and_direction` as it "
@@ -198,6 +199,14 @@ def _flat(layers) -> list[Callable]:
         else:
             flat.append(layer)
     return flat
+
+
+def _keeps_a_state(layer: Callable) -> bool:
+    if isinstance(layer, eqx.nn.StatefulLayer):
+        return layer.is_stateful()
+    return any(
+        not parameter and has_parameters(leaf) for _, leaf, parameter in found_in(layer)
+    )
 
 
 def _stages(layers: list[Callable]) -> list[Stage]:

@@ -18,6 +18,7 @@ from ._model import (
     explained,
     first_half_twice,
     is_parameter,
+    raised_in_predict,
     split,
 )
 from ._network_problem import check_reduction, Reduction
@@ -188,8 +189,8 @@ def value_and_direction(
         [`diffprog.losses`][diffprog.losses.AbstractLoss], or any function.
     - `oracle`: one of `dp.oracles`, such as [`diffprog.oracles.GaussNewton`][].
     - `predict`: `(model, inputs) -> outputs` of the whole batch. By default
-        `jax.vmap(model)(inputs)`. With Flax: `lambda params, x: module.apply(params,
-        x)`.
+        `jax.vmap(model)(inputs)`. With Flax linen the model is the parameters, and
+        this `module.apply`; the page on Equinox, Flax and haiku has a loop for each.
     - `scale`: `"step"`; or `"gradient"`, which multiplies by the damping (divides by
         the step size of the targets, or by alpha) so that the direction tends to the
         gradient as the damping grows.
@@ -259,9 +260,9 @@ def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
             return jax.vmap(explained(model, inputs))(inputs, keys), None
         options = {} if key is None else {"key": key}
         if model_state is not None:
-            options["state"] = model_state
-        call = "".join(f", {name}={name}" for name in options)
-        with noted(lambda: f"Raised in `predict(model, inputs{call})`."):
+            # Built anew for each trace: Flax NNX forbids to change older variables.
+            options["state"] = jtu.tree_map(lambda leaf: leaf, model_state)
+        with noted(lambda: raised_in_predict(options)):
             outputs = vd.predict(model, inputs, **options)
         if model_state is None:
             return outputs, None

@@ -26,6 +26,7 @@ PACKAGE = ROOT / "diffprog"
 FLOORS = {
     "_types": 0,
     "_fast_loops": 1,
+    "_flax": 1,
     "_linalg": 1,
     "_report": 1,
     "_result": 1,

@@ -134,13 +134,22 @@ def check_outputs(outputs: Any, inputs: PyTree):
         of = "the batch" if examples is None else f"a batch of {examples} examples"
         raise TypeError(
             f"The model (or `predict`) returned {came(outputs)} for {of}; one floating "
-            "array whose first axis counts examples is expected."
+            f"array whose first axis counts examples is expected{_about(outputs)}."
         )
     if outputs.size == 0:
         raise ValueError(
             f"The outputs for the batch have shape {outputs.shape}: at least one "
             "example with one output is expected. Skip an empty batch."
         )
+
+
+def _about(outputs: Any) -> str:
+    if not isinstance(outputs, tuple) or len(outputs) != 2:
+        return ""
+    return (
+        ". A new state may stand beside it where the old one was given to "
+        "`vd.init(model, state)`, and `vd.step` is called"
+    )
 
 
 def rows(tree: PyTree) -> int | None:
