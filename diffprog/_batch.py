@@ -134,9 +134,9 @@ def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyT
         names = ", ".join(f"`problem{jtu.keystr(paths[i])}`" for i in chosen)
         verb = "have" if len(chosen) > 1 else "has"
         raise ValueError(
-            f"{names} {verb} {num_problems} rows, as many as there are problems, and one "
-            "row would do for each: give `in_axes=0` if the arrays in the problem have "
-            "a row for each problem, `in_axes=None` if all problems share them."
+            f"{names} {verb} {num_problems} rows, as many as there are problems, and "
+            "one row would do for each: give `in_axes=0` if the arrays in the problem "
+            "have a row for each problem, `in_axes=None` if all problems share them."
         )
 
 
