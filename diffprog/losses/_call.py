@@ -63,6 +63,7 @@ class Call(eqx.Module):
             excluded.append(last(self.reference) <= 0)
         if self.temperature is not None:
             beta = self.temperature.astype(dtype)
+            beta = jnp.where(beta > 0, beta, jnp.nan)  # where it is traced
             excluded.append(theta == -jnp.inf)
             theta = jnp.where(excluded[-1], 0, theta) / beta
         if excluded:
@@ -141,7 +142,10 @@ def operator(fn: Fn) -> Fn:
 
 
 def is_known(array) -> bool:
-    return not isinstance(array, Tracer)
+    """Whether its values can be looked at: not traced, and all on this machine."""
+    return not isinstance(array, Tracer) and getattr(
+        array, "is_fully_addressable", True
+    )
 
 
 def check_reference(reference: Any, f: AbstractDivergence):
