@@ -109,7 +109,7 @@ def f_softmax(
     **Arguments:** those of [`diffprog.losses.f_softargmax`][].
 
     **Returns:** the value of every row, without the class axis: -inf where all classes
-    are excluded. It does not count those that are; one far below the others costs f(0).
+    are excluded. It does not count those that are; one far below the others costs q f(0).
     """
     call = check(scores, f, reference, axis, where, temperature, axis_name)
     return _softmax(call)

@@ -9,6 +9,7 @@ the f-softargmax of x / tau. An iteration in scores would lose all digits at the
 where scores are x / tau.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -21,6 +22,7 @@ from ._root import below
 MAX_STEPS = 100
 
 
+@jax.jit
 def proximal(
     f: AbstractDivergence,
     q: Float[Array, "*batch classes"],
@@ -79,6 +81,7 @@ def one_class(f: AbstractDivergence, q: Array, s: Array, tau: Array):
     return q * u, curvature / (tau + curvature)
 
 
+@jax.jit
 def scaled_omega(s: Array, tau: Array, q: Array) -> Array:
     """The p with tau ln(p / q) + p = s."""
     t = s / tau + jnp.log(q / tau)
