@@ -109,7 +109,8 @@ def f_softmax(
     **Arguments:** those of [`diffprog.losses.f_softargmax`][].
 
     **Returns:** the value of every row, without the class axis: -inf where all classes
-    are excluded. It does not count those that are; one far below the others costs q f(0).
+    are excluded. It does not count those that are, while one far below the others costs
+    q f(0).
     """
     call = check(scores, f, reference, axis, where, temperature, axis_name)
     return _softmax(call)
@@ -158,8 +159,8 @@ def f_loss(
     **Returns:** the loss of every row, infinite where a class has a part of y and is
     excluded: its gradient is softargmax - y even so. In y a derivative that would be
     infinite is 0: that of a class that is excluded, or that has y = 0 where f'(0) is
-    infinite. A row whose classes are all excluded has loss 0 and gradient 0. So has a row whose label is out of range, where this cannot be said
-    at once.
+    infinite. A row whose classes are all excluded has loss 0 and gradient 0. So has a
+    row whose label is out of range, where this cannot be said at once.
 
     **Raises:** `ValueError` for labels out of range, where they are known, and for
     labels with a generator whose f(0) is infinite.
