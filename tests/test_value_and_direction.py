@@ -319,6 +319,7 @@ def test_no_step_is_made_to_a_loss_that_is_not_finite(fallback):
     close((value, aux.slope), (4.5, -9.0), 1e-5)
     assert aux.result == dp.RESULTS.nonfinite_rollout and np.isnan(aux.ratio)
     close(direction, jnp.full((1, 1), 0.75 if fallback else 0.0))
+    assert after.damping is not None
     close(after.damping.damping, 1.5e-8, 1e-20)
 
 
@@ -675,7 +676,7 @@ def test_a_custom_vjp_gives_the_same_direction(oracle):
         (value, aux), direction, _ = vd.step(net, vd.init(net), INPUTS, TARGETS)
         assert aux.result == dp.RESULTS.successful
         found.append((value, aux.slope, aux.ratio, jax.tree.leaves(direction)))
-    close(*found, 1e-10)
+    close(found[0], found[1], 1e-10)
 
 
 def test_a_custom_vjp_under_an_oracle_that_needs_it_forward(monkeypatch):
