@@ -25,6 +25,7 @@ from ._generated import as_divergence
 from ._hessian import solution
 from ._loss import AbstractLoss, per_example, total, where_inside
 from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
+from ._root import below, Classes, largest, weighted
 from ._simplex import proximal
 from ._targets import (
     check_classes,
@@ -52,6 +53,15 @@ def _less(p: Array, y: Array, labels: bool) -> Array:
     if not labels:
         return p - y
     return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p - y)
+
+
+def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
+    """The softmax, ln p + z and z of every row; zeros for p where all is excluded."""
+    y = below(outputs, largest(outputs, Classes()))
+    e = jnp.exp(y)
+    total = _sum(e)
+    total = jnp.where(total > 0, total, 1)
+    return e / total, y, jnp.log(total)
 
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
@@ -202,7 +212,8 @@ class FLoss(AbstractLoss):
 class SoftmaxCrossEntropy(AbstractLoss):
     r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
 
-    Any $y \ge 0$ will do: a row of zeros has no loss.
+    Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
+    excluded, as in [`diffprog.losses.f_loss`][].
 
     - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
         over the examples with a label that counts.
@@ -221,7 +232,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
             where = kept(targets, self.ignore_label)
             return total(f_loss(outputs, targets, KL(), where=where))
         check_within(WEIGHTS, outputs, targets)
-        return total(-like(outputs, targets) * jax.nn.log_softmax(outputs))
+        p, y, z = _softmax(outputs)
+        losses = _sum(like(outputs, targets) * z - weighted(like(outputs, targets), y))
+        return total(jnp.where(_sum(p) == 0, 0, losses))
 
     def count(self, outputs, targets):
         if is_labels(targets):
@@ -245,8 +258,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def _derivatives(self, outputs, targets):
         """The gradient and the weights of the Hessian."""
         y, mass = self._targets(outputs, targets)
-        w = mass * jax.nn.softmax(heard(outputs, targets, self.ignore_label))
-        return _less(w, y, is_labels(targets)), w
+        p = _softmax(heard(outputs, targets, self.ignore_label))[0]
+        g = _less(mass * p, y, is_labels(targets))
+        return jnp.where(_sum(p) == 0, 0, g), mass * p
 
     def hessian_mv(self, outputs, targets, vector):
         return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
@@ -282,7 +296,8 @@ class Hinge(AbstractLoss):
 
     For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
     over the outputs; for labels y, integers, $\max_j u_j - u_y + 1[j \ne y]$. Its
-    gradient is 0 where $y u = 1$; where classes tie, that of the first.
+    gradient is 0 where $y u = 1$; where classes tie, that of the first. A class whose
+    output is -inf is never the largest.
 
     - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
         over the examples with a label that counts.
@@ -298,11 +313,21 @@ class Hinge(AbstractLoss):
     def __call__(self, outputs, targets):
         if not is_labels(targets):
             y, one = within(SIGNS, outputs, targets)
-            return total(one * jnp.maximum(1 - y * outputs, 0))
-        own, row = one_hot(outputs, targets, self.ignore_label)
-        outputs = heard(outputs, targets, self.ignore_label)
-        margins = jnp.max(outputs + 1 - own, -1) - jnp.sum(own * outputs, -1)
-        return total(margins * row[..., 0])
+            return total(one * jnp.maximum(1 - weighted(y, outputs), 0))
+        _, row, margins = self._margins(outputs, targets)
+        return total(row * jnp.max(margins, -1, keepdims=True))
+
+    def _margins(self, outputs, labels):
+        """Rows of labels, their factors, and u_j - u_y + 1[j != y].
+
+        That is -inf for what is excluded.
+        """
+        own, row = one_hot(outputs, labels, self.ignore_label)
+        outputs = heard(outputs, labels, self.ignore_label)
+        label = _sum(jnp.where(own > 0, outputs, 0))
+        margins = below(outputs, label) + 1
+        margins = jnp.where(outputs == -jnp.inf, -jnp.inf, margins)
+        return own, row, jnp.where(own > 0, 0, margins)
 
     def count(self, outputs, targets):
         if is_labels(targets):
@@ -315,9 +340,8 @@ class Hinge(AbstractLoss):
             y, one = within(SIGNS, outputs, targets)
             inside = jnp.maximum(jnp.sign(1 - y * outputs), 0)  # NaN stays NaN
             return one * -y * inside
-        own, row = one_hot(outputs, targets, self.ignore_label)
-        scores = heard(outputs, targets, self.ignore_label) + 1 - own
-        top, worst = jnp.max(scores, -1, keepdims=True), jnp.argmax(scores, -1)
+        own, row, margins = self._margins(outputs, targets)
+        top, worst = jnp.max(margins, -1, keepdims=True), jnp.argmax(margins, -1)
         worst = jax.nn.one_hot(worst, outputs.shape[-1], dtype=outputs.dtype)
         return (worst - own) * jnp.where(jnp.isnan(top), top, row)
 

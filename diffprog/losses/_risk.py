@@ -12,6 +12,7 @@ from ._call import Divergence, is_known
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
+from ._root import weighted
 
 
 Vector = Float[Array, " n"]
@@ -122,8 +123,8 @@ def spectral_risk(
     losses, sigma, known, nu, dtype = _prepare(losses, sigma, f, smoothing)
     if known is None:
         order, _ = _ranks(losses)
-        return jnp.sum(sigma * losses[order]).astype(dtype)
-    return _smoothed(known, losses, sigma, nu).astype(dtype)
+        return jnp.sum(weighted(sigma, losses[order])).astype(dtype)
+    return _smoothed_door(known, losses, sigma, nu).astype(dtype)
 
 
 def spectral_weights(
@@ -173,6 +174,7 @@ def _ranks(losses: Vector):
     return order, rank
 
 
+@jax.jit
 def _weights(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
     """q, and l - nu f'(n q) at every rank: one number per block."""
     order, rank = _ranks(losses)
@@ -198,6 +200,9 @@ def _(primals, tangents):
         by_alpha = jax.jvp(lambda f: _divergence(f, q), (f,), (df,))[1]
         change = change - nu * by_alpha
     return jnp.sum(q * losses) - nu * _divergence(f, q), change
+
+
+_smoothed_door = jax.jit(_smoothed)
 
 
 def _divergence(f: AbstractDivergence, q: Vector) -> Array:

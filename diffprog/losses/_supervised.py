@@ -18,6 +18,7 @@ from ._factor import (
     ScaledFactor,
 )
 from ._loss import AbstractLoss, per_example, total, where_inside
+from ._root import weighted
 from ._simplex import scaled_omega
 from ._targets import check_alike, check_within, COUNTS, like, SIGNS, within
 
@@ -81,7 +82,7 @@ class Logistic(AbstractLoss):
 
     def __call__(self, outputs, targets):
         y, one = within(SIGNS, outputs, targets)
-        return total(one * _softplus(-y * outputs))
+        return total(one * _softplus(-weighted(y, outputs)))
 
     def count(self, outputs, targets):
         check_within(SIGNS, outputs, targets)
@@ -138,7 +139,7 @@ class Huber(AbstractLoss):
     def __call__(self, outputs, targets):
         size = jnp.abs(outputs - like(outputs, targets))
         inner = jnp.minimum(size, self.delta)
-        return total(inner * (size - inner / 2))
+        return total(inner**2 / 2 + self.delta * (size - inner))
 
     def count(self, outputs, targets):
         check_alike(outputs, targets)
@@ -211,15 +212,33 @@ class Absolute(AbstractLoss):
         return majorized(self, alpha, z, K, c, targets)
 
 
+def _unit(vector: Array) -> tuple[Array, Array]:
+    """r / |r|, and 1 / |r|, over the outputs of every example; 0 where r is.
+
+    The direction is that of infinite entries, where there are any.
+    """
+    axes = tuple(range(1, vector.ndim))
+    size = lax.stop_gradient(jnp.max(jnp.abs(vector), axes, keepdims=True))
+    signs = jnp.where(jnp.isinf(vector), jnp.sign(vector), 0)
+    vector = jnp.where(jnp.isinf(size), signs, vector)
+    # XLA multiplies by 1 / scale, which must not be rounded to 0.
+    limits = jnp.finfo(vector.dtype)
+    scale = jnp.clip(jnp.where(jnp.isinf(size), 1, size), limits.tiny, limits.max / 8)
+    square = jnp.sum((vector / scale) ** 2, axes, keepdims=True)
+    inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return vector / scale * inverse, jnp.where(jnp.isinf(size), 0, inverse / scale)
+
+
+@jax.custom_jvp
 def _length(vector: Array) -> Array:
     """The Euclidean norm over the outputs of every example, with their axes."""
-    axes = tuple(range(1, vector.ndim))
-    size = jnp.max(jnp.abs(vector), axes, keepdims=True)
-    usual = (size > 0) & (size < jnp.inf)
-    size = lax.stop_gradient(jnp.where(usual, size, 1))
-    square = jnp.sum((vector / size) ** 2, axes, keepdims=True)
-    zero = square == 0  # NaN and infinity are not
-    return jnp.where(zero, 0, size * jnp.sqrt(jnp.where(zero, 1, square)))
+    return example_dot(_unit(vector)[0], vector)
+
+
+@_length.defjvp
+def _(primals, tangents):
+    (vector,), (dvector,) = primals, tangents
+    return _length(vector), example_dot(_unit(vector)[0], dvector)
 
 
 class Euclidean(AbstractLoss):
@@ -231,27 +250,19 @@ class Euclidean(AbstractLoss):
     def __call__(self, outputs, targets):
         return total(_length(outputs - like(outputs, targets)))
 
-    def _polar(self, outputs, targets):
-        """1 / |r|, or 0, and the unit vector r / |r|."""
-        r = outputs - like(outputs, targets)
-        length = _length(r)
-        zero = length == 0
-        inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, length))
-        return inverse, r * inverse
-
     def count(self, outputs, targets):
         check_alike(outputs, targets)
         return outputs.shape[0]
 
     def gradient(self, outputs, targets):
-        return self._polar(outputs, targets)[1]
+        return _unit(outputs - like(outputs, targets))[0]
 
     def hessian_mv(self, outputs, targets, vector):
-        inverse, s = self._polar(outputs, targets)
+        s, inverse = _unit(outputs - like(outputs, targets))
         return inverse * (vector - s * example_dot(s, vector))
 
     def factor(self, outputs, targets):
-        inverse, s = self._polar(outputs, targets)
+        s, inverse = _unit(outputs - like(outputs, targets))
         zero, scale = jnp.zeros_like(s), jnp.sqrt(inverse)
         return ScaledFactor(zero, s, never(s), scale, s, by_rows=False)
 
@@ -260,7 +271,7 @@ class Euclidean(AbstractLoss):
         return where_inside(excess, 1.0, total(alpha * like(alpha, targets)))
 
     def dual_projection(self, alpha, targets):
-        return alpha / jnp.maximum(_length(alpha), 1)
+        return jnp.where(_length(alpha) > 1, _unit(alpha)[0], alpha)
 
     def conjugate_prox(self, vector, tau, targets):
         tau = per_example("tau", tau, vector)
@@ -281,7 +292,8 @@ class Poisson(AbstractLoss):
 
     def __call__(self, outputs, targets):
         y, one = within(COUNTS, outputs, targets)
-        return total(one * (jnp.exp(outputs) - y * outputs))
+        rate, counts = jnp.exp(outputs), weighted(y, outputs)
+        return total(one * jnp.where(rate < jnp.inf, rate - counts, rate))
 
     def count(self, outputs, targets):
         check_within(COUNTS, outputs, targets)
@@ -314,6 +326,7 @@ class Poisson(AbstractLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
+@jax.jit
 def _binary_prox(x: Array, tau: Array) -> Array:
     """The b <= 1/2 with tau ln(b / (1 - b)) + b = x, for x <= 1/2.
 
