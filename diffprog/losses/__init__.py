@@ -33,6 +33,12 @@ from ._hessian import (
     hessian_operator as hessian_operator,
     SoftargmaxJacobian as SoftargmaxJacobian,
 )
+from ._interior import (
+    AbstractBoundedLoss as AbstractBoundedLoss,
+    AbstractDomain as AbstractDomain,
+    Inside as Inside,
+    Missing as Missing,
+)
 from ._loss import AbstractLoss as AbstractLoss
 from ._multiclass import (
     FLoss as FLoss,

@@ -6,17 +6,16 @@ r"""Steps on the model that keeps the loss and linearizes the network.
 with d = -c J' alpha / damping, K = J J' and the linearized outputs z = f + J d.
 """
 
-import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._linalg import matmul
 from .._result import RESULTS
@@ -24,39 +23,9 @@ from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
 from ._damping import check_damping
+from ._model_solver import AbstractModelSolver, Found, model
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
-
-
-class Found(NamedTuple):
-    """A step, and what is known of it.
-
-    - `step`: d, like the parameters.
-    - `z`: the linearized outputs there, f + J d.
-    - `gap`: the duality gap.
-    - `num_inner`: iterations.
-    - `good`: whether the step can be trusted.
-    """
-
-    step: PyTree
-    z: Array
-    gap: Array
-    num_inner: Array
-    good: Array
-
-
-class AbstractModelSolver(eqx.Module):
-    """Minimizes a prox-linear model until the duality gap is small."""
-
-    @abc.abstractmethod
-    def minimize(self, at: Linearization, damping: Array, gap: Array) -> Found:
-        """Stops where P(d) - D(alpha) <= gap (P(0) - D(alpha))."""
-
-
-def model(at: Linearization, damping: Array, d: PyTree, z: Array) -> Array:
-    """P(d) where z = f + J d."""
-    losses = at.loss(z, at.targets)
-    return at.weight * jnp.sum(losses) + damping * vdot(d, d) / 2
 
 
 class NewtonSteps(AbstractModelSolver):
