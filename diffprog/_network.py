@@ -11,6 +11,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._capture import Frozen
+from ._door import door
 from ._flax import found_in
 from ._types import came, noted, shapes
 
@@ -147,13 +149,25 @@ class Network(eqx.Module):
                 k if s.size == 1 else jr.split(k, s.size)
                 for k, s in zip(split, self.stacks, strict=True)
             )
-        apply = lambda stage, x, key: (stage(x, key=key), None)
         given = lambda: (
             f"The network was given x of shape {shapes(x):.200}, as one example: for a "
             "batch there is `jax.vmap(network)(x)`."
         )
         with noted(given):
-            return self.scan(apply, x, keys)[0]
+            if any(stack.size > 1 for stack in self.stacks):
+                arrays, rest = eqx.partition(self, eqx.is_array)
+                return _run_door(arrays, Frozen(rest), x, keys)
+            return _run(self, x, keys)
+
+
+def _run(net: Network, x: PyTree, keys: tuple) -> PyTree:
+    return net.scan(lambda stage, x, key: (stage(x, key=key), None), x, keys)[0]
+
+
+@door
+def _run_door(arrays, frozen: Frozen, x: PyTree, keys: tuple) -> PyTree:
+    """For a loop, which would compile at every call outside of `jax.jit`."""
+    return _run(eqx.combine(arrays, frozen.tree()), x, keys)
 
 
 Network.__init__.__doc__ = """**Arguments:**

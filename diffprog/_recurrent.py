@@ -10,6 +10,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ._capture import Frozen
+from ._door import door
 from ._tree import vary
 from ._types import came, check_function
 
@@ -116,17 +118,26 @@ class Recurrent(eqx.Module):
     def states(self, x: PyTree) -> tuple[PyTree, PyTree]:
         """$h_0$, and $h_1, ..., h_T$ stacked."""
         start = self.start(x)
-
-        def step(h, x):
-            h = self.cell(x, h)
-            return h, h
-
-        return start, lax.scan(step, start, x)[1]
+        return start, self._run(start, x, True)[1]
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
-        if self.sequence:
-            return self.states(x)[1]
-        return lax.scan(lambda h, x: (self.cell(x, h), None), self.start(x), x)[0]
+        return self._run(self.start(x), x, self.sequence)[self.sequence]
+
+    def _run(self, start: PyTree, x: PyTree, all_states: bool) -> tuple[PyTree, PyTree]:
+        """$h_T$, and $h_1, ..., h_T$ stacked if they are wanted."""
+        arrays, rest = eqx.partition(self.cell, eqx.is_array)
+        return _run_door(arrays, Frozen(rest), start, x, all_states)
+
+
+@door
+def _run_door(arrays, frozen: Frozen, start: PyTree, x: PyTree, all_states: bool):
+    cell: Any = eqx.combine(arrays, frozen.tree())
+
+    def step(h, x):
+        h = cell(x, h)
+        return h, h if all_states else None
+
+    return lax.scan(step, start, x)
 
 
 Recurrent.__init__.__doc__ = """**Arguments:**

@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ._capture import Frozen
+from ._door import door
 from ._layer_constants import (
     find,
     LayerConstants,
@@ -207,6 +209,13 @@ def jacobian_norm(
     """
     if num_steps < 1:
         raise ValueError(f"`num_steps` is {num_steps}; at least 1 is expected.")
+    arrays, rest = eqx.partition(params, eqx.is_array)
+    return _jacobian_norm(fn, arrays, Frozen(rest), key, num_steps)
+
+
+@door
+def _jacobian_norm(fn: Callable, arrays, frozen: Frozen, key, num_steps) -> Array:
+    params = eqx.combine(arrays, frozen.tree())
     arrays, rest = eqx.partition(params, eqx.is_inexact_array)
     _, push = jax.linearize(lambda arrays: fn(eqx.combine(arrays, rest)), arrays)
     pull = jax.linear_transpose(push, arrays)

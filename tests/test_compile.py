@@ -7,7 +7,7 @@ import pytest
 
 import diffprog as dp
 
-from . import helpers
+from . import helpers, public, twice
 from .helpers import DIRECTIONS, MONOTONE, name
 
 
@@ -169,3 +169,22 @@ def test_one_program_steps_by_hand_and_solves_batches(caplog):
             entry(problem, weak, us)
     messages = [record.getMessage() for record in caplog.records]
     assert not [m for m in messages if "Compiling" in m and "jitted" in m]
+
+
+def test_every_public_function_is_called_twice():
+    names = {n for owner, *_, n in public.functions() if owner in (dp, dp.losses)}
+    called = {name.split(",")[0].split(" ")[0] for name in twice.CALLS}
+    called |= {"init", "step", "finish", "value_and_direction"}  # parts of others
+    called |= {"Alpha", "as_loss", "generator", "rule_boundary"}  # compute nothing
+    assert {name.removeprefix("losses.") for name in names} <= called
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("name", twice.CALLS)
+def test_the_second_call_of_a_public_function_compiles_nothing(name, caplog):
+    call, first, second = twice.CALLS[name], twice.numbers(0), twice.numbers(1)
+    call(first)
+    with jax.log_compiles():
+        call(second)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [m for m in messages if m.startswith("Compiling")] == []

@@ -15,6 +15,7 @@ import jax.scipy.linalg as jsl
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._door import door
 from ._factor import batched_mv
 from ._loss import AbstractLoss, per_example, spread
 
@@ -116,7 +117,12 @@ def newton(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
     if K.shape[1] == 1:
         return simple
     c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    problem = Subproblem(loss, alpha, z, K, c, targets)
+    return _newton(Subproblem(loss, alpha, z, K, c, targets), simple)
+
+
+@door
+def _newton(problem: Subproblem, simple: Array) -> Array:
+    loss, alpha, _, _, c, targets = problem
     eps, rows = jnp.finfo(alpha.dtype).eps, problem.rows
 
     def unfinished(carry):

@@ -12,9 +12,11 @@ is v_0: next to these points v itself has lost its digits in float32.
 """
 
 import abc
+import functools as ft
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import xlogy
@@ -345,6 +347,7 @@ class LeCam(AbstractDivergence):
         return (S - 1) * (2 * Q + S + 1) * (Q + S) / (2 * (Q + 1) ** 2)
 
 
+@ft.partial(jax.jit, static_argnames="at_least_one")
 def wright_omega(x: Array, at_least_one: bool = False) -> Array:
     """The w > 0 with w + ln w = x; in about half the time if no x is below 1.
 

@@ -85,6 +85,7 @@ def _(operator):
     return operator.w - operator.w**2 / jnp.where(W > 0, W, 1)
 
 
+@jax.jit
 def solution(call: Call) -> tuple[Array, Array]:
     """The probabilities, and the weights w of their Jacobian, for all rows."""
     s = call.set_up()

@@ -123,7 +123,7 @@ def spectral_risk(
     if known is None:
         order, _ = _ranks(losses)
         return jnp.sum(sigma * losses[order]).astype(dtype)
-    return _smoothed(known, losses, sigma, nu).astype(dtype)
+    return _smoothed_door(known, losses, sigma, nu).astype(dtype)
 
 
 def spectral_weights(
@@ -173,6 +173,7 @@ def _ranks(losses: Vector):
     return order, rank
 
 
+@jax.jit
 def _weights(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
     """q, and l - nu f'(n q) at every rank: one number per block."""
     order, rank = _ranks(losses)
@@ -198,6 +199,9 @@ def _(primals, tangents):
         by_alpha = jax.jvp(lambda f: _divergence(f, q), (f,), (df,))[1]
         change = change - nu * by_alpha
     return jnp.sum(q * losses) - nu * _divergence(f, q), change
+
+
+_smoothed_door = jax.jit(_smoothed)
 
 
 def _divergence(f: AbstractDivergence, q: Vector) -> Array:

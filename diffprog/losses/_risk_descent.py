@@ -4,6 +4,7 @@ Both minimize R(l_1(w), ..., l_n(w)) + (l2 / 2) |w|^2 with one example per step,
 correct it by what they remember, so that a constant learning rate converges.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._door import door
 from .._types import came
 from ._call import Divergence
 from ._generated import as_divergence
@@ -71,6 +73,19 @@ class LSVRGState(NamedTuple):
     weights: Float[Array, " n"]
     mean_gradient: PyTree
     num_steps: Int[Array, ""]
+
+
+class Risk(NamedTuple):
+    """A spectral risk of the losses of a model."""
+
+    loss: Loss
+    sigma: Float[Array, " n"]
+    f: Divergence | None
+    smoothing: Number | None
+
+    def weights(self, losses: Array) -> Array:
+        sigma = self.sigma.astype(losses.dtype)
+        return spectral_weights(losses, sigma, self.f, smoothing=self.smoothing)
 
 
 def combine(*terms: tuple[Any, PyTree]) -> PyTree:
@@ -161,38 +176,43 @@ def prospect(
     with Bias and Variance Reduction", 2024, arXiv 2310.13863.
     """
     _check(loss, sigma, f)
-    value_and_gradient = jax.value_and_grad(loss)
-    weigh = lambda losses: spectral_weights(
-        losses, sigma.astype(losses.dtype), f, smoothing=smoothing
+    risk = Risk(loss, sigma, f, smoothing)
+    return RiskDescent(
+        ft.partial(_prospect_init, risk),
+        ft.partial(_prospect_step, risk, learning_rate, l2),
     )
 
-    def init(params: PyTree, data: PyTree) -> ProspectState:
-        count(data, sigma)
-        each = jax.vmap(value_and_gradient, (None, 0))
-        losses, gradients = each(params, data)
-        q = weigh(losses)
-        return ProspectState(params, losses, q, q, gradients, average(q, gradients))
 
-    def step(state: ProspectState, data: PyTree, key: Array) -> ProspectState:
-        w, losses, q, rho, gradients, G = state
-        n = count(data, sigma)
-        i = jax.random.randint(key, (), 0, n)
-        value, gradient = value_and_gradient(w, pick(data, i))
-        old = pick(gradients, i)
-        # v = n q_i grad l_i(w) - n rho_i g_i + G
-        v = combine((n * q[i], gradient), (-n * rho[i], old), (1, G))
-        shrink = 1 / (1 + learning_rate * l2)
-        losses = losses.at[i].set(value)
-        return ProspectState(
-            params=combine((shrink, w), (-learning_rate * shrink, v)),
-            losses=losses,
-            weights=weigh(losses),
-            table_weights=rho.at[i].set(q[i]),
-            gradients=jtu.tree_map(lambda a, b: a.at[i].set(b), gradients, gradient),
-            mean_gradient=combine((1, G), (q[i], gradient), (-rho[i], old)),
-        )
+@door
+def _prospect_init(risk: Risk, params: PyTree, data: PyTree) -> ProspectState:
+    count(data, risk.sigma)
+    each = jax.vmap(jax.value_and_grad(risk.loss), (None, 0))
+    losses, gradients = each(params, data)
+    q = risk.weights(losses)
+    return ProspectState(params, losses, q, q, gradients, average(q, gradients))
 
-    return RiskDescent(init, step)
+
+@door
+def _prospect_step(
+    risk: Risk, learning_rate, l2, state: ProspectState, data: PyTree, key: Array
+) -> ProspectState:
+    w, losses, q, rho, gradients, G = state
+    n = count(data, risk.sigma)
+    i = jax.random.randint(key, (), 0, n)
+    value, gradient = jax.value_and_grad(risk.loss)(w, pick(data, i))
+    old = pick(gradients, i)
+    # v = n q_i grad l_i(w) - n rho_i g_i + G
+    v = combine((n * q[i], gradient), (-n * rho[i], old), (1, G))
+    shrink = 1 / (1 + learning_rate * l2)
+    losses = losses.at[i].set(value)
+    return ProspectState(
+        params=combine((shrink, w), (-learning_rate * shrink, v)),
+        losses=losses,
+        weights=risk.weights(losses),
+        table_weights=rho.at[i].set(q[i]),
+        gradients=jtu.tree_map(lambda a, b: a.at[i].set(b), gradients, gradient),
+        mean_gradient=combine((1, G), (q[i], gradient), (-rho[i], old)),
+    )
 
 
 def lsvrg(
@@ -236,36 +256,43 @@ def lsvrg(
             f"`period` is {period!r}; an integer >= 1 or None is expected."
         )
     _check(loss, sigma, f)
-    gradient_of = jax.grad(loss)
+    risk = Risk(loss, sigma, f, smoothing)
+    return RiskDescent(
+        ft.partial(_lsvrg_init, risk),
+        ft.partial(_lsvrg_step, risk, learning_rate, l2, period),
+    )
 
-    def check_in(params: PyTree, data: PyTree):
-        """The weights of the losses, and the gradient of the risk."""
-        each = lambda params: jax.vmap(loss, (None, 0))(params, data)
-        losses, pull_back = jax.vjp(each, params)
-        weights = spectral_weights(
-            losses, sigma.astype(losses.dtype), f, smoothing=smoothing
-        )
-        (gradient,) = pull_back(weights)
-        return params, weights, gradient
 
-    def init(params: PyTree, data: PyTree) -> LSVRGState:
-        count(data, sigma)
-        checkpoint, weights, G = check_in(params, data)
-        zero = jnp.zeros((), jnp.int32)
-        return LSVRGState(params, checkpoint, weights, G, zero)
+def _check_in(risk: Risk, params: PyTree, data: PyTree):
+    """The weights of the losses, and the gradient of the risk."""
+    each = lambda params: jax.vmap(risk.loss, (None, 0))(params, data)
+    losses, pull_back = jax.vjp(each, params)
+    weights = risk.weights(losses)
+    (gradient,) = pull_back(weights)
+    return params, weights, gradient
 
-    def step(state: LSVRGState, data: PyTree, key: Array) -> LSVRGState:
-        n = count(data, sigma)
-        w, *memory, t = state
-        due = (t % (period or n) == 0) & (t > 0)  # `init` was the first
-        memory = lax.cond(due, lambda: check_in(w, data), lambda: tuple(memory))
-        checkpoint, weights, G = memory
-        i = jax.random.randint(key, (), 0, n)
-        example, scale = pick(data, i), n * weights[i]
-        new, old = gradient_of(w, example), gradient_of(checkpoint, example)
-        # v = n lambda_i (grad l_i(w) - grad l_i(checkpoint)) + G
-        v = combine((scale, new), (-scale, old), (1, G))
-        w = combine((1 - learning_rate * l2, w), (-learning_rate, v))
-        return LSVRGState(w, checkpoint, weights, G, t + 1)
 
-    return RiskDescent(init, step)
+@door
+def _lsvrg_init(risk: Risk, params: PyTree, data: PyTree) -> LSVRGState:
+    count(data, risk.sigma)
+    checkpoint, weights, G = _check_in(risk, params, data)
+    return LSVRGState(params, checkpoint, weights, G, jnp.zeros((), jnp.int32))
+
+
+@door
+def _lsvrg_step(
+    risk: Risk, learning_rate, l2, period, state: LSVRGState, data: PyTree, key: Array
+) -> LSVRGState:
+    n = count(data, risk.sigma)
+    w, *memory, t = state
+    due = (t % (period or n) == 0) & (t > 0)  # `init` was the first
+    memory = lax.cond(due, lambda: _check_in(risk, w, data), lambda: tuple(memory))
+    checkpoint, weights, G = memory
+    i = jax.random.randint(key, (), 0, n)
+    example, scale = pick(data, i), n * weights[i]
+    gradient_of = jax.grad(risk.loss)
+    new, old = gradient_of(w, example), gradient_of(checkpoint, example)
+    # v = n lambda_i (grad l_i(w) - grad l_i(checkpoint)) + G
+    v = combine((scale, new), (-scale, old), (1, G))
+    w = combine((1 - learning_rate * l2, w), (-learning_rate, v))
+    return LSVRGState(w, checkpoint, weights, G, t + 1)

@@ -9,6 +9,7 @@ the f-softargmax of x / tau. An iteration in scores would lose all digits at the
 where scores are x / tau.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -20,6 +21,7 @@ from ._divergence import AbstractDivergence, ChiSquare, KL, wright_omega
 MAX_STEPS = 100
 
 
+@jax.jit
 def proximal(
     f: AbstractDivergence,
     q: Float[Array, "*batch classes"],
@@ -76,6 +78,7 @@ def one_class(f: AbstractDivergence, q: Array, s: Array, tau: Array):
     return q * u, curvature / (tau + curvature)
 
 
+@jax.jit
 def scaled_omega(s: Array, tau: Array, q: Array) -> Array:
     """The p with tau ln(p / q) + p = s."""
     t = s / tau + jnp.log(q / tau)

@@ -288,6 +288,7 @@ class Poisson(AbstractLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
+@jax.jit
 def _binary_prox(x: Array, tau: Array) -> Array:
     """The b <= 1/2 with tau ln(b / (1 - b)) + b = x, for x <= 1/2.
 

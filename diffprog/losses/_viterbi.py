@@ -73,6 +73,11 @@ def soft_viterbi(
     dtype = potentials.dtype
     q = jnp.asarray(reference, dtype) if name is ARRAY else None
     beta, f = jnp.asarray(temperature, dtype), as_divergence(f)
+    return _soft_viterbi(name, f, q, beta, first, last, potentials, mask)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _soft_viterbi(name, f, q, beta, first, last, potentials, mask) -> Array:
     v = _values(name, f, q, beta, first, potentials, mask)[-1]
     return _largest(name, f, q, beta, _add(last, v)[None])[0]
 
@@ -137,7 +142,11 @@ def viterbi(
     **Returns:** its score, and its T + 1 states; a move that is skipped stays where it
     is. Of equal paths it is the one of lower states at the end.
     """
-    potentials, first, last, mask = _check(potentials, start, final, mask)
+    return _viterbi(*_check(potentials, start, final, mask))
+
+
+@jax.jit
+def _viterbi(potentials, first, last, mask) -> tuple[Array, Array]:
     states = jnp.arange(potentials.shape[-1])
 
     def move(v, stage):
