@@ -36,8 +36,6 @@ from ._hessian import (
 from ._interior import (
     AbstractBoundedLoss as AbstractBoundedLoss,
     AbstractDomain as AbstractDomain,
-    Inside as Inside,
-    Missing as Missing,
 )
 from ._loss import AbstractLoss as AbstractLoss
 from ._multiclass import (

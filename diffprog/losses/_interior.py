@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from ._factor import AbstractFactor, example_dot, never, row_dot, ScaledFactor
+from ._factor import example_dot, row_dot
 from ._loss import AbstractLoss
 
 
@@ -35,6 +35,13 @@ class Missing(NamedTuple):
 
     z: Array  # phi'(alpha) - sum_j x_j h_j'(alpha) - z
     products: tuple[Array, ...]  # x_j h_j(alpha)
+
+
+class Root(NamedTuple):
+    """Products with R and R'."""
+
+    mv: Callable[[Array], Array]
+    transpose_mv: Callable[[Array], Array]
 
 
 class AbstractDomain(eqx.Module):
@@ -53,7 +60,7 @@ class AbstractDomain(eqx.Module):
         """The mean of all products x_j h_j."""
 
     @abc.abstractmethod
-    def factor(self, at: Inside) -> AbstractFactor:
+    def root(self, at: Inside) -> Root:
         """R, where W = R R'."""
 
     @abc.abstractmethod
@@ -70,13 +77,20 @@ class AbstractDomain(eqx.Module):
 
 
 class AbstractBoundedLoss(AbstractLoss):
-    """A loss whose gradients are bounded, and fill a domain that has a formula."""
+    """A loss with kinks, in itself or in its gradient, whose gradients are bounded.
+
+    They fill the domain of the conjugate, whose interior
+    [`diffprog.oracles.InteriorPoint`][] crosses.
+    """
 
     @abc.abstractmethod
     def domain(
         self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> AbstractDomain:
-        """The domain of the conjugate, for a method in its interior."""
+    ) -> AbstractDomain | None:
+        """The domain of the conjugate; `None` where that is steep at its boundary.
+
+        So it is for losses of entropies, which have no kinks.
+        """
 
 
 class Box(AbstractDomain):
@@ -97,7 +111,7 @@ class Box(AbstractDomain):
     row_sums: bool = eqx.field(static=True, default=False)
 
     def _slacks(self, alpha: Array) -> tuple[Array, Array]:
-        least = jnp.finfo(alpha.dtype).eps ** 2 * (self.upper - self.lower)
+        least = jnp.finfo(alpha.dtype).eps * (self.upper - self.lower)
         below, above = alpha - self.lower, self.upper - alpha
         return jnp.maximum(below, least), jnp.maximum(above, least)
 
@@ -107,7 +121,7 @@ class Box(AbstractDomain):
             # The equation holds up to a number per row, the multiplier of the sum.
             v = v - jnp.max(jnp.where(self.free, v, -jnp.inf), -1, keepdims=True)
             v = jnp.where(self.free, v, 0)
-        t = typical(v, jnp.sum(self.free), z)
+        t = typical(v, jnp.sum(self.free, dtype=z.dtype), z)
         root = jnp.sqrt(v**2 + 4 * t**2)
         # Of both roots of x^2 - v x - t^2 the one without cancellation.
         large = (jnp.abs(v) + root) / 2
@@ -124,17 +138,34 @@ class Box(AbstractDomain):
 
     def mean(self, products):
         low, high = products
-        return jnp.sum(low + high) / (2 * jnp.maximum(jnp.sum(self.free), 1))
+        count = jnp.sum(self.free, dtype=low.dtype)
+        return jnp.sum(low + high) / (2 * jnp.maximum(count, 1))
 
-    def factor(self, at):
+    def root(self, at):
         (low, high), (below, above) = at.x, self._slacks(at.alpha)
         D = self.curvature(at.alpha) + low / below + high / above
         w = jnp.where(self.free, 1 / D, 0)
-        s = None
-        if self.row_sums:
-            W = jnp.sum(w, -1, keepdims=True)
-            s = jnp.sqrt(w / jnp.where(W > 0, W, 1))
-        return ScaledFactor(jnp.zeros_like(w), None, never(w), jnp.sqrt(w), s)
+        if not self.row_sums:
+            scale = jnp.sqrt(w)
+            return Root(lambda u: scale * u, lambda v: scale * v)
+        # W = diag(w) - w w' / sum(w) takes differences only: those to the entry of the
+        # largest weight, and minus the sum of the others for that.
+        total = lambda a: jnp.sum(a, -1, keepdims=True)
+        first = jax.nn.one_hot(jnp.argmax(w, -1), w.shape[-1], dtype=bool)
+        rest, W = jnp.where(first, 0, w), total(w)
+        others = total(rest)
+        scale, s = jnp.sqrt(rest), jnp.sqrt(rest / jnp.where(others > 0, others, 1))
+        s = s * jnp.sqrt(1 - jnp.sqrt(1 - others / jnp.where(W > 0, W, 1)))
+        project = lambda v: v - s * row_dot(s, v)
+
+        def mv(u):
+            change = scale * project(u)
+            return jnp.where(first, -total(change), change)
+
+        def transpose_mv(v):
+            return project(scale * (v - total(jnp.where(first, v, 0))))
+
+        return Root(mv, transpose_mv)
 
     def pull(self, at, lack):
         (below, above), (low, high) = self._slacks(at.alpha), lack.products
@@ -162,7 +193,7 @@ class Ball(AbstractDomain):
     y: Array
 
     def _slack(self, alpha: Array) -> Array:
-        least = jnp.finfo(alpha.dtype).eps ** 2
+        least = jnp.finfo(alpha.dtype).eps
         return jnp.maximum((1 - example_dot(alpha, alpha)) / 2, least)
 
     def start(self, z):
@@ -179,15 +210,14 @@ class Ball(AbstractDomain):
     def mean(self, products):
         return jnp.mean(products[0])
 
-    def factor(self, at):
+    def root(self, at):
         # x (I + 2 a a' / (1 - |a|^2)) inverted is (I - 2 a a' / (1 + |a|^2)) / x, and
         # the root of that is I - rho a a' / |a|^2 over the root of x.
-        size, x = example_dot(at.alpha, at.alpha), at.x[0]
+        size = example_dot(at.alpha, at.alpha)
         rho = 1 - jnp.sqrt(2 * self._slack(at.alpha) / (1 + size))
         s = at.alpha * jnp.sqrt(rho / jnp.where(size > 0, size, 1))
-        scale = jnp.broadcast_to(1 / jnp.sqrt(x), s.shape)
-        zero = jnp.zeros_like(s)
-        return ScaledFactor(zero, None, never(s), scale, s, by_rows=False)
+        mv = lambda v: (v - s * example_dot(s, v)) / jnp.sqrt(at.x[0])
+        return Root(mv, mv)
 
     def pull(self, at, lack):
         return at.alpha * (lack.products[0] / self._slack(at.alpha)) - lack.z

@@ -9,6 +9,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
+from ._alpha import TracedAlpha
 from ._block import majorized, newton
 from ._call import (
     Call,
@@ -21,7 +22,7 @@ from ._call import (
 )
 from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor, row_dot
-from ._generated import as_divergence
+from ._generated import as_divergence, Generated
 from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex
 from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
@@ -190,6 +191,10 @@ class FLoss(AbstractBoundedLoss):
         return _less(row * p.astype(y.dtype), y, exact)
 
     def domain(self, outputs, targets):
+        # Of a traced alpha and of the user's own f nobody knows.
+        f = as_divergence(self.f)
+        if not f.sparse or isinstance(f, TracedAlpha | Generated):
+            return None
         call = self._check(outputs)
         y, row = self._targets(call, targets)
         s, q, present = self._reference(call)

@@ -25,7 +25,8 @@ from jaxtyping import Array, PyTree
 from .._linalg import matmul
 from .._tree import add, all_finite, Layout, scale, vdot, where
 from .._types import came, check_count
-from ..losses import AbstractBoundedLoss, AbstractDomain, Inside, Missing, Squared
+from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
+from ..losses._interior import Inside, Missing
 from ._model_solver import AbstractModelSolver, Found
 from ._solvers import Cholesky
 from .base import Linearization
@@ -54,8 +55,8 @@ class InteriorPoint(AbstractModelSolver):
     - `max_steps`: the most steps.
     - `batch_size`: products with J computed at a time.
 
-    Fails with a `TypeError` for a loss that is no
-    [`diffprog.losses.AbstractBoundedLoss`][].
+    Fails with a `TypeError` for a loss without a
+    [`domain`][diffprog.losses.AbstractBoundedLoss].
 
     Source: Mehrotra, "On the Implementation of a Primal-Dual Interior Point Method",
     1992, for the choice of t; Andersen, Christiansen, Conn, Overton, "An Efficient
@@ -70,14 +71,14 @@ class InteriorPoint(AbstractModelSolver):
         check_count("batch_size", self.batch_size)
 
     def minimize(self, at, damping, gap):
-        if not isinstance(at.loss, AbstractBoundedLoss):
+        domain = domain_of(at)
+        if domain is None:
             raise TypeError(
-                f"`InteriorPoint` is given the loss {came(at.loss)}, and needs one whose "
-                "conjugate has a bounded domain, such as `dp.losses.Huber()`. For a "
-                "smooth loss give `NewtonSteps()`."
+                f"`InteriorPoint` is given the loss {came(at.loss)}; one with kinks, "
+                "such as `dp.losses.Huber()`, is expected: `NewtonSteps()` is for the "
+                "smooth ones, and `CoordinateAscent()` for one of your own."
             )
         B, lift = coordinates(at, self.batch_size)
-        domain = at.loss.domain(at.outputs, at.targets)
         reduced = Reduced(at, damping, B, domain)
 
         def reached(seen):
@@ -175,13 +176,13 @@ class Reduced(NamedTuple):
         (damping I + c B' W B) de = -(r + c B' W g),  dalpha = W (B de + g).
         """
         domain, inside = self.domain, seen.inside
-        R = domain.factor(inside)
+        R = domain.root(inside)
         W = lambda v: R.mv(R.transpose_mv(v))
         n = self.B.shape[-1]
         RB = jax.vmap(R.transpose_mv, -1, -1)(self.B).reshape(-1, n)
         diagonal = self.damping + self.at.weight * jnp.sum(RB**2, 0)
         size = 1 / jnp.sqrt(diagonal)
-        scaled = RB * (size * jnp.sqrt(self.at.weight))
+        scaled = RB * (size * jnp.sqrt(self.at.weight))[None]
         M = matmul(scaled.T, scaled) + jnp.diag(self.damping * size**2)
         M = M + 4 * jnp.finfo(M.dtype).eps * jnp.eye(n, dtype=M.dtype)
         L = cho_factor(M, lower=True)
@@ -223,13 +224,19 @@ def coordinates(
     known = values > q * jnp.finfo(dtype).eps * values[-1]
     root = jnp.sqrt(jnp.where(known, values, 1))
     inverse = jnp.where(known, 1 / root, 0)
-    B = V * jnp.where(known, root, 0)
+    B = V * jnp.where(known, root, 0)[None]
 
     def lift(e):
         # U = J' V / root.
         return at.transpose_mv(matmul(V, inverse * e).reshape(at.outputs.shape))
 
     return B.reshape(*at.outputs.shape, q), lift
+
+
+def domain_of(at: Linearization) -> AbstractDomain | None:
+    """That of the conjugates, if the loss knows one."""
+    known = isinstance(at.loss, AbstractBoundedLoss)
+    return at.loss.domain(at.outputs, at.targets) if known else None  # pyright: ignore
 
 
 def sizes(at: Linearization) -> tuple[int, int]:
