@@ -77,13 +77,17 @@ class Power(AbstractDivergence):
         return alpha_value(self.alpha, u)
 
     def link(self, u):
-        return power(u, self.alpha - 1) / (self.alpha - 1)
+        e = self.alpha - 1
+        at_zero = 0 if self.sparse else -math.inf  # with the derivative 0
+        return jnp.where(u > 0, power(jnp.where(u > 0, u, 1), e) / e, at_zero)
 
     def pair(self, w):
         e = self.alpha - 1
         y = jnp.maximum(e * w, 0) if self.sparse else e * w
         if self.alpha < 1 or 2 / e != int(2 / e):  # else no logarithm is needed
             u = power(y, 1 / e)
+            if e < -1:  # y may overflow where u is not negligible
+                u = (-e) ** (1 / e) * power(-w, 1 / e)
             return u, jnp.where(u > 0, u / jnp.where(u > 0, y, 1), 0)
         if self.alpha > 2:  # the curvature is infinite at the edge of the support
             curvature = jnp.where(y > 0, power(jnp.where(y > 0, y, 1), 1 / e - 1), 0)
@@ -108,10 +112,12 @@ class Power(AbstractDivergence):
         return positive_power(u, 2 - self.alpha)
 
     def conjugate(self, w):
-        u, _ = self.pair(w)
+        e = self.alpha - 1
         if self.lift:
-            return u * jnp.where(u > 0, (self.alpha - 1) * w, 0) * self.lift
-        return jnp.log(u) * expm1_over(self.alpha * jnp.log(u))
+            u, _ = self.pair(w)
+            return u * jnp.where(u > 0, e * w, 0) * self.lift
+        log = (jnp.log(-w) + math.log(-e)) / e  # ln u
+        return log * expm1_over(self.alpha * log)
 
     def mean_step(self, S, Q):
         return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
@@ -157,19 +163,24 @@ class TracedAlpha(AbstractDivergence):
         return alpha_value(self.alpha, u)
 
     def link(self, u):
-        z, near = (self.alpha - 1) * jnp.log(u), self.near
-        far = jnp.exp(z) / jnp.where(near, 1, self.alpha - 1)
-        return jnp.where(near, jnp.log(u) * expm1_over(z), far)
+        e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
+        far = jnp.exp(e * log) / jnp.where(near, 1, e)
+        link = jnp.where(near, log * expm1_over(e * log), far)
+        at_zero = jnp.where(near, -1 / jnp.where(e > 0, e, 1), 0)
+        return jnp.where(u > 0, link, jnp.where(e > 0, at_zero, -jnp.inf))
 
     def logarithms(self, w):
         """ln u and y = u^(alpha - 1); -inf and 1 where u is 0."""
         e, near = self.alpha - 1, self.near
         y = jnp.where(near, 1 + e * w, e * w)
-        inside = (y > 0) & (y < jnp.inf)
-        y = jnp.where(inside, y, 1)
+        inside = (y > 0) & (jnp.abs(w) < jnp.inf)
+        y, scale = jnp.where(inside, y, 1), jnp.maximum(jnp.abs(e), 1)
         # ln(1 + x) / x = ln(y) / (y - 1) for y = 1 + x as it was rounded.
         t = jnp.where(near, y - 1, e)
-        log = jnp.log(y) * (jnp.where(near, w, 1) / jnp.where(t == 0, 1, t))
+        # y itself may overflow.
+        scaled = jnp.where(near, y, jnp.where(inside, e / scale * w, 1))
+        log = jnp.log(scaled) + jnp.where(inside, jnp.log(scale), 0)
+        log = log * (jnp.where(near, w, 1) / jnp.where(t == 0, 1, t))
         log = jnp.where(t == 0, w, log)
         return jnp.where(inside, log, -jnp.inf), y
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -23,6 +24,20 @@ from ._root import Classes, largest, Problem
 Divergence = AbstractDivergence | Callable
 Fn = TypeVar("Fn", bound=Callable)
 Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
+
+
+@jax.custom_jvp
+def divided(scores: Array, beta: Array) -> Array:
+    """scores / beta, infinite where the scores are, and with a derivative there."""
+    least = jnp.finfo(scores.dtype).min
+    return jnp.where(scores == -jnp.inf, scores, jnp.maximum(scores / beta, least))
+
+
+@divided.defjvp
+def _(primals, tangents):
+    (scores, beta), (dscores, dbeta) = primals, tangents
+    ratio = divided(scores, beta)
+    return ratio, (dscores - jnp.where(jnp.isinf(scores), 0, ratio) * dbeta) / beta
 
 
 class Setup(NamedTuple):
@@ -63,8 +78,7 @@ class Call(eqx.Module):
             excluded.append(last(self.reference) <= 0)
         if self.temperature is not None:
             beta = self.temperature.astype(dtype)
-            excluded.append(theta == -jnp.inf)
-            theta = jnp.where(excluded[-1], 0, theta) / beta
+            theta = divided(theta, beta)
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)

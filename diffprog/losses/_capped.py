@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
 from ._call import Call, check, Divergence, is_known, operator, per_row, Reference
 from ._divergence import AbstractDivergence
-from ._root import ratio
+from ._root import below, ratio
+
+
+FAR = 64  # scores further apart lose digits to each other
 
 
 def total(rows: Array) -> Array:
@@ -17,21 +21,47 @@ def total(rows: Array) -> Array:
 
 
 @jax.custom_jvp
-def offset(f: AbstractDivergence, y: Array, q: Array, cap: Array) -> Array:
-    """The s of every row with sum_j min(q_j u(s + y_j), cap) = 1.
+def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
+    """The s and m of every row with sum_j min(q_j u(s + theta_j - m), cap) = 1.
 
-    y is -inf where a class is excluded. Where all are at the cap s can be anything
-    above.
+    A score is -inf where a class is excluded. Where all are at the cap s can be
+    anything above. m is constant: the largest score, or, where some are at the cap and
+    far above all others, the largest of these, whose digits it would swallow.
     """
-    present = y > -jnp.inf
+    present, eps = scores > -jnp.inf, jnp.finfo(scores.dtype).eps
     top = f.link(cap / jnp.where(present, q, 1)) + 0 * total(cap)
-    Q = total(jnp.where(present, q, 0))
+
+    def left(leaders):
+        return 1 - total(jnp.where(leaders, cap, 0))
+
+    def improve(carry):
+        leaders, *_ = carry
+        m = jnp.max(jnp.where(leaders, -jnp.inf, scores), -1, keepdims=True)
+        m = jnp.where(m == -jnp.inf, 0, m)
+        y, others = below(scores, m), present & ~leaders
+        s = below_cap(f, jnp.where(others, y, -jnp.inf), q, cap, top, left(leaders))
+        under = others & (s + y < top)
+        next = jnp.max(jnp.where(under, y, -jnp.inf), -1, keepdims=True)
+        far = leaders | others & ~under & (y - next > FAR)
+        far = jnp.where((next > -jnp.inf) & (left(far) > 100 * eps), far, leaders)
+        return far, s, m, jnp.any(far != leaders)
+
+    leaders = scores == jnp.inf
+    leaders = leaders & (left(leaders) > 100 * eps)
+    start = leaders, left(leaders), left(leaders), jnp.any(cap == cap) | True
+    return lax.while_loop(lambda carry: carry[-1], improve, start)[1:3]
+
+
+def below_cap(f, y, q, cap, top, mass) -> Array:
+    """The s with sum_j min(q_j u(s + y_j), cap) = mass, for y <= 0."""
+    present = y > -jnp.inf
+    Q = total(jnp.where(present, q, 0)) / mass
 
     def sums(s):
-        below = s + y < top
-        u, curvature = f.pair(jnp.where(below, s + y, top))
-        S = total(jnp.where(present, jnp.where(below, q * u, cap), 0))
-        return S, total(jnp.where(present & below, q * curvature, 0))
+        free = s + y < top
+        u, curvature = f.pair(jnp.where(free, s + y, top))
+        S = total(jnp.where(present, jnp.where(free, q * u, cap), 0)) / mass
+        return S, total(jnp.where(present & free, q * curvature, 0)) / mass
 
     # All classes alike and no cap, or all at the cap.
     low = f.link(1 / jnp.where(Q > 0, Q, 1))
@@ -41,25 +71,25 @@ def offset(f: AbstractDivergence, y: Array, q: Array, cap: Array) -> Array:
 
 @offset.defjvp
 def _(primals, tangents):
-    (f, y, q, cap), (df, dy, dq, dcap) = primals, tangents
-    s = offset(f, y, q, cap)
-    u, below, present = _ratios(f, s, y, q, cap)
-    free = below & present
+    (f, scores, q, cap), (df, dscores, dq, dcap) = primals, tangents
+    s, m = offset(f, scores, q, cap)
+    u, free, present = _ratios(f, s, below(scores, m), q, cap)
+    capped, free = present & ~free, present & free
     weights = jnp.where(free, q * f.curvature(u), 0)
-    change = weights * dy + jnp.where(free, u * dq, 0)
-    change = change + jnp.where(below, 0, dcap)
+    change = weights * dscores + jnp.where(free, u * dq, 0)
+    change = change + jnp.where(capped, dcap, 0)
     if isinstance(f, TracedAlpha):
         change = change + jnp.where(free, q * f.drift(u) * df.alpha, 0)
     W = total(weights)
-    return s, -total(change) / jnp.where(W > 0, W, 1)
+    return (s, m), (-total(change) / jnp.where(W > 0, W, 1), jnp.zeros_like(m))
 
 
 def _ratios(f, s, y, q, cap):
     """u, which classes are below the cap, and which are not excluded."""
     present = y > -jnp.inf
-    top = jax.lax.stop_gradient(f.link(cap / jnp.where(present, q, 1)))
-    below = s + y < top
-    return ratio(f, jnp.where(below & present, s + y, top)), below, present
+    top = lax.stop_gradient(f.link(cap / jnp.where(present, q, 1)))
+    free = ~(s + y >= top)  # NaN is not at the cap
+    return ratio(f, jnp.where(free & present, s + y, top)), free, present
 
 
 @operator
@@ -107,11 +137,12 @@ def capped_f_softargmax(
 def _capped(call: Call, cap: Array) -> Array:
     s = call.set_up()
     cap = cap.astype(s.problem.scores.dtype)
-    y, q = s.problem.scores - s.problem.m, s.problem.q
-    q = jnp.broadcast_to(q, y.shape)
-    cap = jnp.broadcast_to(cap, (*y.shape[:-1], 1))
-    u, below, present = _ratios(s.f, offset(s.f, y, q, cap), y, q, cap)
-    return call.rows(jnp.where(present, jnp.where(below, q * u, cap), 0))
+    scores = s.problem.scores
+    q = jnp.broadcast_to(s.problem.q, scores.shape)
+    cap = jnp.broadcast_to(cap, (*scores.shape[:-1], 1))
+    shift, m = offset(s.f, scores, q, cap)
+    u, free, present = _ratios(s.f, shift, below(scores, m), q, cap)
+    return call.rows(jnp.where(present, jnp.where(free, q * u, cap), 0))
 
 
 def _check_cap(cap: Array, k: int):

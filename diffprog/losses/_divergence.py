@@ -13,6 +13,7 @@ is v_0: next to these points v itself has lost its digits in float32.
 
 import abc
 import functools as ft
+import math
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -187,14 +188,14 @@ class Neyman(AbstractDivergence):
         return -0.5 / (u * u)
 
     def pair(self, w):
-        u = 1 / jnp.sqrt(-2 * w)
+        u = math.sqrt(0.5) / jnp.sqrt(-w)  # -2 w may overflow
         return u, self.curvature(u)
 
     def curvature(self, u):
         return u * u * u
 
     def conjugate(self, w):
-        return 1 - jnp.sqrt(-2 * w)
+        return 1 - math.sqrt(2) * jnp.sqrt(-w)  # -2 w may overflow
 
     def mean_step(self, S, Q):
         return S * (S * S - 1) / 2
@@ -291,7 +292,7 @@ class Jeffreys(AbstractDivergence):
 
     def conjugate(self, w):
         omega = wright_omega(1 - w, self.at_most_one)
-        return omega + 1 / omega + w - 2
+        return 1 / omega - jnp.log(omega) - 1
 
     def mean_step(self, S, Q):
         difference = jnp.log(S) + Q * (S - 1) / S
@@ -361,15 +362,17 @@ def wright_omega(x: Array, at_least_one: bool = False) -> Array:
         b = 2 * (1 + w) * (1 + w + 2 / 3 * r)
         return w + w * r * (b - r) / ((1 + w) * (b - 2 * r))
 
-    x = jnp.minimum(x, 1e30)
+    # Beyond, w grows like x to rounding, and its powers would overflow.
+    limit = 100 / jnp.finfo(x.dtype).eps
+    beyond, x = jnp.maximum(x - limit, 0), jnp.minimum(x, limit)
     if at_least_one:
         w = improve(0, x - 4.2 * (x - 1) / (x + 7.5))
-        return w if x.dtype == jnp.float32 else improve(0, w)
+        return beyond + (w if x.dtype == jnp.float32 else improve(0, w))
     z = jnp.exp(jnp.minimum(x, 1))
     low = z * (1 + 4 / 3 * z) / (1 + 7 / 3 * z + 5 / 6 * z * z)
     w = jnp.where(x > 1, x - 4.2 * (x - 1) / (jnp.maximum(x, 1) + 7.5), low)
     # A loop, because XLA on the CPU would compute w anew for each of its uses.
-    return lax.fori_loop(0, 2, improve, w)
+    return beyond + lax.fori_loop(0, 2, improve, w)
 
 
 def expm1_positive(b: Array) -> Array:

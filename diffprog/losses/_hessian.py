@@ -6,7 +6,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from ._call import Call, check, Divergence, operator, Reference
-from ._root import ratio, root
+from ._root import below, ratio, root
 
 
 class SoftargmaxJacobian(lx.AbstractLinearOperator):
@@ -90,7 +90,7 @@ def solution(call: Call) -> tuple[Array, Array]:
     """The probabilities, and the weights w of their Jacobian, for all rows."""
     s = call.set_up()
     sigma = root(s.classes, s.f, s.problem)
-    u = ratio(s.f, sigma + (s.problem.scores - s.problem.m))
+    u = ratio(s.f, sigma + below(s.problem.scores, s.problem.m))
     weights = s.problem.q * s.f.curvature(u) / s.beta
     return call.rows(s.problem.q * u), call.rows(weights)
 

@@ -120,9 +120,10 @@ def solve_row(f: AbstractDivergence, scores: Array, q: Array) -> tuple[Array, Ar
     """The sigma of one row, and theta - m."""
     one, zero = jnp.ones_like(scores), jnp.zeros_like(scores)
     m = jnp.max(scores)
-    y = scores - jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+    m = jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+    y = jnp.where(scores == m, zero, scores - m)
     # The largest of some numbers and NaN differs between devices.
-    spoiled = jnp.sum(jnp.where(scores < jnp.inf, zero, one)) > 0
+    spoiled = jnp.sum(jnp.where(scores == scores, zero, one)) > 0
     count = jnp.sum(jnp.where(scores > -jnp.inf, one, zero))
     sigma, _ = descend(f, y, q, q * count)
     return jnp.where(spoiled, jnp.full_like(sigma, jnp.nan), sigma), y

@@ -163,9 +163,8 @@ class AbstractLoss(eqx.Module):
         **Returns:** u, of the shape of v.
         """
         tau = per_example("tau", tau, vector)
-        return vector - tau * self.conjugate_prox(
-            vector / tau, 1 / tau.ravel(), targets
-        )
+        alpha = self.conjugate_prox(vector / tau, 1 / tau.ravel(), targets)
+        return jnp.where(jnp.isinf(vector), vector, vector - tau * alpha)
 
 
 def spread(numbers: Array, outputs: Array) -> Array:

@@ -34,6 +34,7 @@ from ._operators import (
     f_loss,
     f_softargmax,
 )
+from ._root import below, Classes, largest, weighted
 from ._simplex import proximal
 
 
@@ -58,6 +59,15 @@ def _less(p: Array, y: Array, labels: bool) -> Array:
     if not labels:
         return p - y
     return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p)
+
+
+def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
+    """The softmax, ln p + z and z of every row; zeros for p where all is excluded."""
+    y = below(outputs, largest(outputs, Classes()))
+    e = jnp.exp(y)
+    total = _sum(e)
+    total = jnp.where(total > 0, total, 1)
+    return e / total, y, jnp.log(total)
 
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
@@ -216,7 +226,8 @@ class FLoss(AbstractBoundedLoss):
 class SoftmaxCrossEntropy(AbstractLoss):
     r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
 
-    Any $y \ge 0$ will do: a row of zeros has no loss.
+    Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
+    excluded, as in [`diffprog.losses.f_loss`][].
     """
 
     smooth: ClassVar[bool] = True
@@ -226,7 +237,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
         check_classes(outputs, jnp.asarray(targets))
         if _is_labels(targets):
             return total(f_loss(outputs, targets, KL()))
-        return total(-like(outputs, targets) * jax.nn.log_softmax(outputs))
+        p, y, z = _softmax(outputs)
+        losses = _sum(like(outputs, targets) * z - weighted(like(outputs, targets), y))
+        return total(jnp.where(_sum(p) > 0, losses, 0))
 
     def _targets(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
         """y and its sum."""
@@ -237,10 +250,12 @@ class SoftmaxCrossEntropy(AbstractLoss):
 
     def gradient(self, outputs, targets):
         y, mass = self._targets(outputs, targets)
-        return _less(mass * jax.nn.softmax(outputs), y, _is_labels(targets))
+        p = _softmax(outputs)[0]
+        g = _less(mass * p, y, _is_labels(targets))
+        return jnp.where(_sum(p) > 0, g, 0)
 
     def _weights(self, outputs, targets):
-        return self._targets(outputs, targets)[1] * jax.nn.softmax(outputs)
+        return self._targets(outputs, targets)[1] * _softmax(outputs)[0]
 
     def hessian_mv(self, outputs, targets, vector):
         return _class_hessian_mv(self._weights(outputs, targets), vector)
@@ -277,7 +292,8 @@ class Hinge(AbstractBoundedLoss):
 
     For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
     over the outputs; for labels y, integers, $\max_j u_j - u_y + 1[j \ne y]$. Its
-    gradient is 0 where $y u = 1$; where classes tie, that of the first.
+    gradient is 0 where $y u = 1$; where classes tie, that of the first. A class whose
+    output is -inf is never the largest.
     """
 
     smooth: ClassVar[bool] = False
@@ -285,17 +301,23 @@ class Hinge(AbstractBoundedLoss):
 
     def __call__(self, outputs, targets):
         if not _is_labels(targets):
-            return total(jnp.maximum(1 - signs(outputs, targets) * outputs, 0))
-        own = _one_hot(outputs, targets)
-        margins = jnp.max(outputs + 1 - own, -1) - jnp.sum(own * outputs, -1)
-        return total(margins * jnp.sum(own, -1))
+            return total(jnp.maximum(1 - weighted(signs(outputs, targets), outputs), 0))
+        own, margins = self._margins(outputs, targets)
+        return total(jnp.where(_sum(own) > 0, jnp.max(margins, -1, keepdims=True), 0))
+
+    def _margins(self, outputs, labels):
+        """The rows of labels, and u_j - u_y + 1[j != y], -inf for what is excluded."""
+        own = _one_hot(outputs, labels)
+        label = _sum(jnp.where(own > 0, outputs, 0))
+        margins = jnp.where(outputs > -jnp.inf, below(outputs, label) + 1, -jnp.inf)
+        return own, jnp.where(own > 0, 0, margins)
 
     def gradient(self, outputs, targets):
         if not _is_labels(targets):
             y = signs(outputs, targets)
             return jnp.where(y * outputs < 1, -y, 0)
-        own = _one_hot(outputs, targets)
-        worst = jnp.argmax(outputs + 1 - own, -1)
+        own, margins = self._margins(outputs, targets)
+        worst = jnp.argmax(margins, -1)
         worst = jax.nn.one_hot(worst, outputs.shape[-1], dtype=outputs.dtype)
         return (worst - own) * _sum(own)
 

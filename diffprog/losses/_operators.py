@@ -21,7 +21,15 @@ from ._call import (
     Setup,
 )
 from ._divergence import AbstractDivergence, ChiSquare
-from ._root import height, probabilities, same_for_all, solve
+from ._root import (
+    below,
+    cost,
+    height,
+    probabilities,
+    same_for_all,
+    solve,
+    weighted,
+)
 
 
 @operator
@@ -44,7 +52,7 @@ def f_softargmax(
     **Arguments:**
 
     - `scores`: theta, any shape; 16-bit floats are computed with in float32. A class of
-        score -inf is excluded.
+        score -inf is excluded; one of score inf excludes all others that are not.
     - `f`: a generator such as [`diffprog.losses.KL`][] or
         [`diffprog.losses.Alpha`][], or any convex function of one number.
     - `reference`: the measure q: `"unit"` (1 for every class, as in entmax), or
@@ -101,7 +109,8 @@ def f_softmax(
     **Arguments:** those of [`diffprog.losses.f_softargmax`][].
 
     **Returns:** the value of every row, without the class axis: -inf where all classes
-    are excluded.
+    are excluded. It does not count those that are, while one far below the others costs
+    q f(0).
     """
     call = check(scores, f, reference, axis, where, temperature, axis_name)
     return _softmax(call)
@@ -147,9 +156,11 @@ def f_loss(
         It is infinite for labels where f(0) is (reverse KL, Neyman, Jeffreys, alpha <=
         0); without it the loss is then unbounded below.
 
-    **Returns:** the loss of every row. A row whose classes are all excluded has loss 0
-    and gradient 0. So has a row whose label is out of range, where this cannot be said
-    at once.
+    **Returns:** the loss of every row, infinite where a class has a part of y and is
+    excluded: its gradient is softargmax - y even so. In y a derivative that would be
+    infinite is 0: that of a class that is excluded, or that has y = 0 where f'(0) is
+    infinite. A row whose classes are all excluded has loss 0 and gradient 0. So has a
+    row whose label is out of range, where this cannot be said at once.
 
     **Raises:** `ValueError` for labels out of range, where they are known, and for
     labels with a generator whose f(0) is infinite.
@@ -260,18 +271,18 @@ def _labelled(s: Setup, labels: Array, smoothing, constant: bool):
         return s.classes.sum(jnp.where(mine, entry, 0))
 
     valid = s.classes.sum(mine.astype(jnp.int32)) > 0
-    drop, own = m - at_label(scores), at_label(q)
+    drop, own = -below(at_label(scores), m), at_label(q)
     if smoothing is None:
         ratio, rest = 1 / _positive(own), jnp.asarray(s.f.at_zero, Q.dtype) - lift
     else:
-        mean = s.classes.sum(jnp.where(s.present, q * (m - scores), 0)) / _positive(Q)
-        drop = (1 - smoothing) * drop + smoothing * mean
+        mean = -s.classes.sum(jnp.where(s.present, q * below(scores, m), 0))
+        drop = weighted(1 - smoothing, drop) + weighted(smoothing, mean / _positive(Q))
         share = smoothing / _positive(Q)
-        ratio, rest = (1 - smoothing) / _positive(own) + share, s.f.value(share) - lift
+        ratio, rest = (1 - smoothing) / _positive(own) + share, cost(s.f, share) - lift
     if constant:
         # 0 times an infinite f(0) where there is no other class
         others = jnp.where(Q > own, (Q - own) * rest, 0)
-        drop = drop + own * (s.f.value(ratio) - lift) + others
+        drop = drop + own * (cost(s.f, ratio) - lift) + others
     return drop, valid
 
 
@@ -280,13 +291,11 @@ def _soft(s: Setup, y: Array, smoothing, constant: bool) -> Array:
     scores, q, Q, m = s.problem
     if smoothing is not None:
         y = (1 - smoothing) * y + smoothing * jnp.where(s.present, q, 0) / _positive(Q)
-    drop = s.classes.sum(jnp.where(s.present, m - scores, 0) * y)
-    lost = s.classes.sum(jnp.where(s.present, 0, y)) > 0
-    drop = jnp.where(lost, jnp.inf, drop)  # a target on a class that is excluded
+    drop = -s.classes.sum(weighted(y, below(scores, m)))
     if not constant:
         return drop
     u = jnp.where(s.present, y / _positive(q), 1)
-    values = jnp.where(s.present, q * (s.f.value(u) - s.f.lift), 0)
+    values = jnp.where(s.present, q * (cost(s.f, u) - s.f.lift), 0)
     return drop + s.classes.sum(values)
 
 
@@ -419,7 +428,7 @@ def diagnose(
 def _diagnose(call: Call) -> Diagnostics:
     s = call.set_up()
     sigma, evaluations = solve(s.classes, s.f, s.problem)
-    u, _ = s.f.pair(sigma + (s.problem.scores - s.problem.m))
+    u, _ = s.f.pair(sigma + below(s.problem.scores, s.problem.m))
     mass = s.classes.sum(s.problem.q * u)
     support = s.classes.sum(jnp.where(u > 0, 1, jnp.zeros_like(u)))
     return Diagnostics(

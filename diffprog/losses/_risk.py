@@ -12,6 +12,7 @@ from ._call import Divergence, is_known
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
+from ._root import weighted
 
 
 Vector = Float[Array, " n"]
@@ -122,7 +123,7 @@ def spectral_risk(
     losses, sigma, known, nu, dtype = _prepare(losses, sigma, f, smoothing)
     if known is None:
         order, _ = _ranks(losses)
-        return jnp.sum(sigma * losses[order]).astype(dtype)
+        return jnp.sum(weighted(sigma, losses[order])).astype(dtype)
     return _smoothed_door(known, losses, sigma, nu).astype(dtype)
 
 

@@ -87,6 +87,34 @@ def largest(scores: Rows, classes: Classes) -> Row:
     return jnp.where(m == -jnp.inf, 0, m)
 
 
+@jax.custom_jvp
+def below(scores: Array, m: Array) -> Array:
+    """scores - m, and 0 where both are the same infinity."""
+    return jnp.where(scores == m, 0, scores - m)
+
+
+@below.defjvp
+def _(primals, tangents):
+    (scores, m), (dscores, dm) = primals, tangents
+    return below(scores, m), dscores - dm
+
+
+@jax.custom_jvp
+def weighted(y: Array, scores: Array) -> Array:
+    """y scores, and 0 where y is 0 and the score infinite.
+
+    An infinite derivative in y is 0: else no change of y would be NaN.
+    """
+    return jnp.where((y == 0) & jnp.isinf(scores), 0, y * scores)
+
+
+@weighted.defjvp
+def _(primals, tangents):
+    (y, scores), (dy, dscores) = primals, tangents
+    change = jnp.where(jnp.isinf(scores), 0, scores) * dy + y * dscores
+    return weighted(y, scores), change
+
+
 def same_for_all(q: Array) -> bool:
     """Whether q has one number per row, or one for all."""
     return q.ndim == 0 or q.shape[-1] == 1
@@ -133,6 +161,23 @@ def lowered_change(f: TracedAlpha, df: TracedAlpha, u: Array) -> Array:
     return jax.jvp(lambda f: f.value(u) - f.lift, (f,), (df,))[1]
 
 
+@jax.custom_jvp
+def cost(f: AbstractDivergence, u: Array) -> Array:
+    """f(u). Where f'(0) is infinite the derivative at u = 0 is 0."""
+    return f.value(u)
+
+
+@cost.defjvp
+def _(primals, tangents):
+    (f, u), (df, du) = primals, tangents
+    finite = jnp.isfinite(f.link(u))
+    slope = f.link(jnp.where(finite, u, 1)) + f.origin
+    change = jnp.where(finite, slope, 0) * du
+    if isinstance(f, TracedAlpha):
+        change = change + jax.jvp(lambda f: f.value(u), (f,), (df,))[1]
+    return cost(f, u), change
+
+
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
@@ -150,7 +195,7 @@ def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
 def _(classes, primals, tangents):
     (f, problem), (df, d) = primals, tangents
     sigma = root(classes, f, problem)
-    u = ratio(f, sigma + (problem.scores - problem.m))
+    u = ratio(f, sigma + below(problem.scores, problem.m))
     weights = problem.q * f.curvature(u)
     change = weights * d.scores + u * d.q
     if isinstance(f, TracedAlpha):
@@ -167,7 +212,7 @@ def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> 
 
 def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     sigma = root(classes, f, problem)
-    return problem.q * ratio(f, sigma + (problem.scores - problem.m))
+    return problem.q * ratio(f, sigma + below(problem.scores, problem.m))
 
 
 def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
@@ -200,7 +245,7 @@ def height(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     The error of tau enters by its square only.
     """
     sigma = root(classes, f, problem)
-    w = sigma + (problem.scores - problem.m)
+    w = sigma + below(problem.scores, problem.m)
     terms = jnp.where(w > -jnp.inf, problem.q * conjugate(f, w), 0)
     return classes.sum(terms) - f.origin - sigma
 
@@ -210,7 +255,7 @@ def _(classes, primals, tangents):
     # By the envelope theorem tau stays. The m that was subtracted is a constant.
     (f, problem), (df, d) = primals, tangents
     sigma = root(classes, f, problem)
-    w = sigma + (problem.scores - problem.m)
+    w = sigma + below(problem.scores, problem.m)
     u, inside = ratio(f, w), w > -jnp.inf
     change = problem.q * u * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
     if isinstance(f, TracedAlpha):
@@ -236,7 +281,7 @@ def sums(classes: Classes, f: AbstractDivergence, w: Rows, q) -> tuple[Row, Row]
 def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
     """The sigma of every row, and how often the sums over its classes were taken."""
     scores, q, Q, m = problem
-    y = scores - m  # -inf .. 0
+    y = below(scores, m)  # -inf .. 0
     if isinstance(f, KL):
         sigma = -jnp.log(classes.sum(q * jnp.exp(y)))
         count = jnp.ones((), jnp.int32)
@@ -256,15 +301,15 @@ def bracket(classes: Classes, f: AbstractDivergence, problem: Problem):
         high = f.link(1 / q)
     else:
         excluded = (q <= 0) | (scores == -jnp.inf)
-        reach = scores - m - f.link(1 / jnp.where(excluded, 1, q))
+        reach = below(scores, m) - f.link(1 / jnp.where(excluded, 1, q))
         high = -classes.max(jnp.where(excluded, -jnp.inf, reach))
     # Numbers that vary with the data, for `shard_map`.
-    return f.link(1 / jnp.where(Q > 0, Q, 1)) + 0 * m, high + 0 * m
+    return f.link(1 / jnp.where(Q > 0, Q, 1)), high + 0 * Q
 
 
 def bisect(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row by halving its bracket: slow, and true for every f."""
-    y = problem.scores - problem.m
+    y = below(problem.scores, problem.m)
 
     def halve(_, bounds):
         low, high = bounds
@@ -324,7 +369,7 @@ def warm_start(classes, f, problem: Problem, high: Row) -> Row:
     parts = chunks(scores)
     if parts is None or not same_for_all(q):
         return high
-    top = tops(scores) - m
+    top = below(tops(scores), m)
     if classes.few:
         few, weights = top, q
     else:
@@ -336,5 +381,5 @@ def warm_start(classes, f, problem: Problem, high: Row) -> Row:
         counts = np.repeat([1.0, length - 1], [top.shape[-1], number])
         weights = q * jnp.broadcast_to(jnp.asarray(counts, q.dtype), few.shape)
     mass = classes.sum(jnp.where(few > -jnp.inf, weights, 0))
-    low = f.link(1 / jnp.where(mass > 0, mass, 1)) + 0 * m
+    low = f.link(1 / jnp.where(mass > 0, mass, 1))
     return newton(classes, f, few, weights, mass, (low, high), high)[0]

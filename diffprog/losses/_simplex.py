@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from ._bracket import bracketed_root
 from ._divergence import AbstractDivergence, ChiSquare, KL, wright_omega
+from ._root import below
 
 
 MAX_STEPS = 100
@@ -31,12 +32,14 @@ def proximal(
 ) -> Float[Array, "*batch classes"]:
     """The minimizer of every row; `present` is false where a class is excluded.
 
+    So are classes with x = -inf, and all others where x is infinite.
     tau has one number per row, and an axis of length 1 for the classes.
     """
     total = lambda a: jnp.sum(jnp.where(present, a, 0), -1, keepdims=True)
-    q = jnp.where(present, q, 1)
     m = jnp.max(jnp.where(present, x, -jnp.inf), -1, keepdims=True)
-    y = jnp.where(present, x - jnp.where(jnp.isfinite(m), m, 0), 0)
+    y = below(x, m)
+    present = present & (y != -jnp.inf)
+    q, y = jnp.where(present, q, 1), jnp.where(present, y, 0)
     tau = jnp.broadcast_to(tau, m.shape)
     Q = total(q)
     Q = jnp.where(Q > 0, Q, 1)

@@ -19,6 +19,7 @@ from ._factor import (
 )
 from ._interior import AbstractBoundedLoss, Ball, interval
 from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
+from ._root import weighted
 from ._simplex import scaled_omega
 
 
@@ -67,7 +68,7 @@ class Logistic(AbstractLoss):
     has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
-        return total(jax.nn.softplus(-signs(outputs, targets) * outputs))
+        return total(jax.nn.softplus(-weighted(signs(outputs, targets), outputs)))
 
     def gradient(self, outputs, targets):
         y = signs(outputs, targets)
@@ -120,7 +121,7 @@ class Huber(AbstractBoundedLoss):
     def __call__(self, outputs, targets):
         size = jnp.abs(outputs - like(outputs, targets))
         inner = jnp.minimum(size, self.delta)
-        return total(inner * (size - inner / 2))
+        return total(inner**2 / 2 + self.delta * (size - inner))
 
     def gradient(self, outputs, targets):
         return jnp.clip(outputs - like(outputs, targets), -self.delta, self.delta)
@@ -194,13 +195,33 @@ class Absolute(AbstractBoundedLoss):
         return majorized(self, alpha, z, K, c, targets)
 
 
+def _unit(vector: Array) -> tuple[Array, Array]:
+    """r / |r|, and 1 / |r|, over the outputs of every example; 0 where r is.
+
+    The direction is that of infinite entries, where there are any.
+    """
+    axes = tuple(range(1, vector.ndim))
+    size = lax.stop_gradient(jnp.max(jnp.abs(vector), axes, keepdims=True))
+    signs = jnp.where(jnp.isinf(vector), jnp.sign(vector), 0)
+    vector = jnp.where(jnp.isinf(size), signs, vector)
+    # XLA multiplies by 1 / scale, which must not be rounded to 0.
+    limits = jnp.finfo(vector.dtype)
+    scale = jnp.clip(jnp.where(jnp.isinf(size), 1, size), limits.tiny, limits.max / 8)
+    square = jnp.sum((vector / scale) ** 2, axes, keepdims=True)
+    inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return vector / scale * inverse, jnp.where(jnp.isinf(size), 0, inverse / scale)
+
+
+@jax.custom_jvp
 def _length(vector: Array) -> Array:
     """The Euclidean norm over the outputs of every example, with their axes."""
-    axes = tuple(range(1, vector.ndim))
-    size = jnp.max(jnp.abs(vector), axes, keepdims=True)
-    size = lax.stop_gradient(jnp.where(size > 0, size, 1))
-    square = jnp.sum((vector / size) ** 2, axes, keepdims=True)
-    return jnp.where(square > 0, size * jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return example_dot(_unit(vector)[0], vector)
+
+
+@_length.defjvp
+def _(primals, tangents):
+    (vector,), (dvector,) = primals, tangents
+    return _length(vector), example_dot(_unit(vector)[0], dvector)
 
 
 class Euclidean(AbstractBoundedLoss):
@@ -212,23 +233,15 @@ class Euclidean(AbstractBoundedLoss):
     def __call__(self, outputs, targets):
         return total(_length(outputs - like(outputs, targets)))
 
-    def _polar(self, outputs, targets):
-        """1 / |r|, or 0, and the unit vector r / |r|."""
-        r = outputs - like(outputs, targets)
-        length = _length(r)
-        positive = length > 0
-        inverse = jnp.where(positive, 1 / jnp.where(positive, length, 1), 0)
-        return inverse, r * inverse
-
     def gradient(self, outputs, targets):
-        return self._polar(outputs, targets)[1]
+        return _unit(outputs - like(outputs, targets))[0]
 
     def hessian_mv(self, outputs, targets, vector):
-        inverse, s = self._polar(outputs, targets)
+        s, inverse = _unit(outputs - like(outputs, targets))
         return inverse * (vector - s * example_dot(s, vector))
 
     def factor(self, outputs, targets):
-        inverse, s = self._polar(outputs, targets)
+        s, inverse = _unit(outputs - like(outputs, targets))
         zero, scale = jnp.zeros_like(s), jnp.sqrt(inverse)
         return ScaledFactor(zero, s, never(s), scale, s, by_rows=False)
 
@@ -237,7 +250,7 @@ class Euclidean(AbstractBoundedLoss):
         return where_inside(excess, 1.0, total(alpha * like(alpha, targets)))
 
     def dual_projection(self, alpha, targets):
-        return alpha / jnp.maximum(_length(alpha), 1)
+        return jnp.where(_length(alpha) > 1, _unit(alpha)[0], alpha)
 
     def conjugate_prox(self, vector, tau, targets):
         tau = per_example("tau", tau, vector)
@@ -260,7 +273,8 @@ class Poisson(AbstractLoss):
     has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
-        return total(jnp.exp(outputs) - like(outputs, targets) * outputs)
+        rate, counts = jnp.exp(outputs), weighted(like(outputs, targets), outputs)
+        return total(jnp.where(rate < jnp.inf, rate - counts, rate))
 
     def gradient(self, outputs, targets):
         return jnp.exp(outputs) - like(outputs, targets)
