@@ -9,6 +9,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
+from ._alpha import TracedAlpha
 from ._block import majorized, newton
 from ._call import (
     Call,
@@ -21,8 +22,9 @@ from ._call import (
 )
 from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor, row_dot
-from ._generated import as_divergence
+from ._generated import as_divergence, Generated
 from ._hessian import solution
+from ._interior import AbstractBoundedLoss, interval, simplex
 from ._loss import AbstractLoss, per_example, total, where_inside
 from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
 from ._root import below, Classes, largest, weighted
@@ -33,9 +35,9 @@ from ._targets import (
     check_probabilities,
     check_within,
     count_labels,
+    counting,
     heard,
     is_labels,
-    kept,
     like,
     one_hot,
     SIGNS,
@@ -81,7 +83,7 @@ def _project(x: Array, mass: Array) -> Array:
     return mass * f_softargmax(x / scale, ChiSquare(), "unit")
 
 
-class FLoss(AbstractLoss):
+class FLoss(AbstractBoundedLoss):
     """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
 
     - `f`, `reference`, `temperature`, `smoothing`: as there. Classes are on the last
@@ -115,7 +117,7 @@ class FLoss(AbstractLoss):
             targets,
             self.f,
             self.reference,
-            where=kept(targets, self.ignore_label),
+            where=counting(targets, self.ignore_label),
             temperature=self.temperature,
             smoothing=self.smoothing,
         )
@@ -205,6 +207,25 @@ class FLoss(AbstractLoss):
         exact = is_labels(targets) and self.smoothing == 0
         return _less(row * p.astype(y.dtype), y, exact)
 
+    def domain(self, outputs, targets):
+        # Of a traced alpha and of the user's own f nobody knows.
+        f = as_divergence(self.f)
+        if not f.sparse or isinstance(f, TracedAlpha | Generated):
+            return None
+        call = self._check(outputs)
+        y, row = self._targets(call, targets)
+        s, q, present = self._reference(call)
+        q, present = jnp.where(present, q, 1), present & (row > 0)
+        kept = jnp.where(present, q, 0)
+        mass = _sum(kept)
+        return simplex(
+            y,
+            kept / jnp.where(mass > 0, mass, 1),
+            present,
+            lambda p: s.beta * s.f.link(p / q),
+            lambda p: s.beta / (q * s.f.curvature(p / q)),
+        )
+
     def block_update(self, alpha, z, K, c, targets):
         return newton(self, alpha, z, K, c, targets)
 
@@ -229,7 +250,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def __call__(self, outputs, targets):
         check_classes(outputs, targets)
         if is_labels(targets):
-            where = kept(targets, self.ignore_label)
+            where = counting(targets, self.ignore_label)
             return total(f_loss(outputs, targets, KL(), where=where))
         check_within(WEIGHTS, outputs, targets)
         p, y, z = _softmax(outputs)
@@ -291,7 +312,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
-class Hinge(AbstractLoss):
+class Hinge(AbstractBoundedLoss):
     r"""The hinge loss, of binary targets or of labels.
 
     For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
@@ -376,6 +397,15 @@ class Hinge(AbstractLoss):
         # tau (1 - own) less tau for all classes, which the projection does not see.
         x = jnp.where(own > 0, vector - tau + 1, vector)
         return _less(_project(x, row), own, True)
+
+    def domain(self, outputs, targets):
+        if not is_labels(targets):
+            y = like(outputs, targets)
+            return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
+        own, row = one_hot(outputs, targets, self.ignore_label)
+        even = jnp.full_like(own, 1 / own.shape[-1])
+        slope = lambda p: own - 1
+        return simplex(own, even, row > 0, slope, jnp.zeros_like)
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)

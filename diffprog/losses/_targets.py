@@ -180,7 +180,7 @@ def check_ignored(label: Any):
     )
 
 
-def kept(labels: Any, ignored: int | None) -> Array | None:
+def counting(labels: Any, ignored: int | None) -> Array | None:
     """Which labels count, with an axis for the classes; None for all."""
     if ignored is None or not is_labels(labels):
         return None
@@ -189,7 +189,7 @@ def kept(labels: Any, ignored: int | None) -> Array | None:
 
 def heard(outputs: Array, targets: Any, ignored: int | None) -> Array:
     """The outputs, but 0 where the label does not count: they may be NaN there."""
-    counted = kept(targets, ignored)
+    counted = counting(targets, ignored)
     return outputs if counted is None else jnp.where(counted, outputs, 0)
 
 
@@ -197,7 +197,7 @@ def count_labels(outputs: Any, labels: Any, ignored: int | None) -> int | Array:
     """The number of examples with a label that counts. Raises for others."""
     check_classes(outputs, labels)
     check_labels(labels, outputs.shape[-1], lambda: np.asarray(labels) != ignored)
-    counted = kept(labels, ignored)
+    counted = counting(labels, ignored)
     if counted is None:
         return outputs.shape[0]
     return jnp.sum(jnp.any(counted, tuple(range(1, counted.ndim))))
@@ -213,7 +213,7 @@ def one_hot(
     k = outputs.shape[-1]
     check_classes(outputs, labels)
     check_labels(labels, k, lambda: np.asarray(labels) != ignored)
-    known, counted = is_known(labels), kept(labels, ignored)
+    known, counted = is_known(labels), counting(labels, ignored)
     labels = jnp.asarray(labels).astype(jnp.int32)[..., None]
     y = jax.nn.one_hot(labels[..., 0], k, dtype=outputs.dtype)
     row = jnp.ones(labels.shape, outputs.dtype)
