@@ -51,6 +51,9 @@ Scale = Literal["step", "gradient"]
 
 # What to do about a result, in the words of training.
 ADVICE = dict(
+    max_steps_reached="The duality gap of the prox-linear model is above `gap`: raise "
+    "`max_steps` of the solver, `gap` or `damping`; in float32 a small gap is lost in "
+    "rounding. `ProxLinear(throw=False)` takes the step as it is.",
     no_descent="Not even the gradient lowers the model: raise `damping`, or the steps "
     "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
     "gradient.",

@@ -66,15 +66,16 @@ LOSSES = [
     ["_call", "_isotonic"],
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
     ["_loss", "_simplex"],
-    ["_block"],
+    ["_block", "_interior"],
     ["_energy", "_bellman", "_viterbi", "_risk_descent"],
     ["_supervised", "_multiclass", "_custom"],
 ]
 # Inside the oracles.
 ORACLES = [
     ["base", "_damping"],
-    ["_gram", "_rules"],
+    ["_gram", "_model_solver", "_rules"],
     ["_solvers", "_inverses"],
+    ["_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
@@ -236,7 +237,7 @@ RECORDS = [
     "oracles.GaussNewton", "oracles.DualGaussNewton", "oracles.ProxLinear",
     "oracles.CG", "oracles.DualCG", "oracles.Cholesky", "oracles.RandomSubspace",
     "oracles.NewtonSteps", "oracles.CoordinateAscent", "oracles.ProximalGradient",
-    "Smoothness", "LayerConstants", "SmoothRelu",
+    "oracles.InteriorPoint", "Smoothness", "LayerConstants", "SmoothRelu",
 ]  # fmt: skip
 
 
