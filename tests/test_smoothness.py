@@ -644,8 +644,6 @@ def test_jacobian_norm_of_a_constant_and_of_float32(getkey):
          r"\['float64\[0\]'\]; .* at least one number"),
         (lambda: dp.jacobian_norm(jnp.isnan, jnp.ones(2), key=jr.key(0)), TypeError,
          r"`fn\(params\)` has the arrays \['bool\[2\]'\]"),
-        (lambda: dp.jacobian_norm(jnp.sin, jnp.ones(2), key=None),  # pyright: ignore
-         TypeError, "`key` is None; a key such as"),
     ],
 )  # fmt: skip
 def test_wrong_calls(call, error, message):
