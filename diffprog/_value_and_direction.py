@@ -16,6 +16,7 @@ from ._door import door
 from ._model import (
     check_apart,
     check_batch,
+    check_examples,
     explained,
     first_half_twice,
     is_parameter,
@@ -271,6 +272,7 @@ def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
                     "The model has a state: give `dp.value_and_direction` a `predict` "
                     "that takes `state=` and returns the outputs and the new state."
                 )
+            check_examples(inputs)
             if key is None:
                 return jax.vmap(explained(model, inputs))(inputs), None
             keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])
