@@ -10,6 +10,8 @@ from jaxtyping import PyTree
 from ._chain import AbstractChain, Phase
 from ._network import Network, Stack
 from ._types import came, noted
+from .losses import AbstractLoss
+from .losses._loss import weight
 
 
 Reduction = Literal["mean", "sum"]
@@ -90,7 +92,11 @@ class NetworkProblem(AbstractChain):
         return tuple(phases)
 
     def terminal_cost(self, x) -> Any:
-        return total(self.loss(x, self.targets), self.reduction)
+        losses = self.loss(x, self.targets)
+        if isinstance(self.loss, AbstractLoss):
+            c = weight(self.loss, x, self.targets, self.reduction)
+            return c * jnp.sum(losses)
+        return jnp.mean(losses) if self.reduction == "mean" else jnp.sum(losses)
 
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
         params = self.network.params
@@ -134,10 +140,6 @@ def check_reduction(reduction: Any):
             f'`reduction` is {reduction!r}; "mean" or "sum" over the examples is '
             "expected."
         )
-
-
-def total(losses, reduction: Reduction):
-    return jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)
 
 
 def _no_cost(x, u, t):

@@ -6,6 +6,7 @@ tokens say.
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -200,6 +201,18 @@ def per_example(name: str, value: ArrayLike, outputs: Array) -> Array:
     if is_known(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{name}` is {value}; positive numbers are expected.")
     return spread(value, outputs)
+
+
+def weight(
+    loss: AbstractLoss, outputs: Array, targets: Any, reduction: str
+) -> float | Array:
+    """That of a loss in the mean, one over how many count, or in the sum."""
+    if reduction == "sum":
+        return 1.0
+    number = loss.count(outputs, targets)
+    if isinstance(number, int):
+        return 1 / max(number, 1)
+    return 1 / jnp.maximum(number, 1).astype(outputs.dtype)
 
 
 def total(losses: Array) -> Float[Array, " examples"]:

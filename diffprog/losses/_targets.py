@@ -158,7 +158,7 @@ def check_probabilities(targets: Any, axis: int, counted: Callable = lambda: Tru
     if not is_known(targets):
         return
     known = np.asarray(targets)
-    sums = known.sum(axis, dtype=float)
+    sums = known.sum(axis, dtype=np.result_type(known.dtype, np.float32))
     least = known.min(axis, initial=0)
     outside = ~((least >= 0) & (abs(sums - 1) <= SLACK))
     outside = outside & counted() if outside.any() else outside
@@ -180,11 +180,13 @@ def check_ignored(label: Any):
     )
 
 
-def counting(labels: Any, ignored: int | None) -> Array | None:
+def counting(labels: Any, ignored: int | None) -> Any:
     """Which labels count, with an axis for the classes; None for all."""
     if ignored is None or not is_labels(labels):
         return None
-    return jnp.asarray(labels).astype(jnp.int32)[..., None] != ignored
+    if is_known(labels):
+        return np.asarray(labels)[..., None] != ignored
+    return labels.astype(jnp.int32)[..., None] != ignored
 
 
 def heard(outputs: Array, targets: Any, ignored: int | None) -> Array:
@@ -200,7 +202,8 @@ def count_labels(outputs: Any, labels: Any, ignored: int | None) -> int | Array:
     counted = counting(labels, ignored)
     if counted is None:
         return outputs.shape[0]
-    return jnp.sum(jnp.any(counted, tuple(range(1, counted.ndim))))
+    some = counted.any(tuple(range(1, counted.ndim)))
+    return int(some.sum()) if is_known(labels) else jnp.sum(some)
 
 
 def one_hot(

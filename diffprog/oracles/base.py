@@ -15,6 +15,7 @@ from .._result import RESULTS
 from .._tree import cast, cast_like, vdot, working_dtype
 from .._types import came, shapes
 from ..losses import AbstractLoss
+from ..losses._loss import weight
 
 
 # So many roundings are allowed for before a change of the loss means something.
@@ -126,13 +127,13 @@ def linearize(
     eps = lambda a: float(jnp.finfo(a.dtype).eps)
     outputs, targets = found.astype(dtype), _at_least(targets, dtype)
     losses = _losses(loss, outputs, targets, inputs)
-    weight = 1 / _number(loss, outputs, targets) if reduction == "mean" else 1.0
+    c = weight(loss, outputs, targets, reduction)
     cotangent = loss.gradient(outputs, targets)
     return Linearization(
         params=cast(params, dtype),
         outputs=outputs,
-        value=(weight * jnp.sum(losses)).astype(dtype),
-        gradient=transpose_mv(weight * cotangent),
+        value=(c * jnp.sum(losses)).astype(dtype),
+        gradient=transpose_mv(c * cotangent),
         cotangent=cotangent,
         mv=mv,
         transpose_mv=transpose_mv,
@@ -141,19 +142,11 @@ def linearize(
         model=model,
         inputs=inputs,
         predict=lambda w: predict(cast_like(w, params))[0].astype(dtype),
-        weight=weight,
+        weight=c,
         apply=None if apply is None else lambda model: apply(model).astype(dtype),
         mapped=mapped,
         eps=(eps(found), jtu.tree_map(eps, params)),
     ), aux
-
-
-def _number(loss: AbstractLoss, outputs: Array, targets: PyTree) -> int | Array:
-    """Of the examples that count; 1 where none does."""
-    number = loss.count(outputs, targets)
-    if isinstance(number, int):
-        return number
-    return jnp.maximum(number, 1).astype(outputs.dtype)
 
 
 def _at_least(targets: PyTree, dtype: Any) -> PyTree:
