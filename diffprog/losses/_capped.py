@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._call import Call, check, Divergence, is_known, operator, per_row, Reference
+from ._call import Axis, Call, check, Divergence, is_known, operator, per_row, Reference
 from ._divergence import AbstractDivergence
 from ._root import below, ratio
 
@@ -99,7 +99,7 @@ def capped_f_softargmax(
     reference: Reference = None,
     *,
     cap: int | float | Float[Array, "..."],
-    axis: int = -1,
+    axis: Axis = -1,
     where=None,
     temperature=1.0,
 ) -> Float[Array, "..."]:
@@ -128,8 +128,8 @@ def capped_f_softargmax(
     Takes about ten passes over the scores, and two numbers of memory per row.
     """
     call = check(scores, f, reference, axis, where, temperature, None)
-    cap = per_row("cap", cap, call.scores.shape, axis)
-    _check_cap(cap, call.scores.shape[axis])
+    cap = per_row("cap", cap, call.scores.shape, call.axes)
+    _check_cap(cap, call.classes)
     return _capped(call, cap)
 
 

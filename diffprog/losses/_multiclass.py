@@ -147,10 +147,6 @@ class FLoss(AbstractLoss):
         call = self._check(outputs)
         y, row = self._targets(call, targets)
         p, w = solution(call)
-        if call.f.convex_ratio is not True:
-            # At the edge of its support p may rise too steeply to sum up to 1.
-            S = _sum(p)
-            p = p / jnp.where(S > 0, S, 1)
         exact = _is_labels(targets) and self.smoothing == 0
         return _less(p * row, y, exact), w * row
 

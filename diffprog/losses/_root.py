@@ -211,8 +211,28 @@ def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> 
 
 
 def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
-    sigma = root(classes, f, problem)
-    return problem.q * ratio(f, sigma + below(problem.scores, problem.m))
+    return settled(classes, f, problem, root(classes, f, problem))
+
+
+def settled(classes: Classes, f: AbstractDivergence, problem: Problem, sigma: Row):
+    """q u, corrected where it may rise steeply at the edge of its support.
+
+    There one class is right to eps^(1/(alpha-1)) only, and with it the mass S. From a
+    sigma with S >= 1 what is too much is taken from all by their slopes, which is from
+    that one: then it has what the others leave.
+    """
+    y, eps = below(problem.scores, problem.m), jnp.finfo(problem.scores.dtype).eps
+    if f.convex_ratio is True:
+        return problem.q * ratio(f, sigma + y)
+    ulps = 2 * eps * lax.stop_gradient(jnp.abs(sigma))
+    w = sigma + jnp.where(f.convex_ratio, 0, ulps) + y
+    p = problem.q * ratio(f, w)
+    rough, slopes = (problem.q * a for a in f.pair(w))
+    S, W = classes.sum(rough), classes.sum(slopes)
+    better = jnp.maximum(rough - slopes * ((S - 1) / jnp.where(W > 0, W, 1)), 0)
+    S = classes.sum(better)
+    better = better / jnp.where(S > 0, S, 1)
+    return p + lax.stop_gradient(jnp.where(W > 0, better - rough, 0))
 
 
 def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
@@ -257,7 +277,8 @@ def _(classes, primals, tangents):
     sigma = root(classes, f, problem)
     w = sigma + below(problem.scores, problem.m)
     u, inside = ratio(f, w), w > -jnp.inf
-    change = problem.q * u * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
+    p = settled(classes, f, problem, sigma)
+    change = p * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
     if isinstance(f, TracedAlpha):
         lowered = jnp.where(inside, lowered_change(f, df, u), 0)
         change = change - problem.q * lowered
