@@ -43,6 +43,13 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
             "The model has no floating array, so there is nothing to train. With Flax "
             "linen and haiku the parameters are the model: `params = module.init(...)`."
         )
+    for path, leaf in leaves:
+        if is_parameter(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"The parameter {jtu.keystr(path)} has dtype {leaf.dtype}; parameters "
+                "are real: keep real and imaginary part as two arrays, joined by "
+                "`jax.lax.complex` in the model."
+            )
     if not isinstance(model, eqx.Module):  # a module may well hold indices
         check_parameters(model)
         for path, leaf in leaves:

@@ -1,5 +1,7 @@
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -70,6 +72,33 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
 def _is_weak(leaf) -> bool:
     floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and leaf.weak_type
+
+
+def working_dtype(*trees: PyTree) -> np.dtype:
+    """float64 where a floating array has it, else float32: that of the inner work."""
+    has_double = any(leaf.dtype == jnp.float64 for leaf in jtu.tree_leaves(trees))
+    return jnp.dtype(jnp.float64 if has_double else jnp.float32)
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """The tree with its floating arrays in this dtype."""
+
+    def convert(leaf):
+        floating = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating and leaf.dtype != dtype else leaf
+
+    return jtu.tree_map(convert, tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree with its floating arrays in the dtypes of those of a like tree."""
+    convert = lambda leaf, other: cast(leaf, other.dtype)
+    return jtu.tree_map(convert, tree, like)
+
+
+def widened(fn: Callable, dtype: Any, *own: PyTree) -> Callable:
+    """`fn` with arguments and values in this dtype, computed in that of its `own`."""
+    return lambda *args: cast(fn(*cast_like(args, own)), dtype)
 
 
 def float_dtype(**trees: PyTree) -> np.dtype:

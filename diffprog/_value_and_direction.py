@@ -1,5 +1,6 @@
 """The replacement for `value_and_grad`: what is checked, and the compiled step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,7 +24,16 @@ from ._model import (
 )
 from ._network_problem import check_reduction, Reduction
 from ._result import explain, RESULTS, throw_unless_successful
-from ._tree import all_finite, norm, scale, vdot, where
+from ._tree import (
+    all_finite,
+    cast,
+    cast_like,
+    norm,
+    scale,
+    vdot,
+    where,
+    working_dtype,
+)
 from ._types import came, check_kind, noted
 from .losses import AbstractLoss, as_loss
 from .oracles._damping import AbstractDamping, as_damping, DampingState, OUTCOMES
@@ -43,9 +53,9 @@ ADVICE = dict(
     no_descent="Not even the gradient lowers the model: raise `damping`, or the steps "
     "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
     "gradient.",
-    nonfinite_rollout="The loss of this batch is NaN or infinite: look for NaN in "
-    "`inputs`, `targets` and the parameters; if the parameters have grown, take "
-    "smaller steps or more damping.",
+    nonfinite_rollout="The loss of this batch, or that after the step, is NaN or "
+    "infinite: look for NaN in `inputs`, `targets` and the parameters; if the "
+    "parameters have grown, take smaller steps or more damping.",
     nonfinite_derivative="Look for sqrt(0), norms at 0 or 0/0 under `jnp.where` in the "
     "model and the loss; with target propagation raise `regularization`.",
     factorization_failed="The loss is not convex in the outputs, or the damping is "
@@ -285,11 +295,11 @@ def _damping_of(vd: ValueAndDirection) -> AbstractDamping | None:
 
 def _init(vd, arrays, frozen, model_state) -> DirectionState:
     _, params = _predictor(vd, arrays, frozen, None, None, None)
-    rule, damping = _damping_of(vd), None
+    rule, damping, dtype = _damping_of(vd), None, working_dtype(params)
     if rule is not None:
-        dtype = jnp.result_type(*jtu.tree_leaves(params))
-        damping = jtu.tree_map(lambda a: jnp.asarray(a).astype(dtype), rule.init())
-    return DirectionState(damping, vd.oracle.init(params), model_state)
+        convert = lambda a: jnp.asarray(a).astype(dtype)
+        damping = jtu.tree_map(convert, rule.init())
+    return DirectionState(damping, vd.oracle.init(cast(params, dtype)), model_state)
 
 
 def _outputs(vd, arrays, frozen, inputs, model_state, key):
@@ -321,7 +331,12 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     damping = jnp.zeros_like(gradient)
     if rule is not None:
         damping = rule.damping(state.damping, gradient).astype(gradient.dtype)
-    proposal = vd.oracle.propose(at, damping, state.memory, key)
+    dtype = at.value.dtype
+    memory = cast(state.memory, dtype)
+    proposal = vd.oracle.propose(at, damping, memory, key)
+    # The step as it will be made: what is too small for the parameters is no part.
+    rounded = cast(cast_like(proposal.step, params), dtype)
+    proposal = dataclasses.replace(proposal, step=rounded)
     result = _judge(at, proposal)
     ok = result == RESULTS.successful
     slope = vdot(at.gradient, proposal.step)
@@ -329,18 +344,21 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
     if adapt and rule is not None:
         outcome = _outcome(ok)
         if rule.follows_ratio:
-            ratio, outcome = _compare(at, proposal, ok)
-            keep = ok & rule.keep(outcome)
-        next_damping = rule.update(next_damping, ratio, outcome)
+            ratio, outcome, after = _compare(at, proposal, ok)
+            lost = ok & ~jnp.isfinite(after)
+            result = RESULTS.where(lost, RESULTS.nonfinite_rollout, result)
+            keep = ok & ~lost & rule.keep(outcome)
+        given = ratio.astype(next_damping.damping.dtype)
+        next_damping = rule.update(next_damping, given, outcome)
     direction = scale(-1, proposal.step)
     if vd.scale == "gradient":
         unit = proposal.unit
         if jtu.tree_structure(unit) != jtu.tree_structure(direction):
             unit = jtu.tree_map(lambda _: proposal.unit, direction)
         direction = jtu.tree_map(scale, unit, direction)
-    zeros = jtu.tree_map(jnp.zeros_like, params)
+    zeros = jtu.tree_map(jnp.zeros_like, at.params)
     instead = where(_replaced(vd, at.value, gradient, result), at.gradient, zeros)
-    direction = where(keep, direction, instead)
+    direction = cast_like(where(keep, direction, instead), params)
     aux = DirectionAux(
         result,
         at.outputs,
@@ -352,12 +370,16 @@ def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, ad
         jnp.asarray(proposal.gap, slope.dtype),
         jnp.asarray(proposal.num_inner, jnp.int32),
     )
-    memory = where(ok, proposal.memory, state.memory)
+    memory = cast_like(where(ok, proposal.memory, memory), state.memory)
     return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
 
 
-def _compare(at: Linearization, proposal: Proposal, ok) -> tuple[Array, OUTCOMES]:
-    """The true decrease of h over the predicted one, and what that says of the step."""
+def _compare(
+    at: Linearization, proposal: Proposal, ok
+) -> tuple[Array, OUTCOMES, Array]:
+    """The true decrease of h over the predicted one, what that says of the step, and
+    the loss after it.
+    """
     step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, at.params))
     after = at.value_at(jtu.tree_map(jnp.add, at.params, step))
     predicted, noise = proposal.decrease, at.rounding()
@@ -367,7 +389,7 @@ def _compare(at: Linearization, proposal: Proposal, ok) -> tuple[Array, OUTCOMES
     lost = (jnp.abs(predicted) <= noise) & ~(proposal.gap > noise)
     unclear = ok & lost & (after <= at.value + noise)
     outcome = _outcome(jnp.isfinite(ratio) & (ratio > 0))
-    return ratio, OUTCOMES.where(unclear, OUTCOMES.unclear, outcome)
+    return ratio, OUTCOMES.where(unclear, OUTCOMES.unclear, outcome), after
 
 
 def _outcome(good: Bool[Array, ""]) -> OUTCOMES:

@@ -34,6 +34,7 @@ FLOORS = {
     "_tree": 1,
     "_chain": 2,
     "_inner": 2,
+    "_jacobian": 2,
     "_model": 2,
     "_layer_constants": 2,
     "_door": 2,

@@ -306,6 +306,23 @@ def test_a_bad_step_is_rejected():
     close(w - direction, jnp.full((1, 1), newton), 1e-5)
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_no_step_is_made_to_a_loss_that_is_not_finite(fallback):
+    # sqrt(w) at 4 and the target -1: the step of Gauss-Newton ends at -8.
+    predict = lambda w, x: jnp.sqrt(w * x)
+    vd = dp.value_and_direction(
+        Squared(), GaussNewton(Threshold(1e-8)), predict, fallback=fallback
+    )
+    w, x, y = jnp.full((1, 1), 4.0), jnp.ones((1, 1)), jnp.full((1, 1), -1.0)
+    state = vd.init(w)
+    (value, aux), direction, after = vd.step(w, state, x, y)
+    close((value, aux.slope), (4.5, -9.0), 1e-5)
+    assert aux.result == dp.RESULTS.nonfinite_rollout and np.isnan(aux.ratio)
+    close(direction, jnp.full((1, 1), 0.75 if fallback else 0.0))
+    assert after.damping is not None
+    close(after.damping.damping, 1.5e-8, 1e-20)
+
+
 def test_rules_of_damping():
     state = MadsenNielsen(1.0).init()
     accepted, rejected, unclear = OUTCOMES.accepted, OUTCOMES.rejected, OUTCOMES.unclear
@@ -595,11 +612,12 @@ def test_wrong_models_and_batches(unchecked):
     with raises(ValueError, r"`metric` is an array of shape \(3,\); a pytree like"):
         oracle = GaussNewton(0.1, metric=jnp.ones(3))
         dp.value_and_direction(Squared(), oracle)(MODEL, INPUTS, TARGETS)
-    half = jax.tree.map(lambda a: a.astype(jnp.float16), arrays(MODEL))
-    half = eqx.combine(half, MODEL)
-    low = lambda a: a.astype(jnp.float16)
-    with raises(TypeError, "dtype float16, and factorizations need float32"):
-        vd(half, low(INPUTS), low(TARGETS))
+    turned = jax.tree.map(lambda a: a.astype(complex), arrays(MODEL))
+    with raises(TypeError, r"parameter \.layers\[0\].* has dtype complex128"):
+        vd(eqx.combine(turned, MODEL), INPUTS, TARGETS)
+    predict = lambda model, inputs: jax.vmap(model)(inputs).astype(complex)
+    with raises(TypeError, "The outputs of the model have dtype complex128"):
+        dp.value_and_direction(Squared(), Gradient(), predict)(MODEL, INPUTS, TARGETS)
 
 
 def test_wrong_definitions(unchecked):
@@ -622,3 +640,52 @@ def test_wrong_definitions(unchecked):
     with pytest.raises(TypeError, match="one floating array whose first axis"):
         outputs = lambda model, x: (jax.vmap(model)(x), x)
         make(Squared(), Gradient(), outputs)(MODEL, INPUTS, TARGETS)
+
+
+# Layers that know their derivative backward only -------------------------------------
+
+
+@jax.custom_vjp
+def by_vjp(x):
+    return jnp.tanh(x)
+
+
+by_vjp.defvjp(
+    lambda x: (by_vjp(x), x), lambda x, g: (g * (1 - jnp.square(jnp.tanh(x))),)
+)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    "oracle",
+    [
+        Gradient(Threshold(1.0)),
+        GaussNewton(0.1, Cholesky()),
+        GaussNewton(0.1, CG()),
+        ProxLinear(0.1),
+    ],
+    ids=lambda oracle: type(oracle).__name__,
+)
+def test_a_custom_vjp_gives_the_same_direction(oracle):
+    vd = dp.value_and_direction(Squared(), oracle)
+    found = []
+    for activation in (by_vjp, jnp.tanh):
+        loops = 3 * [eqx.nn.Linear(4, 4, key=KEYS[5]), activation]
+        ends = [eqx.nn.Linear(n, m, key=KEYS[6]) for n, m in ((3, 4), (4, 2))]
+        net = dp.Network([ends[0], activation, *loops, ends[1]])
+        (value, aux), direction, _ = vd.step(net, vd.init(net), INPUTS, TARGETS)
+        assert aux.result == dp.RESULTS.successful
+        found.append((value, aux.slope, aux.ratio, jax.tree.leaves(direction)))
+    close(found[0], found[1], 1e-10)
+
+
+def test_a_custom_vjp_under_an_oracle_that_needs_it_forward(monkeypatch):
+    monkeypatch.setattr("diffprog._jacobian.LARGEST", 100)
+    model = eqx.nn.MLP(3, 2, 5, 1, by_vjp, key=KEYS[2])
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1, CG()))
+    with pytest.raises(TypeError, match="`jax.custom_vjp`.*here it has 12 by 32"):
+        vd(model, INPUTS, TARGETS)
+    vd = dp.value_and_direction(Squared(), Gradient())
+    desired = vd(eqx.tree_at(lambda m: m.activation, model, jnp.tanh), INPUTS, TARGETS)
+    (value, direction), (wanted, gradient) = vd(model, INPUTS, TARGETS), desired
+    close((value, jax.tree.leaves(direction)), (wanted, jax.tree.leaves(gradient)))

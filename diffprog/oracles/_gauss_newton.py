@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._result import RESULTS
-from .._tree import scale, vdot
+from .._tree import cast, scale, vdot
 from .._types import came, check_kind, number
 from ._damping import check_damping
 from ._solvers import AbstractSolver, Auto, CG
@@ -120,7 +120,7 @@ def _propose(
             "`eqx.filter(model, eqx.is_inexact_array)`, with positive weights is "
             "expected."
         )
-    roots = jtu.tree_map(jnp.sqrt, metric)
+    roots = jtu.tree_map(jnp.sqrt, cast(metric, at.value.dtype))
     if metric is not None:  # w = metric^(-1/2) v
         at = _scaled(at, roots)
     solved = solver.solve(at, damping, memory, key)

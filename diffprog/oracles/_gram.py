@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from .._linalg import matmul
 from .._network import has_parameters, Network, Stage
+from .._tree import cast
 from .base import Linearization
 
 
@@ -65,11 +66,13 @@ def gram(at: Linearization, factor) -> Array:
             lambda x: jax.vmap(lambda x: net.scan(_shapes, x)[1])(x), at.inputs
         ),
     )
-    _, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
+    own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=at.outputs.dtype).reshape(rows, 1, *factor.rho.shape[1:])
     columns = jnp.broadcast_to(unit, (rows, *factor.rho.shape))
-    S = jax.vmap(lambda e: pull(factor.mv(e))[0])(columns)  # (rows, m, [stages,] out)
+    # (rows, m, [stages,] out)
+    S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
+    S, activations = cast((S, activations), at.outputs.dtype)
     total = jnp.zeros((m, rows, m, rows), at.outputs.dtype)
     for stack, s, a in zip(net.stacks, S, activations, strict=True):
         biased = [layer.use_bias for layer in _linear(stack.stage)]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from .._linalg import matmul, solve_positive
 from .._network import has_parameters, Stage
 from .._recurrent import Recurrent, RNNCell
-from .._tree import vary
+from .._tree import cast, vary, widened, working_dtype
 from ._rules import RuleBoundary
 
 
@@ -190,7 +190,10 @@ def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
     x, others = eqx.partition(x, eqx.is_inexact_array)
     if not jtu.tree_leaves(x):
         return x
-    y, A = jax.linearize(lambda x: fn(eqx.combine(x, others)), x)
+    dtype = working_dtype(message)
+    run = widened(lambda x: fn(eqx.combine(x, others)), dtype, x)
+    x = cast(x, dtype)
+    y, A = jax.linearize(run, x)
     At = lambda v: jax.linear_transpose(A, x)(v)[0]
     flat_x, unravel_x = ravel_pytree(x)
     flat_y, unravel_y = ravel_pytree(y)

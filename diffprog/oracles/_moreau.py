@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .._inner import AbstractInner, InnerGaussNewton, InnerGradient, ridge, Subproblem
 from .._network import Network, Stage
 from .._result import RESULTS
-from .._tree import all_finite, scale, vdot
+from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._types import check_kind, check_positive, Number, number
 from ._gram import is_linear
 from ._rules import AbstractRule, is_boundary, run_network, with_rule
@@ -122,7 +122,7 @@ class LayerRules(AbstractRule):
 
         def one(moving, fixed, message):
             fn = lambda moving: layer(eqx.combine(moving, fixed))
-            return self.state.pull(fn, moving, message)
+            return _pull(self.state, fn, moving, message)
 
         pull = jax.vmap(one) if batched else one
         to_x = pull(moving, fixed, message)
@@ -139,14 +139,20 @@ class LayerRules(AbstractRule):
             layer = eqx.combine(params, rest)
             return jax.vmap(layer)(x) if batched else layer(x)
 
-        return rule.pull(fn, params, message)
+        return _pull(rule, fn, params, message)
+
+
+def _pull(rule: AbstractMessageRule, fn: Callable, x: PyTree, message: PyTree):
+    """The rule, for a function that has dtypes of its own."""
+    dtype = working_dtype(message)
+    return rule.pull(widened(fn, dtype, x), cast(x, dtype), message)
 
 
 def _linear_inverse(layer, params, x: Array, message: Array, gamma: Any) -> PyTree:
     """Ridge regression of the messages: (X'X + gamma I)^-1 X' lam, with ones in X."""
-    X = x
+    X = x.astype(message.dtype)
     if layer.use_bias:
-        X = jnp.concatenate([x, jnp.ones_like(x[:, :1])], 1)
+        X = jnp.concatenate([X, jnp.ones_like(X[:, :1])], 1)
     V = ridge(X, message, gamma).T
     if not layer.use_bias:
         return eqx.tree_at(lambda p: p.weight, params, V)
@@ -240,7 +246,6 @@ class MoreauBackprop(AbstractOracle):
 
 def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
     """The outputs as a function of the parameters; backward they follow the rule."""
-    rest = eqx.filter(at.model, eqx.is_inexact_array, inverse=True)
     if isinstance(at.model, Network):
         if not at.mapped:
             raise ValueError(
@@ -248,7 +253,8 @@ def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
                 "`predict` and `key`, or mark the layers of another model with "
                 "`dp.rule_boundary`."
             )
-        return lambda params: run_network(eqx.combine(params, rest), rule, at.inputs)
+        run = lambda params: run_network(at.model_with(params), rule, at.inputs)
+        return lambda params: run(params).astype(at.outputs.dtype)
     apply = at.apply
     marked = any(map(is_boundary, jtu.tree_leaves(at.model, is_leaf=is_boundary)))
     if apply is None or not marked:
@@ -257,7 +263,7 @@ def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
             "could follow: make it a `dp.Network(layers)`, or mark its layers with "
             "`dp.rule_boundary(layer)`."
         )
-    return lambda params: apply(with_rule(eqx.combine(params, rest), rule))
+    return lambda params: apply(with_rule(at.model_with(params), rule))
 
 
 def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:

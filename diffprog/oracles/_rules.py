@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._network import Network
+from .._tree import cast, cast_like, working_dtype
 from .._types import came
 
 
@@ -34,7 +35,8 @@ class AbstractRule(eqx.Module):
 
         `memory` is from `prepare`, x the input and `message` like the output: of one
         example, or of a batch with a leading axis where `batched`. For arrays of x that
-        are not floating the message is `None`.
+        are not floating the message is `None`. Messages and memory are float32, or
+        float64 where something is, whatever the layer and its input are.
         """
 
 
@@ -56,12 +58,15 @@ def follow(
     def backward(args, message):
         params, constants, rule, memory, x = args
         layer = eqx.combine(params, constants, static)
+        dtype = working_dtype(params, x, message)
+        memory, message = cast((memory, message), dtype)
         to_params, to_x = rule.backward(layer, memory, x, message, batched)
         zero = lambda tree: jtu.tree_map(_zero_tangent, tree)
         to_x = eqx.combine(
             to_x, zero(eqx.filter(x, eqx.is_inexact_array, inverse=True))
         )
-        return to_params, zero(constants), zero(rule), zero(memory), to_x
+        to_params, to_x = cast_like((to_params, to_x), (params, x))
+        return to_params, zero(constants), zero(rule), zero(args[3]), to_x
 
     run.defvjp(forward, backward)
     return run(params, constants, rule, memory, x)
@@ -93,6 +98,12 @@ def fixed(tree: PyTree) -> PyTree:
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
+def prepared(rule: AbstractRule, layer: Callable) -> PyTree:
+    """What the rule needs of the layer, in the working dtype."""
+    floats = eqx.filter(layer, eqx.is_inexact_array)
+    return rule.prepare(cast(fixed(layer), working_dtype(floats)))
+
+
 def rule_boundary(layer: Callable) -> RuleBoundary:
     """Marks a layer of any model for the rules of `TargetPropagation` and others.
 
@@ -117,7 +128,7 @@ def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
     def mark(node):
         if not is_boundary(node):
             return node
-        memory = rule.prepare(fixed(node.layer))
+        memory = prepared(rule, node.layer)
         return RuleBoundary(node.layer, rule, memory)
 
     return jtu.tree_map(mark, model, is_leaf=is_boundary)
@@ -125,7 +136,7 @@ def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
 
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:
     """The outputs for a batch; backward each stage follows the rule batch-wise."""
-    prepare = lambda stage, carry: (carry, rule.prepare(fixed(stage)))
+    prepare = lambda stage, carry: (carry, prepared(rule, stage))
     _, memories = net.scan(prepare, None)
     step = lambda stage, x, memory: (follow(rule, stage, memory, x, True), None)
     return net.scan(step, inputs, memories)[0]

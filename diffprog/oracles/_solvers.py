@@ -67,15 +67,6 @@ def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: int, unroll: b
     return lax.while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
 
 
-def _check_precision(outputs: Array):
-    if outputs.dtype.itemsize < 4:
-        raise TypeError(
-            f"The outputs have dtype {outputs.dtype}, and factorizations need float32 "
-            "or float64: convert the parameters and the inputs, or give the oracle "
-            "`solver=dp.oracles.CG()`."
-        )
-
-
 def ratio(a: Array, b: Array) -> Array:
     """a / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
@@ -266,7 +257,6 @@ class Cholesky(AbstractSolver):
 
         With `shift` the gradient is that of the losses less J' times it.
         """
-        _check_precision(at.outputs)
         mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
         rho, e = factor.rho, factor.remainder
         if shift is not None:
@@ -322,7 +312,6 @@ class RandomSubspace(AbstractSolver):
                 "`RandomSubspace` draws directions: give the call a `key`, such as "
                 "`jax.random.key(0)`, another one each time."
             )
-        _check_precision(at.outputs)
         leaves, treedef = jtu.tree_flatten(at.params)
         keys = jax.random.split(key, len(leaves))
         V = jtu.tree_unflatten(

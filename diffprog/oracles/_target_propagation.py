@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from .._linalg import matmul
 from .._network import Network, Stack
-from .._tree import vary, vdot
+from .._tree import cast, cast_like, vary, vdot, widened, working_dtype
 from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
@@ -24,7 +24,7 @@ from ._inverses import (
     regularized_inverse,
     view,
 )
-from ._rules import AbstractRule, fixed, follow, is_boundary, with_rule
+from ._rules import AbstractRule, follow, is_boundary, prepared, with_rule
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -151,8 +151,7 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
             f"`head` is {oracle.head}, which counts the stages of a `dp.Network`; here "
             "leave it out, and do not mark the layers that end the model."
         )
-    rest = eqx.filter(at.model, eqx.is_inexact_array, inverse=True)
-    outputs = lambda params: at.apply(with_rule(eqx.combine(params, rest), rule))
+    outputs = lambda params: at.apply(with_rule(at.model_with(params), rule))
 
     def factor(node):
         value = oracle.stepsize if is_boundary(node) else 1.0
@@ -164,12 +163,12 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
 def _run_network(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
     net: Network = at.model
     heads = _head_rows(net, oracle.head)
-    rest = eqx.filter(net, eqx.is_inexact_array, inverse=True)
 
     def outputs(params):
-        whole = eqx.combine(params, rest)
+        whole = at.model_with(params)
         model = _Ruled(*_split(whole, heads), rule, at.mapped)
-        return model(at.inputs) if at.mapped else at.apply(model)
+        found = model(at.inputs) if at.mapped else at.apply(model)
+        return found.astype(at.outputs.dtype)
 
     def factor(stack, rows):
         here = jnp.arange(stack.size) < stack.size - rows
@@ -227,7 +226,7 @@ class _Ruled(eqx.Module):
 
     def __call__(self, x: PyTree, *, key: Any = None) -> PyTree:
         rule, both = self.rule, not self.rule.local
-        prepare = lambda stage, _: (None, rule.prepare(fixed(stage)))
+        prepare = lambda stage, _: (None, prepared(rule, stage))
         memories = self.body.scan(prepare, None)[1]
 
         def body(stage, x, memory):
@@ -282,7 +281,7 @@ class _Targets(AbstractRule):
         def run(params, floats):
             return each(eqx.combine(params, rest))(eqx.combine(floats, others))
 
-        y, pull = jax.vjp(run, params, floats)
+        y, pull = _wide_vjp(run, message, params, floats)
         total = message if adjoint is None else jtu.tree_map(jnp.add, message, adjoint)
         to_params, to_x = pull(total)
 
@@ -311,7 +310,7 @@ class _Targets(AbstractRule):
 
         back = lambda *args: self._steps(_as_loop(layer), memory, *args)
         if not self.local:
-            (_, states, y), pull = jax.vjp(run, params, floats)
+            (_, states, y), pull = _wide_vjp(run, message, params, floats)
             to_start, to_states, to_x, _, _ = each(back)(x, states, message)
             if adjoint is None:
                 adjoint = jtu.tree_map(jnp.zeros_like, y)
@@ -326,13 +325,14 @@ class _Targets(AbstractRule):
                 xs, previous
             )
 
-        _, pull = jax.vjp(steps, params)
+        _, pull = _wide_vjp(steps, message, params)
         return pull((to_start, to_states))[0], to_x, None
 
     def _steps(self, loop: Loop, memory, x, states, message):
         """For one example, the messages to h_0, to later states, and to x."""
         recurrent, xs = loop.recurrent, compose(loop.before)(x)
         start = recurrent.start(xs)
+        states = cast_like(states, start)
         join = lambda a, b: jnp.concatenate([a[None], b[:-1]])
         previous = jtu.tree_map(join, start, states)
         # The message to the output, as one to every state.
@@ -349,7 +349,8 @@ class _Targets(AbstractRule):
             return back, message
 
         rows = (xs, previous, states, loss)
-        zeros = vary(jtu.tree_map(jnp.zeros_like, start), like=rows)
+        zeros = jtu.tree_map(lambda a: jnp.zeros_like(a[0]), loss)
+        zeros = vary(zeros, like=rows)
         to_start, to_states = lax.scan(step, zeros, rows, reverse=True)
 
         def to_input(x, h, h_next, message):
@@ -365,6 +366,7 @@ class _Targets(AbstractRule):
         """What changes the argument of the activation so that its value follows."""
         if activation is None:
             return message
+        y = y.astype(message.dtype)
         if not self.difference:
             return activation.linearized(y, message, self.eps)
         change = activation.difference(y, -self.stepsize * message, self.eps)
@@ -419,4 +421,10 @@ def _pull(fn: Callable, x: PyTree, message: PyTree) -> PyTree:
     run = lambda floats: fn(eqx.combine(floats, others))
     if not jtu.tree_leaves(floats):
         return floats
-    return jax.vjp(run, floats)[1](message)[0]
+    return _wide_vjp(run, message, floats)[1](message)[0]
+
+
+def _wide_vjp(fn: Callable, message: PyTree, *args: PyTree):
+    """`jax.vjp`, with values and derivatives in the dtype of the message."""
+    dtype = working_dtype(message)
+    return jax.vjp(widened(fn, dtype, *args), *cast(args, dtype))

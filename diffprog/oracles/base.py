@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._jacobian import products
 from .._result import RESULTS
-from .._tree import vdot
+from .._tree import cast, cast_like, vdot, working_dtype
 from .._types import came, shapes
 from ..losses import AbstractLoss
 
@@ -38,6 +38,10 @@ class Linearization(eqx.Module):
     - `weight`: c.
     - `apply`: the outputs as a function of the model, for oracles that change layers.
     - `mapped`: whether they are those of `jax.vmap(model)(inputs)`.
+    - `eps`: the rounding of the outputs, and one like `params` of the parameters.
+
+    The model runs in its own dtypes. All arrays here, and those that go into these
+    functions and come out of them, are float32, or float64 where the model has it.
     """
 
     params: PyTree
@@ -55,6 +59,12 @@ class Linearization(eqx.Module):
     weight: float
     apply: Any = None
     mapped: bool = eqx.field(static=True, default=False)
+    eps: tuple[float, PyTree] = (0.0, None)
+
+    def model_with(self, params: PyTree) -> Any:
+        """The model with other parameters, in the dtypes of its own."""
+        own, rest = eqx.partition(self.model, eqx.is_inexact_array)
+        return eqx.combine(cast_like(params, own), rest)
 
     def hessian_mv(self, v: Array) -> Array:
         """H v, with the block-diagonal Hessian of the losses in the outputs."""
@@ -63,7 +73,7 @@ class Linearization(eqx.Module):
     def value_at(self, params: PyTree) -> Float[Array, ""]:
         """h at other parameters, on the same batch and with the same key."""
         losses = self.loss(self.predict(params), self.targets)
-        return self.weight * jnp.sum(losses)
+        return (self.weight * jnp.sum(losses)).astype(self.value.dtype)
 
     def rounding(self) -> Float[Array, ""]:
         r"""By how much h may be wrong because numbers are rounded.
@@ -72,10 +82,12 @@ class Linearization(eqx.Module):
         off by some roundings of themselves and of the parameters that they add up. A
         loss of 0 of outputs that only end near 0 is not known to more than that.
         """
-        eps = EPSILONS * jnp.finfo(self.outputs.dtype).eps
+        of_outputs, of_params = self.eps
         signs = lambda w: jnp.where(jnp.arange(w.size) % 2, -1, 1).reshape(w.shape)
-        mixed = jtu.tree_map(lambda w: w * signs(w).astype(w.dtype), self.params)
-        error = eps * (jnp.abs(self.outputs) + jnp.abs(self.mv(mixed)))
+        mixed = lambda w, eps: EPSILONS * eps * w * signs(w).astype(w.dtype)
+        of_params = self.mv(jtu.tree_map(mixed, self.params, of_params))
+        eps = EPSILONS * of_outputs
+        error = eps * jnp.abs(self.outputs) + jnp.abs(of_params)
         upward = jnp.where(self.cotangent < 0, -error, error)
         change = self.weight * jnp.sum(
             self.loss(self.outputs + upward, self.targets)
@@ -102,17 +114,23 @@ def linearize(
     mapped: bool = False,
 ) -> tuple[Linearization, PyTree]:
     """The linearization, and what else `predict` returns."""
-    outputs, mv, aux = jax.linearize(predict, params, has_aux=True)
-    check_outputs(outputs, inputs)
-    transpose = jax.linear_transpose(mv, params)
-    transpose_mv = lambda v: transpose(v)[0]
+
+    def checked(params):
+        outputs, aux = predict(params)
+        check_outputs(outputs, inputs)
+        return outputs, aux
+
+    found, mv, transpose_mv, aux = products(checked, params)
+    dtype = working_dtype(params, found)
+    eps = lambda a: float(jnp.finfo(a.dtype).eps)
+    outputs, targets = found.astype(dtype), _at_least(targets, dtype)
     losses = _losses(loss, outputs, targets, inputs)
     weight = 1 / outputs.shape[0] if reduction == "mean" else 1.0
     cotangent = loss.gradient(outputs, targets)
     return Linearization(
-        params=params,
+        params=cast(params, dtype),
         outputs=outputs,
-        value=weight * jnp.sum(losses),
+        value=(weight * jnp.sum(losses)).astype(dtype),
         gradient=transpose_mv(weight * cotangent),
         cotangent=cotangent,
         mv=mv,
@@ -121,14 +139,26 @@ def linearize(
         targets=targets,
         model=model,
         inputs=inputs,
-        predict=lambda params: predict(params)[0],
+        predict=lambda w: predict(cast_like(w, params))[0].astype(dtype),
         weight=weight,
-        apply=apply,
+        apply=None if apply is None else lambda model: apply(model).astype(dtype),
         mapped=mapped,
+        eps=(eps(found), jtu.tree_map(eps, params)),
     ), aux
 
 
+def _at_least(targets: PyTree, dtype: Any) -> PyTree:
+    """Targets of 16 bits in the dtype of the outputs."""
+    small = lambda a: eqx.is_inexact_array(a) and a.dtype.itemsize < 4
+    return jtu.tree_map(lambda a: cast(a, dtype) if small(a) else a, targets)
+
+
 def check_outputs(outputs: Any, inputs: PyTree):
+    if eqx.is_array(outputs) and jnp.issubdtype(outputs.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"The outputs of the model have dtype {outputs.dtype}; losses are of real "
+            "numbers: give real and imaginary parts as two outputs, or a modulus."
+        )
     if not eqx.is_inexact_array(outputs) or outputs.ndim == 0:
         examples = rows(inputs)
         of = "the batch" if examples is None else f"a batch of {examples} examples"
