@@ -32,7 +32,7 @@ from ._operators import (
     f_loss,
     f_softargmax,
 )
-from ._root import below, Classes, largest, weighted
+from ._root import below, Classes, difference, largest, weighted
 from ._simplex import proximal
 
 
@@ -60,12 +60,16 @@ def _less(p: Array, y: Array, labels: bool) -> Array:
 
 
 def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
-    """The softmax, ln p + z and z of every row; zeros for p where all is excluded."""
-    y = below(outputs, largest(outputs, Classes()))
-    e = jnp.exp(y)
+    """The softmax of every row, its largest output, and the logsumexp less that.
+
+    Where all classes are excluded there are zeros, and a logsumexp of -inf.
+    """
+    m = largest(outputs, Classes())
+    e = jnp.exp(below(outputs, m))
     total = _sum(e)
-    total = jnp.where(total > 0, total, 1)
-    return e / total, y, jnp.log(total)
+    present = total > 0
+    total = jnp.where(present, total, 1)
+    return e / total, m, jnp.where(present, jnp.log(total), -jnp.inf)
 
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
@@ -212,9 +216,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
         check_classes(outputs, jnp.asarray(targets))
         if _is_labels(targets):
             return total(f_loss(outputs, targets, KL()))
-        p, y, z = _softmax(outputs)
-        losses = _sum(like(outputs, targets) * z - weighted(like(outputs, targets), y))
-        return total(jnp.where(_sum(p) > 0, losses, 0))
+        (_, m, z), y = _softmax(outputs), like(outputs, targets)
+        losses = _sum(weighted(y, difference(m, outputs))) + _sum(y) * z
+        return total(jnp.where(z > -jnp.inf, losses, 0))
 
     def _targets(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
         """y and its sum."""
@@ -225,9 +229,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
 
     def gradient(self, outputs, targets):
         y, mass = self._targets(outputs, targets)
-        p = _softmax(outputs)[0]
+        p, _, z = _softmax(outputs)
         g = _less(mass * p, y, _is_labels(targets))
-        return jnp.where(_sum(p) > 0, g, 0)
+        return jnp.where(z > -jnp.inf, g, 0)
 
     def _weights(self, outputs, targets):
         return self._targets(outputs, targets)[1] * _softmax(outputs)[0]
@@ -284,8 +288,8 @@ class Hinge(AbstractLoss):
         """The rows of labels, and u_j - u_y + 1[j != y], -inf for what is excluded."""
         own = _one_hot(outputs, labels)
         label = _sum(jnp.where(own > 0, outputs, 0))
-        margins = jnp.where(outputs > -jnp.inf, below(outputs, label) + 1, -jnp.inf)
-        return own, jnp.where(own > 0, 0, margins)
+        margins = jnp.where(own > 0, 0, difference(outputs, label) + 1)
+        return own, jnp.where((outputs > -jnp.inf) | (own > 0), margins, -jnp.inf)
 
     def gradient(self, outputs, targets):
         if not _is_labels(targets):

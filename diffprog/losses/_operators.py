@@ -26,6 +26,7 @@ from ._divergence import AbstractDivergence, ChiSquare
 from ._root import (
     below,
     cost,
+    difference,
     height,
     probabilities,
     same_for_all,
@@ -278,11 +279,11 @@ def _labelled(s: Setup, labels: Array, smoothing, constant: bool):
         return s.classes.sum(jnp.where(mine, entry, 0))
 
     valid = s.classes.sum(mine.astype(jnp.int32)) > 0
-    drop, own = -below(at_label(scores), m), at_label(q)
+    drop, own = difference(m, at_label(scores)), at_label(q)
     if smoothing is None:
         ratio, rest = 1 / _positive(own), jnp.asarray(s.f.at_zero, Q.dtype) - lift
     else:
-        mean = -s.classes.sum(jnp.where(s.present, q * below(scores, m), 0))
+        mean = s.classes.sum(jnp.where(s.present, q * difference(m, scores), 0))
         drop = weighted(1 - smoothing, drop) + weighted(smoothing, mean / _positive(Q))
         share = smoothing / _positive(Q)
         ratio, rest = (1 - smoothing) / _positive(own) + share, cost(s.f, share) - lift
@@ -298,7 +299,7 @@ def _soft(s: Setup, y: Array, smoothing, constant: bool) -> Array:
     scores, q, Q, m = s.problem
     if smoothing is not None:
         y = (1 - smoothing) * y + smoothing * jnp.where(s.present, q, 0) / _positive(Q)
-    drop = -s.classes.sum(weighted(y, below(scores, m)))
+    drop = s.classes.sum(weighted(y, difference(m, scores)))
     if not constant:
         return drop
     u = jnp.where(s.present, y / _positive(q), 1)
