@@ -16,6 +16,7 @@ from ._door import door
 from ._model import (
     check_apart,
     check_batch,
+    check_examples,
     explained,
     first_half_twice,
     is_parameter,
@@ -50,6 +51,9 @@ Scale = Literal["step", "gradient"]
 
 # What to do about a result, in the words of training.
 ADVICE = dict(
+    max_steps_reached="The duality gap of the prox-linear model is above `gap`: raise "
+    "`max_steps` of the solver, `gap` or `damping`; in float32 a small gap is lost in "
+    "rounding. `ProxLinear(throw=False)` takes the step as it is.",
     no_descent="Not even the gradient lowers the model: raise `damping`, or the steps "
     "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
     "gradient.",
@@ -264,6 +268,7 @@ def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
                     "The model has a state: give `dp.value_and_direction` a `predict` "
                     "that takes `state=` and returns the outputs and the new state."
                 )
+            check_examples(inputs)
             if key is None:
                 return jax.vmap(explained(model, inputs))(inputs), None
             keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])

@@ -33,8 +33,8 @@ FLOORS = {
     "_capture": 1,
     "_tree": 1,
     "_chain": 2,
-    "_inner": 2,
     "_jacobian": 2,
+    "_inner": 3,
     "_model": 2,
     "_layer_constants": 2,
     "_door": 2,
@@ -66,15 +66,16 @@ LOSSES = [
     ["_call", "_isotonic"],
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
     ["_loss", "_simplex"],
-    ["_block"],
+    ["_block", "_interior"],
     ["_energy", "_bellman", "_viterbi", "_risk_descent"],
     ["_supervised", "_multiclass", "_custom"],
 ]
 # Inside the oracles.
 ORACLES = [
     ["base", "_damping"],
-    ["_gram", "_rules"],
+    ["_gram", "_model_solver", "_rules"],
     ["_solvers", "_inverses"],
+    ["_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
@@ -236,7 +237,7 @@ RECORDS = [
     "oracles.GaussNewton", "oracles.DualGaussNewton", "oracles.ProxLinear",
     "oracles.CG", "oracles.DualCG", "oracles.Cholesky", "oracles.RandomSubspace",
     "oracles.NewtonSteps", "oracles.CoordinateAscent", "oracles.ProximalGradient",
-    "Smoothness", "LayerConstants", "SmoothRelu",
+    "oracles.InteriorPoint", "Smoothness", "LayerConstants", "SmoothRelu",
 ]  # fmt: skip
 
 

@@ -33,6 +33,10 @@ from ._hessian import (
     hessian_operator as hessian_operator,
     SoftargmaxJacobian as SoftargmaxJacobian,
 )
+from ._interior import (
+    AbstractBoundedLoss as AbstractBoundedLoss,
+    AbstractDomain as AbstractDomain,
+)
 from ._loss import AbstractLoss as AbstractLoss
 from ._multiclass import (
     FLoss as FLoss,

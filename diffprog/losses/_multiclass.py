@@ -9,6 +9,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
+from ._alpha import TracedAlpha
 from ._block import majorized, newton
 from ._call import (
     Call,
@@ -21,8 +22,9 @@ from ._call import (
 )
 from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor, row_dot
-from ._generated import as_divergence
+from ._generated import as_divergence, Generated
 from ._hessian import solution
+from ._interior import AbstractBoundedLoss, interval, simplex
 from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
 from ._operators import (
     check_at_zero,
@@ -89,7 +91,7 @@ def _project(x: Array, mass: Array) -> Array:
     return mass * f_softargmax(x / scale, ChiSquare(), "unit")
 
 
-class FLoss(AbstractLoss):
+class FLoss(AbstractBoundedLoss):
     """The Fenchel-Young loss of an f-divergence: [`diffprog.losses.f_loss`][].
 
     - `f`, `reference`, `temperature`, `smoothing`: as there. Classes are on the last
@@ -198,6 +200,25 @@ class FLoss(AbstractLoss):
         exact = _is_labels(targets) and self.smoothing == 0
         return _less(row * p.astype(y.dtype), y, exact)
 
+    def domain(self, outputs, targets):
+        # Of a traced alpha and of the user's own f nobody knows.
+        f = as_divergence(self.f)
+        if not f.sparse or isinstance(f, TracedAlpha | Generated):
+            return None
+        call = self._check(outputs)
+        y, row = self._targets(call, targets)
+        s, q, present = self._reference(call)
+        q, present = jnp.where(present, q, 1), present & (row > 0)
+        kept = jnp.where(present, q, 0)
+        mass = _sum(kept)
+        return simplex(
+            y,
+            kept / jnp.where(mass > 0, mass, 1),
+            present,
+            lambda p: s.beta * s.f.link(p / q),
+            lambda p: s.beta / (q * s.f.curvature(p / q)),
+        )
+
     def block_update(self, alpha, z, K, c, targets):
         return newton(self, alpha, z, K, c, targets)
 
@@ -266,7 +287,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
-class Hinge(AbstractLoss):
+class Hinge(AbstractBoundedLoss):
     r"""The hinge loss, of binary targets or of labels.
 
     For targets y = 1 or -1 of the shape of the outputs it is $\max(0, 1 - y u)$, summed
@@ -331,6 +352,15 @@ class Hinge(AbstractLoss):
         # tau (1 - own) less tau for all classes, which the projection does not see.
         x = jnp.where(own > 0, vector - tau + 1, vector)
         return _less(_project(x, _sum(own)), own, True)
+
+    def domain(self, outputs, targets):
+        if not _is_labels(targets):
+            y = signs(outputs, targets)
+            return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
+        own = _one_hot(outputs, targets)
+        even = jnp.full_like(own, 1 / own.shape[-1])
+        slope = lambda p: own - 1
+        return simplex(own, even, _sum(own) > 0, slope, jnp.zeros_like)
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)

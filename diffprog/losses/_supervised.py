@@ -17,6 +17,7 @@ from ._factor import (
     never,
     ScaledFactor,
 )
+from ._interior import AbstractBoundedLoss, Ball, interval
 from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
 from ._root import weighted
 from ._simplex import scaled_omega
@@ -104,7 +105,7 @@ class Logistic(AbstractLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
-class Huber(AbstractLoss):
+class Huber(AbstractBoundedLoss):
     r"""$\frac12 r^2$ for $|r| \le \delta$, else $\delta (|r| - \delta / 2)$; r = u - y.
 
     - `delta`: the residual from which on the loss grows linearly.
@@ -148,11 +149,16 @@ class Huber(AbstractLoss):
         free = (vector - tau * like(vector, targets)) / (1 + tau)
         return jnp.clip(free, -self.delta, self.delta)
 
+    def domain(self, outputs, targets):
+        y = like(outputs, targets)
+        bound = jnp.full_like(y, self.delta)
+        return interval(-bound, bound, y, 1.0)
+
     def block_update(self, alpha, z, K, c, targets):
         return newton(self, alpha, z, K, c, targets)
 
 
-class Absolute(AbstractLoss):
+class Absolute(AbstractBoundedLoss):
     r"""$\sum_j |u_j - y_j|$. Its gradient is 0 where $u_j = y_j$."""
 
     smooth: ClassVar[bool] = False
@@ -180,6 +186,10 @@ class Absolute(AbstractLoss):
     def conjugate_prox(self, vector, tau, targets):
         tau = per_example("tau", tau, vector)
         return jnp.clip(vector - tau * like(vector, targets), -1, 1)
+
+    def domain(self, outputs, targets):
+        y = like(outputs, targets)
+        return interval(-jnp.ones_like(y), jnp.ones_like(y), y)
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)
@@ -213,7 +223,7 @@ def _(primals, tangents):
     return _length(vector), example_dot(_unit(vector)[0], dvector)
 
 
-class Euclidean(AbstractLoss):
+class Euclidean(AbstractBoundedLoss):
     r"""$\|u - y\|_2$ over all outputs of an example. Its gradient is 0 at u = y."""
 
     smooth: ClassVar[bool] = False
@@ -244,6 +254,9 @@ class Euclidean(AbstractLoss):
     def conjugate_prox(self, vector, tau, targets):
         tau = per_example("tau", tau, vector)
         return self.dual_projection(vector - tau * like(vector, targets), targets)
+
+    def domain(self, outputs, targets):
+        return Ball(like(outputs, targets))
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)

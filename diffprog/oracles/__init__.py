@@ -20,6 +20,11 @@ from ._gauss_newton import (
     GaussNewton as GaussNewton,
 )
 from ._gradient import Gradient as Gradient
+from ._interior_point import InteriorPoint as InteriorPoint
+from ._model_solver import (
+    AbstractModelSolver as AbstractModelSolver,
+    Found as Found,
+)
 from ._moreau import (
     AbstractMessageRule as AbstractMessageRule,
     ChainRule as ChainRule,
@@ -29,9 +34,7 @@ from ._moreau import (
     prox_prop as prox_prop,
 )
 from ._prox_linear import (
-    AbstractModelSolver as AbstractModelSolver,
     CoordinateAscent as CoordinateAscent,
-    Found as Found,
     NewtonSteps as NewtonSteps,
     ProximalGradient as ProximalGradient,
     ProxLinear as ProxLinear,

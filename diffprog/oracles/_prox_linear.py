@@ -6,17 +6,16 @@ r"""Steps on the model that keeps the loss and linearizes the network.
 with d = -c J' alpha / damping, K = J J' and the linearized outputs z = f + J d.
 """
 
-import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._linalg import matmul
 from .._result import RESULTS
@@ -24,39 +23,10 @@ from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
 from ._damping import check_damping
+from ._interior_point import domain_of, InteriorPoint, sizes
+from ._model_solver import AbstractModelSolver, Found, model
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
-
-
-class Found(NamedTuple):
-    """A step, and what is known of it.
-
-    - `step`: d, like the parameters.
-    - `z`: the linearized outputs there, f + J d.
-    - `gap`: the duality gap.
-    - `num_inner`: iterations.
-    - `good`: whether the step can be trusted.
-    """
-
-    step: PyTree
-    z: Array
-    gap: Array
-    num_inner: Array
-    good: Array
-
-
-class AbstractModelSolver(eqx.Module):
-    """Minimizes a prox-linear model until the duality gap is small."""
-
-    @abc.abstractmethod
-    def minimize(self, at: Linearization, damping: Array, gap: Array) -> Found:
-        """Stops where P(d) - D(alpha) <= gap (P(0) - D(alpha))."""
-
-
-def model(at: Linearization, damping: Array, d: PyTree, z: Array) -> Array:
-    """P(d) where z = f + J d."""
-    losses = at.loss(z, at.targets)
-    return at.weight * jnp.sum(losses) + damping * vdot(d, d) / 2
 
 
 class NewtonSteps(AbstractModelSolver):
@@ -295,12 +265,15 @@ class ProxLinear(AbstractOracle):
 
     - `damping`: lambda > 0, a number or a rule such as
         [`diffprog.oracles.Threshold`][].
-    - `solver`: of the model: [`diffprog.oracles.NewtonSteps`][],
-        [`diffprog.oracles.CoordinateAscent`][] or
-        [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for smooth
-        losses; else the second up to 1024 outputs in the batch, and the third beyond.
+    - `solver`: of the model: [`diffprog.oracles.InteriorPoint`][],
+        [`diffprog.oracles.NewtonSteps`][], [`diffprog.oracles.CoordinateAscent`][] or
+        [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for losses with
+        kinks in themselves or their gradients, where its matrix has at most 1024^2
+        entries; the second for other smooth losses, and the last for what is left.
     - `gap`: the duality gap at which to stop, as a part of the distance from the loss
         to the dual value: 0.1 makes sure of a descent direction.
+    - `throw`: whether a gap that was not reached is a failure, `max_steps_reached`,
+        which withholds the step. With `False` the step is the best that was found.
 
     Fails with a `TypeError` for a function of the user that is not smooth: it has no
     conjugate. With much noise in the targets nothing is gained over stochastic
@@ -313,6 +286,7 @@ class ProxLinear(AbstractOracle):
     damping: Any = number(1.0)
     solver: AbstractModelSolver | None = None
     gap: Number = number(0.1)
+    throw: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
         check_damping(self.damping)
@@ -326,7 +300,10 @@ class ProxLinear(AbstractOracle):
 
     def propose(self, at, damping, memory, key):
         solver = self.solver or choose(at)
-        found = solver.minimize(at, damping, jnp.asarray(self.gap, at.value.dtype))
+        gap = jnp.asarray(self.gap, at.value.dtype)
+        found, noise = solver.minimize(at, damping, gap), at.rounding()
+        P = model(at, damping, found.step, found.z)
+        reached = found.gap <= gap * (at.value - P + found.gap) + noise
 
         def shortened(d, u, t):
             """t, halved until the convex model falls along d, or 0; u = J d."""
@@ -348,10 +325,10 @@ class ProxLinear(AbstractOracle):
         t = shortened(d, u, jnp.where(t > 0, t, one))
         losses = at.loss(at.outputs + t * u, at.targets)
         result = RESULTS.where(
-            (t == 0) & (found.gap > at.rounding()),
-            RESULTS.no_descent,
-            RESULTS.successful,
+            reached | (not self.throw), RESULTS.successful, RESULTS.max_steps_reached
         )
+        useless = (t == 0) & (found.gap > noise)
+        result = RESULTS.where(useless, RESULTS.no_descent, result)
         return Proposal(
             scale(t, d),
             at.value - at.weight * jnp.sum(losses),
@@ -364,6 +341,9 @@ class ProxLinear(AbstractOracle):
 
 def choose(at: Linearization) -> AbstractModelSolver:
     """The solver for a loss and a batch."""
+    n, q = sizes(at)
+    if domain_of(at) is not None and q * min(n, q) <= 1024**2:
+        return InteriorPoint()
     if at.loss.smooth:
         return NewtonSteps()
-    return CoordinateAscent() if at.outputs.size <= 1024 else ProximalGradient()
+    return CoordinateAscent() if q <= 1024 else ProximalGradient()

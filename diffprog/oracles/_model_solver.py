@@ -1,0 +1,42 @@
+"""What the solvers of prox-linear models share."""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .._tree import vdot
+from .base import Linearization
+
+
+class Found(NamedTuple):
+    """A step, and what is known of it.
+
+    - `step`: d, like the parameters.
+    - `z`: the linearized outputs there, f + J d.
+    - `gap`: the duality gap.
+    - `num_inner`: iterations.
+    - `good`: whether the step can be trusted.
+    """
+
+    step: PyTree
+    z: Array
+    gap: Array
+    num_inner: Array
+    good: Array
+
+
+class AbstractModelSolver(eqx.Module):
+    """Minimizes a prox-linear model until the duality gap is small."""
+
+    @abc.abstractmethod
+    def minimize(self, at: Linearization, damping: Array, gap: Array) -> Found:
+        """Stops where P(d) - D(alpha) <= gap (P(0) - D(alpha))."""
+
+
+def model(at: Linearization, damping: Array, d: PyTree, z: Array) -> Array:
+    """P(d) where z = f + J d."""
+    losses = at.loss(z, at.targets)
+    return at.weight * jnp.sum(losses) + damping * vdot(d, d) / 2
