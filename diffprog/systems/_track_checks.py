@@ -19,7 +19,7 @@ def named(lines: Lines, *rows: int) -> str:
     return f"{listed('row', rows)} ({in_file} of the file)"
 
 
-def meters(length: float, digits: int = 3) -> str:
+def meters(length: float | np.floating, digits: int = 3) -> str:
     """For messages: rounded to `digits`, and without an exponent where it is large."""
     return f"{float(f'{length:.{digits}g}'):g} m"
 
