@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 
@@ -61,11 +62,18 @@ def check_one_number(name: str, value: Any, expected: str = "one number"):
 
 def check_positive(name: str, value: Any, otherwise: str = ""):
     """Raises for what is no number, and for one that is known and not positive."""
-    wrong = f"`{name}` is {came(value)}; a number > 0 is expected{otherwise}."
+    wrong = lambda shown: f"`{name}` is {shown}; a number > 0 is expected{otherwise}."
     if not is_number(value):
-        raise TypeError(wrong)
-    if isinstance(value, float | int) and not value > 0:
-        raise ValueError(wrong)
+        raise TypeError(wrong(came(value)))
+    if is_known(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(wrong(value))
+
+
+def is_known(array: Any) -> bool:
+    """Whether its values can be looked at: not traced, and all on this machine."""
+    return not isinstance(array, Tracer) and getattr(
+        array, "is_fully_addressable", True
+    )
 
 
 def check_numbers(owner: Any, *names: str):

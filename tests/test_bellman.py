@@ -266,5 +266,25 @@ def test_wrong_calls(unchecked):
         losses.arm_from_ebm(rewards, eos=3)
     with pytest.raises(TypeError, match="`reference` is missing"):
         losses.arm_from_ebm(rewards, losses.ChiSquare())
+    with pytest.raises(TypeError, match="`rewards` is 3.0; a list of arrays"):
+        losses.arm_from_ebm(3.0)  # pyright: ignore
     with pytest.raises(ValueError, match="`tokens` has shape"):
         losses.rewards_from_logits(jnp.zeros((4, V)), jnp.zeros(3, int))
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+def test_tokens_that_there_are_not(bad):
+    rewards, logits = losses.rewards_from_logits, jnp.zeros((2, 3))
+    tokens = jnp.array([1, bad])
+    with pytest.raises(ValueError, match=f"contains {bad}; the tokens are 0 to 2"):
+        rewards(logits, tokens)
+    # Behind the end there may be anything.
+    assert rewards(logits, tokens, eos=1)[1] == 0
+
+    @jax.jit
+    def run(logits, tokens):
+        total = lambda logits, **end: rewards(logits, tokens, **end).sum()
+        return [jax.value_and_grad(total)(logits), jax.grad(total)(logits, eos=1)]
+
+    (value, gradient), ended = run(logits, tokens)
+    assert jnp.isnan(value) and jnp.isnan(gradient).any() and jnp.isfinite(ended).all()

@@ -695,6 +695,41 @@ def test_nan_is_no_missing_class(name):
 
 
 @pytest.mark.costly
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_not_known_is_nan_everywhere(name):
+    """NaN among the scores; and traced numbers outside of their domain."""
+    f = FAMILIES[name]
+
+    @jax.jit
+    def run(scores, beta, cap, q):
+        return {
+            "p": f_softargmax(scores, f, q, temperature=beta),
+            "sigmoid": losses.f_sigmoid(scores[:1, :1], f, "unit", temperature=beta),
+            "capped": losses.capped_f_softargmax(
+                scores, f, q, cap=cap, temperature=beta
+            ),
+            "w": losses.hessian_operator(scores[0], f, q, temperature=beta).w,
+            "value": f_softmax(scores, f, q, temperature=beta),
+            "loss": f_loss(scores, jnp.array([[0.5, 0.5]]), f, q, temperature=beta),
+            "lattice": losses.soft_viterbi(
+                jnp.stack([scores, scores])[None, :, 0], f, q, temperature=beta
+            ),
+        }
+
+    scores, q = jnp.array([[0.3, -0.2]]), jnp.ones(2)
+    good = run(scores, 1.0, 0.8, q)
+    assert all(jnp.isfinite(a).all() for a in good.values())
+    for wrong in (
+        run(scores.at[0, 0].set(jnp.nan), 1.0, 0.8, q),
+        run(scores, 0.0, 0.8, q),
+        run(scores, -1.0, 0.8, q),
+    ):
+        assert all(jnp.isnan(a).all() for a in wrong.values())
+    assert jnp.isnan(run(scores, 1.0, jnp.nan, q)["capped"]).all()
+    assert jnp.isnan(run(scores, 1.0, 0.8, jnp.array([1.0, -1.0]))["p"]).any()
+
+
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("KL", "1.5", "ReverseKL", "LeCam", "traced 0.3"))
 def test_rows_without_classes(name):
     f, scores = FAMILIES[name], jnp.asarray(THETA).at[1].set(-jnp.inf)
@@ -1007,6 +1042,21 @@ def test_wrong_parts_of_energies_and_risks(unchecked):
             "`potentials` has dtype int",
         ),
         (lambda: anything.sparsemax(0.5), "`scores` is one number"),
+        (lambda: anything.sparsemax(None), "`scores` is None; an array is expected"),
+        (lambda: anything.entmax15("s"), "`scores` is 's'; an array is expected"),
+        (
+            lambda: anything.capped_f_softargmax(THETA, KL(), cap="c"),
+            "`cap` is 'c'; a number > 0",
+        ),
+        (
+            lambda: losses.soft_viterbi(np.ones((3, 2, 2)), temperature=np.float32(0)),
+            "`temperature` is 0.0; a number > 0 is expected; for the limit 0 use",
+        ),
+        (
+            lambda: anything.viterbi(jnp.ones((3, 2, 2)), mask=jnp.ones(3)),
+            "`mask` has shape (3,) and dtype float64; booleans of shape (3,)",
+        ),
+        (lambda: losses.Huber(jnp.array(-1.0)), "`delta` is -1.0; a number > 0"),
         (
             lambda: anything.f_softargmax(KL(), THETA),
             "`scores` is KL(); an array is expected, and f comes after it",

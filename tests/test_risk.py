@@ -575,6 +575,17 @@ SPECTRUM: Any = L.spectrum  # for arguments of wrong types
             ValueError,
             "`period` is 0",
         ),
+        (lambda: descent("prospect", learning_rate=-0.1), ValueError, "-0.1; a number"),
+        (lambda: descent("lsvrg", l2=-1.0), ValueError, "`l2` is -1.0; a number >= 0"),
+        (lambda: descent("lsvrg", period=True), ValueError, "`period` is True"),
+        (lambda: descent("lsvrg", f=None), TypeError, "`f` is missing"),
+        (lambda: descent("prospect", smoothing=0), ValueError, "is 0; a number > 0"),
+        (lambda: descent("prospect", sigma=[0.7, 0.3]), ValueError, "not a spectrum"),
+        (
+            lambda: descent("prospect").init({"w": 1}, jnp.ones(2)),
+            TypeError,
+            r"`params\['w'\]` has dtype int64; floats",
+        ),
         (
             lambda: L.lsvrg(absolute, jnp.ones(1), learning_rate=0.1).init(
                 jnp.ones(2), (jnp.ones((3, 2)), jnp.ones(3))
@@ -587,6 +598,25 @@ SPECTRUM: Any = L.spectrum  # for arguments of wrong types
 def test_errors_say_what_came_and_what_is_accepted(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def descent(name, **options):
+    """A method, with a list as its spectrum."""
+    usual = dict(sigma=[0.5, 0.5], f=KL, smoothing=1.0, learning_rate=0.1)
+    square = lambda w, x: jnp.sum((jnp.asarray(w) - x) ** 2)
+    return getattr(L, name)(square, **(usual | options))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_and_python_numbers_describe_a_method():
+    data, key = jnp.array([0.0, 1.0]), jax.random.key(0)
+    for method, same in (
+        (descent("prospect"), descent("prospect", sigma=jnp.array([0.5, 0.5]))),
+        (descent("lsvrg", period=np.int64(5)), descent("lsvrg", period=5)),
+    ):
+        state, other = method.init(0.0, data), same.init(jnp.zeros(()), data)
+        state, other = method.step(state, data, key), same.step(other, data, key)
+        assert state.params == other.params != 0
 
 
 # Minimizing -----------------------------------------------------------------------

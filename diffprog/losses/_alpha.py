@@ -35,14 +35,15 @@ def power(y: ArrayLike, exponent: float) -> Array:
 def alpha_value(alpha: Any, u: Array) -> Array:
     """f(u) of the alpha-divergence; where alpha < 1/2 by f_a(u) = u f_{1-a}(1/u)."""
     dual = alpha < 0.5
-    safe = jnp.where(u > 0, u, 1)
+    zero = u <= 0  # NaN is not
+    safe = jnp.where(zero, 1, u)
     a, v = jnp.where(dual, 1 - alpha, alpha), jnp.where(dual, 1 / safe, safe)
     log = jnp.log(v)
     value = (v * log * expm1_over((a - 1) * log) - (v - 1)) / a
     value = jnp.where(dual, safe * value, value)
     positive = alpha > 0
     at_zero = jnp.where(positive, 1 / jnp.where(positive, alpha, 1), jnp.inf)
-    return jnp.where(u > 0, value, at_zero)
+    return jnp.where(zero, at_zero, value)
 
 
 class Power(AbstractDivergence):
@@ -88,9 +89,11 @@ class Power(AbstractDivergence):
             u = power(y, 1 / e)
             if e < -1:  # y may overflow where u is not negligible
                 u = (-e) ** (1 / e) * power(-w, 1 / e)
-            return u, jnp.where(u > 0, u / jnp.where(u > 0, y, 1), 0)
+            zero = u <= 0
+            return u, jnp.where(zero, 0, u / jnp.where(zero, 1, y))
         if self.alpha > 2:  # the curvature is infinite at the edge of the support
-            curvature = jnp.where(y > 0, power(jnp.where(y > 0, y, 1), 1 / e - 1), 0)
+            zero = y <= 0
+            curvature = jnp.where(zero, 0, power(jnp.where(zero, 1, y), 1 / e - 1))
         else:
             curvature = power(y, 1 / e - 1)
         return curvature * y, curvature
@@ -173,7 +176,7 @@ class TracedAlpha(AbstractDivergence):
         """ln u and y = u^(alpha - 1); -inf and 1 where u is 0."""
         e, near = self.alpha - 1, self.near
         y = jnp.where(near, 1 + e * w, e * w)
-        inside = (y > 0) & (jnp.abs(w) < jnp.inf)
+        inside = ~(y <= 0) & (jnp.abs(w) != jnp.inf)  # NaN is
         y, scale = jnp.where(inside, y, 1), jnp.maximum(jnp.abs(e), 1)
         # ln(1 + x) / x = ln(y) / (y - 1) for y = 1 + x as it was rounded.
         t = jnp.where(near, y - 1, e)
@@ -208,7 +211,7 @@ class TracedAlpha(AbstractDivergence):
         e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
         far = (1 - e * log) / jnp.where(near, 1, e) ** 2
         change = jnp.where(near, log * log * second_remainder(e * log), far)
-        return jnp.where(u > 0, u * change, 0)
+        return jnp.where(u <= 0, 0, u * change)
 
 
 def second_remainder(z: Array) -> Array:

@@ -10,14 +10,17 @@ with V = 0 at the end: behind `eos`, and at the full length.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._types import came, is_known
 from ._call import Divergence
 from ._divergence import KL
 from ._smooth import smooth_max
+from ._targets import as_array
 
 
 Tables = Sequence[Float[ArrayLike, "..."]]
@@ -122,21 +125,28 @@ def rewards_from_logits(
     - `eos`: the token that ends a sequence, if there is one. Rewards behind the first
         one are 0, whatever the logits are there; a sequence without it ends at T.
 
-    **Returns:** the reward of every token.
+    **Returns:** the reward of every token; NaN for a traced one that there is not.
+
+    **Raises:** `ValueError` for known tokens out of range, but for those behind `eos`.
 
     Source: that of [`diffprog.losses.arm_from_ebm`][].
     """
-    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
-    _check_eos(eos, logits.shape[-1])
-    if tokens.shape != logits.shape[:-1]:
+    logits, tokens = jnp.asarray(logits), as_array(tokens)
+    if logits.ndim < 2:
         raise ValueError(
-            f"`tokens` has shape {tokens.shape}; {logits.shape[:-1]} is expected for "
-            f"`logits` of shape {logits.shape}."
+            f"`logits` has shape {logits.shape}; (T, V), a row for every token, is "
+            "expected."
         )
+    _check_eos(eos, logits.shape[-1])
+    _check_tokens(tokens, logits, eos)
+    known, tokens = is_known(tokens), jnp.asarray(tokens)
     last = jnp.zeros_like(tokens, bool) if eos is None else tokens == eos
     ended = (jnp.cumsum(last, -1) > 0) & ~_first(last)
     logits = jnp.where(ended[..., None], 0, logits)
     chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    if not known:
+        outside = ((tokens < 0) | (tokens >= logits.shape[-1])) & ~ended
+        chosen = jnp.where(outside, jnp.nan, 1) * chosen
     values = smooth_max(logits, f, reference)
     following = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
     return jnp.where(ended, 0, chosen - jnp.where(last, 0, following))
@@ -157,6 +167,8 @@ def _without_eos(value: Array, eos: int | None) -> Array:
 
 
 def _check_tables(name: str, tables: Tables, eos: int | None) -> list[Array]:
+    if not hasattr(tables, "__len__"):
+        raise TypeError(f"`{name}` is {came(tables)}; a list of arrays is expected.")
     if len(tables) == 0:
         raise ValueError(f"`{name}` is empty; one array per token is expected.")
     V = np.shape(tables[0])[-1] if np.ndim(tables[0]) else 0
@@ -170,6 +182,24 @@ def _check_tables(name: str, tables: Tables, eos: int | None) -> list[Array]:
     return [jnp.asarray(table) for table in tables]
 
 
-def _check_eos(eos: int | None, V: int):
-    if eos is not None and not 0 <= eos < V:
-        raise ValueError(f"`eos` is {eos}; a token from 0 to {V - 1} is expected.")
+def _check_eos(eos: Any, V: int):
+    if eos is None or isinstance(eos, int | np.integer) and 0 <= eos < V:
+        return
+    raise ValueError(f"`eos` is {came(eos)}; a token from 0 to {V - 1} is expected.")
+
+
+def _check_tokens(tokens: Any, logits: Array, eos: int | None):
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    if tokens.shape != shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"`tokens` has shape {tokens.shape} and dtype {tokens.dtype}; integers of "
+            f"shape {shape} are expected for `logits` of shape {logits.shape}."
+        )
+    if not is_known(tokens):
+        return
+    known = np.asarray(tokens)
+    behind = False if eos is None else np.cumsum(known == eos, -1) > 0
+    outside = ((known < 0) | (known >= V)) & ~np.asarray(behind)
+    if outside.any():
+        bad = known[outside][0]
+        raise ValueError(f"`tokens` contains {bad}; the tokens are 0 to {V - 1}.")

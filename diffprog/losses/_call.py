@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
-from .._types import came, check_positive
+from .._types import came, check_positive, is_known
 from ._alpha import written
 from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
@@ -87,7 +86,7 @@ class Call(eqx.Module):
         if self.where is not None:
             excluded.append(~last(self.where))
         if self.reference is not None:
-            excluded.append(last(self.reference) <= 0)
+            excluded.append(last(self.reference) == 0)
         if self.temperature is not None:
             beta = self.temperature.astype(dtype)
             beta = jnp.where(beta > 0, beta, jnp.nan)  # where it is traced
@@ -104,6 +103,7 @@ class Call(eqx.Module):
             Q = q * count
         else:
             q = last(self.reference).astype(dtype)
+            q = jnp.where(q < 0, jnp.nan, q)  # where it is traced
             Q = classes.sum(jnp.where(theta != -jnp.inf, q, 0))
         return Setup(classes, f, Problem(theta, q, Q, largest(theta, classes)), beta)
 
@@ -120,7 +120,7 @@ class Call(eqx.Module):
 
 
 def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
-    if callable(scores) or isinstance(scores, AbstractDivergence):
+    if scores is None or callable(scores) or isinstance(scores, Divergence | str):
         raise TypeError(
             f"`scores` is {came(scores)}; an array is expected, and f comes after it."
         )
@@ -170,13 +170,6 @@ def operator(fn: Fn) -> Fn:
     return cast(Fn, call)
 
 
-def is_known(array) -> bool:
-    """Whether its values can be looked at: not traced, and all on this machine."""
-    return not isinstance(array, Tracer) and getattr(
-        array, "is_fully_addressable", True
-    )
-
-
 def check_reference(reference: Any, f: AbstractDivergence):
     """Raises for a measure that is missing, and for a name that there is not."""
     if reference is None and not isinstance(f, KL):
@@ -191,16 +184,11 @@ def check_reference(reference: Any, f: AbstractDivergence):
         )
 
 
-def check_temperature(temperature: Any):
+def check_temperature(temperature: Any, otherwise: str = ""):
     """Raises for what is no number, and for known numbers that are not positive."""
     if isinstance(temperature, list | tuple):
-        temperature = jnp.asarray(temperature)
-    check_positive("temperature", temperature)
-    number = isinstance(temperature, float | int)
-    if not number and is_known(temperature) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(
-            f"`temperature` is {temperature}; positive numbers are expected."
-        )
+        temperature = np.asarray(temperature)
+    check_positive("temperature", temperature, otherwise)
 
 
 def _check_scores(scores: Array, axis: Axis) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._types import check_number, is_known
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._call import Axis, Call, check, Divergence, is_known, operator, per_row, Reference
+from ._call import Axis, Call, check, Divergence, operator, per_row, Reference
 from ._divergence import AbstractDivergence
 from ._root import below, ratio
 
@@ -28,7 +29,7 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
     anything above. m is constant: the largest score, or, where some are at the cap and
     far above all others, the largest of these, whose digits it would swallow.
     """
-    present, eps = scores > -jnp.inf, jnp.finfo(scores.dtype).eps
+    present, eps = scores != -jnp.inf, jnp.finfo(scores.dtype).eps
     top = f.link(cap / jnp.where(present, q, 1)) + 0 * total(cap)
     left = lambda bound: 1 - cap * total((scores > bound).astype(scores.dtype))
     most = lambda a: jnp.max(a, -1, keepdims=True)
@@ -55,7 +56,7 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
 
 def below_cap(f, y, q, cap, top, mass) -> Array:
     """The s with sum_j min(q_j u(s + y_j), cap) = mass, for y <= 0."""
-    present = y > -jnp.inf
+    present = y != -jnp.inf
     Q = total(jnp.where(present, q, 0)) / mass
 
     def sums(s):
@@ -87,7 +88,7 @@ def _(primals, tangents):
 
 def _ratios(f, s, y, q, cap):
     """u, which classes are below the cap, and which are not excluded."""
-    present = y > -jnp.inf
+    present = y != -jnp.inf
     top = lax.stop_gradient(f.link(cap / jnp.where(present, q, 1)))
     free = ~(s + y >= top)  # NaN is not at the cap
     return ratio(f, jnp.where(free & present, s + y, top)), free, present
@@ -129,6 +130,8 @@ def capped_f_softargmax(
     Takes about ten passes over the scores, and two numbers of memory per row.
     """
     call = check(scores, f, reference, axis, where, temperature, None)
+    if not isinstance(cap, list):
+        check_number("cap", cap, "a number > 0")
     cap = per_row("cap", cap, call.scores.shape, call.axes)
     _check_cap(cap, call.classes)
     return _capped(call, cap)
@@ -143,7 +146,8 @@ def _capped(call: Call, cap: Array) -> Array:
     cap = jnp.broadcast_to(cap, (*scores.shape[:-1], 1))
     shift, m = offset(s.f, scores, q, cap)
     u, free, present = _ratios(s.f, shift, below(scores, m), q, cap)
-    return call.rows(jnp.where(present, jnp.where(free, q * u, cap), 0))
+    p = jnp.where(present, jnp.where(free, q * u, cap), 0)
+    return call.rows(jnp.where(cap > 0, p, jnp.nan))
 
 
 def _check_cap(cap: Array, k: int):

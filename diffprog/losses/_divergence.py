@@ -26,7 +26,8 @@ from jaxtyping import Array
 
 def positive_power(u: Array, exponent: Any) -> Array:
     """u^exponent for u > 0, else 0, with a derivative that is 0 there too."""
-    return jnp.where(u > 0, jnp.where(u > 0, u, 1) ** exponent, 0)
+    zero = u <= 0  # NaN is not
+    return jnp.where(zero, 0, jnp.where(zero, 1, u) ** exponent)
 
 
 def expm1_over(z: Array) -> Array:
@@ -284,7 +285,7 @@ class Jeffreys(AbstractDivergence):
 
     def pair(self, w):
         omega = wright_omega(1 - w, self.at_most_one)
-        u = jnp.where(w > -jnp.inf, 1 / omega, 0)
+        u = jnp.where(w == -jnp.inf, 0, 1 / omega)
         return u, self.curvature(u)
 
     def curvature(self, u):
@@ -335,7 +336,7 @@ class LeCam(AbstractDivergence):
         return u, self.curvature(u)
 
     def curvature(self, u):
-        return jnp.where(u > 0, (u + 1) ** 3 / 8, 0)
+        return jnp.where(u <= 0, 0, (u + 1) ** 3 / 8)
 
     def conjugate(self, w):
         if self.at_most_one:

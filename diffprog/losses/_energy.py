@@ -219,7 +219,7 @@ def minmin_objective(
 def _dual_terms(f: AbstractDivergence, v: Array, mass, max_ratio):
     """Q (f*(v) + lift), linear where Q u > max_ratio; Q u; and Q."""
     Q, most = jnp.asarray(mass, v.dtype), jnp.asarray(max_ratio, v.dtype)
-    present = v > -jnp.inf
+    present = v != -jnp.inf
     v = jnp.where(present, v, 0)
     if isinstance(f, KL):  # Q e^v = e^(v + ln Q), whatever Q is
         v, Q = v + jnp.log(Q), jnp.ones_like(Q)

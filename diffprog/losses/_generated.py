@@ -57,11 +57,12 @@ class Generated(AbstractDivergence):
         steps = 8 + jnp.finfo(w.dtype).nmant
         low, high = lax.fori_loop(0, steps, halve, (-reach, reach))
         u = jnp.where(low > -reach, jnp.exp((low + high) / 2), 0)
+        u = jnp.where(jnp.isnan(w), w, u)
         return u, self.curvature(u)
 
     def curvature(self, u):
-        second = _elementwise(jax.grad(jax.grad(self.fn)), jnp.where(u > 0, u, 1))
-        return jnp.where(u > 0, 1 / second, 0)
+        second = _elementwise(jax.grad(jax.grad(self.fn)), jnp.where(u <= 0, 1, u))
+        return jnp.where(u <= 0, 0, 1 / second)
 
     def conjugate(self, w):
         u, _ = self.pair(w)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._call import is_known
+from .._types import is_known
 from ._factor import AbstractFactor
 
 

@@ -9,14 +9,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._types import check_number
+from .._types import check_number, is_known
 from ._alpha import Alpha, written
 from ._call import (
     Axis,
     Call,
     check,
     Divergence,
-    is_known,
     operator,
     Reference,
     Setup,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._types import check_positive, is_known
 from ._alpha import TracedAlpha
-from ._call import Divergence, is_known
+from ._call import Divergence
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
@@ -224,21 +225,30 @@ def _prepare(losses, sigma, f, smoothing) -> tuple[Any, ...]:
             f"`sigma` has shape {sigma.shape}; {losses.shape}, the shape of `losses`, "
             "is expected."
         )
-    _check_spectrum(sigma)
+    check_spectral(sigma, f, smoothing)
+    dtype = losses.dtype if losses.dtype.itemsize >= 4 else jnp.dtype("float32")
+    if f is not None:
+        f = jax.tree_util.tree_map(lambda a: jnp.asarray(a, dtype), as_divergence(f))
+        nu = jnp.asarray(smoothing, dtype)
+        smoothing = jnp.where(nu > 0, nu, jnp.nan)  # where it is traced
+    return losses.astype(dtype), sigma.astype(dtype), f, smoothing, losses.dtype
+
+
+def check_spectral(sigma: Any, f: Any, smoothing: Any):
+    """Raises for what makes no spectral risk, as far as it is known."""
     if (f is None) != (smoothing is None):
         missing = "f" if f is None else "smoothing"
         raise TypeError(
             f"`{missing}` is missing: a smoothed risk needs both `f` and `smoothing`, "
             "a plain one neither."
         )
-    dtype = losses.dtype if losses.dtype.itemsize >= 4 else jnp.dtype("float32")
-    if f is not None:
-        f = jax.tree_util.tree_map(lambda a: jnp.asarray(a, dtype), as_divergence(f))
-        smoothing = _positive(smoothing, dtype)
-    return losses.astype(dtype), sigma.astype(dtype), f, smoothing, losses.dtype
-
-
-def _check_spectrum(sigma: Array):
+    if smoothing is not None:
+        if np.ndim(smoothing):
+            raise ValueError(
+                f"`smoothing` has shape {np.shape(smoothing)}; one number is expected."
+            )
+        otherwise = "; for no smoothing leave `f` and `smoothing` out"
+        check_positive("smoothing", smoothing, otherwise)
     if not is_known(sigma):
         return
     values = np.asarray(sigma)
@@ -248,15 +258,3 @@ def _check_spectrum(sigma: Array):
             "`sigma` is not a spectrum: its entries are >= 0, do not fall, and sum up "
             "to 1. `dp.losses.spectrum` makes one."
         )
-
-
-def _positive(smoothing, dtype) -> Array:
-    nu = jnp.asarray(smoothing, dtype)
-    if nu.ndim:
-        raise ValueError(f"`smoothing` has shape {nu.shape}; one number is expected.")
-    if is_known(nu) and not nu > 0:
-        raise ValueError(
-            f"`smoothing` is {nu}; a number > 0 is expected. For no smoothing leave "
-            "`f` and `smoothing` out."
-        )
-    return nu

@@ -6,20 +6,21 @@ correct it by what they remember, so that a constant learning rate converges.
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._door import door
-from .._types import came
+from .._types import came, check_count, check_number, check_positive, is_known
 from ._call import Divergence
 from ._generated import as_divergence
 from ._loss import AbstractLoss
-from ._risk import Number, spectral_weights
+from ._risk import check_spectral, Number, spectral_weights
 
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -107,19 +108,39 @@ def pick(tree: PyTree, i: Array) -> PyTree:
     return jtu.tree_map(lambda a: a[i], tree)
 
 
-def _check(loss: Any, sigma: Any, f: Any):
+def _check(loss: Any, sigma: Any, f: Any, smoothing, rate, l2) -> Risk:
     if isinstance(loss, AbstractLoss) or isinstance(loss, type) or not callable(loss):
         raise TypeError(
             f"`loss` is {came(loss)}; a function `loss(params, example)`, the loss of "
             "one example, is expected, which calls the model itself."
         )
-    if jnp.ndim(sigma) != 1:
+    sigma = jnp.asarray(sigma)
+    if sigma.ndim != 1:
         raise ValueError(
-            f"`sigma` has shape {jnp.shape(sigma)}; a spectrum with an entry for each "
+            f"`sigma` has shape {sigma.shape}; a spectrum with an entry for each "
             'example is expected: `dp.losses.spectrum("superquantile", n, 0.5)`.'
         )
+    check_spectral(sigma, f, smoothing)
+    check_positive("learning_rate", rate)
+    check_number("l2", l2, "a number >= 0")
+    if is_known(l2) and not np.all(np.asarray(l2) >= 0):
+        raise ValueError(f"`l2` is {l2}; a number >= 0 is expected.")
     if f is not None:
         as_divergence(f)
+    return Risk(cast(Loss, loss), sigma, f, smoothing)
+
+
+def start(risk: Risk, params: PyTree, data: PyTree) -> PyTree:
+    """The parameters as arrays, which are floats, and as many examples as weights."""
+    count(data, risk.sigma)
+    params = jtu.tree_map(jnp.asarray, params)
+    for path, leaf in jtu.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"`params{jtu.keystr(path)}` has dtype {leaf.dtype}; floats are "
+                "expected: convert it with `.astype(float)`."
+            )
+    return params
 
 
 def count(data: PyTree, sigma: Array) -> int:
@@ -175,8 +196,7 @@ def prospect(
     Source: Mehta, Roulet, Pillutla, Harchaoui, "Distributionally Robust Optimization
     with Bias and Variance Reduction", 2024, arXiv 2310.13863.
     """
-    _check(loss, sigma, f)
-    risk = Risk(loss, sigma, f, smoothing)
+    risk = _check(loss, sigma, f, smoothing, learning_rate, l2)
     return RiskDescent(
         ft.partial(_prospect_init, risk),
         ft.partial(_prospect_step, risk, learning_rate, l2),
@@ -185,7 +205,7 @@ def prospect(
 
 @door
 def _prospect_init(risk: Risk, params: PyTree, data: PyTree) -> ProspectState:
-    count(data, risk.sigma)
+    params = start(risk, params, data)
     each = jax.vmap(jax.value_and_grad(risk.loss), (None, 0))
     losses, gradients = each(params, data)
     q = risk.weights(losses)
@@ -251,12 +271,11 @@ def lsvrg(
     Source: Mehta, Roulet, Pillutla, Liu, Harchaoui, "Stochastic Optimization for
     Spectral Risk Measures", 2023, arXiv 2212.05149.
     """
-    if period is not None and (not isinstance(period, int) or period < 1):
-        raise ValueError(
-            f"`period` is {period!r}; an integer >= 1 or None is expected."
-        )
-    _check(loss, sigma, f)
-    risk = Risk(loss, sigma, f, smoothing)
+    if period is not None:
+        if isinstance(period, np.integer):
+            period = int(period)
+        check_count("period", period)
+    risk = _check(loss, sigma, f, smoothing, learning_rate, l2)
     return RiskDescent(
         ft.partial(_lsvrg_init, risk),
         ft.partial(_lsvrg_step, risk, learning_rate, l2, period),
@@ -274,7 +293,7 @@ def _check_in(risk: Risk, params: PyTree, data: PyTree):
 
 @door
 def _lsvrg_init(risk: Risk, params: PyTree, data: PyTree) -> LSVRGState:
-    count(data, risk.sigma)
+    params = start(risk, params, data)
     checkpoint, weights, G = _check_in(risk, params, data)
     return LSVRGState(params, checkpoint, weights, G, jnp.zeros((), jnp.int32))
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._types import came
-from ._call import Axis, batch_shape, is_known
+from .._types import came, is_known
+from ._call import Axis, batch_shape
 
 
 SLACK = 1e-2  # of a sum of probabilities: they may have been rounded to 8 bits

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._call import Divergence
+from ._call import check_temperature, Divergence
 from ._divergence import KL
 from ._generated import as_divergence
 from ._operators import f_softargmax
@@ -63,11 +63,7 @@ def soft_viterbi(
     Source: Mensch, Blondel, "Differentiable Dynamic Programming for Structured
     Prediction and Attention", 2018, arXiv 1802.03676.
     """
-    if isinstance(temperature, (int, float)) and temperature <= 0:
-        raise ValueError(
-            f"`temperature` is {temperature}; a positive number is expected. For the "
-            "limit 0 use `viterbi`."
-        )
+    check_temperature(temperature, "; for the limit 0 use `viterbi`")
     potentials, first, last, mask = _check(potentials, start, final, mask)
     name = reference if reference is None or isinstance(reference, str) else ARRAY
     dtype = potentials.dtype
@@ -171,7 +167,7 @@ def _arrive(theta: Array, v: Array) -> Array:
 
 def _add(a: Array, b: Array) -> Array:
     """a + b, where -inf stays -inf and passes no derivative on."""
-    possible = (a > -jnp.inf) & (b > -jnp.inf)
+    possible = (a != -jnp.inf) & (b != -jnp.inf)  # as NaN is
     total = jnp.where(possible, a, 0) + jnp.where(possible, b, 0)
     return jnp.where(possible, total, -jnp.inf)
 
@@ -199,6 +195,9 @@ def _check(potentials, start, final, mask) -> tuple[Array, Array, Array, Array]:
             )
         ends.append(scores.astype(potentials.dtype))
     mask = jnp.ones(shape[0], bool) if mask is None else jnp.asarray(mask)
-    if mask.shape != shape[:1]:
-        raise ValueError(f"`mask` has shape {mask.shape}; {shape[:1]} is expected.")
+    if mask.shape != shape[:1] or mask.dtype != bool:
+        raise ValueError(
+            f"`mask` has shape {mask.shape} and dtype {mask.dtype}; booleans of shape "
+            f"{shape[:1]} are expected."
+        )
     return potentials, ends[0], ends[1], mask
