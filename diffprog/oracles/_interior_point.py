@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
@@ -220,17 +220,17 @@ def coordinates(
         columns = lax.map(lambda e: at.mv(lift(e)), unit, batch_size=batch_size)
         return jnp.moveaxis(columns, 0, -1), lift
     K = Cholesky(batch_size).whitened(at, Squared().factor(at.outputs, at.outputs))
-    values, V = jnp.linalg.eigh(K)
-    known = values > q * jnp.finfo(dtype).eps * values[-1]
-    root = jnp.sqrt(jnp.where(known, values, 1))
-    inverse = jnp.where(known, 1 / root, 0)
-    B = V * jnp.where(known, root, 0)[None]
+    # More than the rounding of K, which may be singular.
+    tiny = jnp.finfo(dtype).tiny
+    more = 4 * jnp.finfo(dtype).eps * jnp.trace(K) + tiny
+    L = jnp.linalg.cholesky(K + more * jnp.eye(q, dtype=dtype))
 
     def lift(e):
-        # U = J' V / root.
-        return at.transpose_mv(matmul(V, inverse * e).reshape(at.outputs.shape))
+        # U = J' L^-T.
+        v = solve_triangular(L, e, trans=1, lower=True)
+        return at.transpose_mv(v.reshape(at.outputs.shape))
 
-    return B.reshape(*at.outputs.shape, q), lift
+    return L.reshape(*at.outputs.shape, q), lift
 
 
 def domain_of(at: Linearization) -> AbstractDomain | None:
