@@ -22,6 +22,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from ._jacobian import products
 from ._linalg import matmul, solve_positive, symmetrize
 from ._tree import add, scale, vdot, where
 from ._types import check_count, check_numbers, check_positive, Number, number
@@ -138,10 +139,9 @@ class InnerGaussNewton(AbstractInner):
         return scale(-1, repeat(step, zero, self.num_steps, self.unroll))
 
     def _step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
-        p, mv = jax.linearize(problem.fn, add(problem.x, y))
+        run = lambda y: (problem.fn(y), None)
+        p, mv, pull, _ = products(run, add(problem.x, y))
         b = add(mv(y), problem.residual(p, p0), -1)  # J y - c
-        transpose = jax.linear_transpose(mv, y)
-        pull = lambda v: transpose(v)[0]
         if min(_size(y), _size(p)) <= self.max_dense:
             return _dense_fit(mv, pull, y, b, problem.gamma)
         product = lambda d: add(pull(mv(d)), scale(problem.gamma, d))

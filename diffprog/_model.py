@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from ._capture import Frozen
 from ._flax import check_parameters, found_in, NNX
-from ._types import came, noted, shapes
+from ._types import came, check_key, noted, shapes
 
 
 def is_array(leaf) -> bool:
@@ -64,7 +64,7 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
 
 
 def check_batch(key: Any, **batch: PyTree):
-    """Raises for lists of numbers in place of arrays, and for what is no key."""
+    """Raises for lists in place of arrays, for no example, and for what is no key."""
     for name, tree in batch.items():
         number = lambda leaf: isinstance(leaf, int | float)
         if isinstance(tree, list) and all(map(number, jtu.tree_leaves(tree))):
@@ -72,9 +72,24 @@ def check_batch(key: Any, **batch: PyTree):
                 f"`{name}` is a list of numbers, which is no array: give "
                 f"`jnp.asarray({name})`."
             )
-    if key is not None and not is_array(key):
-        raise TypeError(
-            f"`key` is {came(key)}; a key such as `jax.random.key(0)` is expected."
+        leaves = jtu.tree_leaves(tree)
+        if leaves and all(np.shape(leaf)[:1] == (0,) for leaf in leaves):
+            raise ValueError(
+                f"`{name}` has shape {shapes(tree):.200}: at least one example is "
+                "expected. Skip an empty batch."
+            )
+    if key is not None:
+        check_key(key)
+
+
+def check_examples(inputs: PyTree):
+    """Raises for inputs that are not mapped over: there is a row for every example."""
+    leaves = jtu.tree_leaves(inputs)
+    if not leaves or len({np.shape(leaf)[:1] for leaf in leaves} | {()}) != 2:
+        raise ValueError(
+            f"`inputs` has shape {shapes(inputs):.200}; arrays with one row for every "
+            "example, that is a first axis of one length, are expected. For others "
+            "give `dp.value_and_direction` a `predict(model, inputs)`."
         )
 
 

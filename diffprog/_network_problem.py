@@ -9,10 +9,28 @@ from jaxtyping import PyTree
 
 from ._chain import AbstractChain, Phase
 from ._network import Network, Stack
-from ._types import came
+from ._types import came, noted
 
 
 Reduction = Literal["mean", "sum"]
+
+# What to do about a result, in the words of networks.
+ADVICE = dict(
+    max_steps_reached="Raise `max_steps`, loosen `rtol` and `atol`, or continue from "
+    "`solution.us` with `state=solution.state`.",
+    no_descent="The derivatives may not belong to the loss (kinks, gradients cut "
+    "inside): check them, use float64, or loosen the tolerances.",
+    damping_limit="The model of the loss is not convex or not accurate enough here: "
+    "start from other parameters, raise the `max_damping` of the search, or take "
+    "`dp.GaussNewton()`.",
+    nonfinite_rollout="Look for NaN in the inputs, the targets and the parameters; if "
+    "values grow from layer to layer, start from smaller parameters.",
+    nonfinite_derivative="Look for sqrt(0), norms at 0, or 0/0 under `jnp.where` in "
+    "the layers and the loss.",
+    factorization_failed="Give a positive `damping`, or take `dp.GaussNewton()`, whose "
+    "model is convex where the loss is convex in the outputs.",
+    cost_unbounded="The loss has no lower bound: look for a wrong sign.",
+)
 
 
 class NetworkProblem(AbstractChain):
@@ -78,8 +96,8 @@ class NetworkProblem(AbstractChain):
         params = self.network.params
         if jtu.tree_structure(us) != jtu.tree_structure(params):
             raise ValueError(
-                "`us` is not arranged like the parameters of the network: give "
-                "`net.params`."
+                f"`us` is {came(us)}, not arranged like the parameters of "
+                "the network: give `net.params`."
             )
         return tuple(
             u if stack.size > 1 else jtu.tree_map(lambda a: jnp.asarray(a)[None], u)
@@ -135,6 +153,9 @@ def _dynamics(stack: Stack, start: int) -> Callable:
         if stack.size > 1:  # integer arrays have a row per stage too
             row = lambda a: a[t - start] if eqx.is_array(a) else a
             own = jtu.tree_map(row, rest)
-        return jax.vmap(eqx.combine(u, own))(x)
+        layers = eqx.combine(u, own)
+        note = lambda: f"Raised in stage {start} of the network: {layers!r:.200}"
+        with noted(note):
+            return jax.vmap(layers)(x)
 
     return dynamics

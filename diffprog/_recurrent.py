@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from ._capture import Frozen
 from ._door import door
 from ._tree import vary
-from ._types import came, check_function
+from ._types import came, check_function, noted, shapes
 
 
 class RNNCell(eqx.Module):
@@ -54,6 +54,13 @@ class RNNCell(eqx.Module):
 
     def __call__(self, x: Float[Array, " p"], h: Float[Array, " n"]):
         """The next hidden state."""
+        n, p = self.input_weight.shape
+        if jnp.shape(x) != (p,) or jnp.shape(h) != (n,):
+            raise ValueError(
+                f"The cell was given x of shape {jnp.shape(x)} and h of shape "
+                f"{jnp.shape(h)}; ({p},) and ({n},) are expected: `dp.Recurrent(cell, "
+                f"{n})` takes one sequence of shape (T, {p})."
+            )
         z = self.hidden_weight @ h + self.input_weight @ x + self.bias
         return self.activation(z)
 
@@ -125,19 +132,42 @@ class Recurrent(eqx.Module):
 
     def _run(self, start: PyTree, x: PyTree, all_states: bool) -> tuple[PyTree, PyTree]:
         """$h_T$, and $h_1, ..., h_T$ stacked if they are wanted."""
+        lengths = {jnp.shape(leaf)[:1] for leaf in jtu.tree_leaves(x)}
+        if len(lengths | {()}) != 2:
+            raise ValueError(
+                f"The sequence has shape {shapes(x):.200}; arrays whose first axis is "
+                "the time, of one length, are expected, of one example."
+            )
         arrays, rest = eqx.partition(self.cell, eqx.is_array)
         return _run_door(arrays, Frozen(rest), start, x, all_states)
 
 
 @door
-def _run_door(arrays, frozen: Frozen, start: PyTree, x: PyTree, all_states: bool):
+def _run_door(arrays, frozen: Frozen, start: PyTree, xs: PyTree, all_states: bool):
     cell: Any = eqx.combine(arrays, frozen.tree())
 
     def step(h, x):
-        h = cell(x, h)
-        return h, h if all_states else None
+        given = lambda: (
+            f"The cell was given x of shape {shapes(x):.200}, of a sequence of shape "
+            f"{shapes(xs):.200}, and h of shape {shapes(h):.200}, that of `initial`."
+        )
+        with noted(given):
+            new = cell(x, h)
+        if _like(new) != _like(h):
+            raise ValueError(
+                f"The cell returned a state of {_like(new):.200}, from one of "
+                f"{_like(h):.200}; both must agree: give `dp.Recurrent` an `initial` "
+                "like what the cell returns."
+            )
+        return new, new if all_states else None
 
-    return lax.scan(step, start, x)
+    return lax.scan(step, start, xs)
+
+
+def _like(state: PyTree) -> str:
+    """Shapes and dtypes of a state, in its arrangement."""
+    dtypes = jtu.tree_map(lambda leaf: str(jnp.result_type(leaf)), state)
+    return f"shape {shapes(state)} and dtype {dtypes}"
 
 
 Recurrent.__init__.__doc__ = """**Arguments:**

@@ -135,12 +135,13 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         raise TypeError(
             "`us` is a list of numbers, which is no array: give `jnp.asarray(us)`."
         )
+    parts = problem.split(us)  # which knows best what `us` should be
     dtype = float_dtype(x0=x0, us=us)
     zeros = lambda layout: vary(jnp.zeros(layout.size, dtype), like=(x0, us))
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
     if x_layouts[0].size == 0:
         raise ValueError("`x0` has no entries; a state has at least one.")
-    for phase, u in zip(problem.phases, problem.split(us), strict=True):
+    for phase, u in zip(problem.phases, parts, strict=True):
         u_layouts.append(_stage_layout(u, phase.horizon, dtype))
         segment, x_layout = _trace(phase, start, x_layouts[-1], u_layouts[-1], zeros)
         x_layouts.append(x_layout)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._capture import Frozen
 from ._door import door
+from ._jacobian import products
 from ._layer_constants import (
     find,
     LayerConstants,
@@ -25,7 +26,8 @@ from ._layer_constants import (
     unwrapped,
 )
 from ._network import has_parameters, Network
-from ._tree import norm, scale, where
+from ._tree import cast, norm, scale, where, working_dtype
+from ._types import check_count, check_key, is_number
 
 
 inf = math.inf
@@ -206,9 +208,13 @@ def jacobian_norm(
 
     **Returns:** the norm, for these parameters; [`diffprog.smoothness`][] bounds it for
     all parameters in a ball.
+
+    **Raises:** `TypeError` where there is nothing to differentiate: no floating array
+    in `params`, or in what `fn` returns.
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` is {num_steps}; at least 1 is expected.")
+    check_count("num_steps", num_steps)
+    check_key(key)
+    _check_real("params", params, eqx.filter(params, eqx.is_inexact_array))
     arrays, rest = eqx.partition(params, eqx.is_array)
     return _jacobian_norm(fn, arrays, Frozen(rest), key, num_steps)
 
@@ -217,9 +223,14 @@ def jacobian_norm(
 def _jacobian_norm(fn: Callable, arrays, frozen: Frozen, key, num_steps) -> Array:
     params = eqx.combine(arrays, frozen.tree())
     arrays, rest = eqx.partition(params, eqx.is_inexact_array)
-    _, push = jax.linearize(lambda arrays: fn(eqx.combine(arrays, rest)), arrays)
-    pull = jax.linear_transpose(push, arrays)
 
+    def run(arrays):
+        outputs = fn(eqx.combine(arrays, rest))
+        _check_real("fn(params)", outputs, outputs)
+        return outputs, None
+
+    _, push, pull, _ = products(run, arrays)
+    arrays = cast(arrays, working_dtype(arrays))
     leaves, treedef = jtu.tree_flatten(arrays)
     keys = jr.split(key, len(leaves))
     draws = [jr.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
@@ -227,13 +238,26 @@ def _jacobian_norm(fn: Callable, arrays, frozen: Frozen, key, num_steps) -> Arra
 
     def step(v, _):
         image = push(v)
-        (back,) = pull(image)
+        back = pull(image)
         size = norm(back)
         v = where(size > 0, scale(1 / jnp.where(size > 0, size, 1), back), v)
         return v, norm(image)
 
     _, norms = lax.scan(step, scale(1 / norm(first), first), length=num_steps)
     return norms[-1]
+
+
+def _check_real(name: str, tree: PyTree, found: PyTree):
+    """Raises where no real numbers, or also complex ones, were found in a tree."""
+    leaves = jtu.tree_leaves(found)
+    real = [eqx.is_array(a) and jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+    if not all(real) or not sum(a.size for a in leaves):
+        arrays = [jnp.asarray(a) for a in jtu.tree_leaves(tree) if is_number(a)]
+        given = [f"{a.dtype}{list(a.shape)}" for a in arrays]
+        raise TypeError(
+            f"`{name}` has the arrays {given}; derivatives are taken of floating "
+            "arrays with at least one number: convert it with `.astype(float)`."
+        )
 
 
 class _Step(NamedTuple):

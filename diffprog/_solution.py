@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -123,9 +124,9 @@ def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
     ])  # fmt: skip
 
 
-def explain_solution(solution: Solution) -> str:
+def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> str:
     """The message of the known result of one solve."""
-    name, advice, where = NAMES[int(solution.result._value)], ADVICE, ""
+    name, where = NAMES[int(solution.result._value)], ""
     stage = int(solution.stats["first_nonfinite"])
     if name == "successful" and not solution.stats["minimum"]:
         where = (
@@ -139,7 +140,7 @@ def explain_solution(solution: Solution) -> str:
         where = f"It is one of the dynamics or of the cost at stage {stage}."
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
-        advice = ADVICE | ({"nonfinite_rollout": instead} if instead else {})
+        advice = {**advice, **({"nonfinite_rollout": instead} if instead else {})}
     return explain(solution.result, advice, where)
 
 

@@ -1,7 +1,8 @@
 """A solve in one call, one direction, and a solve that is stepped by hand."""
 
 import dataclasses
-from collections.abc import Callable
+import functools as ft
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from ._door import door, undifferentiated
 from ._fast_loops import compiled, Loops
 from ._loop import Loop, Solver
 from ._lqr import Policy
+from ._network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from ._report import HISTORY
 from ._result import explain, RESULTS, throw_unless_successful
 from ._rollout import run, vectorize, Vectorized
@@ -215,7 +217,13 @@ def solve(
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype) if state is None else state
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
-    return throw_unless_successful(solution, throw, explain_solution)
+    told = ft.partial(explain_solution, advice=_advice(problem))
+    return throw_unless_successful(solution, throw, told)
+
+
+def _advice(problem: AbstractChain) -> Mapping[str, str]:
+    """In the words of the problem."""
+    return NETWORK_ADVICE if isinstance(problem, NetworkProblem) else ADVICE
 
 
 def _direction(problem, method, x0, us, damping):
@@ -274,7 +282,7 @@ def direction(
     _check(problem, method, damping=damping)
     (x0, us), _ = strong(x0, us)
     du, result = _direction_door(problem, method, x0, us, _float(damping))
-    told = lambda found: explain(found.result, ADVICE)
+    told = lambda found: explain(found.result, _advice(problem))
     throw_unless_successful(_Direction(du, result), throw, told)
     return du, result
 
@@ -401,4 +409,5 @@ def finish(
     to be stationary: give `throw=False` to stop early.
     """
     solution = _finish_door(problem, state)
-    return throw_unless_successful(solution, throw, explain_solution)
+    told = ft.partial(explain_solution, advice=_advice(problem))
+    return throw_unless_successful(solution, throw, told)

@@ -110,7 +110,7 @@ def float_dtype(**trees: PyTree) -> np.dtype:
             dtype = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             if dtype not in ("float32", "float64"):
                 raise TypeError(
-                    f"`{name}` has dtype {dtype}; states and controls are float32 or "
+                    f"`{name}` has dtype {dtype}; `x0` and `us` are float32 or "
                     "float64: convert it with `.astype(float)`, or write 0.0 for 0."
                 )
             if not leaf.weak_type:
@@ -118,7 +118,7 @@ def float_dtype(**trees: PyTree) -> np.dtype:
     if len(found) > 1:
         listed = " and ".join(f"`{name}` is {dtype}" for dtype, name in found.items())
         raise TypeError(
-            f"{listed}; states and controls share one dtype: convert one of them with "
+            f"{listed}; `x0` and `us` share one dtype: convert one of them with "
             "`.astype`."
         )
     return next(iter(found), jnp.result_type(float))

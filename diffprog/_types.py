@@ -74,6 +74,14 @@ def check_count(name: str, value: Any):
         raise ValueError(f"`{name}` is {value!r}; a Python int >= 1 is expected.")
 
 
+def check_key(key: Any):
+    """Raises for what is no key of `jax.random`."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"`key` is {came(key)}; a key such as `jax.random.key(0)` is expected."
+        )
+
+
 def shapes(tree: PyTree) -> str:
     """The shapes of the arrays of a tree, in its arrangement."""
     return str(jax.tree_util.tree_map(lambda leaf: _Shape(np.shape(leaf)), tree))

@@ -247,3 +247,12 @@ def test_wrong_problems(unchecked):
     problem = dp.NetworkProblem(net, loss, jnp.ones((6, 2)))
     with pytest.raises(ValueError, match="not arranged like the parameters"):
         dp.rollout(problem, INPUTS, net.params[:2])
+    with pytest.raises(ValueError, match="`us` is a Network, not arranged .*params`"):
+        dp.direction(problem, dp.GaussNewton(), INPUTS, net)
+    with pytest.raises(Exception) as raised:
+        dp.rollout(problem, INPUTS[:, :2], net.params)
+    assert any("stage 0 of the network" in note for note in raised.value.__notes__)
+    nan = jnp.full((6, 2), jnp.nan)
+    with pytest.raises(dp.SolveError, match="NaN in the inputs, the targets"):
+        problem = dp.NetworkProblem(net, loss, nan)
+        dp.direction(problem, dp.GaussNewton(), INPUTS, net.params, damping=0.1)

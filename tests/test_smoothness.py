@@ -600,6 +600,9 @@ def test_jacobian_norm_of_a_constant_and_of_float32(getkey):
     assert dp.jacobian_norm(constant, params, key=getkey()) == 0
     found = dp.jacobian_norm(lambda p: 3 * p["a"], params, key=getkey())
     assert found.dtype == jnp.float32 and math.isclose(found, 3, rel_tol=1e-6)
+    low = jax.tree.map(lambda a: a.astype("bfloat16"), params)
+    found = dp.jacobian_norm(lambda p: 3 * p["a"], low, key=getkey())
+    assert found.dtype == jnp.float32 and math.isclose(found, 3, rel_tol=1e-2)
 
 
 # What goes wrong says what to do.
@@ -632,7 +635,15 @@ def test_jacobian_norm_of_a_constant_and_of_float32(getkey):
         (lambda: dp.smooth_relus([linear()], 0.0, 1.0, input_norm=1.0), ValueError,
          "`accuracy` is 0.0; a positive"),
         (lambda: dp.jacobian_norm(jnp.sin, jnp.ones(2), key=jr.key(0), num_steps=0),
-         ValueError, "`num_steps` is 0; at least 1"),
+         ValueError, "`num_steps` is 0; a Python int >= 1"),
+        (lambda: dp.jacobian_norm(jnp.sin, jnp.arange(2), key=jr.key(0)), TypeError,
+         r"`params` has the arrays \['int64\[2\]'\]; derivatives are taken of"),
+        (lambda: dp.jacobian_norm(len, (), key=jr.key(0)), TypeError,
+         r"`params` has the arrays \[\]"),
+        (lambda: dp.jacobian_norm(jnp.sum, jnp.ones(0), key=jr.key(0)), TypeError,
+         r"\['float64\[0\]'\]; .* at least one number"),
+        (lambda: dp.jacobian_norm(jnp.isnan, jnp.ones(2), key=jr.key(0)), TypeError,
+         r"`fn\(params\)` has the arrays \['bool\[2\]'\]"),
     ],
 )  # fmt: skip
 def test_wrong_calls(call, error, message):

@@ -571,3 +571,18 @@ def test_gauss_newton_goes_through_recurrent_layers():
     vd = dp.value_and_direction(CE, GaussNewton(1e6), scale="gradient")
     found = vd(recurrent(), SEQUENCES, LABELS)[1]
     leaves_close(found, gradient(recurrent(), SEQUENCES, LABELS), 1e-4)
+
+
+def test_wrong_sequences(unchecked):
+    message = r"given x of shape \(3,\) and h of shape \(2,\); \(3,\) and \(4,\) are"
+    with pytest.raises(ValueError, match=message) as raised:
+        dp.Recurrent(cell(), 2)(SEQUENCES[0])
+    assert "of a sequence of shape (5, 3)" in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"one sequence of shape \(T, 3\)"):
+        dp.Recurrent(cell(), N)(SEQUENCES)
+    with pytest.raises(ValueError, match=r"The sequence has shape \(\); arrays whose"):
+        dp.Recurrent(cell(), N)(jnp.ones(()))
+    wider = lambda x, h: jnp.concatenate([h, x])
+    message = r"a state of shape \(7,\) and dtype float64, from one of shape \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        dp.Recurrent(wider, N)(SEQUENCES[0])

@@ -590,7 +590,7 @@ def test_wrong_models_and_batches(unchecked):
         vd(MODEL, INPUTS.tolist(), TARGETS)
     with raises(TypeError, r"`key` is 0; a key such as `jax.random.key\(0\)`"):
         vd(MODEL, INPUTS, TARGETS, key=0)  # pyright: ignore
-    with raises(ValueError, r"have shape \(0, 2\): .* Skip an empty batch"):
+    with raises(ValueError, r"has shape \(0, 3\): .* Skip an empty batch"):
         vd(MODEL, INPUTS[:0], TARGETS[:0])
     with raises(Exception, r"one example of shape \(\), a row of inputs of shape \(3"):
         vd(MODEL, INPUTS[0], TARGETS[0])
@@ -612,6 +612,12 @@ def test_wrong_models_and_batches(unchecked):
     with raises(ValueError, r"`metric` is an array of shape \(3,\); a pytree like"):
         oracle = GaussNewton(0.1, metric=jnp.ones(3))
         dp.value_and_direction(Squared(), oracle)(MODEL, INPUTS, TARGETS)
+    for oracle in (*ORACLES.values(), dp.oracles.TargetPropagation()):
+        empty = dp.value_and_direction(Squared(), oracle)
+        with raises(ValueError, r"`inputs` has shape \(0, 3\): at least one example"):
+            empty(MODEL, INPUTS[:0], TARGETS[:0])
+    with raises(ValueError, "`inputs` has shape None; arrays with one row for every"):
+        vd(MODEL, None, TARGETS)
     turned = jax.tree.map(lambda a: a.astype(complex), arrays(MODEL))
     with raises(TypeError, r"parameter \.layers\[0\].* has dtype complex128"):
         vd(eqx.combine(turned, MODEL), INPUTS, TARGETS)

@@ -78,6 +78,7 @@ class Call(eqx.Module):
             excluded.append(last(self.reference) <= 0)
         if self.temperature is not None:
             beta = self.temperature.astype(dtype)
+            beta = jnp.where(beta > 0, beta, jnp.nan)  # where it is traced
             theta = divided(theta, beta)
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
@@ -155,7 +156,10 @@ def operator(fn: Fn) -> Fn:
 
 
 def is_known(array) -> bool:
-    return not isinstance(array, Tracer)
+    """Whether its values can be looked at: not traced, and all on this machine."""
+    return not isinstance(array, Tracer) and getattr(
+        array, "is_fully_addressable", True
+    )
 
 
 def check_reference(reference: Any, f: AbstractDivergence):

@@ -30,6 +30,7 @@ from ._root import (
     solve,
     weighted,
 )
+from ._targets import as_array, check_labels, check_probabilities, check_targets
 
 
 @operator
@@ -159,24 +160,34 @@ def f_loss(
     **Returns:** the loss of every row, infinite where a class has a part of y and is
     excluded: its gradient is softargmax - y even so. In y a derivative that would be
     infinite is 0: that of a class that is excluded, or that has y = 0 where f'(0) is
-    infinite. A row whose classes are all excluded has loss 0 and gradient 0. So has a
-    row whose label is out of range, where this cannot be said at once.
+    infinite. A row whose classes are all excluded has loss 0 and gradient 0, whatever
+    its target: to ignore the label -100, let `where` be `(targets != -100)[..., None]`.
 
-    **Raises:** `ValueError` for labels out of range, where they are known, and for
-    labels with a generator whose f(0) is infinite.
+    **Raises:** `ValueError` for labels out of range and for what is no probability,
+    and for labels with a generator whose f(0) is infinite. The loss of a traced label
+    out of range is NaN, with derivatives NaN; traced probabilities are not checked.
     """
     call = check(scores, f, reference, axis, where, temperature, axis_name)
-    targets, shape = jnp.asarray(targets), call.scores.shape
+    targets, shape = as_array(targets), call.scores.shape
     labels = check_targets(targets, shape, axis)
     check_smoothing(smoothing)
     if isinstance(smoothing, (int, float)) and smoothing == 0:
         smoothing = None
-    if labels:
-        if axis_name is None:
-            check_labels(targets, shape[axis])
-        if constant and smoothing is None:
-            check_at_zero(call.f)
-    return _loss(call, targets, smoothing, constant)
+    counted = lambda: _counted(call)
+    if axis_name is None and labels:
+        check_labels(targets, shape[axis], counted)
+    elif axis_name is None:
+        check_probabilities(targets, axis, counted)
+    if labels and constant and smoothing is None:
+        check_at_zero(call.f)
+    return _loss(call, jnp.asarray(targets), smoothing, constant)
+
+
+def _counted(call: Call) -> Any:
+    """The rows that the mask leaves, or none where it is traced."""
+    if call.where is None or not is_known(call.where):
+        return call.where is None
+    return np.any(np.asarray(call.where), call.axis)
 
 
 @ft.partial(jax.jit, static_argnames="constant")
@@ -186,40 +197,15 @@ def _loss(call: Call, targets: Array, smoothing, constant: bool) -> Array:
         loss, valid = _labelled(s, targets[..., None], smoothing, constant)
     else:
         y = jnp.moveaxis(targets, call.axis, -1).astype(s.problem.scores.dtype)
+        if call.where is not None:
+            # A row without a loss may be NaN, and leaves no NaN in derivatives.
+            rows = jnp.any(jnp.moveaxis(call.where, call.axis, -1), -1, keepdims=True)
+            y = jnp.where(rows, y, 0)
         loss, valid = _soft(s, y, smoothing, constant), True
     loss = loss + height(s.classes, s.f, s.problem)
-    return call.row(jnp.where((s.problem.Q > 0) & valid, s.beta * loss, 0))
-
-
-def check_targets(targets: Array, shape: tuple, axis: int) -> bool:
-    """Whether they are labels, not probabilities."""
-    labels = jnp.issubdtype(targets.dtype, jnp.integer)
-    batch = shape[:axis] + shape[axis:][1:]
-    if targets.shape != (batch if labels else shape) or targets.dtype == bool:
-        other = "int" if targets.shape == batch else "float"
-        convert = f" Convert them with `targets.astype({other})`."
-        raise ValueError(
-            f"`targets` has shape {targets.shape} and dtype {targets.dtype}; labels "
-            f"are integers of shape {batch}, probabilities floats of shape {shape}."
-            + (convert if targets.shape in (batch, shape) else "")
-        )
-    return bool(labels)
-
-
-def check_classes(outputs: Array, targets: Array):
-    """Raises for outputs without an axis of classes, and for labels of one class."""
-    if jnp.ndim(outputs) < 2:
-        raise ValueError(
-            f"`outputs` has shape {jnp.shape(outputs)}; (examples, classes) is "
-            "expected: for one example give `outputs[None]` and `targets[None]`."
-        )
-    if jnp.issubdtype(targets.dtype, jnp.integer) and outputs.shape[-1] == 1:
-        raise ValueError(
-            f"`outputs` has shape {outputs.shape} and `targets` holds labels, of which "
-            "there is one: with one output per example use `dp.losses.Logistic()` or "
-            "`dp.losses.Hinge()`, with targets 1.0 and -1.0 of the shape of `outputs`."
-        )
-    check_targets(targets, outputs.shape, -1)
+    # A factor, for NaN in derivatives too.
+    beta = jnp.where(valid | (s.problem.Q <= 0), s.beta, jnp.nan)
+    return call.row(jnp.where(s.problem.Q > 0, beta * loss, 0))
 
 
 def check_smoothing(smoothing: Any):
@@ -228,17 +214,6 @@ def check_smoothing(smoothing: Any):
     check_number("smoothing", smoothing, expected)
     if isinstance(smoothing, float | int) and not 0 <= smoothing <= 1:
         raise ValueError(f"`smoothing` is {smoothing}; {expected} is expected.")
-
-
-def check_labels(labels: Array, k: int):
-    if is_known(labels):
-        known = np.asarray(labels)
-        outside = (known < 0) | (known >= k)
-        if outside.any():
-            bad = known[outside][0]
-            raise ValueError(
-                f"`targets` contains the label {bad}; the {k} classes are 0 to {k - 1}."
-            )
 
 
 def check_at_zero(f: AbstractDivergence):

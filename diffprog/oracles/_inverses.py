@@ -19,10 +19,11 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, PyTree
 
+from .._jacobian import products
 from .._linalg import matmul, solve_positive
 from .._network import has_parameters, Stage
 from .._recurrent import Recurrent, RNNCell
-from .._tree import cast, vary, widened, working_dtype
+from .._tree import cast, vary, working_dtype
 from ._rules import RuleBoundary
 
 
@@ -190,11 +191,9 @@ def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
     x, others = eqx.partition(x, eqx.is_inexact_array)
     if not jtu.tree_leaves(x):
         return x
-    dtype = working_dtype(message)
-    run = widened(lambda x: fn(eqx.combine(x, others)), dtype, x)
-    x = cast(x, dtype)
-    y, A = jax.linearize(run, x)
-    At = lambda v: jax.linear_transpose(A, x)(v)[0]
+    run = lambda x: (fn(eqx.combine(x, others)), None)
+    y, A, At, _ = products(run, x)
+    x, y = cast((x, y), working_dtype(message))
     flat_x, unravel_x = ravel_pytree(x)
     flat_y, unravel_y = ravel_pytree(y)
     if min(flat_x.size, flat_y.size) > DENSE:
