@@ -135,7 +135,6 @@ def directions() -> list[dict]:
 def models() -> list[dict]:
     """Prox-linear models of hinges, solved to the same gap; 0.001 of the damping 1."""
     import equinox as eqx
-    import jax
     import jax.numpy as jnp
     import jax.random as jr
 

@@ -27,6 +27,7 @@ from .._tree import add, all_finite, Layout, scale, vdot, where
 from .._types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
+from ..losses._loss import total
 from ._model_solver import AbstractModelSolver, Found
 from ._solvers import Cholesky
 from .base import Linearization
@@ -202,8 +203,8 @@ class Reduced(NamedTuple):
 def fenchel(at: Linearization, z: Array, alpha: Array) -> Array:
     """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>)."""
     both = at.loss(z, at.targets) + at.loss.conjugate(alpha, at.targets)
-    inner = jnp.sum((alpha * z).reshape(z.shape[0], -1), 1)
-    return at.weight * jnp.sum(both - inner)
+    inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
+    return at.weight * jnp.sum(both - total(inner))
 
 
 def coordinates(
