@@ -272,10 +272,49 @@ def test_steps_back_are_refused():
     fails(r"`points` ends in row 103, 1\.88 m past its first point", three, closed=True)
 
 
+BACK = {
+    "two steps": ([*range(11), 8, *range(11, 60)], "by 20.9 m from row 10 to row 11"),
+    "copied": ([*range(11), *range(9, 60)], "by 10.5 m from row 10 to row 11"),
+    "five copied": ([*range(11), *range(6, 60)], "by 41.6 m from row 10 to row 11"),
+    "there and back": (
+        [*range(11), 9.3, 8.3, 7.3, *range(8, 60)],
+        "by 28.2 m from row 10 to row 13",
+    ),
+    "at the end": ([*range(60), 57, 58], "by 20.9 m from row 59 to row 60"),
+    "at the start": ([3, 2, 1, 0, *range(1, 60)], "by 31.3 m from row 0 to row 3"),
+    "half a lap": ([*range(40), *range(5, 60)], "rows 5 and 6 again as rows 40 and 41"),
+    "two laps": ([*range(60), *range(60)], "rows 0 and 1 again as rows 60 and 61"),
+}
+
+
+@pytest.mark.parametrize("how", BACK)
+@pytest.mark.parametrize("half_width", [5.0, 0.2])
+def test_lines_that_run_back_on_themselves_are_refused(how, half_width):
+    # Of 60 points around a circle of radius 100.
+    order, match = BACK[how]
+    angle = np.array(order) * 2 * math.pi / 60
+    points = 100 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    with pytest.raises(ValueError, match=match):
+        Track.from_waypoints(points, half_width, closed=how != "at the start")
+    borders = ((1 + sign * half_width / 100) * points for sign in (-1, 1))
+    with pytest.raises(ValueError, match="`center` .*" + match):
+        Track.from_borders(points, *borders, closed=how != "at the start")
+
+
+def test_borders_across_the_center_line_are_refused():
+    # A spline through widths that begin at once swings below 0 before they do.
+    width = np.where(np.arange(60) < 30, 0.0, 5.0)
+    with pytest.raises(
+        ValueError, match=r"`\w+` would be drawn 0\.5\d+ m beyond .* row"
+    ):
+        Track.from_waypoints(ring(100.0, 61)[:-1], width)
+
+
 COARSE = {
     "square": [[0, 0], [100, 0], [100, 100], [0, 100]],
     "triangle": [[0, 0], [100, 0], [51, 80], [49, 80]],
     "thin": [[0, 0], [500, 0], [501, 3], [0, 6]],
+    "lens": [[0, 0], [50, -3], [100, 0], [50, 3]],
     "thin, closed": [[0, 0], [500, -10], [1000, 0], [1000, 8], [500, 18], [0, 0]],
 }
 
