@@ -1,5 +1,7 @@
 """The interior point method for prox-linear models, beside another solver."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ from diffprog.oracles.base import linearize
 
 M, K, N = 8, 3, 6  # examples, outputs, parameters
 RNG = np.random.default_rng(3)
+MEASURE = RNG.uniform(0.5, 2, K)
 REAL, LABELS = RNG.normal(size=(M, K)), RNG.integers(0, K, M)
 LOSSES = {
     "absolute": (Absolute(), REAL),
@@ -42,7 +45,7 @@ LOSSES = {
     "hinge of labels": (Hinge(ignore_label=0), LABELS),
     "sparsemax": (FLoss(ChiSquare(), "unit"), LABELS),
     "entmax": (FLoss(Alpha(1.5), "unit"), RNG.dirichlet(np.ones(K), M)),
-    "LeCam": (FLoss(LeCam(), RNG.uniform(0.5, 2, K), temperature=2.0), LABELS),
+    "LeCam": (FLoss(LeCam(), MEASURE, temperature=2.0), LABELS),  # pyright: ignore
 }  # fmt: skip
 every = pytest.mark.parametrize("name", LOSSES)
 
@@ -74,7 +77,7 @@ def problem(seed, n=N, dtype=float):
     return jnp.asarray(f, dtype), jnp.asarray(J, dtype)
 
 
-def run(name, seed, damping, gap, solver=InteriorPoint(), n=N, dtype=float):
+def run(name, seed, damping, gap, solver: Any = InteriorPoint(), n=N, dtype: Any = float):
     loss, targets = LOSSES[name]
     targets = jnp.asarray(targets)
     if targets.dtype == float:
@@ -120,7 +123,7 @@ def other_solver(name, at, J, damping):
         found = minimize(
             lambda x: cost @ x + x @ Q @ x / 2, start, method="trust-constr",
             jac=lambda x: cost + Q @ x, hess=lambda x: Q,
-            constraints=[LinearConstraint(left, -np.inf, -(A @ f + b))],
+            constraints=[LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore],
             options=dict(gtol=1e-10, xtol=1e-14, barrier_tol=1e-11, maxiter=2000),
         )  # fmt: skip
         return float(model(at, damping, jnp.asarray(found.x[:n])))
@@ -139,7 +142,8 @@ def test_the_minimum_is_that_of_another_solver(name):
     for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
         found, value, P = run(name, seed, damping, 1e-8)
         f, J = problem(seed)
-        at = linear(*LOSSES[name][:1], f, J, jnp.asarray(LOSSES[name][1]))
+        loss, targets = LOSSES[name]
+        at = linear(loss, f, J, jnp.asarray(targets))
         desired = other_solver(name, at, J, damping)
         decrease = float(value - P)
         assert 0 <= found.gap <= 1e-8 * (value - P + found.gap)
