@@ -1,3 +1,4 @@
+import functools as ft
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._capture import is_data
+from ._capture import is_data, put_together, Taken
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door
@@ -78,9 +79,7 @@ def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`in_axes` is {in_axes!r:.100}, no tree like the problem: give `None`, an "
-            "axis for all arrays in the problem, or e.g. `eqx.tree_at(lambda p: "
-            "p.system.mass, jax.tree.map(lambda _: None, problem), 0, "
-            "is_leaf=lambda a: a is None)`."
+            f"axis for all arrays in the problem, or e.g. {_axes_of('.system.mass')}."
         ) from error
     numbers = lambda part: jtu.tree_map(
         lambda leaf: first(part.axis, leaf), eqx.filter(part.tree, is_data)
@@ -107,6 +106,11 @@ def _num_problems(**trees: PyTree) -> int:
     if len(found) != 1 or None in found:
         lists = [name for name, tree in trees.items() if isinstance(tree, list)]
         stack = "".join(f"`jnp.stack({name})` makes an array; " for name in lists)
+        advice = "`jnp.broadcast_to(us, (problems, *us.shape))`, and `x0` alike."
+        of_problem = [name for name in found.values() if name.startswith("problem")]
+        if of_problem:
+            path = of_problem[0].removeprefix("problem")
+            advice = f"`None` in a tree, or an axis for one alone: {_axes_of(path)}."
         listed = ", ".join(
             f"`{name}` has " + ("no axis" if size is None else f"{size} problems")
             for size, name in found.items()
@@ -114,30 +118,73 @@ def _num_problems(**trees: PyTree) -> int:
         raise ValueError(
             f"{listed or 'nothing is given'}; {stack}the first axis of `x0s`, `uss`, "
             "`state` and what `in_axes` says of the problem is the problem, and all "
-            "must agree. One that all problems share: `jnp.broadcast_to(us, (problems, "
-            "*us.shape))`, and `x0` alike."
+            f"must agree. One that all problems share: {advice}"
         )
     return next(iter(found))  # pyright: ignore
 
 
 def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyTree):
     """Refuses arrays in the problem that are as good with one row per problem."""
-    paths, leaves = zip(*jtu.tree_leaves_with_path(problem), strict=True)
-    is_suspect = lambda a: is_data(a) and jnp.ndim(a) and len(a) == num_problems
-    suspects = [i for i, leaf in enumerate(leaves) if is_suspect(leaf)]
+    taken = Taken(problem)
+    numbers = taken.numbers
+    is_suspect = lambda a: jnp.ndim(a) and len(a) == num_problems
+    suspects = [i for i, a in enumerate(numbers) if is_suspect(a)]
+    fields = jtu.tree_leaves_with_path(problem)
     for chosen in [suspects] * (len(suspects) > 1) + [[i] for i in suspects]:
-        one = [leaf[0] if i in chosen else leaf for i, leaf in enumerate(leaves)]
-        try:
-            vectorize(jtu.tree_unflatten(jtu.tree_structure(problem), one), x0, us)
-        except Exception:  # whatever the user's functions raise: no such reading
+        one = [a[0] if i in chosen else a for i, a in enumerate(numbers)]
+        if not _can_run(taken.static, one, x0, us):
             continue
-        names = ", ".join(f"`problem{jtu.keystr(paths[i])}`" for i in chosen)
+        paths = [
+            jtu.keystr(p) for p, a in fields if any(a is numbers[i] for i in chosen)
+        ]
+        if len(paths) < len(chosen):
+            raise ValueError(
+                f"The functions hold an array of {num_problems} rows, as many as there "
+                "are problems, and one row would do for each: make it a field of an "
+                "`equinox.Module` and give `in_axes=0` if each problem has a row of "
+                "it, give `in_axes=None` if all problems share it."
+            )
+        names = ", ".join(f"`problem{path}`" for path in paths)
         verb = "have" if len(chosen) > 1 else "has"
         raise ValueError(
             f"{names} {verb} {num_problems} rows, as many as there are problems, and "
             "one row would do for each: give `in_axes=0` if the arrays in the problem "
-            "have a row for each problem, `in_axes=None` if all problems share them."
+            "have a row for each problem, `in_axes=None` if all problems share them; "
+            f"if only some have, a tree: {_axes_of(paths[0])}."
         )
+
+
+def _can_run(static, numbers: list, x0: PyTree, us: PyTree) -> bool:
+    """Whether the functions take numbers of these shapes, as data or as constants."""
+    shapes = jax.eval_shape(lambda *trees: trees, numbers, x0, us)
+    leaves, treedef = jtu.tree_flatten(shapes)
+    if _can_trace(static, tuple(leaves), treedef):
+        return True
+    try:
+        vectorize(put_together(static, numbers), x0, us)
+    except Exception:  # whatever the user's functions raise: no such reading
+        return False
+    return True
+
+
+@ft.lru_cache(maxsize=64)
+def _can_trace(static, leaves: tuple, treedef) -> bool:
+    def trace(numbers, x0, us):
+        vectorize(put_together(static, numbers), x0, us)
+
+    try:
+        jax.eval_shape(trace, *jtu.tree_unflatten(treedef, leaves))
+    except Exception:
+        return False
+    return True
+
+
+def _axes_of(path: str) -> str:
+    """An example of `in_axes` for one field."""
+    return (
+        f"`eqx.tree_at(lambda p: p{path}, jax.tree.map(lambda _: None, problem), 0, "
+        "is_leaf=lambda a: a is None)`"
+    )
 
 
 def solve_batch(
@@ -214,10 +261,14 @@ def solve_batch(
         first = lambda tree: jtu.tree_map(lambda leaf: leaf[0], tree)
         _check_shared(problem, num_problems, first(x0s), first(uss))
 
+    mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
+    given_rows = ", ".join(f"`problem{path}`" for path in mapped)
+    given_rows = given_rows and f", which gives each problem one row of {given_rows}"
+
     def solve_rows(rows):
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
         batch = jtu.tree_map(take, (numbers, x0s, uss, state))
-        with noted(lambda: "Raised in `dp.solve_batch`."):
+        with noted(lambda: f"Raised in `dp.solve_batch`{given_rows}."):
             return _door(shared, method, batch, search, *tolerances, options)
 
     solutions = []

@@ -92,7 +92,8 @@ class ControlProblem(AbstractChain):
         """
         _check_functions(system, "dynamics", "cost", "terminal_cost")
         problem = cls(system.dynamics, system.cost, system.terminal_cost, horizon)
-        return eqx.tree_at(lambda p: p.system, problem, system)
+        object.__setattr__(problem, "system", system)  # itself, not a copy
+        return problem
 
     @property
     def dynamics(self) -> Callable:

@@ -130,7 +130,8 @@ class ValueAndDirection(eqx.Module):
         """`value, direction`, or `(value, aux), direction` with `has_aux`."""
         arrays, frozen = self._split(model, inputs, targets, key)
         args = self, arrays, frozen, inputs, targets, key
-        value, aux, replaced, direction = _call_door(*args)
+        value, aux, outputs, replaced, direction = _call_door(*args)
+        self.loss.count(outputs, targets)  # raises for labels that there are not
         if isinstance(replaced, Tracer) or not jnp.all(replaced):
             _throw(aux.result if self.has_aux else aux)
         return ((value, aux) if self.has_aux else value), direction
@@ -153,7 +154,7 @@ class ValueAndDirection(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[tuple[Float[Array, ""], DirectionAux], PyTree, DirectionState]:
-        """`(value, aux), direction, state`; nothing is thrown.
+        """`(value, aux), direction, state`; only a wrong call raises.
 
         A direction that cannot be trusted is 0 (or the gradient, with `fallback`), and
         `aux.result` says why. `predict` is given the `key`, if there is one, as `key=`;
@@ -162,16 +163,16 @@ class ValueAndDirection(eqx.Module):
         if not isinstance(state, DirectionState):
             raise TypeError(f"`state` is {came(state)}; start with `init(model)`.")
         arrays, frozen = self._split(model, inputs, targets, key, state.model_state)
-        return _step_door(self, arrays, frozen, state, inputs, targets, key, True)
+        found = _step_door(self, arrays, frozen, state, inputs, targets, key, True)
+        self.loss.count(found[0][1].outputs, targets)
+        return found
 
     def _split(self, model, inputs, targets, key, model_state=None):
         arrays, frozen = split(model, self.predict)
         check_batch(key, inputs=inputs, targets=targets)
         if self.check:
             options = (inputs, model_state, key)
-            found = _outputs_door(self, arrays, frozen, *options)
-            check_apart(found)
-            self.loss(found[0], targets)  # which sees the labels here
+            check_apart(_outputs_door(self, arrays, frozen, *options))
         return arrays, frozen
 
 
@@ -210,15 +211,16 @@ def value_and_direction(
     - `scale`: `"step"`; or `"gradient"`, which multiplies by the damping (divides by
         the step size of the targets, or by alpha) so that the direction tends to the
         gradient as the damping grows.
-    - `reduction`: `"mean"` or `"sum"` of the losses over the examples. With `"sum"` the
-        damping is weighed against the sum.
+    - `reduction`: `"mean"` or `"sum"` of the losses over the examples. The mean is one
+        over those that count: see `ignore_label` of
+        [`diffprog.losses.SoftmaxCrossEntropy`][]. With `"sum"` the damping is weighed
+        against the sum.
     - `has_aux`: whether a call returns `(value, aux), direction`, with a
         [`diffprog.DirectionAux`][].
     - `fallback`: return the gradient, where it is finite, instead of a direction that
         cannot be trusted.
     - `check`: raise if the output of one example depends on the input of another, as in
-        batch normalization, and for targets that the loss does not know, such as labels
-        out of range. Runs the model twice more; for debugging.
+        batch normalization. Runs the model twice more; for debugging.
 
     **Returns:** a [`diffprog.ValueAndDirection`][]. Call it, or keep its state from
     batch to batch with `init` and `step`, for oracles that adapt their damping or
@@ -226,7 +228,9 @@ def value_and_direction(
 
     **Fails:** a call raises [`diffprog.SolveError`][] where the direction cannot be
     trusted, or returns NaN under `jit` and `vmap`; `step` returns 0 and a code.
-    `TypeError` or `ValueError` at once for a wrong call.
+    `TypeError` or `ValueError` at once for a wrong call, and for targets that the loss
+    does not accept, such as labels out of range; where these are traced the value is
+    NaN.
     """
     check_kind("oracle", oracle, AbstractOracle, "dp.oracles.GaussNewton()")
     if isinstance(predict, type) or not (predict is None or callable(predict)):
@@ -430,7 +434,7 @@ def _call(vd, arrays, frozen, inputs, targets, key):
     replaced = _replaced(vd, value, aux.gradient, aux.result)
     good = replaced | (aux.result == RESULTS.successful)
     direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)
-    return value, aux if vd.has_aux else aux.result, replaced, direction
+    return value, aux if vd.has_aux else aux.result, aux.outputs, replaced, direction
 
 
 _init_door, _outputs_door = door(_init), door(_outputs)

@@ -158,10 +158,85 @@ def test_numbers_that_can_be_read_both_ways_are_asked_about():
     each = dp.solve(problem(weights=weights), dp.ILQR(), x0s[1], uss[1])
     agree(shared[1].us, each.us)
     rotations = jnp.stack([jnp.eye(2)] * 2)
+    with pytest.raises(ValueError, match="returned a state") as caught:
+        call(problem(weights=weights), in_axes=0)  # the one rotation has two rows
+    rows = "one row of `problem.system.weights`, `problem.system.rotation`"
+    assert rows in caught.value.__notes__[-1]
     own = call(problem(weights=weights, rotation=rotations), in_axes=0)
     one = dp.solve(problem(weights=5.0), dp.ILQR(), x0s[1], uss[1])
     agree(own[1].us, one.us)
     assert jnp.all(call(problem(weights=3.0)).success)  # the table alone: not asked
+
+
+class Plain:
+    """Not a pytree: what it holds is data all the same."""
+
+    dynamics, cost = helpers.Spring.dynamics, helpers.Spring.cost
+    stiffness, weight, dt = 0.3, 0.1, 0.1
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def terminal_cost(self, x):
+        return jnp.sum(self.weights * x**2)
+
+
+def closure(weights):
+    spring = helpers.Spring()
+    cost = lambda x: jnp.sum(weights * x**2)
+    return dp.ControlProblem(spring.dynamics, spring.cost, cost, 12)
+
+
+HOLDERS = {
+    "object": lambda a: dp.ControlProblem.from_system(Plain(a), 12),
+    "methods": lambda a: dp.ControlProblem(
+        Plain(a).dynamics, Plain(a).cost, Plain(a).terminal_cost, 12
+    ),
+    "closure": closure,
+    "closure over NumPy": lambda a: closure(np.asarray(a)),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_arrays_that_functions_hold_are_asked_about(holder):
+    weights, (_, x0s, uss) = jnp.array([2.0, 5.0]), batch(2)
+    problem = HOLDERS[holder](weights)
+    held = "functions hold an array of 2 rows.*make it a field of an `equinox.Module`"
+    with pytest.raises(ValueError, match=held):
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+    shared = dp.solve_batch(problem, dp.ILQR(), x0s, uss, in_axes=None)
+    agree(shared[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
+
+
+def test_tables_of_numpy_do_not_hide_what_is_asked_about():
+    class Tracking(Weighted):
+        reference: Any = dataclasses.field(default_factory=lambda: np.ones(12))
+
+        def cost(self, x, u, t):
+            return super().cost(x, u, t) + (x[0] - self.reference[t]) ** 2
+
+    weights, (_, x0s, uss) = jnp.array([2.0, 5.0]), batch(2)
+    problem = dp.ControlProblem.from_system(Tracking(weights=weights), 12)
+    with pytest.raises(ValueError, match="`problem.system.weights` has 2 rows.*tree: "):
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+
+
+def test_a_system_without_numbers():
+    class Still(eqx.Module):
+        def dynamics(self, x, u, t):
+            return x + u
+
+        def cost(self, x, u, t):
+            return jnp.sum(u**2)
+
+        def terminal_cost(self, x):
+            return jnp.sum(x**2)
+
+    problem = dp.ControlProblem.from_system(Still(), 3)
+    solution = dp.solve_batch(
+        problem, dp.ILQR(), jnp.ones((2, 1)), jnp.zeros((2, 3, 1))
+    )
+    agree(solution.cost, jnp.full(2, 0.25))  # the sum is -3 / 4: 3 / 16 + 1 / 16
 
 
 def test_wrong_axes():
@@ -187,7 +262,7 @@ def test_wrong_axes():
         dp.solve_batch(problem, dp.ILQR(), x0s, uss)
     with pytest.raises(ValueError, match=r"`jnp.stack\(x0s\)` makes an array"):
         dp.solve_batch(problem, dp.ILQR(), list(x0s), uss)
-    message = "`problem.system.stiffness` has 3 problems"
+    message = r"`problem.system.stiffness` has 3 problems.*share: `None` in a tree, or"
     with pytest.raises(ValueError, match=message):
         call(0, stiffness=MASSES[:3])
 

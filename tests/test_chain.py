@@ -1,5 +1,6 @@
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -47,6 +48,27 @@ def test_from_system_holds_one_copy_of_the_numbers():
     assert len(arrays(one)) == 2 and len(arrays(three)) == 6
     rolled = [dp.rollout(p, jnp.ones(2), jnp.ones((4, 1))).cost for p in (one, three)]
     np.testing.assert_allclose(*rolled, rtol=1e-14)  # two programs
+
+
+def test_from_system_holds_the_system_itself():
+    class Scaled(eqx.Module):
+        numbers: dict
+
+        def dynamics(self, x, u, t):
+            return self.numbers["scale"] * x + u
+
+        def cost(self, x, u, t):
+            return jnp.sum(x**2)
+
+        def terminal_cost(self, x):
+            return jnp.sum(x**2)
+
+    system = Scaled({"scale": 1.0})
+    problem = dp.ControlProblem.from_system(system, 1)
+    costs = []
+    for system.numbers["scale"] in (1.0, 2.0):
+        costs.append(dp.rollout(problem, jnp.ones(1), jnp.zeros((1, 1))).cost)
+    np.testing.assert_array_equal(costs, [2, 5])
 
 
 def test_rollout_is_differentiable_in_everything():

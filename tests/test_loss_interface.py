@@ -426,26 +426,6 @@ def test_block_updates_of_one_output(name):
 # Masks, transformations, mistakes -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CE-labels", "sparsemax", "Hinge-labels"])
-def test_labels_out_of_range_under_jit(name):
-    loss, u, _ = case(name)
-    u, labels = u[:2], jnp.array([-1, 2])
-
-    @eqx.filter_jit
-    def run(loss, u, y):
-        x = loss.conjugate_prox(u, 1.0, y)
-        zero = jnp.zeros_like(u)
-        return loss(u, y), loss.gradient(u, y), x, loss.conjugate(zero, y)
-
-    valid = run(loss, u, jnp.array([0, 2]))
-    for item, other in zip(run(loss, u, labels), valid, strict=True):
-        close(item[0], 0)
-        close(item[1], other[1])
-    assert all(item[0].any() for item in valid[:3])
-    with pytest.raises(ValueError, match="label -1; the 4 classes"):
-        loss.gradient(u, labels)
-
-
 @eqx.filter_jit
 def some(loss, u, y):
     a = loss.conjugate_prox(u, 0.7, y)

@@ -64,6 +64,7 @@ LOSSES = [
     ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
+    ["_targets"],
     ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
     ["_loss", "_simplex"],
     ["_block", "_interior"],

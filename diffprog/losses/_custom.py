@@ -1,6 +1,7 @@
 """A function of the user as a loss."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from .._types import came
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
+from ._targets import check_outputs
 
 
 def _no_conjugate():
@@ -29,6 +31,7 @@ class Custom(AbstractLoss):
     has_conjugate: ClassVar[bool] = False
 
     def __call__(self, outputs: Array, targets: Any):
+        check_outputs(outputs)
         losses = self.fn(outputs, targets)
         if jnp.shape(losses) != outputs.shape[:1]:
             raise ValueError(
@@ -37,6 +40,9 @@ class Custom(AbstractLoss):
                 "axes but the first, and leave the mean over the examples out."
             )
         return losses
+
+    def count(self, outputs: Array, targets: Any):
+        return outputs.shape[0]
 
     def gradient(self, outputs: Array, targets: Any):
         return jax.grad(lambda u: jnp.sum(self(u, targets)))(outputs)
@@ -47,7 +53,7 @@ class Custom(AbstractLoss):
 
     def factor(self, outputs: Array, targets: Any):
         gradient, product = jax.linearize(lambda u: self.gradient(u, targets), outputs)
-        n, k = outputs.shape[0], outputs[0].size
+        n, k = outputs.shape[0], math.prod(outputs.shape[1:])
         basis = jnp.broadcast_to(jnp.eye(k, dtype=outputs.dtype)[:, None], (k, n, k))
         H = jax.vmap(product)(basis.reshape(k, *outputs.shape)).reshape(k, n, k)
         H = jnp.moveaxis(H, 1, 0)

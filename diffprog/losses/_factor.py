@@ -13,6 +13,7 @@ has what the curvature cannot reach, and what it reaches by rounding only.
 """
 
 import abc
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -96,8 +97,8 @@ def row_dot(a: Array, b: Array) -> Array:
 
 def example_dot(a: Array, b: Array) -> Array:
     """The inner product over all but the first axis, which stay with length 1."""
-    n, ones = a.shape[0], (1,) * (a.ndim - 1)
-    return row_dot(a.reshape(n, -1), b.reshape(n, -1)).reshape(n, *ones)
+    flat = lambda a: a.reshape(a.shape[0], math.prod(a.shape[1:]))
+    return row_dot(flat(a), flat(b)).reshape(-1, *(1,) * (a.ndim - 1))
 
 
 def batched_mv(matrix: Float[Array, "examples k k"], vector: Array) -> Array:

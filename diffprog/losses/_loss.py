@@ -8,12 +8,11 @@ tokens say.
 import abc
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._types import came
 from ._call import is_known
 from ._factor import AbstractFactor
 
@@ -41,7 +40,25 @@ class AbstractLoss(eqx.Module):
     def __call__(
         self, outputs: Float[Array, "examples ..."], targets: Array
     ) -> Float[Array, " examples"]:
-        """The loss of every example."""
+        """The loss of every example.
+
+        One rule for targets that are outside of the domain of the loss, such as labels
+        out of range: `ValueError` where they are known. Where they are traced the loss
+        of their example is NaN, with derivatives NaN; but traced probabilities are
+        taken as they are.
+        """
+
+    @abc.abstractmethod
+    def count(
+        self, outputs: Float[Array, "examples ..."], targets: Array
+    ) -> int | Int[Array, ""]:
+        """The number of examples that have a loss, by which a mean divides.
+
+        All of them, but for those whose labels are all to be ignored.
+
+        **Raises:** `ValueError` for known targets that the loss does not accept. Of the
+        outputs only shape and dtype are looked at.
+        """
 
     @abc.abstractmethod
     def gradient(
@@ -187,38 +204,11 @@ def per_example(name: str, value: ArrayLike, outputs: Array) -> Array:
 
 def total(losses: Array) -> Float[Array, " examples"]:
     """The sum over all but the first axis."""
-    return jnp.sum(losses.reshape(losses.shape[0], -1), 1)
-
-
-def like(outputs: Array, targets: Array) -> Array:
-    """Targets of the shape of the outputs, in their dtype."""
-    if not isinstance(outputs, jax.Array | np.ndarray) or outputs.ndim == 0:
-        raise TypeError(
-            f"`outputs` is {came(outputs)}; an array whose first axis is the example "
-            "is expected."
-        )
-    if jnp.shape(outputs) != jnp.shape(targets):
-        raise ValueError(
-            f"`targets` has shape {jnp.shape(targets)}, and `outputs` "
-            f"{jnp.shape(outputs)}; both must agree."
-        )
-    return jnp.asarray(targets, outputs.dtype)
-
-
-def signs(outputs: Array, targets: Array) -> Array:
-    """Binary targets, 1 or -1, of the shape of the outputs, in their dtype."""
-    y = like(outputs, targets)
-    if is_known(y):
-        wrong = np.asarray(targets)[np.abs(np.asarray(targets)) != 1]
-        if wrong.size:
-            raise ValueError(
-                f"`targets` contains {wrong[0]}; binary targets are 1.0 and -1.0: of "
-                "zeros and ones make `2.0 * targets - 1.0`."
-            )
-    return y
+    return jnp.sum(losses, tuple(range(1, losses.ndim)))
 
 
 def where_inside(excess: Array, size: Array | float, values: Array) -> Array:
-    """The values where an excess over a domain is rounding, else infinity."""
+    """The values where an excess over a domain is rounding, else infinity, or NaN."""
     rounding = 100 * jnp.finfo(values.dtype).eps * size
-    return jnp.where(excess <= rounding, values, jnp.inf)
+    beyond = jnp.inf + lax.stop_gradient(excess)  # NaN stays NaN
+    return jnp.where(excess <= rounding, values, beyond)

@@ -1,6 +1,6 @@
 """Losses of supervised learning over classes, which are on the last axis."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -25,49 +25,49 @@ from ._factor import class_factor, flat_factor, row_dot
 from ._generated import as_divergence, Generated
 from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex
-from ._loss import AbstractLoss, like, per_example, signs, total, where_inside
-from ._operators import (
-    check_at_zero,
-    check_classes,
-    check_labels,
-    check_smoothing,
-    f_loss,
-    f_softargmax,
-)
-from ._root import below, Classes, largest, weighted
+from ._loss import AbstractLoss, per_example, total, where_inside
+from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
+from ._root import below, Classes, difference, largest, weighted
 from ._simplex import proximal
+from ._targets import (
+    check_classes,
+    check_ignored,
+    check_probabilities,
+    check_within,
+    count_labels,
+    counting,
+    heard,
+    is_labels,
+    like,
+    one_hot,
+    SIGNS,
+    WEIGHTS,
+    within,
+)
 
 
 def _sum(rows: Array) -> Array:
     return jnp.sum(rows, -1, keepdims=True)
 
 
-def _is_labels(targets: Array) -> bool:
-    return jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer)
-
-
-def _one_hot(outputs: Array, labels: Array) -> Array:
-    """Rows of zeros for labels out of range, where these are not known."""
-    k = outputs.shape[-1]
-    check_classes(outputs, jnp.asarray(labels))
-    check_labels(jnp.asarray(labels), k)
-    return jax.nn.one_hot(labels, k, dtype=outputs.dtype)
-
-
 def _less(p: Array, y: Array, labels: bool) -> Array:
     """p - y. For a label 1 - p is the sum of all others, which has more digits."""
     if not labels:
         return p - y
-    return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p)
+    return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p - y)
 
 
 def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
-    """The softmax, ln p + z and z of every row; zeros for p where all is excluded."""
-    y = below(outputs, largest(outputs, Classes()))
-    e = jnp.exp(y)
+    """The softmax of every row, its largest output, and the logsumexp less that.
+
+    Where all classes are excluded there are zeros, and a logsumexp of -inf.
+    """
+    m = largest(outputs, Classes())
+    e = jnp.exp(below(outputs, m))
     total = _sum(e)
-    total = jnp.where(total > 0, total, 1)
-    return e / total, y, jnp.log(total)
+    present = total != 0  # NaN is
+    total = jnp.where(present, total, 1)
+    return e / total, m, jnp.where(present, jnp.log(total), -jnp.inf)
 
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
@@ -94,6 +94,8 @@ class FLoss(AbstractBoundedLoss):
         axis. One that is excluded by an output of -inf is not known to the conjugate:
         exclude it by the reference. Where f(0) is infinite a probability that is lost
         to rounding beside y counts as eps y in the conjugate.
+    - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
+        over the examples with a label that counts.
     """
 
     smooth: ClassVar[bool] = True
@@ -102,8 +104,10 @@ class FLoss(AbstractBoundedLoss):
     reference: Reference = None
     temperature: Number = number(1.0)
     smoothing: float = eqx.field(static=True, default=0.0)
+    ignore_label: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
+        check_ignored(self.ignore_label)
         f = as_divergence(self.f)
         object.__setattr__(self, "f", f)
         check_reference(self.reference, f)
@@ -111,49 +115,52 @@ class FLoss(AbstractBoundedLoss):
         check_smoothing(self.smoothing)
 
     def __call__(self, outputs, targets):
-        check_classes(outputs, jnp.asarray(targets))
+        check_classes(outputs, targets)
         losses = f_loss(
             outputs,
             targets,
             self.f,
             self.reference,
+            where=counting(targets, self.ignore_label),
             temperature=self.temperature,
             smoothing=self.smoothing,
         )
         return total(losses)
 
+    def count(self, outputs, targets):
+        if is_labels(targets):
+            return count_labels(outputs, targets, self.ignore_label)
+        check_classes(outputs, targets)
+        check_probabilities(targets, -1)
+        return outputs.shape[0]
+
     def _check(self, scores: Array) -> Call:
         options = -1, None, self.temperature, None
         return check(scores, self.f, self.reference, *options)
 
-    def _targets(self, call: Call, targets: Array) -> tuple[Array, Array]:
+    def _targets(self, call: Call, targets: Any) -> tuple[Array, Array]:
         """The probabilities y, and 1 for rows with a loss, 0 for the others."""
         scores, q, Q, _ = call.set_up().problem
-        y, targets = None, jnp.asarray(targets)
-        check_classes(scores, targets)
-        if _is_labels(targets):
-            y = _one_hot(call.scores, targets)
+        if is_labels(targets):
+            y, row = one_hot(call.scores, targets, self.ignore_label)
             if self.smoothing == 0:
                 check_at_zero(call.f)
         else:
-            y = targets.astype(call.scores.dtype)
-        row = (Q > 0) & (_sum(y) > 0 if _is_labels(targets) else True)
+            check_classes(scores, targets)
+            check_probabilities(targets, -1)
+            y, row = jnp.asarray(targets, call.scores.dtype), 1
         if self.smoothing:
             share = jnp.where(scores > -jnp.inf, q, 0) / jnp.where(Q > 0, Q, 1)
             y = (1 - self.smoothing) * y + self.smoothing * share.astype(y.dtype)
-        row = jnp.broadcast_to(row, (*y.shape[:-1], 1)).astype(y.dtype)
-        return y * row, row
+        row = jnp.broadcast_to(jnp.where(Q > 0, row, 0), (*y.shape[:-1], 1))
+        return y * row.astype(y.dtype), row.astype(y.dtype)
 
-    def _derivatives(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
+    def _derivatives(self, outputs: Array, targets: Any) -> tuple[Array, Array]:
         """The gradient and the weights of the Hessian."""
-        call = self._check(outputs)
+        call = self._check(heard(outputs, targets, self.ignore_label))
         y, row = self._targets(call, targets)
         p, w = solution(call)
-        if call.f.convex_ratio is not True:
-            # At the edge of its support p may rise too steeply to sum up to 1.
-            S = _sum(p)
-            p = p / jnp.where(S > 0, S, 1)
-        exact = _is_labels(targets) and self.smoothing == 0
+        exact = is_labels(targets) and self.smoothing == 0
         return _less(p * row, y, exact), w * row
 
     def gradient(self, outputs, targets):
@@ -197,7 +204,7 @@ class FLoss(AbstractBoundedLoss):
         s, q, present = self._reference(call)
         tau = s.beta * per_example("tau", tau, vector).astype(q.dtype)
         p = proximal(s.f, q, present, (vector + y).astype(q.dtype), tau)
-        exact = _is_labels(targets) and self.smoothing == 0
+        exact = is_labels(targets) and self.smoothing == 0
         return _less(row * p.astype(y.dtype), y, exact)
 
     def domain(self, outputs, targets):
@@ -228,41 +235,59 @@ class SoftmaxCrossEntropy(AbstractLoss):
 
     Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
     excluded, as in [`diffprog.losses.f_loss`][].
+
+    - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
+        over the examples with a label that counts.
     """
 
     smooth: ClassVar[bool] = True
     has_conjugate: ClassVar[bool] = True
+    ignore_label: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_ignored(self.ignore_label)
 
     def __call__(self, outputs, targets):
-        check_classes(outputs, jnp.asarray(targets))
-        if _is_labels(targets):
-            return total(f_loss(outputs, targets, KL()))
-        p, y, z = _softmax(outputs)
-        losses = _sum(like(outputs, targets) * z - weighted(like(outputs, targets), y))
-        return total(jnp.where(_sum(p) > 0, losses, 0))
+        check_classes(outputs, targets)
+        if is_labels(targets):
+            where = counting(targets, self.ignore_label)
+            return total(f_loss(outputs, targets, KL(), where=where))
+        check_within(WEIGHTS, outputs, targets)
+        (_, m, z), y = _softmax(outputs), like(outputs, targets)
+        losses = _sum(weighted(y, difference(m, outputs))) + _sum(y) * z
+        return total(jnp.where(z == -jnp.inf, 0, losses))
 
-    def _targets(self, outputs: Array, targets: Array) -> tuple[Array, Array]:
+    def count(self, outputs, targets):
+        if is_labels(targets):
+            return count_labels(outputs, targets, self.ignore_label)
+        check_classes(outputs, targets)
+        check_within(WEIGHTS, outputs, targets)
+        return outputs.shape[0]
+
+    def _targets(self, outputs: Array, targets: Any) -> tuple[Array, Array]:
         """y and its sum."""
-        check_classes(outputs, jnp.asarray(targets))
-        by_label = _is_labels(targets)
-        y = _one_hot(outputs, targets) if by_label else like(outputs, targets)
+        check_classes(outputs, targets)
+        if is_labels(targets):
+            return one_hot(outputs, targets, self.ignore_label)
+        check_within(WEIGHTS, outputs, targets)
+        y = like(outputs, targets)
         return y, _sum(y)
 
     def gradient(self, outputs, targets):
-        y, mass = self._targets(outputs, targets)
-        p = _softmax(outputs)[0]
-        g = _less(mass * p, y, _is_labels(targets))
-        return jnp.where(_sum(p) > 0, g, 0)
+        return self._derivatives(outputs, targets)[0]
 
-    def _weights(self, outputs, targets):
-        return self._targets(outputs, targets)[1] * _softmax(outputs)[0]
+    def _derivatives(self, outputs, targets):
+        """The gradient and the weights of the Hessian."""
+        y, mass = self._targets(outputs, targets)
+        p, _, z = _softmax(heard(outputs, targets, self.ignore_label))
+        g = _less(mass * p, y, is_labels(targets))
+        return jnp.where(z == -jnp.inf, 0, g), mass * p
 
     def hessian_mv(self, outputs, targets, vector):
-        return _class_hessian_mv(self._weights(outputs, targets), vector)
+        return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
 
     def factor(self, outputs, targets):
-        weights = self._weights(outputs, targets)
-        return class_factor(self.gradient(outputs, targets), weights)
+        return class_factor(*self._derivatives(outputs, targets))
 
     def conjugate(self, alpha, targets):
         y, mass = self._targets(alpha, targets)
@@ -281,7 +306,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
         x = (vector + y) / scale
         every = jnp.ones_like(x, bool)
         p = proximal(KL(), jnp.ones_like(x), every, x, tau / scale)
-        return _less(mass * p, y, _is_labels(targets))
+        return _less(mass * p, y, is_labels(targets))
 
     def block_update(self, alpha, z, K, c, targets):
         return newton(self, alpha, z, K, c, targets)
@@ -294,32 +319,52 @@ class Hinge(AbstractBoundedLoss):
     over the outputs; for labels y, integers, $\max_j u_j - u_y + 1[j \ne y]$. Its
     gradient is 0 where $y u = 1$; where classes tie, that of the first. A class whose
     output is -inf is never the largest.
+
+    - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
+        over the examples with a label that counts.
     """
 
     smooth: ClassVar[bool] = False
     has_conjugate: ClassVar[bool] = True
+    ignore_label: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_ignored(self.ignore_label)
 
     def __call__(self, outputs, targets):
-        if not _is_labels(targets):
-            return total(jnp.maximum(1 - weighted(signs(outputs, targets), outputs), 0))
-        own, margins = self._margins(outputs, targets)
-        return total(jnp.where(_sum(own) > 0, jnp.max(margins, -1, keepdims=True), 0))
+        if not is_labels(targets):
+            y, one = within(SIGNS, outputs, targets)
+            return total(one * jnp.maximum(1 - weighted(y, outputs), 0))
+        _, row, margins = self._margins(outputs, targets)
+        return total(row * jnp.max(margins, -1, keepdims=True))
 
     def _margins(self, outputs, labels):
-        """The rows of labels, and u_j - u_y + 1[j != y], -inf for what is excluded."""
-        own = _one_hot(outputs, labels)
+        """Rows of labels, their factors, and u_j - u_y + 1[j != y].
+
+        That is -inf for what is excluded.
+        """
+        own, row = one_hot(outputs, labels, self.ignore_label)
+        outputs = heard(outputs, labels, self.ignore_label)
         label = _sum(jnp.where(own > 0, outputs, 0))
-        margins = jnp.where(outputs > -jnp.inf, below(outputs, label) + 1, -jnp.inf)
-        return own, jnp.where(own > 0, 0, margins)
+        margins = jnp.where(own > 0, 0, difference(outputs, label) + 1)
+        excluded = (outputs == -jnp.inf) & (own == 0)
+        return own, row, jnp.where(excluded, -jnp.inf, margins)
+
+    def count(self, outputs, targets):
+        if is_labels(targets):
+            return count_labels(outputs, targets, self.ignore_label)
+        check_within(SIGNS, outputs, targets)
+        return outputs.shape[0]
 
     def gradient(self, outputs, targets):
-        if not _is_labels(targets):
-            y = signs(outputs, targets)
-            return jnp.where(y * outputs < 1, -y, 0)
-        own, margins = self._margins(outputs, targets)
-        worst = jnp.argmax(margins, -1)
+        if not is_labels(targets):
+            y, one = within(SIGNS, outputs, targets)
+            inside = jnp.maximum(jnp.sign(1 - y * outputs), 0)  # NaN stays NaN
+            return one * -y * inside
+        own, row, margins = self._margins(outputs, targets)
+        top, worst = jnp.max(margins, -1, keepdims=True), jnp.argmax(margins, -1)
         worst = jax.nn.one_hot(worst, outputs.shape[-1], dtype=outputs.dtype)
-        return (worst - own) * _sum(own)
+        return (worst - own) * jnp.where(jnp.isnan(top), top, row)
 
     def hessian_mv(self, outputs, targets, vector):
         return jnp.zeros_like(vector)
@@ -328,39 +373,39 @@ class Hinge(AbstractBoundedLoss):
         return flat_factor(self.gradient(outputs, targets))
 
     def conjugate(self, alpha, targets):
-        if not _is_labels(targets):
+        if not is_labels(targets):
             b = -like(alpha, targets) * alpha
             return total(where_inside(jnp.abs(b - 0.5) - 0.5, 1.0, -b))
-        own = _one_hot(alpha, targets)
+        own, row = one_hot(alpha, targets, self.ignore_label)
         p = alpha + own
         values = -_sum(jnp.where(own > 0, 0, alpha))
-        return _on_simplex(p, jnp.ones_like(p, bool), _sum(own), values)
+        return _on_simplex(p, jnp.ones_like(p, bool), row, values)
 
     def dual_projection(self, alpha, targets):
-        if not _is_labels(targets):
+        if not is_labels(targets):
             y = like(alpha, targets)
             return -y * jnp.clip(-y * alpha, 0, 1)
-        own = _one_hot(alpha, targets)
-        return _less(_project(alpha + own, _sum(own)), own, True)
+        own, row = one_hot(alpha, targets, self.ignore_label)
+        return _less(_project(alpha + own, row), own, True)
 
     def conjugate_prox(self, vector, tau, targets):
         tau = per_example("tau", tau, vector)
-        if not _is_labels(targets):
+        if not is_labels(targets):
             y = like(vector, targets)
             return self.dual_projection(vector - tau * y, targets)
-        own = _one_hot(vector, targets)
+        own, row = one_hot(vector, targets, self.ignore_label)
         # tau (1 - own) less tau for all classes, which the projection does not see.
         x = jnp.where(own > 0, vector - tau + 1, vector)
-        return _less(_project(x, _sum(own)), own, True)
+        return _less(_project(x, row), own, True)
 
     def domain(self, outputs, targets):
-        if not _is_labels(targets):
-            y = signs(outputs, targets)
+        if not is_labels(targets):
+            y = like(outputs, targets)
             return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
-        own = _one_hot(outputs, targets)
+        own, row = one_hot(outputs, targets, self.ignore_label)
         even = jnp.full_like(own, 1 / own.shape[-1])
         slope = lambda p: own - 1
-        return simplex(own, even, _sum(own) > 0, slope, jnp.zeros_like)
+        return simplex(own, even, row > 0, slope, jnp.zeros_like)
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)

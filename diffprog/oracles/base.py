@@ -24,7 +24,8 @@ EPSILONS = 8
 class Linearization(eqx.Module):
     r"""A loss of a model on one batch, $h(w) = c \sum_i \ell_i(f_i(w))$, linearized.
 
-    m examples have k outputs each. c is `weight`: 1 / m, or 1 where losses are summed.
+    m examples have k outputs each. c is `weight`: one over those that the loss counts,
+    1 / m unless it ignores some, or 1 where losses are summed.
 
     - `params`: w, a pytree of floating arrays.
     - `outputs`: f(w), shape `(m, ...)`.
@@ -56,7 +57,7 @@ class Linearization(eqx.Module):
     model: Any
     inputs: PyTree
     predict: Callable
-    weight: float
+    weight: float | Array
     apply: Any = None
     mapped: bool = eqx.field(static=True, default=False)
     eps: tuple[float, PyTree] = (0.0, None)
@@ -125,7 +126,7 @@ def linearize(
     eps = lambda a: float(jnp.finfo(a.dtype).eps)
     outputs, targets = found.astype(dtype), _at_least(targets, dtype)
     losses = _losses(loss, outputs, targets, inputs)
-    weight = 1 / outputs.shape[0] if reduction == "mean" else 1.0
+    weight = 1 / _number(loss, outputs, targets) if reduction == "mean" else 1.0
     cotangent = loss.gradient(outputs, targets)
     return Linearization(
         params=cast(params, dtype),
@@ -145,6 +146,14 @@ def linearize(
         mapped=mapped,
         eps=(eps(found), jtu.tree_map(eps, params)),
     ), aux
+
+
+def _number(loss: AbstractLoss, outputs: Array, targets: PyTree) -> int | Array:
+    """Of the examples that count; 1 where none does."""
+    number = loss.count(outputs, targets)
+    if isinstance(number, int):
+        return number
+    return jnp.maximum(number, 1).astype(outputs.dtype)
 
 
 def _at_least(targets: PyTree, dtype: Any) -> PyTree:

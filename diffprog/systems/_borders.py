@@ -1,7 +1,7 @@
 import numpy as np
 
 from . import _spline
-from ._track_checks import Lines, named
+from ._track_checks import Lines, meters, named
 
 
 _ADVANCE = 0.1  # of a border that was narrowed, at least, for each meter of s
@@ -9,6 +9,7 @@ _NARROWING = 0.02  # of its distance to the center, at a time
 _TAPER = 0.5  # of that distance, before and after
 _LEAST = 0.5  # of the distance that was given
 _SAMPLES = 8  # for each interval
+_SIDES = ("left", "right")
 
 
 def fit(
@@ -44,6 +45,7 @@ def fit(
         given = advance if given is None else given
         folds = advance <= least
         if not np.any(folds):
+            _check_drawn(knots, coefficients, center, points, lines)
             return coefficients
         for side in np.flatnonzero(np.any(folds, axis=0)):
             far = _distances(knots, folds[:, side], closed)
@@ -56,13 +58,13 @@ def fit(
             row = int(np.argmin(given[:, side]))
             away = np.linalg.norm(offsets[row, side])
             radius = away / (1 - given[row, side])
-            nearest = int(np.argmin(np.linalg.norm(points - center[row], axis=1)))
             raise ValueError(
-                f"`{('left', 'right')[side]}` is {away:.3g} m away from the center in "
-                f"{named(lines, nearest)}, s = {knots[row]:.1f} m, where it runs "
-                f"backwards, as in a corner of radius {radius:.3g} m. It can be at "
-                f"most {(1 - _ADVANCE) * radius:.3g} m there; up to about twice as "
-                "much is narrowed to that: lower the width, or smooth the center line."
+                f"`{_SIDES[side]}` is {meters(away)} away from the center in "
+                f"{_nearest(center[row], points, lines)}, s = {knots[row]:.1f} m, "
+                f"where it runs backwards, as in a corner of radius {meters(radius)}. "
+                f"It can be at most {meters((1 - _ADVANCE) * radius)} there; up to "
+                "about twice as much is narrowed to that: lower the width, or smooth "
+                "the center line."
             )
 
 
@@ -89,16 +91,45 @@ def normals(center: np.ndarray, closed: bool) -> np.ndarray:
 
 
 def right_of(slope: np.ndarray) -> np.ndarray:
-    """Unit normals to the right of directions, shape `(N, 2)`."""
-    normal = np.stack([slope[:, 1], -slope[:, 0]], axis=1)
-    return normal / np.linalg.norm(slope, axis=1, keepdims=True)
+    """Unit normals to the right of directions, shape `(..., 2)`."""
+    normal = np.stack([slope[..., 1], -slope[..., 0]], axis=-1)
+    return normal / np.linalg.norm(slope, axis=-1, keepdims=True)
+
+
+def _check_drawn(knots, coefficients, center, points, lines):
+    # Splines may cross between points that lie on their right sides.
+    tau, slopes = _slopes(knots, coefficients)
+    normal = right_of(slopes[:, :, 0])[:, :, None]
+    apart = coefficients[:, :, 1:] - coefficients[:, :, :1]
+    a, b, c, d = np.moveaxis(apart[:, None], 2, 0)
+    offsets = a + tau * (b + tau * (c + tau * d))
+    across = np.sum(offsets * normal, axis=-1) * [-1.0, 1.0]
+    least = np.min(across, axis=1)
+    if np.min(least) < -1e-6 * np.max(np.abs(across)):
+        row, side = np.unravel_index(np.argmin(least), least.shape)
+        raise ValueError(
+            f"`{_SIDES[side]}` would be drawn {meters(-least[row, side])} beyond the "
+            f"center line after {_nearest(center[row], points, lines)}, s = "
+            f"{knots[row]:.1f} m, where the line turns back on itself or the width "
+            "changes too fast: correct the rows there."
+        )
+
+
+def _nearest(place, points, lines):
+    # The row that came: the center line may have been resampled.
+    return named(lines, int(np.argmin(np.linalg.norm(points - place, axis=1))))
+
+
+def _slopes(knots, coefficients):
+    # At samples of each interval: tau, and slopes, shape (N, _SAMPLES + 1, 3, 2).
+    tau = np.linspace(0.0, np.diff(knots), _SAMPLES + 1, axis=1)[..., None, None]
+    _, b, c, d = np.moveaxis(coefficients[:, None], 2, 0)
+    return tau, b + tau * (2 * c + tau * 3 * d)
 
 
 def _advance(knots, coefficients):
     # The least one of each border in each interval, shape (N, 2).
-    tau = np.linspace(0.0, np.diff(knots), _SAMPLES + 1, axis=1)[..., None, None]
-    _, b, c, d = np.moveaxis(coefficients[:, None], 2, 0)
-    slopes = b + tau * (2 * c + tau * 3 * d)
+    _, slopes = _slopes(knots, coefficients)
     middle = slopes[:, :, :1]
     along = np.sum(slopes[:, :, 1:] * middle, axis=-1) / np.sum(middle**2, axis=-1)
     return np.min(along, axis=1)

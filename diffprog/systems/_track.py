@@ -84,11 +84,13 @@ class Track(eqx.Module):
         **Returns:** a track.
 
         **Raises:** `ValueError` for less than 4 points, repeated points, numbers that
-        are not finite, negative or missing widths; for a step back, which is one that
-        is shorter than both its neighbors and at more than 90 degrees to both, while
-        these are at less than 90 degrees to each other (so the sharp turn of a hairpin
-        of few points is none); for a closed track that ends past its first point; for
-        borders that are more than about twice as far away as the radius of a corner.
+        are not finite, negative or missing widths; for rows that step back: from one
+        turn by more than 90 degrees to the next they are within half of the width to
+        one side of the line before or after them, or are one step, shorter than both
+        its neighbors, which agree (so the sharp turn of a hairpin of few points is
+        none); for rows that come twice, as in two laps; for a closed track that ends
+        past its first point; for borders that are more than about twice as far away as
+        the radius of a corner, or would cross the center line.
         """
         return cls._from_widths(points, half_width, left, right, closed, spacing)
 
@@ -103,17 +105,16 @@ class Track(eqx.Module):
                 "`right`."
             )
         if half_width is not None:
-            left = right = half_width
-        widths = np.stack(
-            [
+            sides = [as_widths("half_width", half_width, len(points))] * 2
+        else:
+            sides = [
                 as_widths("left", left, len(points), lines),
                 as_widths("right", right, len(points), lines),
-            ],
-            axis=1,
-        )
+            ]
+        widths = np.stack(sides, axis=1)
         origin = _origin(points)
         center, widths = _close(points - origin, widths, closed)
-        check_steps("points", center, closed, lines)
+        check_steps("points", center, widths, closed, lines)
         given = (center, lines)
         if spacing is not None:
             center, widths = _resample(center, widths, closed, spacing)
@@ -152,8 +153,9 @@ class Track(eqx.Module):
         origin = _origin(given[0])
         center, left, right = (points - origin for points in given)
         center, borders = _close(center, np.concatenate([left, right], axis=1), closed)
-        check_steps("center", center, closed, None)
         left, right = borders[:, :2], borders[:, 2:]
+        widths = [np.linalg.norm(border - center, axis=1) for border in (left, right)]
+        check_steps("center", center, np.stack(widths, axis=1), closed, None)
         _borders.check_sides(center, (left, right), closed)
         return cls._fit(center, left, right, closed, origin, (center, None))
 

@@ -19,18 +19,29 @@ def named(lines: Lines, *rows: int) -> str:
     return f"{listed('row', rows)} ({in_file} of the file)"
 
 
+def meters(length: float | np.floating, digits: int = 3) -> str:
+    """For messages: rounded to `digits`, and without an exponent where it is large."""
+    return f"{float(f'{length:.{digits}g}'):g} m"
+
+
 def as_numbers(name: str, value: Any, lines: Lines = None) -> np.ndarray:
     """`value` as a float64 array, or a `ValueError` that says which row is wrong."""
     try:
-        array = np.asarray(value, dtype=float)
+        given = np.asarray(value)
+        if given.dtype.kind in "bSU":
+            first = given.ravel()[:1].tolist()
+            kind = "true or false" if given.dtype.kind == "b" else "text"
+            raise ValueError(f"it begins with {kind}, {first}; give numbers")
+        array = np.asarray(given, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` is not an array of numbers: {error}.") from error
+    if array.ndim == 0 and not np.isfinite(array):
+        raise ValueError(f"`{name}` is {array}; give a finite number.")
     if not np.all(np.isfinite(array)):
-        row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-        place = f" in {named(lines, row)}" if array.ndim else ""
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(
-            f"`{name}` has {array[row] if array.ndim else array}{place}; all its "
-            "numbers must be finite: drop the row or fill it in."
+            f"`{name}` has {array[row]} in {named(lines, row)}; all its numbers must "
+            "be finite: drop the row or fill it in."
         )
     return array
 
@@ -50,9 +61,9 @@ def as_points(
         step = float(np.mean(np.linalg.norm(np.diff(points, axis=0), axis=1)))
         if lost > 1e-3 * step:
             raise ValueError(
-                f"`{name}` is {given}, exact to {lost:.1g} m only so far away, with "
-                f"{step:.2g} m from point to point: give NumPy's float64, as read from "
-                "the file."
+                f"`{name}` is {given}, exact to {meters(lost, 1)} only so far away, "
+                f"with {meters(step, 2)} from point to point: give NumPy's float64, as "
+                "read from the file."
             )
     if len(points) < 4:
         raise ValueError(
@@ -80,44 +91,114 @@ def as_widths(name: str, value: Any, num: int, lines: Lines = None) -> np.ndarra
             f"shape ({num},)."
         )
     if np.any(widths < 0):
-        row = int(np.argmin(widths)) if widths.ndim else 0
+        place = f" in {named(lines, int(np.argmin(widths)))}" if widths.ndim else ""
         raise ValueError(
-            f"`{name}` is {np.min(widths)} in {named(lines, row)}; widths count from "
-            "the center to a border and are not negative: give distances."
+            f"`{name}` is {np.min(widths)}{place}; widths count from the center to a "
+            "border and are not negative: give distances."
         )
     return np.broadcast_to(widths, (num,))
 
 
-def check_steps(name: str, points: np.ndarray, closed: bool, lines: Lines) -> None:
-    """A `ValueError` where the points step back.
+def check_steps(
+    name: str, points: np.ndarray, widths: np.ndarray, closed: bool, lines: Lines
+) -> None:
+    """A `ValueError` where the points step back, or cover the same ground again.
 
-    Such a step is shorter than its neighbors and opposed to both, while these agree.
-    In a hairpin of few points they do not agree: it turns once, and not back. The step
-    that closes a line may be of any length. `points` of a closed line end with the
-    first one.
+    `points` of a closed line end with the first one; `widths` are the distances to the
+    borders, shape `(N, 2)`.
+    """
+    num = len(points) - 1 if closed else len(points)
+    back = _short_step_back(points, closed) or _run_back(points, widths, closed)
+    if back:
+        first, last = back
+        length = meters(np.linalg.norm(points[last] - points[first]))
+        if closed and last == num:
+            raise ValueError(
+                f"`{name}` ends in {named(lines, first)}, {length} past its first "
+                "point; a closed line ends before it, or there: drop the last rows."
+            )
+        raise ValueError(
+            f"`{name}` steps back by {length} from {named(lines, first)} to "
+            f"{named(lines, last % num)}; points follow each other in the direction "
+            "of travel: drop or reorder these rows."
+        )
+    copies = _copies(points)
+    if copies:
+        was, again = (named(lines, row % num, (row + 1) % num) for row in copies)
+        raise ValueError(
+            f"`{name}` has {was} again as {again}; a track covers its ground once: "
+            "keep one lap, and one copy of each row."
+        )
+
+
+def _short_step_back(points, closed):
+    """First and last row of a step that is shorter than its neighbors, and opposed.
+
+    They agree with each other. In a hairpin of few points they do not: it turns once,
+    and not back. The step that closes a line may be of any length.
     """
     steps = np.diff(points, axis=0)
-    if closed:
-        before, after = np.roll(steps, 1, axis=0), np.roll(steps, -1, axis=0)
-    else:
-        before = np.concatenate([steps[1:2], steps[:-1]])
-        after = np.concatenate([steps[1:], steps[-2:-1]])
+    before, after = np.roll(steps, 1, axis=0), np.roll(steps, -1, axis=0)
+    if not closed:
+        before[0], after[-1] = steps[1], steps[-2]
     dot = lambda a, b: np.sum(a * b, axis=1)
     opposed = (dot(steps, before) < 0) & (dot(steps, after) < 0)
     shorter = dot(steps, steps) < np.minimum(dot(before, before), dot(after, after))
     shorter[-1] |= closed
-    back = np.flatnonzero(opposed & (dot(before, after) > 0) & shorter)
-    if not back.size:
-        return
-    row, last = int(back[0]), len(steps) - 1
-    length = np.linalg.norm(steps[row])
-    if closed and row == last:
-        raise ValueError(
-            f"`{name}` ends in {named(lines, row)}, {length:.3g} m past its first "
-            "point; a closed line ends before it, or there: drop the last rows."
-        )
-    raise ValueError(
-        f"`{name}` steps back by {length:.3g} m from {named(lines, row)} to "
-        f"{named(lines, row + 1)}; points follow each other in the direction of "
-        "travel: drop or reorder these rows."
-    )
+    rows = np.flatnonzero(opposed & (dot(before, after) > 0) & shorter)
+    return (int(rows[0]), int(rows[0]) + 1) if rows.size else None
+
+
+def _run_back(points, widths, closed):
+    """First and last row of a run that lies on the line before or after it.
+
+    Runs lie between turns by more than 90 degrees and the ends of an open line. One
+    runs back if it ends beside the line before it, or begins beside the line after it:
+    nearer than half of the width to one side, or a hundredth of its own length. The
+    straights of a hairpin lie a width apart.
+    """
+    steps, width = np.diff(points, axis=0), np.min(widths, axis=1)
+    s = np.append(0.0, np.cumsum(np.linalg.norm(steps, axis=1)))
+    num, total = len(steps), s[-1]
+    folds = np.flatnonzero(np.sum(steps * np.roll(steps, 1, axis=0), axis=1) < 0)
+    if closed:
+        folds = np.append(folds, folds[:1] + num)
+        # A lap before and one after, where the lines around a run may lie.
+        s = np.concatenate([s[:-1] - total, s[:-1], s + total])
+        points = np.concatenate([points[:-1], points[:-1], points])
+    else:
+        folds = np.concatenate([[0], folds[folds > 0], [num]])
+        if len(folds) == 2:
+            return None
+    begin = num if closed else 0
+    for first, last in zip(folds[:-1] + begin, folds[1:] + begin, strict=True):
+        run = s[last] - s[first]
+        # A closed line has to cover the ground three times: before, back and after.
+        reach = min(2 * run, (total - run) / 2) if closed else 2 * run
+        before = (last, max(s[first] - reach, s[0]), s[first])
+        after = (first, s[last], min(s[last] + reach, s[-1]))
+        for end, a, b in (before, after):
+            near = max(width[(end - begin) % num] / 2, 0.01 * run)
+            if a < b and _distance(points[end], points, s, a, b) < near:
+                return int(first - begin), int(last - begin)
+    return None
+
+
+def _distance(point, points, s, a, b):
+    # Of a point to the polyline between the lengths a and b.
+    at = np.concatenate([[a], s[(s > a) & (s < b)], [b]])
+    line = np.stack([np.interp(at, s, column) for column in points.T], axis=1)
+    begins, steps = line[:-1], np.diff(line, axis=0)
+    part = np.sum((point - begins) * steps, axis=1) / np.sum(steps**2, axis=1)
+    nearest = begins + np.clip(part, 0.0, 1.0)[:, None] * steps
+    return np.min(np.linalg.norm(point - nearest, axis=1))
+
+
+def _copies(points):
+    # A crossing shares one point; two rows in a row that come again are a copy.
+    seen: dict[bytes, int] = {}
+    for row, pair in enumerate(np.hstack([points[:-1], points[1:]])):
+        was = seen.setdefault(pair.tobytes(), row)
+        if was != row:
+            return was, row
+    return None
