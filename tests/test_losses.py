@@ -600,6 +600,22 @@ def test_float32_mass_of_nearly_equal_scores(name):
     assert jnp.abs(p.astype(float) - exact).sum() < 5e-6
 
 
+@pytest.mark.costly
+@pytest.mark.parametrize("alpha", (3.0, 5.0))
+def test_float32_mass_of_large_alpha(alpha):
+    rng = np.random.default_rng(9)
+    theta = (rng.normal(size=(4001, 20)) * rng.choice([0.3, 1, 3], (4001, 1))).astype(
+        "f4"
+    )
+    exact = f_softargmax(theta.astype(float), Alpha(alpha), "unit")
+    for f in (Alpha(alpha), Alpha(jnp.asarray(alpha, jnp.float32))):
+        p = np.asarray(f_softargmax(theta, f, "unit"), float)
+        assert np.abs(p.sum(-1) - 1).max() < 1e-6
+        assert np.abs(p - np.asarray(exact)).sum(-1).max() < 1e-5
+    value = lambda theta: f_softmax(theta, Alpha(alpha), "unit").sum()
+    close(jax.grad(value)(jnp.asarray(theta)), p, 1e-5)
+
+
 def test_a_generator_given_as_a_function():
     def jensen_shannon(u):  # not normalized
         return u * jnp.log(u) - (u + 1) * jnp.log((u + 1) / 2) + 3 * u
@@ -757,6 +773,53 @@ def test_axes_batches_and_alpha_per_row():
     close(heads[:, :, 0], rows[:, :, 0])
     jitted = jax.jit(lambda s: f_softargmax(s, f, "unit", axis=1))
     close(jitted(scores), p, 1e-14)
+
+
+def test_classes_on_several_axes():
+    scores = np.random.default_rng(7).normal(size=(2, 3, 2, 2))
+    flat, f = np.moveaxis(scores, 1, -1).transpose(0, 1, 3, 2), Alpha(1.5)
+    flat = flat.reshape(2, 2, 6)  # of the axes 1 and 3
+    where, beta = scores > -1, np.array([[0.5, 1.0], [2.0, 0.7]])
+    flat_where, y = flat > -1, np.random.default_rng(1).dirichlet(np.ones(6), (2, 2))
+    back = lambda a: np.asarray(a).reshape(2, 2, 3, 2).transpose(0, 2, 1, 3)
+    options: dict[str, Any] = dict(temperature=beta, where=where)
+    flat_options: dict[str, Any] = dict(temperature=beta, where=flat_where)
+    for axis in ((1, 3), (1, -1)):
+        p = f_softargmax(scores, f, "unit", axis=axis, **options)
+        close(p, back(f_softargmax(flat, f, "unit", **flat_options)))
+    close(
+        f_softmax(scores, f, "uniform", axis=(1, 3), **options),
+        f_softmax(flat, f, "uniform", **flat_options),
+    )
+    for targets, other in ((np.array([[0, 5], [2, 3]]), None), (back(y), y)):
+        other = targets if other is None else other
+        close(
+            f_loss(scores, targets, f, "unit", axis=(1, 3)),
+            f_loss(flat, other, f, "unit"),
+        )
+    scores = jnp.asarray(scores)
+    capped = losses.capped_f_softargmax(scores, f, "unit", cap=0.3, axis=(1, 3))
+    flat = losses.capped_f_softargmax(jnp.asarray(flat), f, "unit", cap=0.3)
+    close(capped, back(flat))
+    close(losses.diagnose(scores, f, "unit", axis=(0, 1, 2, 3)).residual, 0)
+    for axis in ((1, -3), (), (1, 4)):
+        with pytest.raises(ValueError, match="or a tuple of different ones"):
+            f_softargmax(scores, f, "unit", axis=axis)
+
+
+def test_numbers_per_row_may_have_the_axis_of_the_classes():
+    alpha, beta = np.array([1.2, 1.5, 2.0, 3.0]), np.array([0.5, 1.0, 2.0, 1.5])
+    scores, column = jnp.asarray(THETA), lambda a: jnp.asarray(a)[:, None]
+    close(
+        losses.entmax(scores, column(alpha), temperature=column(beta)),
+        losses.entmax(scores, jnp.asarray(alpha), temperature=beta),
+    )
+    close(
+        losses.entmax(scores.T, column(alpha).T, axis=0),
+        losses.entmax(scores, jnp.asarray(alpha)).T,
+    )
+    with pytest.raises(ValueError, match=r"`alpha` has shape \(4, 2\)"):
+        losses.entmax(scores, jnp.ones((4, 2)))
 
 
 def test_diagnostics():

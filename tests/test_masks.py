@@ -168,6 +168,6 @@ def test_scores_far_below_the_largest(name):
             out[key] = value, pull(v if value.ndim == 2 else v[:, 0])[0]
         prox = losses.FLoss(f, "unit").conjugate_prox
         soft = jnp.broadcast_to(jnp.asarray([0.4, 0.1, 0.2, 0.3], u.dtype), u.shape)
-        return out, prox(u, 0.7, soft)
+        return out, prox(u, 2.0, soft)
 
     agree(*in_both(everything, below, leaders, V[6:]))

@@ -245,7 +245,8 @@ def Alpha(alpha: float | Float[Array, "..."]) -> AbstractDivergence:
 
     - `alpha`: a Python number, which is static and has code of its own, or an array,
         which is traced and differentiable; its shape broadcasts against that of the
-        scores without their class axis, so that it can differ from row to row.
+        scores without their class axis, or with length 1 there, as in entmax, so that
+        it can differ from row to row.
 
     **Returns:** a generator.
 

@@ -2,6 +2,7 @@
 
 import functools as ft
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, cast, Literal, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from ._root import Classes, largest, Problem
 
 Divergence = AbstractDivergence | Callable
 Fn = TypeVar("Fn", bound=Callable)
+Axis = int | tuple[int, ...]
 Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
 
 
@@ -62,14 +64,24 @@ class Call(eqx.Module):
     where: Array | None
     temperature: Array | None
     unit: bool = eqx.field(static=True)
-    axis: int = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True)  # none is negative
     axis_name: str | None = eqx.field(static=True)
     kernel: Mode = eqx.field(static=True)
+
+    def last(self, a: Array) -> Array:
+        """An array of the shape of the scores with its classes on the last axis."""
+        n = len(self.axes)
+        a = jnp.moveaxis(a, self.axes, range(-n, 0))
+        return a if n == 1 else a.reshape(*a.shape[:-n], -1)
+
+    @property
+    def classes(self) -> int:
+        return math.prod(self.scores.shape[i] for i in self.axes)
 
     def set_up(self) -> Setup:
         small = self.scores.dtype.itemsize < 4
         dtype = jnp.dtype(jnp.float32) if small else self.scores.dtype
-        last = lambda a: jnp.moveaxis(a, self.axis, -1)
+        last = self.last
         theta, excluded = last(self.scores).astype(dtype), []
         beta = jnp.ones((), dtype)
         if self.where is not None:
@@ -97,7 +109,10 @@ class Call(eqx.Module):
 
     def rows(self, a: Array) -> Array:
         """An array like the scores, as the caller has them."""
-        return jnp.moveaxis(a, -1, self.axis).astype(self.scores.dtype)
+        shape, axes = self.scores.shape, self.axes
+        if len(axes) > 1:
+            a = a.reshape(*batch_shape(shape, axes), *(shape[i] for i in axes))
+        return jnp.moveaxis(a, range(-len(axes), 0), axes).astype(self.scores.dtype)
 
     def row(self, a: Array) -> Array:
         """One number per row, as the caller has them."""
@@ -110,9 +125,9 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
             f"`scores` is {came(scores)}; an array is expected, and f comes after it."
         )
     scores, f = jnp.asarray(scores), as_divergence(f)
-    _check_scores(scores, axis)
+    axes = _check_scores(scores, axis)
     shape = scores.shape
-    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axis), f)
+    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axes), f)
     if where is not None:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
@@ -121,7 +136,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     if isinstance(temperature, (int, float)) and temperature == 1:
         temperature = None
     else:
-        temperature = per_row("temperature", temperature, shape, axis)
+        temperature = per_row("temperature", temperature, shape, axes)
     check_reference(reference, f)
     unit = reference is None
     if isinstance(reference, str):
@@ -133,7 +148,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
                 "`reference` has a negative or NaN entry; a measure is >= 0 "
                 "everywhere, and 0 excludes a class."
             )
-    options = unit, axis, axis_name, mode()
+    options = unit, axes, axis_name, mode()
     return Call(scores, f, reference, where, temperature, *options)
 
 
@@ -188,7 +203,8 @@ def check_temperature(temperature: Any):
         )
 
 
-def _check_scores(scores: Array, axis: int):
+def _check_scores(scores: Array, axis: Axis) -> tuple[int, ...]:
+    """The axes of the classes, from the first on."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(
             f"`scores` has dtype {scores.dtype}; floats are expected: convert integers "
@@ -196,18 +212,31 @@ def _check_scores(scores: Array, axis: int):
         )
     if scores.ndim == 0:
         raise ValueError("`scores` is one number; an axis of classes is expected.")
-    if not isinstance(axis, int) or not -scores.ndim <= axis < scores.ndim:
+    n, axes = scores.ndim, axis if isinstance(axis, tuple) else (axis,)
+    integers = all(isinstance(i, int) and -n <= i < n for i in axes)
+    if not integers or not 0 < len(axes) == len({i % n for i in axes}):
         raise ValueError(
-            f"`axis` is {axis}; an integer from {-scores.ndim} to {scores.ndim - 1} is "
-            f"expected for `scores` of shape {scores.shape}."
+            f"`axis` is {axis}; an integer from {-n} to {n - 1}, or a tuple of "
+            f"different ones, is expected for `scores` of shape {scores.shape}."
         )
-    if scores.shape[axis] == 0:
+    if any(scores.shape[i] == 0 for i in axes):
         raise ValueError(f"`scores` has shape {scores.shape}: no class on axis {axis}.")
+    return tuple(i % n for i in axes)
 
 
-def per_row(name: str, value, shape: tuple, axis: int) -> Array:
-    """A number for all rows, or one for each, with an axis for the classes."""
-    batch, value = shape[:axis] + shape[axis:][1:], jnp.asarray(value)
+def batch_shape(shape: tuple, axes: tuple[int, ...]) -> tuple:
+    """The shape without the axes of the classes."""
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
+
+
+def per_row(name: str, value, shape: tuple, axes: tuple[int, ...]) -> Array:
+    """A number for all rows, or one for each, with an axis for the classes.
+
+    It may have the axes of the classes already, with length 1.
+    """
+    batch, value = batch_shape(shape, axes), jnp.asarray(value)
+    if value.ndim == len(shape) and all(value.shape[i] == 1 for i in axes):
+        value = jnp.squeeze(value, axes)
     _check_broadcasts(name, value, batch, "of `scores` without its class axis")
     return jnp.broadcast_to(value, batch)[..., None] if value.ndim else value
 

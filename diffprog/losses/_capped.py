@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._call import Call, check, Divergence, is_known, operator, per_row, Reference
+from ._call import Axis, Call, check, Divergence, is_known, operator, per_row, Reference
 from ._divergence import AbstractDivergence
 from ._root import below, ratio
 
@@ -30,26 +30,27 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
     """
     present, eps = scores > -jnp.inf, jnp.finfo(scores.dtype).eps
     top = f.link(cap / jnp.where(present, q, 1)) + 0 * total(cap)
-
-    def left(leaders):
-        return 1 - total(jnp.where(leaders, cap, 0))
+    left = lambda bound: 1 - cap * total((scores > bound).astype(scores.dtype))
+    most = lambda a: jnp.max(a, -1, keepdims=True)
 
     def improve(carry):
-        leaders, *_ = carry
-        m = jnp.max(jnp.where(leaders, -jnp.inf, scores), -1, keepdims=True)
+        old, new, *_ = carry
+        # What is above the bound is at the cap. Something is left for the others.
+        accepted = left(new) > 100 * eps
+        bound = jnp.where(accepted, new, old)
+        others = jnp.where(scores > bound, -jnp.inf, scores)
+        m = most(others)
         m = jnp.where(m == -jnp.inf, 0, m)
-        y, others = below(scores, m), present & ~leaders
-        s = below_cap(f, jnp.where(others, y, -jnp.inf), q, cap, top, left(leaders))
-        under = others & (s + y < top)
-        next = jnp.max(jnp.where(under, y, -jnp.inf), -1, keepdims=True)
-        far = leaders | others & ~under & (y - next > FAR)
-        far = jnp.where((next > -jnp.inf) & (left(far) > 100 * eps), far, leaders)
-        return far, s, m, jnp.any(far != leaders)
+        y = below(others, m)
+        s = below_cap(f, y, q, cap, top, left(bound))
+        next = most(jnp.where(s + y < top, others, -jnp.inf))
+        far = accepted & (next > -jnp.inf) & (next < m - FAR)
+        return bound, jnp.where(far, next + FAR, new), s, m, jnp.any(far)
 
-    leaders = scores == jnp.inf
-    leaders = leaders & (left(leaders) > 100 * eps)
-    start = leaders, left(leaders), left(leaders), jnp.any(cap == cap) | True
-    return lax.while_loop(lambda carry: carry[-1], improve, start)[1:3]
+    none = jnp.full_like(cap, jnp.inf) + 0 * top[..., :1]
+    zero = jnp.zeros_like(none)
+    start = none, none, zero, zero, jnp.any(cap > 0)
+    return lax.while_loop(lambda carry: carry[-1], improve, start)[2:4]
 
 
 def below_cap(f, y, q, cap, top, mass) -> Array:
@@ -99,7 +100,7 @@ def capped_f_softargmax(
     reference: Reference = None,
     *,
     cap: int | float | Float[Array, "..."],
-    axis: int = -1,
+    axis: Axis = -1,
     where=None,
     temperature=1.0,
 ) -> Float[Array, "..."]:
@@ -128,8 +129,8 @@ def capped_f_softargmax(
     Takes about ten passes over the scores, and two numbers of memory per row.
     """
     call = check(scores, f, reference, axis, where, temperature, None)
-    cap = per_row("cap", cap, call.scores.shape, axis)
-    _check_cap(cap, call.scores.shape[axis])
+    cap = per_row("cap", cap, call.scores.shape, call.axes)
+    _check_cap(cap, call.classes)
     return _capped(call, cap)
 
 

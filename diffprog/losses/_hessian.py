@@ -6,7 +6,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from ._call import Call, check, Divergence, operator, Reference
-from ._root import below, ratio, root
+from ._root import below, ratio, root, settled
 
 
 class SoftargmaxJacobian(lx.AbstractLinearOperator):
@@ -92,7 +92,8 @@ def solution(call: Call) -> tuple[Array, Array]:
     sigma = root(s.classes, s.f, s.problem)
     u = ratio(s.f, sigma + below(s.problem.scores, s.problem.m))
     weights = s.problem.q * s.f.curvature(u) / s.beta
-    return call.rows(s.problem.q * u), call.rows(weights)
+    p = settled(s.classes, s.f, s.problem, sigma)
+    return call.rows(p), call.rows(weights)
 
 
 @operator

@@ -27,7 +27,7 @@ from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex
 from ._loss import AbstractLoss, per_example, total, where_inside
 from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
-from ._root import below, Classes, largest, weighted
+from ._root import below, Classes, difference, largest, weighted
 from ._simplex import proximal
 from ._targets import (
     check_classes,
@@ -58,12 +58,16 @@ def _less(p: Array, y: Array, labels: bool) -> Array:
 
 
 def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
-    """The softmax, ln p + z and z of every row; zeros for p where all is excluded."""
-    y = below(outputs, largest(outputs, Classes()))
-    e = jnp.exp(y)
+    """The softmax of every row, its largest output, and the logsumexp less that.
+
+    Where all classes are excluded there are zeros, and a logsumexp of -inf.
+    """
+    m = largest(outputs, Classes())
+    e = jnp.exp(below(outputs, m))
     total = _sum(e)
-    total = jnp.where(total > 0, total, 1)
-    return e / total, y, jnp.log(total)
+    present = total != 0  # NaN is
+    total = jnp.where(present, total, 1)
+    return e / total, m, jnp.where(present, jnp.log(total), -jnp.inf)
 
 
 def _class_hessian_mv(w: Array, vector: Array) -> Array:
@@ -156,10 +160,6 @@ class FLoss(AbstractBoundedLoss):
         call = self._check(heard(outputs, targets, self.ignore_label))
         y, row = self._targets(call, targets)
         p, w = solution(call)
-        if call.f.convex_ratio is not True:
-            # At the edge of its support p may rise too steeply to sum up to 1.
-            S = _sum(p)
-            p = p / jnp.where(S > 0, S, 1)
         exact = is_labels(targets) and self.smoothing == 0
         return _less(p * row, y, exact), w * row
 
@@ -253,9 +253,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
             where = counting(targets, self.ignore_label)
             return total(f_loss(outputs, targets, KL(), where=where))
         check_within(WEIGHTS, outputs, targets)
-        p, y, z = _softmax(outputs)
-        losses = _sum(like(outputs, targets) * z - weighted(like(outputs, targets), y))
-        return total(jnp.where(_sum(p) == 0, 0, losses))
+        (_, m, z), y = _softmax(outputs), like(outputs, targets)
+        losses = _sum(weighted(y, difference(m, outputs))) + _sum(y) * z
+        return total(jnp.where(z == -jnp.inf, 0, losses))
 
     def count(self, outputs, targets):
         if is_labels(targets):
@@ -279,9 +279,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def _derivatives(self, outputs, targets):
         """The gradient and the weights of the Hessian."""
         y, mass = self._targets(outputs, targets)
-        p = _softmax(heard(outputs, targets, self.ignore_label))[0]
+        p, _, z = _softmax(heard(outputs, targets, self.ignore_label))
         g = _less(mass * p, y, is_labels(targets))
-        return jnp.where(_sum(p) == 0, 0, g), mass * p
+        return jnp.where(z == -jnp.inf, 0, g), mass * p
 
     def hessian_mv(self, outputs, targets, vector):
         return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
@@ -346,9 +346,9 @@ class Hinge(AbstractBoundedLoss):
         own, row = one_hot(outputs, labels, self.ignore_label)
         outputs = heard(outputs, labels, self.ignore_label)
         label = _sum(jnp.where(own > 0, outputs, 0))
-        margins = below(outputs, label) + 1
-        margins = jnp.where(outputs == -jnp.inf, -jnp.inf, margins)
-        return own, row, jnp.where(own > 0, 0, margins)
+        margins = jnp.where(own > 0, 0, difference(outputs, label) + 1)
+        excluded = (outputs == -jnp.inf) & (own == 0)
+        return own, row, jnp.where(excluded, -jnp.inf, margins)
 
     def count(self, outputs, targets):
         if is_labels(targets):

@@ -89,23 +89,28 @@ def largest(scores: Rows, classes: Classes) -> Row:
 
 @jax.custom_jvp
 def below(scores: Array, m: Array) -> Array:
-    """scores - m, and 0 where both are the same infinity."""
-    return jnp.where(scores == m, 0, scores - m)
+    """scores - m for m >= scores, where an infinite m is the largest finite number."""
+    finite = jnp.finfo(scores.dtype).max
+    return jnp.minimum(scores, finite) - jnp.minimum(m, finite)
 
 
-@below.defjvp
-def _(primals, tangents):
-    (scores, m), (dscores, dm) = primals, tangents
-    return below(scores, m), dscores - dm
+@jax.custom_jvp
+def difference(a: Array, b: Array) -> Array:
+    """a - b, and 0 where both are the same infinity."""
+    return jnp.where(a == b, 0, a - b)
+
+
+for _minus in (below, difference):
+    _minus.defjvp(lambda ab, dab, minus=_minus: (minus(*ab), dab[0] - dab[1]))
 
 
 @jax.custom_jvp
 def weighted(y: Array, scores: Array) -> Array:
-    """y scores, and 0 where y is 0 and the score infinite.
+    """y scores, and 0 where y is 0 though the score may be infinite.
 
     An infinite derivative in y is 0: else no change of y would be NaN.
     """
-    return jnp.where((y == 0) & jnp.isinf(scores), 0, y * scores)
+    return jnp.where(y == 0, 0, y * scores)
 
 
 @weighted.defjvp
@@ -181,7 +186,14 @@ def _(primals, tangents):
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
-    default = lambda *problem: solve(classes, f, Problem(*problem))[0]
+
+    def default(*problem):
+        sigma = solve(classes, f, Problem(*problem))[0]
+        if f.convex_ratio is True:
+            return sigma
+        up = 2 * jnp.finfo(sigma.dtype).eps * jnp.abs(sigma)
+        return sigma + jnp.where(f.convex_ratio, 0, up)  # S >= 1: see `settled`
+
     if not on_chip(classes, f, problem):
         return default(*problem)
 
@@ -211,8 +223,26 @@ def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> 
 
 
 def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
-    sigma = root(classes, f, problem)
-    return problem.q * ratio(f, sigma + below(problem.scores, problem.m))
+    return settled(classes, f, problem, root(classes, f, problem))
+
+
+def settled(classes: Classes, f: AbstractDivergence, problem: Problem, sigma: Row):
+    """q u, corrected where it may rise steeply at the edge of its support.
+
+    There one class is right to eps^(1/(alpha-1)) only, and with it the mass S. From a
+    sigma with S >= 1 what is too much is taken from all by their slopes, which is from
+    that one: then it has what the others leave.
+    """
+    w = sigma + below(problem.scores, problem.m)
+    p = problem.q * ratio(f, w)
+    if f.convex_ratio is True:
+        return p
+    rough, slopes = (problem.q * a for a in f.pair(w))
+    S, W = classes.sum(rough), classes.sum(slopes)
+    better = jnp.maximum(rough - slopes * ((S - 1) / jnp.where(W > 0, W, 1)), 0)
+    S = classes.sum(better)
+    better = better / jnp.where(S > 0, S, 1)
+    return p + lax.stop_gradient(jnp.where(W > 0, better - rough, 0))
 
 
 def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
@@ -257,7 +287,8 @@ def _(classes, primals, tangents):
     sigma = root(classes, f, problem)
     w = sigma + below(problem.scores, problem.m)
     u, inside = ratio(f, w), w > -jnp.inf
-    change = problem.q * u * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
+    p = settled(classes, f, problem, sigma)
+    change = p * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
     if isinstance(f, TracedAlpha):
         lowered = jnp.where(inside, lowered_change(f, df, u), 0)
         change = change - problem.q * lowered

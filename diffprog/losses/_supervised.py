@@ -228,15 +228,14 @@ def _unit(vector: Array) -> tuple[Array, Array]:
     The direction is that of infinite entries, where there are any.
     """
     axes = tuple(range(1, vector.ndim))
-    size = lax.stop_gradient(jnp.max(jnp.abs(vector), axes, keepdims=True))
-    signs = jnp.where(jnp.isinf(vector), jnp.sign(vector), 0)
-    vector = jnp.where(jnp.isinf(size), signs, vector)
-    # XLA multiplies by 1 / scale, which must not be rounded to 0.
     limits = jnp.finfo(vector.dtype)
-    scale = jnp.clip(jnp.where(jnp.isinf(size), 1, size), limits.tiny, limits.max / 8)
-    square = jnp.sum((vector / scale) ** 2, axes, keepdims=True)
+    size = lax.stop_gradient(jnp.max(jnp.abs(vector), axes, keepdims=True))
+    # XLA multiplies by 1 / scale, which must not be rounded to 0.
+    scale = jnp.clip(size, limits.tiny, limits.max / 8)
+    scaled = jnp.clip(vector, limits.min, limits.max) / scale
+    square = jnp.sum(scaled**2, axes, keepdims=True)
     inverse = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return vector / scale * inverse, jnp.where(jnp.isinf(size), 0, inverse / scale)
+    return scaled * inverse, inverse / scale
 
 
 @jax.custom_jvp

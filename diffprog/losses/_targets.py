@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._types import came
-from ._call import is_known
+from ._call import Axis, batch_shape, is_known
 
 
 SLACK = 1e-2  # of a sum of probabilities: they may have been rounded to 8 bits
@@ -102,10 +102,10 @@ def is_labels(targets: Any) -> bool:
     return bool(jnp.issubdtype(as_array(targets).dtype, jnp.integer))
 
 
-def check_targets(targets: Any, shape: tuple, axis: int) -> bool:
+def check_targets(targets: Any, shape: tuple, axes: tuple[int, ...]) -> bool:
     """Whether they are labels, not probabilities."""
     labels = jnp.issubdtype(targets.dtype, jnp.integer)
-    batch = shape[:axis] + shape[axis:][1:]
+    batch = batch_shape(shape, axes)
     floats = jnp.issubdtype(targets.dtype, jnp.floating)
     if targets.shape != (batch if labels else shape) or not (labels or floats):
         other = "int" if targets.shape == batch else "float"
@@ -133,7 +133,7 @@ def check_classes(outputs: Any, targets: Any):
             "there is one: with one output per example use `dp.losses.Logistic()` or "
             "`dp.losses.Hinge()`, with targets 1.0 and -1.0 of the shape of `outputs`."
         )
-    check_targets(targets, outputs.shape, -1)
+    check_targets(targets, outputs.shape, (outputs.ndim - 1,))
 
 
 def check_labels(labels: Any, k: int, counted: Callable = lambda: True):
@@ -153,7 +153,7 @@ def check_labels(labels: Any, k: int, counted: Callable = lambda: True):
         )
 
 
-def check_probabilities(targets: Any, axis: int, counted: Callable = lambda: True):
+def check_probabilities(targets: Any, axis: Axis, counted: Callable = lambda: True):
     """Raises for rows that are no probabilities, where they are known."""
     if not is_known(targets):
         return
