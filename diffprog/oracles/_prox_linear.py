@@ -269,7 +269,7 @@ class ProxLinear(AbstractOracle):
         [`diffprog.oracles.NewtonSteps`][], [`diffprog.oracles.CoordinateAscent`][] or
         [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for losses with
         kinks in themselves or their gradients, where its matrix has at most 1024^2
-        entries; the second for other smooth losses, and the last for what is left.
+        entries; the second for other smooth losses, and the others for what is left.
     - `gap`: the duality gap at which to stop, as a part of the distance from the loss
         to the dual value: 0.1 makes sure of a descent direction.
     - `throw`: whether a gap that was not reached is a failure, `max_steps_reached`,
@@ -365,5 +365,5 @@ def choose(at: Linearization) -> AbstractModelSolver:
         return CoordinateAscent() if q <= 1024 else ProximalGradient()
     if min(n, q) <= 256:
         return InteriorPoint()
-    # So many steps cost about as much as one of the interior point method.
+    # So many steps cost less than one of the interior point method, and often suffice.
     return Either(NewtonSteps(5) if smooth else CoordinateAscent(20), InteriorPoint())
