@@ -187,6 +187,14 @@ def _axes_of(path: str) -> str:
     )
 
 
+_INSTEAD = dict(
+    throw="nothing is raised for a problem that fails: look at `solution.success`",
+    check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
+    "beyond the end of an array",
+)
+
+
+@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
 def solve_batch(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -292,14 +300,6 @@ def solve_batch(
         solutions.append(solution)
     join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
     return jtu.tree_map(join, *solutions)
-
-
-_INSTEAD = dict(
-    throw="nothing is raised for a problem that fails: look at `solution.success`",
-    check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
-    "beyond the end of an array",
-)
-solve_batch = with_advice(solve_batch, lambda name, _, known: _INSTEAD.get(name, known))
 
 
 def _report(verbose, batch: str, solution: Solution, start: float):

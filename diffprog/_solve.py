@@ -147,6 +147,15 @@ def _float(value):
     return float(value) if isinstance(value, int) else value
 
 
+_INSTEAD = dict(
+    check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
+    "of an array",
+    in_axes="`dp.solve_batch` solves many problems",
+    batch_size="`dp.solve_batch` solves many problems",
+)
+
+
+@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
 def solve(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -222,15 +231,6 @@ def solve(
     solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
     told = ft.partial(explain_solution, advice=_advice(problem))
     return throw_unless_successful(solution, throw, told)
-
-
-_INSTEAD = dict(
-    check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
-    "of an array",
-    in_axes="`dp.solve_batch` solves many problems",
-    batch_size="`dp.solve_batch` solves many problems",
-)
-solve = with_advice(solve, lambda name, _, known: _INSTEAD.get(name, known))
 
 
 def _advice(problem: AbstractChain) -> Mapping[str, str]:

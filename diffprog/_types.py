@@ -120,22 +120,26 @@ def noted(note: Callable[[], str]):
         raise
 
 
-def with_advice(fn: Fn, instead: Callable[[str, Any, str], str]) -> Fn:
-    """`fn`, which says what there is instead of an option that it does not have.
+def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
+    """A function that says what there is instead of an option that it does not have.
 
     `instead(name, value, known)` gets the sentence with the arguments that there are.
     """
-    own = inspect.signature(fn).parameters
 
-    @ft.wraps(fn)
-    def call(*args, **options):
-        for name in options.keys() - own.keys():
-            known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
-            said = instead(name, options[name], known)
-            raise TypeError(f"`{fn.__name__}` takes no `{name}`: {said}.")
-        return fn(*args, **options)
+    def decorate(fn: Fn) -> Fn:
+        own = inspect.signature(fn).parameters
 
-    return cast(Fn, call)
+        @ft.wraps(fn)
+        def call(*args, **options):
+            for name in options.keys() - own.keys():
+                known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
+                said = instead(name, options[name], known)
+                raise TypeError(f"`{fn.__name__}` takes no `{name}`: {said}.")
+            return fn(*args, **options)
+
+        return cast(Fn, call)
+
+    return decorate
 
 
 # Data with a row per stage: a stacked array for every segment of a chain.

@@ -162,7 +162,7 @@ def operator(fn: Fn) -> Fn:
             return f"it takes every entry by itself; {known}"
         return known
 
-    return with_advice(fn, instead)
+    return with_advice(instead)(fn)
 
 
 def is_known(array) -> bool:
