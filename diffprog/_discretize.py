@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._tree import all_finite, where
+from ._types import check_one_number
 
 
 METHODS = ("euler", "midpoint", "rk4")
@@ -131,6 +132,13 @@ def _check_method(method: Any):
             f"`method` is {name}, which serves adaptive steps; the length of a step "
             "is `dt` here: give the solver inside."
         )
+    if isinstance(method, diffrax.LeapfrogMidpoint):
+        raise ValueError(
+            "`method` is LeapfrogMidpoint, which steps from the last two states; here "
+            "each stage begins anew from one state, and of this method only its first "
+            "step, one of Euler, would be left: give a method that needs no state but "
+            "the last, such as `diffrax.Midpoint()` or `diffrax.Tsit5()`."
+        )
     terms = method.term_structure
     terms = typing.get_origin(terms) or terms
     if not isinstance(terms, type) or not issubclass(diffrax.ODETerm, terms):
@@ -145,7 +153,8 @@ def _check_method(method: Any):
             f"`method` is {name}, whose root finder has no tolerances, which come "
             "from an adaptive step size elsewhere; the length of a step is `dt` here: "
             f"pass `diffrax.{name}(root_finder=optimistix.Newton(rtol=1e-8, "
-            "atol=1e-8))` in float64, and looser ones in float32."
+            "atol=1e-8))` in float64, and 1e-3 in float32, where rounding keeps a "
+            "stiff step from tighter ones."
         )
 
 
@@ -162,10 +171,11 @@ def discretize(
         index times `dt`.
     - `dt`: the length of a stage in seconds.
     - `method`: `"euler"`, `"midpoint"` or `"rk4"`, of order 1, 2 and 4, or a diffrax
-        solver of ordinary differential equations, which takes one step. (Diffrax is
-        differentiated through its own loop: general, but several times slower than the
-        three built-in rules, and implicit solvers compile slowly.) The root finder of
-        an implicit solver needs tolerances, which float64 reaches better than float32.
+        solver of ordinary differential equations, which takes one step, from the last
+        state only. (Diffrax is differentiated through its own loop: general, but
+        several times slower than the three built-in rules, and implicit solvers compile
+        slowly.) The root finder of an implicit solver needs tolerances: about 1e-8 in
+        float64, and 1e-3 in float32.
 
     **Returns:** a module, to be called as `dynamics(x, u, t)`. Where the root finder of
     an implicit solver does not reach its tolerances the new state is NaN, and a solve
@@ -175,13 +185,14 @@ def discretize(
     `dynamics(x, u, t)` four times `x = fine(x, u, 4 * t + i)`, i from 0 to 3.
 
     **Raises:** `ValueError` for a method that is unknown or does not fit, or a `dt`
-    that is not positive.
+    that is not positive; `TypeError` for a `dt` that is not one number.
     """
     if not callable(vector_field):
         raise TypeError(
             f"`vector_field` is {vector_field!r}; a function `(x, u, t) -> dx` is "
             "expected."
         )
+    check_one_number("dt", dt, "one number, the seconds of a stage,")
     if isinstance(dt, float | int) and not dt > 0:
         raise ValueError(f"`dt` is {dt}; a positive number of seconds is expected.")
     _check_method(method)

@@ -74,6 +74,7 @@ class Passes(eqx.Module):
     minimum: Bool[Array, ""]  # positive without damping
     converged: Bool[Array, ""]
     refuted: Bool[Array, ""]  # a test denied the convergence
+    trials_nonfinite: Int[Array, ""]  # the first stage of a trial that is not finite
     first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
     trial: VectorTrajectory
     verdict: Verdict
@@ -159,6 +160,7 @@ class Solver(eqx.Module):
         # Only a search that is not monotone leaves a better iterate behind.
         ended = passes.converged | ~usable
         worse = ended & ~stop & (loop.best.cost < before.cost)
+        well = stalled | passes.converged
         unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
         denied = stop & (loop.result == RESULTS.successful) & ~quiet
 
@@ -170,12 +172,13 @@ class Solver(eqx.Module):
             (failed & ~passes.positive, self.search.no_minimum),
             (diverged, RESULTS.nonfinite_rollout),
             (unbounded, RESULTS.cost_unbounded),
-            (stalled | passes.converged, RESULTS.successful),
+            (well, RESULTS.successful),
             (worse, RESULTS.no_descent),
             (~usable, RESULTS.nonfinite_derivative),
         ):
             result = RESULTS.where(applies, code, result)
-        first = jnp.where(diverged, passes.trial.first_nonfinite, loop.first_nonfinite)
+        first = jnp.where(stop, loop.first_nonfinite, passes.trials_nonfinite)
+        first = jnp.where(well, self.chain.horizon + 1, first)
         first = jnp.where(usable, first, passes.first_nonfinite)
 
         best = after
@@ -226,7 +229,7 @@ class Solver(eqx.Module):
         The last ones at a final iterate have no trials: without damping, and if there
         is no minimum, with the last damping that had one.
         """
-        false = jnp.zeros_like(stop)
+        false, T = jnp.zeros_like(stop), self.chain.horizon
         begun = self.search.begin(loop.search, expansion.cost_gradient)
         start = jnp.where(stop, POLICY, SEARCH)
         nan = jnp.full_like(before.cost, jnp.nan)
@@ -244,6 +247,7 @@ class Solver(eqx.Module):
             minimum=false,
             converged=false,
             refuted=false,
+            trials_nonfinite=jnp.full_like(before.first_nonfinite, T + 1),
             first_nonfinite=expansion.first_nonfinite,
             trial=before,
             verdict=Verdict(false, false, false),
@@ -270,7 +274,7 @@ class Solver(eqx.Module):
         testing = p.purpose == TEST
         leaving = testing & ~positive
         trying = leaving | (searching & positive & ~suspected)
-        state, verdict, trial, num_rollouts = self._trials(
+        state, verdict, trial, num_rollouts, nonfinite = self._trials(
             p, before, expansion, sweep, trying, leaving, tolerance
         )
         state = where(leaving & ~verdict.accept, p.search, state)
@@ -314,6 +318,7 @@ class Solver(eqx.Module):
             minimum=jnp.where(damping == 0, positive, p.minimum),
             converged=p.converged | converged,
             refuted=p.refuted | refuted,
+            trials_nonfinite=nonfinite,
             first_nonfinite=first,
             trial=trial,
             verdict=verdict,
@@ -333,7 +338,7 @@ class Solver(eqx.Module):
             return verdict.accept | verdict.refresh | verdict.fail
 
         def body(carry):
-            state, _, _, num_rollouts = carry
+            state, _, _, num_rollouts, nonfinite = carry
             trial, _ = self.method.forward(
                 self.chain, before, expansion.model, sweep, state.stepsize
             )
@@ -357,7 +362,8 @@ class Solver(eqx.Module):
             )
             left = Verdict(falls, falls & False, ~falls & (shorter.stepsize < LEAST))
             state, verdict = where(leaving, (shorter, left), judged)
-            return state, verdict, trial, num_rollouts + 1
+            nonfinite = jnp.minimum(nonfinite, trial.first_nonfinite)
+            return state, verdict, trial, num_rollouts + 1, nonfinite
 
         false = jnp.zeros_like(trying)
         whole = jnp.where(leaving, 1, passes.search.stepsize)
@@ -366,5 +372,6 @@ class Solver(eqx.Module):
             Verdict(false, false, false),
             passes.trial,
             passes.num_rollouts,
+            passes.trials_nonfinite,
         )
         return lax.while_loop(lambda c: trying & ~decided(c[1]), body, carry)

@@ -12,6 +12,10 @@ from ._result import explain, NAMES, RESULTS
 from ._search.base import SearchState
 
 
+BOUNDED = (
+    "Start from `us` that keep the system bounded, shorten the horizon, or use a "
+    "search that shortens steps."
+)
 # What to do about a result, in the words of a control problem.
 ADVICE = dict(
     max_steps_reached="Raise `max_steps`, loosen `rtol` and `atol`, or continue from "
@@ -23,8 +27,7 @@ ADVICE = dict(
     "start from better `us`, scale the controls, raise the `max_damping` of the search "
     "or, with `dp.Newton()` or `dp.DDP()`, try `dp.ILQR()`, which needs convex costs "
     "only.",
-    nonfinite_rollout="Start from `us` that keep the system bounded, shorten the "
-    "horizon, or use a search that shortens steps.",
+    nonfinite_rollout=BOUNDED,
     nonfinite_derivative="Look there for sqrt(0), norms at 0, 0/0 under `jnp.where`, "
     "or arctan2(0, 0).",
     factorization_failed="Give a positive `damping`, use a search that raises it, or "
@@ -37,7 +40,12 @@ GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 EARLY = (
     "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
-    "problem, for functions outside their domain, and for an implicit step that fails."
+    "problem, for functions outside their domain, and for an implicit step that fails: "
+    "loosen the tolerances of its root finder."
+)
+FAILED = (
+    "Where a step of an implicit solver fails the new state is NaN: loosen the "
+    "tolerances of its root finder."
 )
 # A state beyond runs away: it is not the cost that is to blame.
 RUNAWAY = 1e9
@@ -61,7 +69,8 @@ class Solution(eqx.Module):
         tolerances are about), `minimum` (whether the undamped model of the direction
         has a strict minimum at every stage: at a maximum, a saddle or along a flat
         direction it does not; directions of first order see no curvature and say yes),
-        `first_nonfinite` (horizon + 1 if there is none).
+        `first_nonfinite` (the first stage that is not finite, in the roll-out, its
+        derivatives or the trials of the last iteration; horizon + 1 if there is none).
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
         step from it; NaN after the end. Empty if `history=False`.
@@ -134,10 +143,16 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "some controls. Start from other `us`, such as these with a little noise, "
             "to leave a maximum or a saddle."
         )
+    elif name == "max_steps_reached" and stage <= _num_stages(solution):
+        where = f"In the last iteration trials were not finite from stage {stage} on. "
+        where += FAILED
     elif name == "max_steps_reached" and not solution.stats["minimum"]:
         where = "Without damping the model has no minimum: has the cost a bound below?"
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
+    elif name in ("no_descent", "damping_limit") and _largest(solution.xs) > RUNAWAY:
+        where = f"The states reach {_largest(solution.xs):.1e}: no model holds there."
+        advice = {**advice, name: BOUNDED}
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
         advice = {**advice, **({"nonfinite_rollout": instead} if instead else {})}
@@ -147,11 +162,11 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
 def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
     """Where a roll-out is not finite, and advice of its own."""
     if np.isfinite(solution.cost):
-        return f"In the trials that is so from stage {stage} on.", ""
+        where = f"In the trials that is so from stage {stage} on."
+        return where, f"{BOUNDED} {FAILED}"
     phases = isinstance(solution.policy, tuple)
     states, controls = solution.xs, solution.us
-    finite = [np.where(np.isfinite(x), x, 0) for x in jtu.tree_leaves(states)]
-    largest = max(float(np.max(np.abs(x))) for x in finite)
+    largest = _largest(states)
     if phases:  # the last state comes on its own
         states = (*states[:-1], jtu.tree_map(lambda a: a[None], states[-1]))
     states, controls = _finite_rows(states, phases), _finite_rows(controls, phases)
@@ -164,8 +179,17 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
         return f"At stage {stage} the state has run away, to {largest:.1e}.", ""
     if states[stage]:
         return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
-    early = EARLY if stage <= 2 else ""
-    return f"The state is not finite from stage {stage} on.", early
+    advice = EARLY if stage <= 2 else f"{BOUNDED} {FAILED}"
+    return f"The state is not finite from stage {stage} on.", advice
+
+
+def _largest(tree: PyTree) -> float:
+    finite = [np.where(np.isfinite(x), x, 0) for x in jtu.tree_leaves(tree)]
+    return max(float(np.max(np.abs(x))) for x in finite)
+
+
+def _num_stages(solution: Solution) -> int:
+    return len(_finite_rows(solution.us, isinstance(solution.policy, tuple)))
 
 
 def _finite_rows(tree: PyTree, phases: bool) -> np.ndarray:

@@ -53,6 +53,12 @@ def check_number(name: str, value: Any, expected: str):
         raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
 
 
+def check_one_number(name: str, value: Any, expected: str = "one number"):
+    """Raises for what is no number, and for an array of several."""
+    if not is_number(value) or np.ndim(value):
+        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
+
+
 def check_positive(name: str, value: Any, otherwise: str = ""):
     """Raises for what is no number, and for one that is known and not positive."""
     wrong = f"`{name}` is {came(value)}; a number > 0 is expected{otherwise}."

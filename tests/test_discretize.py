@@ -1,3 +1,6 @@
+import inspect
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,51 @@ def test_order_of_accuracy_with_time_in_seconds(method, order):
     errors = [abs(step(dt) - exact(x, u, 3 * dt, dt))[0] for dt in dts]
     slope = np.log2(errors[0] / errors[1])
     assert slope == pytest.approx(order + 1, abs=0.6)
+
+
+# What diffrax exports and needs no equation in several parts.
+SINGLE = (
+    "Bosh3 Dopri5 Dopri8 Euler Heun ImplicitEuler Kvaerno3 Kvaerno4 Kvaerno5 Midpoint "
+    "Ralston ReversibleHeun Tsit5"
+)
+
+
+def accepted_solvers():
+    """The solvers of diffrax that `dp.discretize` accepts."""
+    newton: Any = dict(root_finder=optimistix.Newton(rtol=1e-10, atol=1e-10))
+    for name, thing in vars(diffrax).items():
+        if name.startswith("Abstract") or not inspect.isclass(thing):
+            continue
+        if not issubclass(thing, diffrax.AbstractSolver) or name == "HalfSolver":
+            continue
+        implicit = issubclass(thing, diffrax.AbstractImplicitSolver)
+        try:
+            solver = thing(**newton) if implicit else thing()
+            dp.discretize(field, 0.1, solver)
+        except ValueError:
+            continue
+        yield solver
+
+
+@pytest.mark.slow
+def test_every_solver_of_diffrax_keeps_its_order_or_is_refused():
+    """What a method carries from step to step is lost between stages."""
+    solvers = list(accepted_solvers())
+    assert sorted(type(solver).__name__ for solver in solvers) == SINGLE.split()
+    curved = lambda x, u, time: -x * (1 + jnp.cos(time) / 2)
+    for solver in solvers:
+        order = solver.order(diffrax.ODETerm(field)) or 0
+
+        @jax.jit
+        def end(dt, num, solver=solver):
+            step = dp.discretize(curved, dt, solver)
+            return jax.lax.fori_loop(0, num, lambda i, x: step(x, None, i), jnp.ones(1))
+
+        few = 2 if order > 5 else 8
+        final = np.exp(-1 - np.sin(1.0) / 2)
+        errors = [abs(end(1 / num, num)[0] - final) for num in (few, 2 * few)]
+        slope = np.log2(errors[0] / errors[1])
+        assert slope > order - 0.4, type(solver).__name__
 
 
 def test_rk4_is_exact_for_a_cubic_in_time():
@@ -160,6 +208,7 @@ def test_several_steps_in_a_stage():
         (diffrax.KenCarp3, "is KenCarp3, which needs an equation in several parts"),
         (diffrax.SemiImplicitEuler, "which needs an equation in several parts"),
         (lambda: diffrax.HalfSolver(diffrax.Heun()), "HalfSolver, .* the solver insi"),
+        (diffrax.LeapfrogMidpoint, "which steps from the last two states.*Midpoint"),
         (lambda: diffrax.Tsit5, "`method` is <class .*; one of euler, midpoint, rk4"),
     ],
 )
@@ -174,6 +223,8 @@ def test_solvers_that_do_not_fit(solver, message):
     [
         ((1.0, 0.1), TypeError, "`vector_field` is 1.0; a function"),
         ((field, 0.0), ValueError, "`dt` is 0.0; a positive number"),
+        ((field, "0.1"), TypeError, "`dt` is '0.1'; one number, the seconds of a"),
+        ((field, jnp.ones(2)), TypeError, r"`dt` is an array of shape \(2,\); one"),
         ((field, 0.1, "rk5"), ValueError, "`method` is 'rk5'; one of euler, midpoint"),
     ],
 )

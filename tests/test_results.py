@@ -73,6 +73,28 @@ def test_a_state_that_runs_away_is_to_blame_and_not_its_cost():
         dp.solve(problem, dp.ILQR(), jnp.ones(1, jnp.float32), us)
 
 
+def test_a_wild_guess_is_to_blame_and_not_the_model():
+    grow = lambda x, u, t: x + x**3 + u
+    effort = lambda x, u, t: jnp.sum(u**2)
+    problem = dp.ControlProblem(grow, effort, lambda x: jnp.sum(x**2), 20)
+    place = r"any damping|acceptable step). The states reach .*: no model holds there. "
+    with pytest.raises(dp.SolveError, match=f"({place}Start from `us` that keep"):
+        dp.solve(problem, dp.ILQR(), jnp.array([-0.2]), jnp.zeros((20, 1)))
+
+
+def test_trials_that_are_not_finite_are_told_at_the_step_limit():
+    """A step of an implicit solver that fails is such a trial."""
+    edge = one_stage(lambda x: jnp.sum((x - 1.0) ** 2 + 0.0 * jnp.sqrt(0.1 - x)))
+    with pytest.raises(dp.SolveError, match="The step limit was") as error:
+        dp.solve(edge, dp.ILQR(), *ZERO, max_steps=1)
+    message = "In the last iteration trials were not finite from stage 1 on."
+    assert message in str(error.value) and "root finder" in str(error.value)
+    bowl = one_stage(lambda x: jnp.sum((x - 1.0) ** 4))
+    solution = dp.solve(bowl, dp.ILQR(), *ZERO, max_steps=1, throw=False)
+    assert solution.stats["first_nonfinite"] == 2
+    assert "not finite" not in repr(solution)
+
+
 def test_the_place_is_found_in_a_chain_of_phases():
     phase = dp.Phase(lambda x, u, t: x + u, lambda x, u, t: jnp.sum(u**2), 2)
     chain = dp.Chain((phase, phase), lambda x: jnp.sum(x**2))

@@ -513,6 +513,7 @@ WRITTEN = {
     "capitals": ",".join(COLUMNS).upper() + "\n" + rewritten(table(), ","),
     "last separator": rewritten(table(), ",").replace("\n", ",\n"),
     "remarks": rewritten(table(), ",").replace("\n", "  # start, or not\n", 3),
+    "a line for spreadsheets": "sep=;\n" + rewritten(table(), ";", ","),
     "Latin-1": "# N\xfcrburgring, 12 m\n" + rewritten(table(), ","),
 }  # fmt: skip
 
@@ -555,7 +556,7 @@ def test_csv_without_widths(tmp_path):
 
 BAD_CSV = {
     "x_m,y_m,w_tr_left_m\n1,2,3\n": "missing: w_tr_right_m",
-    "1,2,3\n4,5,6\n": "line 1 has 3 cells; 4 are expected",
+    "1,2,3\n4,5,6\n": "line 1 has 3 cells; without a header .* 4 are expected",
     HEADERS["plain"] + "0,0,1,1\n1,abc,1,1\n": "line 3: 'abc' in column y_m",
     HEADERS["plain"] + "0,0,1,1\n1,0,1,1\n": "has 2 points",
     "": "has 0 points",
@@ -565,7 +566,7 @@ BAD_CSV = {
         r"from row 1 \(line 4 of the file\) to row 2 \(line 5 of the file\)"
     ),
     "#\n0,0,1,1\n1,0,nan,1\n1,1,1,1\n0,1,1,1": r"in row 1 \(line 3 of the file\)",
-    "1,5 2,0 3,0 4,0\n": "line 1 has 5 cells; 4 .* decimal comma by semicolons",
+    "1,5 2,0 3,0 4,0\n": "line 1 has 5 cells; .* 4 .* decimal comma by semicolons",
     "0,0,1,1\n1,0,1,1\n1,1,-2,1\n0,1,1,1\n": "`right` is -2.0 in row 2",
 }
 
@@ -605,6 +606,8 @@ def test_bad_json(tmp_path):
 
 def test_absent_files(tmp_path):
     for read in (Track.from_csv, Track.from_json):
+        with pytest.raises(FileNotFoundError, match="`path` is .*, a folder; give"):
+            read(tmp_path)
         with pytest.raises(FileNotFoundError, match="`path` is .*absent"):
             read(tmp_path / "absent")
 
@@ -622,7 +625,18 @@ def test_bad_waypoints():
     fails("rows 0 and 1", np.concatenate([square[:1], square]), 0.1)
     fails("not an array of numbers", [["a", "b"]] * 4, 0.1)
     fails("has .*inf.* in row 1", np.where(square == square[2], np.inf, square), 0.1)
-    fails("`left` is -0.1", square, left=-0.1, right=0.1)
+    fails("`half_width` is -1.0; widths", square, -1)
+    fails("`half_width` is -1.0 in row 2; widths", square, [1, 1, -1, 1])
+    fails(r"`half_width` has shape \(2,\)", square, (1.0, 2.0))
+    fails("`half_width` is nan; give a finite number", square, math.nan)
+    fails(r"`half_width` .* text, \['5'\]; give numbers", square, "5")
+    fails(r"`half_width` .* true or false, \[False\]; give numbers", square, False)
+    fails(
+        r"`points` .* begins with text, \['0.0'\]; give numbers",
+        square.astype(str),
+        0.1,
+    )
+    fails("`left` is -0.1; widths", square, left=-0.1, right=0.1)
     fails(r"`right` has shape \(3,\)", square, left=0.1, right=np.ones(3))
     fails("either `half_width`", square)
     fails("either `half_width`", square, 0.1, left=0.1)
@@ -644,6 +658,27 @@ def test_float32_points_far_away_are_refused():
 
 def test_commas_that_may_be_decimal_ones_are_refused(tmp_path):
     path = tmp_path / "track.csv"
+    match = "two columns with decimal commas or four"
     path.write_text("100,000,0,000\n0,000,100,000\n-100,000,0,000\n0,000,-100,000\n")
-    with pytest.raises(ValueError, match="two columns with decimal commas or four"):
+    for half_width in (5.0, None):
+        with pytest.raises(ValueError, match=match):
+            Track.from_csv(path, half_width=half_width)
+    circle = ring(100.0, 61)[:-1]
+    text = lambda separator: "\n".join(
+        f"{x:.1f}{separator}{y:.1f}".replace(".", ",") for x, y in circle
+    )
+    path.write_text(text(","))
+    with pytest.raises(ValueError, match=match):
+        Track.from_csv(path)
+    path.write_text(text(";"))
+    length = Track.from_csv(path, 5.0).length
+    np.testing.assert_allclose(length, 200 * math.pi, rtol=1e-3)
+    # Whole numbers between semicolons are what they are, and so are positive widths.
+    rows = "100;0;5;5\n0;100;5;5\n-100;0;5;5\n0;-100;5;5\n"
+    path.write_text(rows)
+    length = Track.from_csv(path, 5.0).length
+    path.write_text(rows.replace(";", ","))
+    assert Track.from_csv(path).length == length
+    path.write_text("100,0,5\n0,100,5\n")
+    with pytest.raises(ValueError, match="line 1 has 3 cells; without .* 2 or 4 are"):
         Track.from_csv(path, half_width=5.0)

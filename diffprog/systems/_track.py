@@ -105,14 +105,13 @@ class Track(eqx.Module):
                 "`right`."
             )
         if half_width is not None:
-            left = right = half_width
-        widths = np.stack(
-            [
+            sides = [as_widths("half_width", half_width, len(points))] * 2
+        else:
+            sides = [
                 as_widths("left", left, len(points), lines),
                 as_widths("right", right, len(points), lines),
-            ],
-            axis=1,
-        )
+            ]
+        widths = np.stack(sides, axis=1)
         origin = _origin(points)
         center, widths = _close(points - origin, widths, closed)
         check_steps("points", center, widths, closed, lines)

@@ -27,15 +27,21 @@ def meters(length: float | np.floating, digits: int = 3) -> str:
 def as_numbers(name: str, value: Any, lines: Lines = None) -> np.ndarray:
     """`value` as a float64 array, or a `ValueError` that says which row is wrong."""
     try:
-        array = np.asarray(value, dtype=float)
+        given = np.asarray(value)
+        if given.dtype.kind in "bSU":
+            first = given.ravel()[:1].tolist()
+            kind = "true or false" if given.dtype.kind == "b" else "text"
+            raise ValueError(f"it begins with {kind}, {first}; give numbers")
+        array = np.asarray(given, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` is not an array of numbers: {error}.") from error
+    if array.ndim == 0 and not np.isfinite(array):
+        raise ValueError(f"`{name}` is {array}; give a finite number.")
     if not np.all(np.isfinite(array)):
-        row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-        place = f" in {named(lines, row)}" if array.ndim else ""
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(
-            f"`{name}` has {array[row] if array.ndim else array}{place}; all its "
-            "numbers must be finite: drop the row or fill it in."
+            f"`{name}` has {array[row]} in {named(lines, row)}; all its numbers must "
+            "be finite: drop the row or fill it in."
         )
     return array
 
@@ -85,10 +91,10 @@ def as_widths(name: str, value: Any, num: int, lines: Lines = None) -> np.ndarra
             f"shape ({num},)."
         )
     if np.any(widths < 0):
-        row = int(np.argmin(widths)) if widths.ndim else 0
+        place = f" in {named(lines, int(np.argmin(widths)))}" if widths.ndim else ""
         raise ValueError(
-            f"`{name}` is {np.min(widths)} in {named(lines, row)}; widths count from "
-            "the center to a border and are not negative: give distances."
+            f"`{name}` is {np.min(widths)}{place}; widths count from the center to a "
+            "border and are not negative: give distances."
         )
     return np.broadcast_to(widths, (num,))
 

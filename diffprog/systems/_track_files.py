@@ -9,6 +9,8 @@ import numpy as np
 
 
 _CSV = ("x_m", "y_m", "w_tr_right_m", "w_tr_left_m")
+_WHOLE = re.compile(r"\s*[-+]?\d+(\s*,\s*[-+]?\d+){3}\s*,?\s*(#.*)?")
+_SEPARATOR = re.compile('"?sep=.?"?', re.IGNORECASE)  # what spreadsheets begin with
 _JSON = ("X", "Y", "X_i", "Y_i", "X_o", "Y_o")
 
 
@@ -23,7 +25,10 @@ def read_csv(
     wanted = _CSV if with_widths else _CSV[:2]
     header, rows = None, []
     text = _read(path, f"columns {','.join(wanted)}")
-    for number, line in enumerate(text.splitlines(), start=1):
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if number == 1 and _SEPARATOR.fullmatch(line.strip()):
+            continue
         comment = line.lstrip().startswith("#")
         cells = _cells(line.lstrip("# \t") if comment else line)
         if not any(cells):
@@ -34,8 +39,8 @@ def read_csv(
         elif not comment:
             rows.append((number, cells))
     names = header or (_CSV[:2] if rows and len(rows[0][1]) == 2 else _CSV)
-    whole = not any("." in cell for _, cells in rows for cell in cells)
-    if header is None and not with_widths and len(names) == 4 and whole:
+    written = [lines[number - 1] for number, _ in rows]
+    if header is None and len(names) == 4 and _may_be_decimal(written, with_widths):
         raise ValueError(
             f"`path` {path} may have two columns with decimal commas or four of whole "
             "numbers: separate cells by semicolons, or name the columns in a header."
@@ -48,7 +53,8 @@ def read_csv(
             f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
             f"the header{', or pass `half_width`' if has_points else ''}."
         )
-    table = np.array([_numbers(path, names, wanted, *row) for row in rows])
+    known = header is not None
+    table = np.array([_numbers(path, names, known, wanted, *row) for row in rows])
     table = table.reshape(-1, len(wanted))
     return table[:, :2], table[:, 2:], [number for number, _ in rows]
 
@@ -64,6 +70,17 @@ def _cells(line: str) -> list[str]:
     if separator[0] != ",":
         cells = [re.sub(r"(?<=\d),(?=\d)", ".", cell) for cell in cells]
     return [cell.strip() for cell in cells]
+
+
+def _may_be_decimal(lines: Sequence[str], with_widths: bool) -> bool:
+    """Whether 0,5,-1,25 may be 0.5 and -1.25: without widths, any whole numbers may.
+
+    With them, those that four columns seldom hold: negative widths, and 00 or 05.
+    """
+    if not all(map(_WHOLE.fullmatch, lines)):
+        return False
+    strange = [line for line in lines if re.search(r"\b0\d|,.*,\s*-", line)]
+    return not with_widths or len(strange) > 1
 
 
 def _is_header(cells: list[str], comment: bool) -> bool:
@@ -82,15 +99,24 @@ def _is_number(cell: str) -> bool:
 
 
 def _numbers(
-    path, names: Sequence[str], wanted: Sequence[str], line: int, cells: list[str]
+    path,
+    names: Sequence[str],
+    known: bool,
+    wanted: Sequence[str],
+    line: int,
+    cells: list[str],
 ) -> list[float]:
     if len(cells) == len(names) + 1 and not cells[-1]:
         cells = cells[:-1]  # a separator ends the line
     if len(cells) != len(names):
+        expected = f"{len(names)} are expected: {','.join(names)}"
+        if not known:
+            either = "" if len(wanted) == 4 or len(names) == 2 else "2 or "
+            expected = f"without a header that names them {either}{expected}"
         raise ValueError(
-            f"`path` {path}, line {line} has {len(cells)} cells; {len(names)} are "
-            f"expected: {','.join(names)}. Separate them by commas, semicolons, tabs "
-            "or spaces, and numbers with a decimal comma by semicolons or tabs."
+            f"`path` {path}, line {line} has {len(cells)} cells; {expected}. "
+            "Separate them by commas, semicolons, tabs or spaces, and numbers with a "
+            "decimal comma by semicolons or tabs."
         )
     row = []
     for name in wanted:
@@ -157,8 +183,9 @@ def _column(path, name: str, values: Any) -> list[float]:
 
 def _read(path, accepted: str) -> str:
     if not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "and there is no such file"
         raise FileNotFoundError(
-            f"`path` is {path}, and there is no such file; give a file with {accepted}."
+            f"`path` is {path}, {what}; give a file with {accepted}."
         )
     with open(path, "rb") as file:
         data = file.read()
