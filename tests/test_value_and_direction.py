@@ -306,6 +306,7 @@ def test_a_bad_step_is_rejected():
     close(w - direction, jnp.full((1, 1), newton), 1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fallback", [False, True])
 def test_no_step_is_made_to_a_loss_that_is_not_finite(fallback):
     # sqrt(w) at 4 and the target -1: the step of Gauss-Newton ends at -8.
