@@ -77,7 +77,9 @@ def problem(seed, n=N, dtype=float):
     return jnp.asarray(f, dtype), jnp.asarray(J, dtype)
 
 
-def run(name, seed, damping, gap, solver: Any = InteriorPoint(), n=N, dtype: Any = float):
+def run(
+    name, seed, damping, gap, solver: Any = InteriorPoint(), n=N, dtype: Any = float
+):
     loss, targets = LOSSES[name]
     targets = jnp.asarray(targets)
     if targets.dtype == float:
@@ -120,10 +122,11 @@ def other_solver(name, at, J, damping):
         Q = np.diag(np.r_[np.full(n, damping), np.zeros(size)])
         cost = np.r_[np.zeros(n), np.full(size, at.weight)]
         start = np.r_[np.zeros(n), np.full(size, 1 + np.max(np.abs(A @ f + b)))]
+        below = LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore
         found = minimize(
             lambda x: cost @ x + x @ Q @ x / 2, start, method="trust-constr",
             jac=lambda x: cost + Q @ x, hess=lambda x: Q,
-            constraints=[LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore],
+            constraints=[below],
             options=dict(gtol=1e-10, xtol=1e-14, barrier_tol=1e-11, maxiter=2000),
         )  # fmt: skip
         return float(model(at, damping, jnp.asarray(found.x[:n])))
