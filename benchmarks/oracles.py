@@ -132,6 +132,50 @@ def directions() -> list[dict]:
     ]
 
 
+def models() -> list[dict]:
+    """Prox-linear models of hinges, solved to the same gap; 0.001 of the damping 1."""
+    import equinox as eqx
+    import jax.numpy as jnp
+    import jax.random as jr
+
+    import diffprog as dp
+    from diffprog import oracles as O
+
+    keys = jr.split(jr.key(0), 5)
+    first, last = eqx.nn.Linear(256, 64, key=keys[0]), eqx.nn.Linear(64, 5, key=keys[1])
+    net = dp.Network([first, jnp.tanh, last])
+    x, y = jr.normal(keys[2], (BATCH, 256)), jr.randint(keys[3], (BATCH,), 0, 5)
+    solvers = {
+        "interior point": O.InteriorPoint(),
+        "coordinate ascent": O.CoordinateAscent(max_steps=3000),
+        "proximal gradient": O.ProximalGradient(max_steps=3000),
+    }
+    rows = []
+    for damping, gap in ((1e-1, 1e-1), (1e-1, 1e-3), (1e-3, 1e-1), (1e-3, 1e-3)):
+        calls, found = {}, {}
+        for name, solver in solvers.items():
+            oracle = O.ProxLinear(damping, solver, gap, throw=False)
+            vd = dp.value_and_direction(dp.losses.Hinge(), oracle, has_aux=True)
+            run = lambda net, x, y, vd=vd: vd(net, x, y)
+            calls[name], _ = compiled(run, net, x, y)
+            (value, aux), _ = calls[name]()
+            relative = aux.gap / (value - aux.damping * 0 - value + aux.decrease)
+            found[name] = int(aux.num_inner), float(relative)
+        times = alternate(calls)
+        for name, (steps, relative) in found.items():
+            rows.append(
+                {
+                    "damping": damping,
+                    "gap": gap,
+                    "solver": name,
+                    "ms": 1e3 * times[name],
+                    "steps": steps,
+                    "gap / decrease": relative,
+                }
+            )
+    return rows
+
+
 def compilation() -> list[dict]:
     import equinox as eqx
     import jax.numpy as jnp

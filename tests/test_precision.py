@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import diffprog as dp
-from diffprog.losses import SoftmaxCrossEntropy, Squared
+from diffprog.losses import Hinge, SoftmaxCrossEntropy, Squared
 from diffprog.oracles import (
     CG,
     ChainRule,
@@ -27,6 +27,7 @@ from diffprog.oracles import (
     GaussNewton,
     Gradient,
     InnerNewton,
+    InteriorPoint,
     InverseRule,
     MadsenNielsen,
     MoreauBackprop,
@@ -135,6 +136,7 @@ ORACLES = {
     "subspace": GaussNewton(10.0, RandomSubspace(8)),
     "Newton steps": ProxLinear(10.0, NewtonSteps(4, Cholesky())),
     "Newton steps by CG": ProxLinear(10.0, NewtonSteps(4, CG(20))),
+    "interior": ProxLinear(10.0, InteriorPoint(), 1e-3),
     "ascent": ProxLinear(10.0, CoordinateAscent(20), 1e-3),
     "proximal": ProxLinear(10.0, ProximalGradient(40), 1e-3),
     "targets": TargetPropagation(0.1),
@@ -172,7 +174,8 @@ CASES = [("bfloat16", 4), ("float16", 40), ("mixed", 4), ("mixed", 40)]
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_every_oracle_takes_16_bits(oracle, dtype, width):
     x = jr.normal(jr.key(8), (6, 3)).astype("bfloat16").astype("float32")
-    loss, labels = SoftmaxCrossEntropy(), jnp.arange(6) % 2
+    loss = Hinge() if oracle == "interior" else SoftmaxCrossEntropy()
+    labels = jnp.arange(6) % 2
     vd = dp.value_and_direction(loss, ORACLES[oracle])
     key = jr.key(9) if oracle == "subspace" else None
     found = []
