@@ -4,7 +4,7 @@ import functools as ft
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
-from .._types import came, check_positive
+from .._types import came, check_positive, Fn, with_advice
 from ._alpha import written
 from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
@@ -23,7 +23,6 @@ from ._root import Classes, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
-Fn = TypeVar("Fn", bound=Callable)
 Axis = int | tuple[int, ...]
 Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
 
@@ -154,20 +153,16 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
 
 def operator(fn: Fn) -> Fn:
     """Refuses options of other libraries, and says what the option is here."""
-    own = inspect.signature(fn).parameters
+    has_axis = "axis" in inspect.signature(fn).parameters
 
-    @ft.wraps(fn)
-    def call(*args, **options):
-        for name in options.keys() - own.keys():
-            instead = "its arguments are " + ", ".join(f"`{known}`" for known in own)
-            if name == "dim" and "axis" in own:
-                instead = f"say `axis={options[name]!r}`"
-            elif name in ("dim", "axis"):
-                instead = f"it takes every entry by itself; {instead}"
-            raise TypeError(f"`{fn.__name__}` takes no `{name}`: {instead}.")
-        return fn(*args, **options)
+    def instead(name: str, value: Any, known: str) -> str:
+        if name == "dim" and has_axis:
+            return f"say `axis={value!r}`"
+        if name in ("dim", "axis"):
+            return f"it takes every entry by itself; {known}"
+        return known
 
-    return cast(Fn, call)
+    return with_advice(instead)(fn)
 
 
 def is_known(array) -> bool:
