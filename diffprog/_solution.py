@@ -182,8 +182,10 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
         return f"At stage {stage} the state has run away, to {largest:.1e}.", ""
     if states[stage]:
         return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
-    advice = EARLY if stage <= 2 else f"{BOUNDED} {FAILED}"
-    return f"The state is not finite from stage {stage} on.", advice
+    where, late = f"The state is not finite from stage {stage} on.", stage > 2
+    if late and largest > RUNAWAY:
+        return where, BOUNDED
+    return where, f"{BOUNDED} {FAILED}" if late else EARLY
 
 
 def _largest(tree: PyTree) -> float:
