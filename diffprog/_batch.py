@@ -22,7 +22,7 @@ from ._search import AbstractSearch, Backtracking, SearchState
 from ._solution import Solution
 from ._solve import solve, tolerance
 from ._tree import strong
-from ._types import noted
+from ._types import counted, noted, shapes, with_advice
 
 
 def _solve_all(shared, method, mapped, search, rtol, atol, options):
@@ -112,7 +112,7 @@ def _num_problems(**trees: PyTree) -> int:
             path = of_problem[0].removeprefix("problem")
             advice = f"`None` in a tree, or an axis for one alone: {_axes_of(path)}."
         listed = ", ".join(
-            f"`{name}` has " + ("no axis" if size is None else f"{size} problems")
+            f"`{name}` has " + ("no axis" if size is None else counted(size, "problem"))
             for size, name in found.items()
         )
         raise ValueError(
@@ -187,6 +187,14 @@ def _axes_of(path: str) -> str:
     )
 
 
+_INSTEAD = dict(
+    throw="nothing is raised for a problem that fails: look at `solution.success`",
+    check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
+    "beyond the end of an array",
+)
+
+
+@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
 def solve_batch(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -228,7 +236,7 @@ def solve_batch(
     - `history`: whether to record each iteration of each problem; takes
         `problems * (max_steps + 1) * 6` numbers.
     - `verbose`: `True` prints one line for each batch; a function receives its figures
-        by name.
+        by name. The cost is the average of those that are finite.
 
     **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis.
     Nothing is raised for a problem that fails: look at `solution.result`.
@@ -245,41 +253,49 @@ def solve_batch(
     numbers, shared = _apart(problem, in_axes if asked else None)
     given = dict(x0s=x0s, uss=uss, state=state, problem=numbers)
     num_problems = _num_problems(**given)
+    if num_problems < 1:
+        raise ValueError("`x0s` has 0 problems; at least 1 is expected.")
     batch_size = num_problems if batch_size is None else batch_size
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"`batch_size` is {batch_size!r}; a Python int is expected.")
-    if batch_size < 1 or num_problems < 1:
+    if batch_size < 1:
         raise ValueError(
-            f"`batch_size` is {batch_size} for {num_problems} problems; at least 1 of "
-            "each is expected."
+            f"`batch_size` is {batch_size} for {counted(num_problems, 'problem')}; at "
+            "least 1 is expected."
         )
     options = (max_steps, bool(history), fast_loops)
     (x0s, uss), dtype = strong(x0s, uss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype, (num_problems,)) if state is None else state
+    first = lambda tree: jtu.tree_map(lambda leaf: leaf[0], tree)
     if not asked:
-        first = lambda tree: jtu.tree_map(lambda leaf: leaf[0], tree)
         _check_shared(problem, num_problems, first(x0s), first(uss))
 
-    mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
-    given_rows = ", ".join(f"`problem{path}`" for path in mapped)
-    given_rows = given_rows and f", which gives each problem one row of {given_rows}"
+    def note():
+        mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
+        rows = ", ".join(f"`problem{path}`" for path in mapped)
+        return (
+            "Raised in `dp.solve_batch`, where the first axis is the problem: each "
+            f"gets x0 of shape {shapes(first(x0s)):.100} from `x0s` of shape "
+            f"{shapes(x0s):.100}, us of shape {shapes(first(uss)):.100} from `uss` of "
+            f"shape {shapes(uss):.100}" + (rows and f", and one row of {rows}") + "."
+        )
 
     def solve_rows(rows):
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
         batch = jtu.tree_map(take, (numbers, x0s, uss, state))
-        with noted(lambda: f"Raised in `dp.solve_batch`{given_rows}."):
+        with noted(note):
             return _door(shared, method, batch, search, *tolerances, options)
 
     solutions = []
-    for first in range(0, num_problems, batch_size):
-        start, size = time.perf_counter(), min(batch_size, num_problems - first)
+    for begin in range(0, num_problems, batch_size):
+        start, size = time.perf_counter(), min(batch_size, num_problems - begin)
         rows = None
         if batch_size < num_problems:
-            rows = first + jnp.minimum(jnp.arange(batch_size), size - 1)
+            rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
         solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solve_rows(rows))
         if verbose and not isinstance(solution.cost, Tracer):
-            batch = f"{first // batch_size + 1} of {-(-num_problems // batch_size)}"
+            batch = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"
             _report(verbose, batch, solution, start)
         solutions.append(solution)
     join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
@@ -287,12 +303,14 @@ def solve_batch(
 
 
 def _report(verbose, batch: str, solution: Solution, start: float):
+    finite = jnp.isfinite(solution.cost)
     report_batch(
         verbose,
+        int(jnp.sum(finite)),
         batch=batch,
         problems=len(solution.cost),
         successful=int(jnp.sum(solution.success)),
         iterations=float(jnp.mean(solution.stats["num_steps"])),
-        cost=float(jnp.mean(solution.cost)),
+        cost=float(jnp.mean(solution.cost, where=finite)),
         seconds=time.perf_counter() - start,
     )

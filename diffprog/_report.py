@@ -4,6 +4,8 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, Int
 
+from ._types import counted
+
 
 # The columns of the history, in the order in which a step writes them.
 HISTORY = ("cost", "stepsize", "damping", "slope", "trials", "gradient")
@@ -24,16 +26,24 @@ def _print_row(step, cost, stepsize, damping, slope, trials, gradient):
     )
 
 
-def _print_batch(batch, problems, successful, iterations, cost, seconds):
+def _print_batch(finite, batch, problems, successful, iterations, cost, seconds):
+    which = "" if finite == problems else f" of the {finite} finite ones"
     sys.stdout.write(
-        f"batch {batch}: {problems} problems, {successful} successful, "
-        f"{iterations:.1f} iterations, cost {cost:.6g} on average, {seconds:.3g} s\n"
+        f"batch {batch}: {counted(problems, 'problem')}, {successful} successful, "
+        f"{iterations:.1f} iterations, cost {cost:.6g} on average{which}, "
+        f"{seconds:.3g} s\n"
     )
 
 
-def report_batch(verbose: bool | Callable, **figures):
-    """Prints one line, or hands it to the user's function by name."""
-    (verbose if callable(verbose) else _print_batch)(**figures)
+def report_batch(verbose: bool | Callable, finite: int, **figures):
+    """Prints one line, or hands it to the user's function by name.
+
+    The average cost is that of the `finite` problems whose cost is finite.
+    """
+    if callable(verbose):
+        verbose(**figures)
+    else:
+        _print_batch(finite, **figures)
 
 
 def report(

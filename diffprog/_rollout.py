@@ -1,5 +1,7 @@
 """Chains of vectors, traced once: what every recursion of the library runs on."""
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +154,7 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     terminal = _traced(
         lambda x: _scalar(
             "terminal_cost",
+            problem.terminal_cost,
             _call("terminal_cost", problem.terminal_cost, x_layouts[-1].unravel(x)),
             dtype,
         ),
@@ -181,6 +184,13 @@ def _traced(fn: Callable, *examples: Array) -> Callable:
     return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
 
 
+# What JAX raises where a traced number is the index of a list or a NumPy array.
+_ASKED = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def _call(name: str, fn: Callable, x: PyTree, *rest: Any):
     """A function of the user; an error inside it says what it was given."""
 
@@ -193,6 +203,11 @@ def _call(name: str, fn: Callable, x: PyTree, *rest: Any):
             advice += (
                 " u is a number, as `us` has one number per stage: for an array of one "
                 "give `us[:, None]`."
+            )
+        if isinstance(sys.exception(), _ASKED):
+            advice += (
+                " A list or a NumPy array takes no traced index, such as `t`: make the "
+                "table an array of JAX, `jnp.asarray(table)`."
             )
         return given + "." + advice
 
@@ -228,7 +243,7 @@ def _trace(
     def cost(x, u, t):
         args = x_layout.unravel(x), u_layout.unravel(u), t
         value = _call("cost", phase.cost, *args)
-        return _scalar("cost", value, dtype)
+        return _scalar("cost", phase.cost, value, dtype)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
     segment = Segment(
@@ -238,7 +253,7 @@ def _trace(
 
 
 def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:
-    _check_dtype("dynamics", x, before.dtype)
+    _check_dtype("dynamics", phase.dynamics, x, before.dtype)
     layout = Layout.of(x, before.dtype)
     if phase.horizon > 1:
         _check_next(layout, before)
@@ -254,25 +269,30 @@ def _check_next(layout: Layout, before: Layout):
         )
 
 
-def _check_dtype(name: str, tree: PyTree, dtype):
+def _check_dtype(name: str, fn: Callable, tree: PyTree, dtype):
     for path, leaf in jtu.tree_leaves_with_path(tree):
         leaf = jnp.asarray(leaf)
         if leaf.dtype != dtype and not leaf.weak_type:
+            held = [
+                a for a in Taken(fn).numbers if getattr(a, "dtype", None) == leaf.dtype
+            ]
+            held = held and f"; it holds a {leaf.dtype} of shape {jnp.shape(held[0])}"
             raise TypeError(
                 f"`{name}` returned {leaf.dtype}{jtu.keystr(path)} where x0 and us are "
-                f"{dtype}: give the arrays inside the problem the dtype of x0, or make "
-                "them Python floats, which follow it."
+                f"{dtype} (a weakly typed one, such as `jnp.asarray(0.1)`, follows the "
+                f"other){held or ''}: give the arrays inside the problem the dtype of "
+                "x0, or make them Python floats, which follow it."
             )
 
 
-def _scalar(name: str, value, dtype) -> Float[Array, ""]:
+def _scalar(name: str, fn: Callable, value, dtype) -> Float[Array, ""]:
     if len(jtu.tree_leaves(value)) != 1 or jnp.shape(jtu.tree_leaves(value)[0]) != ():
         came = jtu.tree_map(jnp.shape, value)
         raise ValueError(
             f"`{name}` returned something of shape {came}; a cost is one scalar: sum "
             "it up, or index the entry that is meant."
         )
-    _check_dtype(name, value, dtype)
+    _check_dtype(name, fn, value, dtype)
     return jnp.asarray(jtu.tree_leaves(value)[0]).astype(dtype)
 
 
@@ -360,12 +380,22 @@ def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):
         if message := error.get():
             first, _, _ = message.partition("\n")
             place, _, what = first.removeprefix("at mapped index ").partition(": ")
+            index = re.search(
+                r"index (-?\d+) is out of .* axis (\d+) with size (\d+)", what
+            )
+            if index and 0 <= int(index[1]) < int(index[3]):
+                what = (
+                    f"a slice from {index[1]} on ends beyond {index[3]}, the size of "
+                    f"axis {index[2]}."
+                )
             stage = "" if name == "terminal_cost" else f" at stage {start + int(place)}"
             raise IndexError(
                 f"`{name}`{stage} reads beyond the end of an array, where JAX raises "
-                f"nothing and takes another entry: {what.strip()} A table that is "
-                "indexed by the stage needs a row for each; where the last one should "
-                "go on, write `jnp.minimum(t, len(table) - 1)`."
+                "nothing and takes another entry, or a fill value such as NaN: "
+                f"{what.strip()} A table that is indexed by the stage needs a row for "
+                "each; where the last one should go on, write "
+                "`jnp.minimum(t, len(table) - 1)`, also in place of a `mode` of "
+                "indexing, which is not seen here."
             )
 
     data = chain.segments, trajectory.xs, trajectory.us, chain.ts
@@ -386,8 +416,9 @@ def rollout(
     - `x0`: the first state, shape `(n,)` or any pytree of floating arrays.
     - `us`: the controls, shape `(T, m)` or any pytree of arrays with T rows.
     - `check`: look for indices beyond the end of an array, such as `table[t]` of a
-        table with less rows than stages: JAX reads the last row there without a word.
-        For debugging; outside `jit`.
+        table with less rows than stages: JAX reads the last row there, or a fill value,
+        without a word. A `mode` that intends this is not seen and refused alike. For
+        debugging; outside `jit`.
 
     **Returns:** a [`diffprog.Trajectory`][]; differentiable in every argument. What
     overflows comes back as it is, infinite or NaN.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ._result import explain, NAMES, RESULTS
 from ._search.base import SearchState
+from ._types import counted
 
 
 BOUNDED = (
@@ -100,7 +101,9 @@ class Solution(eqx.Module):
                 "`solution[i]`. Its trajectory is `solution.xs` and `solution.us`."
             )
         if isinstance(i, int) and not -batch[0] <= i < batch[0]:
-            raise IndexError(f"`solution[{i}]` of a batch of {batch[0]} problems.")
+            raise IndexError(
+                f"`solution[{i}]` of a batch of {counted(batch[0], 'problem')}."
+            )
         return jtu.tree_map(lambda leaf: leaf[i], self)
 
     def __repr__(self) -> str:
@@ -126,7 +129,7 @@ def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
     names, counts = np.unique([NAMES[c] for c in codes.ravel()], return_counts=True)
     costs, steps = np.asarray(solution.cost), np.asarray(solution.stats["num_steps"])
     return "\n".join([
-        f"Solution of {codes.size} problems: "
+        f"Solution of {counted(codes.size, 'problem')}: "
         + ", ".join(f"{n} {name}" for name, n in zip(names, counts, strict=True)),
         f"  cost          {costs.min():.6g} to {costs.max():.6g}",
         f"  iterations    {steps.min()} to {steps.max()}",
@@ -179,8 +182,10 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
         return f"At stage {stage} the state has run away, to {largest:.1e}.", ""
     if states[stage]:
         return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
-    advice = EARLY if stage <= 2 else f"{BOUNDED} {FAILED}"
-    return f"The state is not finite from stage {stage} on.", advice
+    where, late = f"The state is not finite from stage {stage} on.", stage > 2
+    if late and largest > RUNAWAY:
+        return where, BOUNDED
+    return where, f"{BOUNDED} {FAILED}" if late else EARLY
 
 
 def _largest(tree: PyTree) -> float:

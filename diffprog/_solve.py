@@ -26,6 +26,7 @@ from ._search import AbstractSearch, Backtracking
 from ._search.base import SearchState
 from ._solution import ADVICE, explain_solution, Solution
 from ._tree import all_finite, strong
+from ._types import check_one_number, with_advice
 
 
 def tolerance(value: Any, dtype) -> Any:
@@ -136,6 +137,8 @@ def _check(
             "`state` holds a batch; give the state of one solve, or `jax.vmap` over it."
         )
     for name, value in numbers.items():
+        if value is not None:
+            check_one_number(name, value, "one number >= 0")
         if isinstance(value, float | int) and not value >= 0:
             raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
 
@@ -144,6 +147,15 @@ def _float(value):
     return float(value) if isinstance(value, int) else value
 
 
+_INSTEAD = dict(
+    check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
+    "of an array",
+    in_axes="`dp.solve_batch` solves many problems",
+    batch_size="`dp.solve_batch` solves many problems",
+)
+
+
+@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
 def solve(
     problem: AbstractChain,
     method: AbstractDirection,

@@ -1,6 +1,8 @@
+import functools as ft
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast, TypeVar
 
 import equinox as eqx
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+
+Fn = TypeVar("Fn", bound=Callable)
 
 # A number that may be traced: a new value never compiles again.
 Number = float | Array
@@ -41,6 +45,11 @@ def check_function(name: str, value: Any, call: str):
     """Raises for what cannot be called, and for a class."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"`{name}` is {came(value)}; a function `{call}` is expected.")
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def is_number(value: Any) -> bool:
@@ -117,6 +126,28 @@ def noted(note: Callable[[], str]):
     except Exception as error:
         error.add_note(note())
         raise
+
+
+def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
+    """A function that says what there is instead of an option that it does not have.
+
+    `instead(name, value, known)` gets the sentence with the arguments that there are.
+    """
+
+    def decorate(fn: Fn) -> Fn:
+        own = inspect.signature(fn).parameters
+
+        @ft.wraps(fn)
+        def call(*args, **options):
+            for name in options.keys() - own.keys():
+                known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
+                said = instead(name, options[name], known)
+                raise TypeError(f"`{fn.__name__}` takes no `{name}`: {said}.")
+            return fn(*args, **options)
+
+        return cast(Fn, call)
+
+    return decorate
 
 
 # Data with a row per stage: a stacked array for every segment of a chain.

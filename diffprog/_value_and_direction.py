@@ -196,7 +196,9 @@ def value_and_direction(
     ```
 
     The direction is minus the step of the oracle, arranged like the gradient, so that
-    any optax optimizer takes it: `optax.sgd(1.0)` makes the whole step.
+    any optax optimizer takes it: `optax.sgd(1.0)` makes the whole step. The model runs
+    in its own dtypes, bfloat16 and float16 too, and the direction has that of each
+    parameter; all else is float32, or float64 where a parameter or an output is.
 
     **Arguments:**
 

@@ -1,6 +1,7 @@
 """Many problems in one call equal the same problems one by one."""
 
 import dataclasses
+import re
 from typing import Any
 
 import equinox as eqx
@@ -52,7 +53,16 @@ def test_batches_of_a_size_that_does_not_divide(one_by_one, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("batch 1 of 3: 2 problems, 2 successful, ")
-    assert lines[2].startswith("batch 3 of 3: 1 problems, 1 successful, ")
+    assert lines[2].startswith("batch 3 of 3: 1 problem, 1 successful, ")
+
+
+def test_the_average_cost_is_that_of_finite_ones(capsys):
+    problem, x0s, uss = batch()
+    x0s = x0s.at[2].set(1e200)
+    solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, verbose=True)
+    mean = np.mean(solution.cost[np.isfinite(solution.cost)])
+    line = f"4 successful, .*, cost {mean:.6g} on average of the 4 finite ones, "
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_a_function_receives_the_figures_and_jit_works():
@@ -276,6 +286,16 @@ def test_wrong_calls(unchecked):
         call(x0s, uss[0])
     with pytest.raises(ValueError, match=r"`x0s\[1\]` has no axis"):
         call((x0s, 0.0), uss)
+    with pytest.raises(ValueError, match=r"`us` has shape \(5,\)") as error:
+        call(x0s, uss[:, :, 0].T[:5])
+    given = "us of shape (5,) from `uss` of shape (5, 5)."
+    assert given in error.value.__notes__[-1]
+    with pytest.raises(ValueError, match="`x0s` has 0 problems; at least 1 is"):
+        call(x0s[:0], uss[:0])
+    with pytest.raises(TypeError, match=r"`rtol` is an array of shape \(2,\); one num"):
+        call(x0s, uss, rtol=jnp.ones(2))
+    with pytest.raises(TypeError, match="takes no `throw`: nothing is raised for a pr"):
+        call(x0s, uss, throw=True)
     with pytest.raises(ValueError, match=r"`batch_size` is 0 for 5 problems"):
         call(x0s, uss, batch_size=0)
     with pytest.raises(TypeError, match="`batch_size` is 2.5; a Python int"):

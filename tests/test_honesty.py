@@ -1,5 +1,7 @@
 """What is wrong is never called successful, and what was found is never lost."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -292,6 +294,65 @@ def test_a_table_that_is_too_short_is_found(where):
         dp.rollout(problem(13), x0, us, check=True)
     with pytest.raises(ValueError, match="`check=True` looks at numbers"):
         jax.jit(lambda us: dp.rollout(problem(13), x0, us, check=True))(us)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_beyond_an_array_is_told_as_it_is():
+    """Modes are not seen: the message does not say which entry is taken."""
+    window = lambda t: jnp.sum(jax.lax.dynamic_slice(TABLE, (t,), (2,)))
+    filled = lambda t: TABLE.at[t].get(mode="fill", fill_value=0.0)
+    for read, message in (
+        (
+            window,
+            "at stage 9 .*: a slice from 9 on ends beyond 10, the size of axis 0.",
+        ),
+        (filled, "at stage 10 .* or a fill value .*index 10 is out .* a `mode` of ind"),
+    ):
+        cost = lambda x, u, t, read=read: jnp.sum(u**2) + read(t)
+        problem = dp.ControlProblem(lambda x, u, t: x + u, cost, jnp.sum, 11)
+        with pytest.raises(IndexError, match=message):
+            dp.rollout(problem, jnp.ones(1), jnp.zeros((11, 1)), check=True)
+
+
+@pytest.mark.parametrize("table", [[1.0, 2.0], np.arange(2)], ids=["list", "NumPy"])
+def test_a_table_that_takes_no_traced_index(table):
+    cost = lambda x, u, t: jnp.sum(u**2) * table[t]
+    problem = dp.ControlProblem(lambda x, u, t: x + u, cost, jnp.sum, 2)
+    with pytest.raises(TypeError, match="traced array") as error:
+        dp.rollout(problem, jnp.ones(1), jnp.zeros((2, 1)))
+    assert "`cost` was given" in error.value.__notes__[0]
+    assert "`jnp.asarray(table)`" in error.value.__notes__[0]
+
+
+def test_a_table_that_is_wider_than_the_controls():
+    table, us = jnp.arange(2.0), jnp.zeros((2, 1), jnp.float32)
+    cost = lambda x, u, t: jnp.sum(u**2) + table[t].astype(table.dtype)
+    problem = dp.ControlProblem(lambda x, u, t: x + u, cost, jnp.sum, 2)
+    message = (
+        r"`cost` returned float64 .* weakly typed .* holds a float64 of shape \(2,"
+    )
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(TypeError, match=message):
+        dp.rollout(problem, jnp.full(1, 0.1), us)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("t", [0.0, "0", None, jnp.zeros(()), jnp.arange(2)], ids=str)
+def test_a_stage_of_a_policy_that_is_no_integer(t):
+    with pytest.raises(TypeError, match="`t` is .*; the index of a stage, one integer"):
+        helpers_policy()(t, jnp.ones(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_options_of_other_functions():
+    call: Any = dp.solve
+    with pytest.raises(TypeError, match="takes no `check`: `dp.rollout.*, check=True"):
+        call(*_spring_arguments(), check=True)
+    with pytest.raises(TypeError, match="takes no `tol`: its arguments are `problem`,"):
+        call(*_spring_arguments(), tol=1.0)
+    with pytest.raises(TypeError, match="`rtol` is '1'; one number >= 0 is expected"):
+        call(*_spring_arguments(), rtol="1")
+    with pytest.raises(TypeError, match=r"`damping` is an array of shape \(2,\); one"):
+        dp.direction(*_spring_arguments(), damping=jnp.ones(2))
 
 
 def test_a_table_of_numpy_is_checked_too():

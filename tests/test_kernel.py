@@ -39,11 +39,11 @@ def use(monkeypatch):
 
 
 def rows(k: int) -> jax.Array:
-    """Scores of several widths, and a row without a class that is not excluded."""
+    """Scores of several widths, an infinite one, and a row without classes."""
     z = np.random.default_rng(k).normal(size=(5, k))
     z *= np.array([[0.1], [1.0], [5.0], [100.0], [1.0]])
     z[1, 1::3] = -np.inf
-    z[4] = -np.inf
+    z[3, 2], z[4] = np.inf, -np.inf
     return jnp.asarray(z, jnp.float32)
 
 

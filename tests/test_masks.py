@@ -4,6 +4,7 @@ What is computed in float32 is compared with float64, where an infinite score is
 large one. A new loss or operator is tested by adding one line.
 """
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -148,6 +149,7 @@ def test_operators(name):
 
 GAPS = [1e3, 1e6, 1e9, 1e15, 1e30, float(np.finfo("f4").max)]
 FAR = {**FAMILIES, "-20": Alpha(-20.0), "traced -20": Alpha(jnp.asarray(-20.0))}
+FAR["function"] = losses.generator(lambda u: u * jnp.log(u))
 
 
 @pytest.mark.costly
@@ -170,4 +172,34 @@ def test_scores_far_below_the_largest(name):
         soft = jnp.broadcast_to(jnp.asarray([0.4, 0.1, 0.2, 0.3], u.dtype), u.shape)
         return out, prox(u, 2.0, soft)
 
-    agree(*in_both(everything, below, leaders, V[6:]))
+    agree(*in_both(everything, below, leaders, V[6:]), tolerance=1e-4)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("f", [None, KL(), ChiSquare(), Alpha(1.5)])
+def test_risks(f):
+    sigma = losses.spectrum("superquantile", K, 0.5)
+
+    def everything(u, sigma):
+        options = {} if f is None else dict(smoothing=0.5)
+        risk = lambda u, sigma: losses.spectral_risk(u, sigma, f, **options)
+        weights = lambda u: losses.spectral_weights(u, sigma, f, **options)
+        in_sigma = lambda u: jax.jvp(ft.partial(risk, u), (sigma,), (0 * sigma,))[1]
+        return (
+            jax.vmap(jax.value_and_grad(risk), (0, None))(u, sigma),
+            jax.vmap(weights)(u),
+            jax.vmap(in_sigma)(u),
+        )
+
+    agree(*in_both(everything, U, np.asarray(sigma)))
+
+
+def test_derivatives_in_targets_of_zero():
+    """f'(0) where that is finite, also of a class whose target is 0."""
+    y = jnp.array([0.5, 0.5, 0.0])
+    for f in (ChiSquare(), Alpha(1.5), Alpha(3.0), Alpha(jnp.asarray(1.5)), LeCam()):  # pyright: ignore
+        slope = jax.grad(lambda y, f=f: losses.f_loss(jnp.zeros(3), y, f, "unit"))(y)
+        origin = -3.0 if isinstance(f, LeCam) else f.origin
+        np.testing.assert_allclose(slope[2], origin, rtol=1e-12)
+    slope = jax.grad(lambda y: losses.f_loss(jnp.zeros(3), y, KL()))(y)
+    np.testing.assert_allclose(slope, [np.log(0.5), np.log(0.5), 0.0])

@@ -6,6 +6,7 @@ Dtypes are kept.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import diffprog as dp
-from diffprog.losses import SoftmaxCrossEntropy, Squared
+from diffprog.losses import Hinge, SoftmaxCrossEntropy, Squared
 from diffprog.oracles import (
     CG,
     ChainRule,
@@ -26,7 +27,9 @@ from diffprog.oracles import (
     GaussNewton,
     Gradient,
     InnerNewton,
+    InteriorPoint,
     InverseRule,
+    MadsenNielsen,
     MoreauBackprop,
     MoreauRule,
     NewtonSteps,
@@ -35,6 +38,7 @@ from diffprog.oracles import (
     ProxLinear,
     RandomSubspace,
     TargetPropagation,
+    Threshold,
 )
 
 from . import helpers
@@ -132,6 +136,7 @@ ORACLES = {
     "subspace": GaussNewton(10.0, RandomSubspace(8)),
     "Newton steps": ProxLinear(10.0, NewtonSteps(4, Cholesky())),
     "Newton steps by CG": ProxLinear(10.0, NewtonSteps(4, CG(20))),
+    "interior": ProxLinear(10.0, InteriorPoint(), 1e-3),
     "ascent": ProxLinear(10.0, CoordinateAscent(20), 1e-3),
     "proximal": ProxLinear(10.0, ProximalGradient(40), 1e-3),
     "targets": TargetPropagation(0.1),
@@ -169,7 +174,8 @@ CASES = [("bfloat16", 4), ("float16", 40), ("mixed", 4), ("mixed", 40)]
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_every_oracle_takes_16_bits(oracle, dtype, width):
     x = jr.normal(jr.key(8), (6, 3)).astype("bfloat16").astype("float32")
-    loss, labels = SoftmaxCrossEntropy(), jnp.arange(6) % 2
+    loss = Hinge() if oracle == "interior" else SoftmaxCrossEntropy()
+    labels = jnp.arange(6) % 2
     vd = dp.value_and_direction(loss, ORACLES[oracle])
     key = jr.key(9) if oracle == "subspace" else None
     found = []
@@ -191,6 +197,79 @@ def test_every_oracle_takes_16_bits(oracle, dtype, width):
 
 def of(array):
     return array.dtype
+
+
+class Marked(eqx.Module):
+    inner: Callable
+
+    def __init__(self):
+        layers = [eqx.nn.Linear(6, 4, key=jr.key(1)), eqx.nn.Lambda(jnp.sin)]
+        layer = eqx.nn.Sequential([*layers, eqx.nn.Linear(4, 2, key=jr.key(2))])
+        self.inner = dp.rule_boundary(layer)
+
+    def __call__(self, x):
+        return self.inner(jnp.ravel(x))
+
+
+def gated(size: int):
+    gru = dp.Recurrent(eqx.nn.GRUCell(3, size, key=jr.key(1)), size)
+    return dp.Network([gru, eqx.nn.Linear(size, 2, key=jr.key(2))])
+
+
+def plain():
+    cell = dp.RNNCell(3, 4, key=jr.key(1))
+    return dp.Network([dp.Recurrent(cell, 4), eqx.nn.Linear(4, 2, key=jr.key(2))])
+
+
+INSIDE = {  # rules that meet factorizations, conjugate gradients and loops
+    "loop": (plain, TargetPropagation(0.1, inverse="difference", local=False)),
+    "any cell": (lambda: gated(4), TargetPropagation(0.1)),
+    "any large cell": (lambda: gated(40), TargetPropagation(0.1)),
+    "inverses": (plain, MoreauBackprop(0.1, InverseRule(), InverseRule())),
+    "marked": (Marked, MoreauBackprop(0.1, InverseRule(), MoreauRule())),
+}
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("make, oracle", INSIDE.values(), ids=INSIDE)
+def test_rules_of_layers_take_16_bits(make, oracle):
+    x, labels = jr.normal(jr.key(3), (5, 2, 3)).astype("bfloat16"), jnp.arange(5) % 2
+    vd = dp.value_and_direction(SoftmaxCrossEntropy(), oracle)
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        convert = lambda a, dtype=dtype: a.astype("bfloat16").astype(dtype)
+        arrays, rest = eqx.partition(make(), eqx.is_inexact_array)
+        model = eqx.combine(jtu.tree_map(convert, arrays), rest)
+        leaves = jtu.tree_leaves(vd(model, convert(x), labels)[1])
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+        found.append(np.concatenate([np.float64(a).ravel() for a in leaves]))
+    low, desired = found
+    eps = float(jnp.finfo("bfloat16").eps)
+    assert 0 < np.linalg.norm(low - desired) <= 4 * eps * np.linalg.norm(desired)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("rule", [MadsenNielsen(1.0), Threshold(1.0)], ids=name)
+def test_dampings_rest_at_the_rounding_of_bfloat16(rule):
+    keys = jr.split(jr.key(0), 3)
+    x = jr.normal(keys[0], (16, 4)).astype("bfloat16")
+    labels = jnp.argmax(x[:, :2], 1)
+    arrays, rest = eqx.partition(
+        eqx.nn.MLP(4, 2, 8, 1, jnp.tanh, key=keys[1]), eqx.is_array
+    )
+    arrays = jtu.tree_map(lambda a: a.astype("bfloat16"), arrays)
+    vd = dp.value_and_direction(SoftmaxCrossEntropy(), GaussNewton(rule, Cholesky()))
+    model, values, dampings, unclear = eqx.combine(arrays, rest), [], [], []
+    state = vd.init(model)
+    for _ in range(40):
+        (value, aux), direction, state = vd.step(model, state, x, labels)
+        model = eqx.apply_updates(model, jtu.tree_map(jnp.negative, direction))
+        values.append(value)
+        dampings.append(aux.damping)
+        unclear.append(jnp.isnan(aux.ratio))
+    assert values[-1] < 0.02 * values[0]
+    assert all(unclear[-20:]) and not any(unclear[:2])
+    assert dampings[-1] == min(dampings) < 0.5
 
 
 def test_gradients_outside_of_float16_give_the_right_step():

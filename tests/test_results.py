@@ -64,6 +64,22 @@ def test_a_state_that_is_not_finite_at_once_has_another_reason():
         dp.solve(problem, dp.ILQR(), jnp.ones(1), jnp.zeros((4, 1)))
 
 
+def test_a_state_that_is_lost_late_may_be_a_step_that_fails():
+    """Unless it has grown before: then it overflowed."""
+    cost = lambda x, u, t: 0.0
+    late = lambda x, u, t: x + 1.0 + 0.0 * jnp.sqrt(3.5 - x)
+    call = lambda f: dp.solve(
+        dp.ControlProblem(f, cost, jnp.sum, 8), dp.ILQR(), jnp.ones(1), us
+    )
+    us = jnp.zeros((8, 1))
+    with pytest.raises(dp.SolveError, match="from stage 4 on. Start .* root finder"):
+        call(late)
+    with pytest.raises(
+        dp.SolveError, match="from stage 4 on. Start .* shortens steps.$"
+    ):
+        call(lambda x, u, t: x * 1e80)
+
+
 def test_a_state_that_runs_away_is_to_blame_and_not_its_cost():
     grow = lambda x, u, t: 1e8 * x
     square = lambda x, u, t: jnp.sum(x**2)

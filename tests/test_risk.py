@@ -314,10 +314,12 @@ def test_weights_are_isotonic_regression(f):
             return np.log(np.exp(z[part]).sum() / sigma[part].sum() / N)
         return np.mean(z[part] + 1 - N * sigma[part])
 
-    v = [
-        max(min(level(i, j) for j in range(k, N)) for i in range(k + 1))
-        for k in range(N)
-    ]
+    v = np.array(
+        [
+            max(min(level(i, j) for j in range(k, N)) for i in range(k + 1))
+            for k in range(N)
+        ]
+    )
     expected = np.exp(z - v) / N if f == KL else (1 + z - v) / N
     q = weights(LOSSES, jnp.asarray(sigma), f, nu)
     np.testing.assert_allclose(np.asarray(q)[order], expected, rtol=0, atol=1e-14)

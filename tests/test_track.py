@@ -280,6 +280,10 @@ BACK = {
         [*range(11), 9.3, 8.3, 7.3, *range(8, 60)],
         "by 28.2 m from row 10 to row 13",
     ),
+    "around the seam": (
+        [8.3, 7.3, *range(8, 60), *range(11), 9.3],
+        "by 28.2 m from row 64 to row 1",
+    ),
     "at the end": ([*range(60), 57, 58], "by 20.9 m from row 59 to row 60"),
     "at the start": ([3, 2, 1, 0, *range(1, 60)], "by 31.3 m from row 0 to row 3"),
     "half a lap": ([*range(40), *range(5, 60)], "rows 5 and 6 again as rows 40 and 41"),
@@ -651,9 +655,27 @@ def test_float32_points_far_away_are_refused():
     far = circle + np.array([4.5e5, 5.7e6])
     with pytest.raises(ValueError, match="`points` is float32, exact to 0.7 m only"):
         Track.from_waypoints(far.astype("f4"), 3.0)
+    with pytest.raises(
+        ValueError, match="`points` was rounded to float32, exact to 0.7"
+    ):
+        Track.from_waypoints(far.astype("f4").astype(float), 3.0)
+    # Rounded to meters they are what they are; so are sparse ones near zero.
+    assert Track.from_waypoints(np.round(far), 3.0).length > 600.0
     near = Track.from_waypoints(circle.astype("f4"), 3.0)
     there = Track.from_waypoints(far, 3.0)
     np.testing.assert_allclose(near.length, there.length, rtol=1e-6)
+
+
+def test_dense_float32_points_are_refused():
+    dense = ring(100.0, 10_001)[:-1].astype("f4")
+    with pytest.raises(ValueError, match="`points` is float32, exact to 1e-05 m only"):
+        Track.from_waypoints(dense, 5.0)
+    for few in (dense[::10], np.stack([np.arange(1000), np.arange(1000)], 1) / 3):
+        few = np.asarray(few, "f4")
+        track = Track.from_waypoints(few, 5.0, closed=False)
+        s = jnp.linspace(0.1, 0.9, 2001) * float(track.length)
+        low, high = jnp.quantile(curvature(track, s), jnp.array([0.0, 1.0]))
+        assert high - low < 2e-4
 
 
 def test_commas_that_may_be_decimal_ones_are_refused(tmp_path):

@@ -21,9 +21,12 @@ from diffprog.oracles import (
     GaussNewton,
     Gradient,
     GradientNorm,
+    InverseRule,
     MadsenNielsen,
+    MoreauBackprop,
     OUTCOMES,
     ProxLinear,
+    TargetPropagation,
     Threshold,
 )
 
@@ -306,6 +309,7 @@ def test_a_bad_step_is_rejected():
     close(w - direction, jnp.full((1, 1), newton), 1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fallback", [False, True])
 def test_no_step_is_made_to_a_loss_that_is_not_finite(fallback):
     # sqrt(w) at 4 and the target -1: the step of Gauss-Newton ends at -8.
@@ -612,7 +616,7 @@ def test_wrong_models_and_batches(unchecked):
     with raises(ValueError, r"`metric` is an array of shape \(3,\); a pytree like"):
         oracle = GaussNewton(0.1, metric=jnp.ones(3))
         dp.value_and_direction(Squared(), oracle)(MODEL, INPUTS, TARGETS)
-    for oracle in (*ORACLES.values(), dp.oracles.TargetPropagation()):
+    for oracle in (*ORACLES.values(), TargetPropagation()):
         empty = dp.value_and_direction(Squared(), oracle)
         with raises(ValueError, r"`inputs` has shape \(0, 3\): at least one example"):
             empty(MODEL, INPUTS[:0], TARGETS[:0])
@@ -669,6 +673,7 @@ by_vjp.defvjp(
         GaussNewton(0.1, Cholesky()),
         GaussNewton(0.1, CG()),
         ProxLinear(0.1),
+        MoreauBackprop(0.1, InverseRule(), InverseRule()),
     ],
     ids=lambda oracle: type(oracle).__name__,
 )

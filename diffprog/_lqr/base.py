@@ -133,6 +133,13 @@ class Policy(eqx.Module):
                 f"`x` has the shapes {layout.describe()}; a state of the problem has "
                 f"{self._x.describe()}."
             )
+        integer = isinstance(t, int | np.integer)
+        if isinstance(t, jax.Array | np.ndarray):
+            integer = not t.ndim and jnp.issubdtype(t.dtype, jnp.integer)
+        if not integer:
+            raise TypeError(
+                f"`t` is {t!r:.100}; the index of a stage, one integer, is expected."
+            )
         t = t - self._start
         inside = (0 <= t) & (t < stages)
         if isinstance(t, int | np.integer) and not inside:

@@ -143,9 +143,10 @@ def rewards_from_logits(
     last = jnp.zeros_like(tokens, bool) if eos is None else tokens == eos
     ended = (jnp.cumsum(last, -1) > 0) & ~_first(last)
     logits = jnp.where(ended[..., None], 0, logits)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    index = jnp.clip(tokens, 0, logits.shape[-1] - 1)[..., None]
+    chosen = jnp.take_along_axis(logits, index, -1)[..., 0]
     if not known:
-        outside = ((tokens < 0) | (tokens >= logits.shape[-1])) & ~ended
+        outside = (tokens != index[..., 0]) & ~ended
         chosen = jnp.where(outside, jnp.nan, 1) * chosen
     values = smooth_max(logits, f, reference)
     following = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)

@@ -4,7 +4,7 @@ import functools as ft
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .._types import came, check_positive, is_known
+from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
 from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
@@ -22,7 +22,6 @@ from ._root import Classes, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
-Fn = TypeVar("Fn", bound=Callable)
 Axis = int | tuple[int, ...]
 Reference = Literal["unit", "uniform"] | Float[ArrayLike, "..."] | None
 
@@ -154,20 +153,16 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
 
 def operator(fn: Fn) -> Fn:
     """Refuses options of other libraries, and says what the option is here."""
-    own = inspect.signature(fn).parameters
+    has_axis = "axis" in inspect.signature(fn).parameters
 
-    @ft.wraps(fn)
-    def call(*args, **options):
-        for name in options.keys() - own.keys():
-            instead = "its arguments are " + ", ".join(f"`{known}`" for known in own)
-            if name == "dim" and "axis" in own:
-                instead = f"say `axis={options[name]!r}`"
-            elif name in ("dim", "axis"):
-                instead = f"it takes every entry by itself; {instead}"
-            raise TypeError(f"`{fn.__name__}` takes no `{name}`: {instead}.")
-        return fn(*args, **options)
+    def instead(name: str, value: Any, known: str) -> str:
+        if name == "dim" and has_axis:
+            return f"say `axis={value!r}`"
+        if name in ("dim", "axis"):
+            return f"it takes every entry by itself; {known}"
+        return known
 
-    return cast(Fn, call)
+    return with_advice(instead)(fn)
 
 
 def check_reference(reference: Any, f: AbstractDivergence):

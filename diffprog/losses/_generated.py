@@ -40,7 +40,10 @@ class Generated(AbstractDivergence):
     def value(self, u):
         one = jnp.ones_like(u)
         line = _elementwise(self.fn, one) + self._derivative(one) * (u - 1)
-        return _elementwise(self.fn, u) - line
+        f, least = _elementwise(self.fn, u), jnp.exp(-self.REACH * one)
+        # Such as u ln u at 0.
+        f = jnp.where((u == 0) & jnp.isnan(f), _elementwise(self.fn, least), f)
+        return f - line
 
     def link(self, u):
         return self._derivative(u) - self._derivative(jnp.ones_like(u))

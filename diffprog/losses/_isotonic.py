@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
 from ._divergence import AbstractDivergence, ChiSquare, KL
-from ._root import ratio
+from ._root import below, ratio
 
 
 Vector = Float[Array, " n"]
@@ -89,7 +89,7 @@ def _(primals, tangents):
 def block_ratios(f, losses: Vector, sigma: Vector, nu, ids: Ids):
     """The ratios n q_i of given blocks, and nu v_i + nu origin. Differentiable."""
     m = lax.stop_gradient(largest(losses, ids))
-    y = (losses - m) / nu
+    y = below(losses, m) / nu
     q = 1 / (losses.shape[0] * totals(sigma, ids))
     s = offsets(f, y, q, ids)
     return ratio(f, s + y), m - nu * s
@@ -102,12 +102,12 @@ def blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Ids:
     """The block of every loss; losses and sigma grow. No block has sigma(B) = 0."""
     if isinstance(f, KL):
         # v = ln sum_B e^z - ln sigma(B) - ln n, which is infinite where sigma is 0.
-        parts = (losses - losses[-1]) / nu, sigma
+        parts = below(losses, losses[-1]) / nu, sigma
         first = pool(lambda a, b: a - jnp.log(b), jnp.logaddexp, parts)
     elif isinstance(f, ChiSquare):
         # v = mean of z + 1 - n sigma over B
         n = losses.shape[0]
-        parts = (losses - losses[-1]) / nu - n * sigma, jnp.ones_like(sigma)
+        parts = below(losses, losses[-1]) / nu - n * sigma, jnp.ones_like(sigma)
         first = pool(lambda a, b: a / b, jnp.add, parts)
     else:
         first = split(f, losses, sigma, nu)

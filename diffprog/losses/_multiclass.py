@@ -403,9 +403,10 @@ class Hinge(AbstractBoundedLoss):
             y = like(outputs, targets)
             return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
         own, row = one_hot(outputs, targets, self.ignore_label)
-        even = jnp.full_like(own, 1 / own.shape[-1])
-        slope = lambda p: own - 1
-        return simplex(own, even, row > 0, slope, jnp.zeros_like)
+        present = (row > 0) & (outputs > -jnp.inf)
+        even = 1 / jnp.maximum(_sum(present.astype(own.dtype)), 1)
+        even = jnp.where(present, even, 0)
+        return simplex(own, even, present, lambda p: own - 1, jnp.zeros_like)
 
     def block_update(self, alpha, z, K, c, targets):
         return majorized(self, alpha, z, K, c, targets)

@@ -188,7 +188,7 @@ def _weights(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
 @jax.custom_jvp
 def _smoothed(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
     q, _ = _weights(f, losses, sigma, nu)
-    return jnp.sum(q * losses) - nu * _divergence(f, q)
+    return jnp.sum(weighted(q, losses)) - nu * _divergence(f, q)
 
 
 @_smoothed.defjvp
@@ -196,11 +196,12 @@ def _(primals, tangents):
     # By the envelope theorem q stays.
     (f, losses, sigma, nu), (df, dlosses, dsigma, dnu) = primals, tangents
     q, levels = _weights(f, losses, sigma, nu)
-    change = jnp.sum(q * dlosses) + jnp.sum(levels * dsigma) - _divergence(f, q) * dnu
+    change = jnp.sum(q * dlosses) - _divergence(f, q) * dnu
+    change = change + jnp.sum(jnp.where(jnp.isinf(levels), 0, levels) * dsigma)
     if isinstance(f, TracedAlpha):
         by_alpha = jax.jvp(lambda f: _divergence(f, q), (f,), (df,))[1]
         change = change - nu * by_alpha
-    return jnp.sum(q * losses) - nu * _divergence(f, q), change
+    return jnp.sum(weighted(q, losses)) - nu * _divergence(f, q), change
 
 
 _smoothed_door = jax.jit(_smoothed)

@@ -43,7 +43,8 @@ class AbstractDamping(eqx.Module):
     there was a step at all.
 
     - `follows_ratio`: a class variable, whether the ratio is computed, which takes one
-        more run of the model. Else it is NaN, and every step is made.
+        more run of the model; and a step to a loss that is not finite is withheld,
+        whatever the rule keeps. Else it is NaN, and every step is made.
     """
 
     follows_ratio: eqx.AbstractClassVar[bool]

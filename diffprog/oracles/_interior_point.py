@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
@@ -27,6 +27,7 @@ from .._tree import add, all_finite, Layout, scale, vdot, where
 from .._types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
+from ..losses._loss import total
 from ._model_solver import AbstractModelSolver, Found
 from ._solvers import Cholesky
 from .base import Linearization
@@ -202,8 +203,8 @@ class Reduced(NamedTuple):
 def fenchel(at: Linearization, z: Array, alpha: Array) -> Array:
     """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>)."""
     both = at.loss(z, at.targets) + at.loss.conjugate(alpha, at.targets)
-    inner = jnp.sum((alpha * z).reshape(z.shape[0], -1), 1)
-    return at.weight * jnp.sum(both - inner)
+    inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
+    return at.weight * jnp.sum(both - total(inner))
 
 
 def coordinates(
@@ -220,17 +221,17 @@ def coordinates(
         columns = lax.map(lambda e: at.mv(lift(e)), unit, batch_size=batch_size)
         return jnp.moveaxis(columns, 0, -1), lift
     K = Cholesky(batch_size).whitened(at, Squared().factor(at.outputs, at.outputs))
-    values, V = jnp.linalg.eigh(K)
-    known = values > q * jnp.finfo(dtype).eps * values[-1]
-    root = jnp.sqrt(jnp.where(known, values, 1))
-    inverse = jnp.where(known, 1 / root, 0)
-    B = V * jnp.where(known, root, 0)[None]
+    # More than the rounding of K, which may be singular.
+    tiny = jnp.finfo(dtype).tiny
+    more = 4 * jnp.finfo(dtype).eps * jnp.trace(K) + tiny
+    L = jnp.linalg.cholesky(K + more * jnp.eye(q, dtype=dtype))
 
     def lift(e):
-        # U = J' V / root.
-        return at.transpose_mv(matmul(V, inverse * e).reshape(at.outputs.shape))
+        # U = J' L^-T.
+        v = solve_triangular(L, e, trans=1, lower=True)
+        return at.transpose_mv(v.reshape(at.outputs.shape))
 
-    return B.reshape(*at.outputs.shape, q), lift
+    return L.reshape(*at.outputs.shape, q), lift
 
 
 def domain_of(at: Linearization) -> AbstractDomain | None:

@@ -40,3 +40,9 @@ def model(at: Linearization, damping: Array, d: PyTree, z: Array) -> Array:
     """P(d) where z = f + J d."""
     losses = at.loss(z, at.targets)
     return at.weight * jnp.sum(losses) + damping * vdot(d, d) / 2
+
+
+def reached(at: Linearization, damping: Array, gap: Array, found: Found) -> Array:
+    """Whether the gap is as small as was asked for, or lost in rounding."""
+    P = model(at, damping, found.step, found.z)
+    return found.gap <= gap * (at.value - P + found.gap) + at.rounding()

@@ -24,7 +24,7 @@ from .._types import came, check_count, check_kind, check_positive, Number, numb
 from ..losses import Squared
 from ._damping import check_damping
 from ._interior_point import domain_of, InteriorPoint, sizes
-from ._model_solver import AbstractModelSolver, Found, model
+from ._model_solver import AbstractModelSolver, Found, model, reached
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
 
@@ -269,7 +269,7 @@ class ProxLinear(AbstractOracle):
         [`diffprog.oracles.NewtonSteps`][], [`diffprog.oracles.CoordinateAscent`][] or
         [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for losses with
         kinks in themselves or their gradients, where its matrix has at most 1024^2
-        entries; the second for other smooth losses, and the last for what is left.
+        entries; the second for other smooth losses, and the others for what is left.
     - `gap`: the duality gap at which to stop, as a part of the distance from the loss
         to the dual value: 0.1 makes sure of a descent direction.
     - `throw`: whether a gap that was not reached is a failure, `max_steps_reached`,
@@ -301,9 +301,7 @@ class ProxLinear(AbstractOracle):
     def propose(self, at, damping, memory, key):
         solver = self.solver or choose(at)
         gap = jnp.asarray(self.gap, at.value.dtype)
-        found, noise = solver.minimize(at, damping, gap), at.rounding()
-        P = model(at, damping, found.step, found.z)
-        reached = found.gap <= gap * (at.value - P + found.gap) + noise
+        found = solver.minimize(at, damping, gap)
 
         def shortened(d, u, t):
             """t, halved until the convex model falls along d, or 0; u = J d."""
@@ -325,9 +323,11 @@ class ProxLinear(AbstractOracle):
         t = shortened(d, u, jnp.where(t > 0, t, one))
         losses = at.loss(at.outputs + t * u, at.targets)
         result = RESULTS.where(
-            reached | (not self.throw), RESULTS.successful, RESULTS.max_steps_reached
+            reached(at, damping, gap, found) | (not self.throw),
+            RESULTS.successful,
+            RESULTS.max_steps_reached,
         )
-        useless = (t == 0) & (found.gap > noise)
+        useless = (t == 0) & (found.gap > at.rounding())
         result = RESULTS.where(useless, RESULTS.no_descent, result)
         return Proposal(
             scale(t, d),
@@ -339,11 +339,31 @@ class ProxLinear(AbstractOracle):
         )
 
 
+class Either(AbstractModelSolver):
+    """`first`, and where that does not reach the gap, `then`."""
+
+    first: AbstractModelSolver
+    then: AbstractModelSolver
+
+    def minimize(self, at, damping, gap):
+        found = self.first.minimize(at, damping, gap)
+
+        def again():
+            more = self.then.minimize(at, damping, gap)
+            return more._replace(num_inner=found.num_inner + more.num_inner)
+
+        enough = reached(at, damping, gap, found)
+        return lax.cond(enough, lambda: found, again)
+
+
 def choose(at: Linearization) -> AbstractModelSolver:
     """The solver for a loss and a batch."""
-    n, q = sizes(at)
-    if domain_of(at) is not None and q * min(n, q) <= 1024**2:
+    (n, q), smooth = sizes(at), at.loss.smooth
+    if domain_of(at) is None or q * min(n, q) > 1024**2:
+        if smooth:
+            return NewtonSteps()
+        return CoordinateAscent() if q <= 1024 else ProximalGradient()
+    if min(n, q) <= 256:
         return InteriorPoint()
-    if at.loss.smooth:
-        return NewtonSteps()
-    return CoordinateAscent() if q <= 1024 else ProximalGradient()
+    # So many steps cost less than one of the interior point method, and often suffice.
+    return Either(NewtonSteps(5) if smooth else CoordinateAscent(20), InteriorPoint())

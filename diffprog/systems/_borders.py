@@ -110,8 +110,9 @@ def _check_drawn(knots, coefficients, center, points, lines):
         raise ValueError(
             f"`{_SIDES[side]}` would be drawn {meters(-least[row, side])} beyond the "
             f"center line after {_nearest(center[row], points, lines)}, s = "
-            f"{knots[row]:.1f} m, where the line turns back on itself or the width "
-            "changes too fast: correct the rows there."
+            f"{knots[row]:.1f} m, where the line turns back on itself, a sharp corner "
+            "has few rows, or the width changes too fast: correct the rows there, or "
+            "add some."
         )
 
 

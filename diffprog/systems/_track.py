@@ -90,7 +90,8 @@ class Track(eqx.Module):
         its neighbors, which agree (so the sharp turn of a hairpin of few points is
         none); for rows that come twice, as in two laps; for a closed track that ends
         past its first point; for borders that are more than about twice as far away as
-        the radius of a corner, or would cross the center line.
+        the radius of a corner, or would cross the center line; for points in float32,
+        or rounded to it, where that turns their steps.
         """
         return cls._from_widths(points, half_width, left, right, closed, spacing)
 
@@ -177,8 +178,8 @@ class Track(eqx.Module):
         distances from it to the borders [m]. A header line, plain or behind a `#`, may
         name them in another order or among others, in capitals or not; any other `#`
         begins a comment. Commas, semicolons, tabs or spaces separate the cells; where
-        it is not the comma, numbers may have a decimal comma. Files are in UTF-8 or
-        Latin-1.
+        it is not the comma, numbers may have a decimal comma. A first line `sep=;`, as
+        spreadsheets write it, is skipped. Files are in UTF-8 or Latin-1.
 
         **Arguments:**
 

@@ -55,16 +55,8 @@ def as_points(
         raise ValueError(
             f"`{name}` has shape {points.shape}; points of the plane have shape (N, 2)."
         )
-    given = getattr(value, "dtype", None)
-    if given in ("float16", "float32") and len(points) > 1:
-        lost = float(np.finfo(given).eps) * float(np.max(np.abs(points)))
-        step = float(np.mean(np.linalg.norm(np.diff(points, axis=0), axis=1)))
-        if lost > 1e-3 * step:
-            raise ValueError(
-                f"`{name}` is {given}, exact to {meters(lost, 1)} only so far away, "
-                f"with {meters(step, 2)} from point to point: give NumPy's float64, as "
-                "read from the file."
-            )
+    if len(points) > 2:
+        _check_rounding(name, points, getattr(value, "dtype", None))
     if len(points) < 4:
         raise ValueError(
             f"`{name}` has {len(points)} points; a track needs at least 4: add points."
@@ -78,6 +70,38 @@ def as_points(
                 "needs different ones: drop one of the rows."
             )
     return points
+
+
+def _check_rounding(name, points, dtype):
+    """A `ValueError` where the rounding of float16 or float32 makes a curve rough.
+
+    A rounding e turns the steps, of length d, by about e / d. That is too much beyond
+    a thousandth, or a fifth of the turns of the line from step to step.
+    """
+    if dtype not in ("float16", "float32"):
+        # Of numbers that came through float32, every other one ends in an odd bit.
+        with np.errstate(over="ignore"):
+            single = points.astype(np.float32)
+        odd = np.mean(single.view(np.int32) & 1, axis=0)
+        if np.any(single != points) or np.min(odd) < 0.25:
+            return
+        came, dtype = "was rounded to float32", "float32"
+    else:
+        came = f"is {dtype}"
+    steps = np.diff(points, axis=0)
+    step = float(np.mean(np.linalg.norm(steps, axis=1)))
+    x, y = steps.T
+    turns = np.arctan2(x[:-1] * y[1:] - y[:-1] * x[1:], x[:-1] * x[1:] + y[:-1] * y[1:])
+    size = np.linalg.norm(np.ptp(points, axis=0))
+    # A straight line turns as an arc would that is as long as its radius.
+    turn = max(np.quantile(np.abs(turns), 0.9), step / max(size, step))
+    lost = float(np.finfo(dtype).eps) * float(np.max(np.abs(points)))
+    if lost > min(1e-3, 0.2 * turn) * step:
+        raise ValueError(
+            f"`{name}` {came}, exact to {meters(lost, 1)} only at such coordinates, "
+            f"with {meters(step, 2)} from point to point: give NumPy's float64, as "
+            "read from the file."
+        )
 
 
 def as_widths(name: str, value: Any, num: int, lines: Lines = None) -> np.ndarray:
@@ -111,8 +135,8 @@ def check_steps(
     back = _short_step_back(points, closed) or _run_back(points, widths, closed)
     if back:
         first, last = back
-        length = meters(np.linalg.norm(points[last] - points[first]))
-        if closed and last == num:
+        length = meters(np.linalg.norm(points[last % num] - points[first]))
+        if closed and back == (num - 1, num):
             raise ValueError(
                 f"`{name}` ends in {named(lines, first)}, {length} past its first "
                 "point; a closed line ends before it, or there: drop the last rows."
@@ -153,8 +177,8 @@ def _run_back(points, widths, closed):
     """First and last row of a run that lies on the line before or after it.
 
     Runs lie between turns by more than 90 degrees and the ends of an open line. One
-    runs back if it ends beside the line before it, or begins beside the line after it:
-    nearer than half of the width to one side, or a hundredth of its own length. The
+    runs back if its rows lie beside the line before it, or that after it, in the other
+    direction: nearer than half of the width to one side, or a hundredth of the run. The
     straights of a hairpin lie a width apart.
     """
     steps, width = np.diff(points, axis=0), np.min(widths, axis=1)
@@ -162,36 +186,48 @@ def _run_back(points, widths, closed):
     num, total = len(steps), s[-1]
     folds = np.flatnonzero(np.sum(steps * np.roll(steps, 1, axis=0), axis=1) < 0)
     if closed:
-        folds = np.append(folds, folds[:1] + num)
+        folds = num + np.append(folds, folds[:1] + num)
         # A lap before and one after, where the lines around a run may lie.
         s = np.concatenate([s[:-1] - total, s[:-1], s + total])
         points = np.concatenate([points[:-1], points[:-1], points])
+        width = np.concatenate([width[:-1], width[:-1], width])
     else:
         folds = np.concatenate([[0], folds[folds > 0], [num]])
-        if len(folds) == 2:
-            return None
-    begin = num if closed else 0
-    for first, last in zip(folds[:-1] + begin, folds[1:] + begin, strict=True):
+    if len(folds) < 3:
+        return None  # a line that turns back once is a hairpin
+    for first, last in zip(folds[:-1], folds[1:], strict=True):
         run = s[last] - s[first]
         # A closed line has to cover the ground three times: before, back and after.
         reach = min(2 * run, (total - run) / 2) if closed else 2 * run
-        before = (last, max(s[first] - reach, s[0]), s[first])
-        after = (first, s[last], min(s[last] + reach, s[-1]))
-        for end, a, b in (before, after):
-            near = max(width[(end - begin) % num] / 2, 0.01 * run)
-            if a < b and _distance(points[end], points, s, a, b) < near:
-                return int(first - begin), int(last - begin)
+        back = np.diff(points[first : last + 1], axis=0)
+        near = np.maximum(width[first : last + 1] / 2, 0.01 * run)
+        for rows, a, b in (
+            (points[first + 1 : last + 1], max(s[first] - reach, s[0]), s[first]),
+            (points[first:last], s[last], min(s[last] + reach, s[-1])),
+        ):
+            line = _part(points, s, a, b)
+            beside = near[1:] if b == s[first] else near[:-1]
+            if a < b and all(map(_opposes, rows, back, beside, [line] * len(rows))):
+                shift = num if closed else 0
+                return int(first - shift), int(last - shift)
     return None
 
 
-def _distance(point, points, s, a, b):
-    # Of a point to the polyline between the lengths a and b.
+def _part(points, s, a, b):
+    # Of a polyline, between the lengths a and b.
     at = np.concatenate([[a], s[(s > a) & (s < b)], [b]])
-    line = np.stack([np.interp(at, s, column) for column in points.T], axis=1)
+    return np.stack([np.interp(at, s, column) for column in points.T], axis=1)
+
+
+def _opposes(point, step, near, line):
+    # Whether a step from or to a point runs against the line beside it.
     begins, steps = line[:-1], np.diff(line, axis=0)
     part = np.sum((point - begins) * steps, axis=1) / np.sum(steps**2, axis=1)
     nearest = begins + np.clip(part, 0.0, 1.0)[:, None] * steps
-    return np.min(np.linalg.norm(point - nearest, axis=1))
+    away = np.linalg.norm(point - nearest, axis=1)
+    along = steps[np.argmin(away)]
+    cosine = step @ along / (np.linalg.norm(step) * np.linalg.norm(along))
+    return np.min(away) < near and cosine < -0.5
 
 
 def _copies(points):

@@ -1,0 +1,310 @@
+"""The interior point method for prox-linear models, beside another solver."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import LinearConstraint, minimize
+
+import diffprog as dp
+from diffprog.losses import (
+    Absolute,
+    Alpha,
+    ChiSquare,
+    Euclidean,
+    FLoss,
+    Hinge,
+    Huber,
+    KL,
+    LeCam,
+    SoftmaxCrossEntropy,
+)
+from diffprog.oracles import (
+    CoordinateAscent,
+    InteriorPoint,
+    NewtonSteps,
+    ProximalGradient,
+    ProxLinear,
+)
+from diffprog.oracles._prox_linear import choose, Either
+from diffprog.oracles.base import linearize
+
+
+M, K, N = 8, 3, 6  # examples, outputs, parameters
+RNG = np.random.default_rng(3)
+MEASURE = RNG.uniform(0.5, 2, K)
+REAL, LABELS = RNG.normal(size=(M, K)), RNG.integers(0, K, M)
+LOSSES = {
+    "absolute": (Absolute(), REAL),
+    "euclidean": (Euclidean(), REAL),
+    "huber": (Huber(0.5), REAL),
+    "hinge": (Hinge(), np.sign(REAL)),
+    "hinge of labels": (Hinge(ignore_label=0), LABELS),
+    "sparsemax": (FLoss(ChiSquare(), "unit"), LABELS),
+    "entmax": (FLoss(Alpha(1.5), "unit"), RNG.dirichlet(np.ones(K), M)),
+    "LeCam": (FLoss(LeCam(), MEASURE, temperature=2.0), LABELS),  # pyright: ignore
+}  # fmt: skip
+every = pytest.mark.parametrize("name", LOSSES)
+
+
+def linear(loss, f, J, targets):
+    """The linearization of f + J d at d = 0."""
+    predict = lambda d: (f + jnp.tensordot(J, d, 1, precision="highest"), None)
+    zero = jnp.zeros(J.shape[-1], f.dtype)
+    return linearize(predict, zero, loss, targets, None, f, "mean")[0]
+
+
+@eqx.filter_jit
+def solve(solver, loss, f, J, targets, damping, gap):
+    """What is found, and the values of the model at 0 and there."""
+    at = linear(loss, f, J, targets)
+    found = solver.minimize(at, damping, gap)
+    return found, at.value, model(at, damping, found.step)
+
+
+def model(at, damping, d):
+    return at.value_at(d) + damping * jnp.vdot(d, d) / 2
+
+
+def problem(seed, n=N, dtype=float):
+    """Outputs of size 2, and a Jacobian whose columns differ by a thousand times."""
+    rng = np.random.default_rng(seed)
+    scales = 10 ** rng.uniform(-2, 1, n)
+    f, J = 2 * rng.normal(size=(M, K)), scales * rng.normal(size=(M, K, n))
+    return jnp.asarray(f, dtype), jnp.asarray(J, dtype)
+
+
+def run(
+    name, seed, damping, gap, solver: Any = InteriorPoint(), n=N, dtype: Any = float
+):
+    loss, targets = LOSSES[name]
+    targets = jnp.asarray(targets)
+    if targets.dtype == float:
+        targets = targets.astype(dtype)
+    number = lambda a: jnp.asarray(a, dtype)
+    args = *problem(seed, n, dtype), targets, number(damping), number(gap)
+    return solve(solver, loss, *args)
+
+
+# Against another solver -----------------------------------------------------------
+
+
+def pieces(name, targets):
+    """Of a loss sum_g max_p (A_p z + b_p): A, b and the number g of every piece."""
+    identity, groups = np.eye(M * K), np.arange(M * K)
+    if name == "absolute":
+        r = np.ravel(targets)
+        return np.r_[identity, -identity], np.r_[-r, r], np.r_[groups, groups]
+    if name == "hinge":
+        y = np.ravel(targets)
+        A = np.r_[-y[:, None] * identity, 0 * identity]
+        return A, np.r_[0 * y + 1, 0 * y], np.r_[groups, groups]
+    outputs = identity.reshape(M, K, -1)
+    rows = [
+        (outputs[i, j] - outputs[i, y], float(j != y), i)
+        for i, y in enumerate(targets) if y != 0 for j in range(K)
+    ]  # fmt: skip
+    A, b, groups = map(np.array, zip(*rows))
+    return A, b, np.unique(groups, return_inverse=True)[1]
+
+
+def other_solver(name, at, J, damping):
+    """The least value of the model, by scipy: as a quadratic program, or by BFGS."""
+    n = J.shape[-1]
+    if name in ("absolute", "hinge", "hinge of labels"):
+        A, b, groups = pieces(name, at.targets)
+        # The least sum of s with A (f + J d) + b <= s.
+        size, f = groups.max() + 1, np.ravel(at.outputs)
+        left = np.c_[A @ np.reshape(J, (-1, n)), -np.eye(size)[groups]]
+        Q = np.diag(np.r_[np.full(n, damping), np.zeros(size)])
+        cost = np.r_[np.zeros(n), np.full(size, at.weight)]
+        start = np.r_[np.zeros(n), np.full(size, 1 + np.max(np.abs(A @ f + b)))]
+        below = LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore
+        found = minimize(
+            lambda x: cost @ x + x @ Q @ x / 2, start, method="trust-constr",
+            jac=lambda x: cost + Q @ x, hess=lambda x: Q,
+            constraints=[below],
+            options=dict(gtol=1e-10, xtol=1e-14, barrier_tol=1e-11, maxiter=2000),
+        )  # fmt: skip
+        return float(model(at, damping, jnp.asarray(found.x[:n])))
+    P = jax.jit(jax.value_and_grad(lambda d: model(at, damping, d)))
+    fn = lambda d: tuple(np.asarray(a, float) for a in P(d))
+    d = np.zeros(n)
+    for _ in range(2):
+        d = minimize(fn, d, jac=True, method="BFGS", options=dict(gtol=1e-12)).x
+    return float(P(d)[0])
+
+
+@pytest.mark.costly
+@pytest.mark.filterwarnings("ignore:delta_grad:UserWarning")
+@every
+def test_the_minimum_is_that_of_another_solver(name):
+    for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
+        found, value, P = run(name, seed, damping, 1e-8)
+        f, J = problem(seed)
+        loss, targets = LOSSES[name]
+        at = linear(loss, f, J, jnp.asarray(targets))
+        desired = other_solver(name, at, J, damping)
+        decrease = float(value - P)
+        assert 0 <= found.gap <= 1e-8 * (value - P + found.gap)
+        assert found.num_inner <= 30
+        # The other one stops at about 1e-5, above.
+        assert desired - 1e-4 * decrease < P < desired + 1e-7 * decrease
+        assert P - found.gap <= desired
+
+
+@pytest.mark.costly
+@every
+def test_the_gap_bounds_what_is_missing(name):
+    for seed in range(20):
+        damping = 10 ** np.random.default_rng(seed).uniform(-6, 1)
+        gap = 10 ** np.random.default_rng(seed).uniform(-3, -0.1)
+        best, value, least = run(name, seed, damping, 1e-9)
+        found, _, P = run(name, seed, damping, gap)
+        rounding = 1e-13 * value
+        assert P - found.gap <= least + rounding
+        assert least <= P + best.gap + rounding
+        assert found.gap <= gap * (value - P + found.gap) + rounding
+        assert P < value or damping > 9
+
+
+@every
+@pytest.mark.costly
+def test_more_parameters_than_outputs(name):
+    # Then the coordinates are those of a square root of J J'.
+    for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
+        found, value, P = run(name, seed, damping, 1e-6, n=40)
+        assert 0 <= found.gap <= 1e-6 * (value - P + found.gap)
+        assert found.num_inner <= 30
+
+
+def test_float32():
+    for seed, damping in enumerate((10.0, 1e-2, 1e-4)):
+        found, value, P = run("euclidean", seed, damping, 1e-4, dtype="float32")
+        assert found.step.dtype == jnp.float32
+        assert found.gap <= 1e-4 * (value - P + found.gap)
+        _, _, least = run("euclidean", seed, damping, 1e-9)
+        assert float(P - found.gap) < least + 1e-6 * float(value)
+        assert float(P) - least < 2e-4 * (float(value) - least)
+
+
+def test_many_models_at_once():
+    loss, targets = LOSSES["euclidean"]
+    f, J = problem(0)
+    dampings = jnp.array([10.0, 1e-2, 1e-5])
+    one = lambda damping: InteriorPoint().minimize(
+        linear(loss, f, J, jnp.asarray(targets)), damping, jnp.asarray(1e-6)
+    )
+    many = jax.jit(jax.vmap(one))(dampings)
+    for i, damping in enumerate(dampings):
+        alone = run("euclidean", 0, damping, 1e-6)[0]
+        np.testing.assert_allclose(many.step[i], alone.step, rtol=1e-6, atol=1e-9)
+        assert many.num_inner[i] == alone.num_inner
+
+
+# Its steps ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["absolute", "euclidean", "huber", "LeCam"])
+def test_a_step_solves_the_linearized_equations(name):
+    loss, targets = LOSSES[name]
+    rng = np.random.default_rng(5)
+    z, u = jnp.asarray(rng.normal(size=(2, M, K)))
+    domain = loss.domain(z, jnp.asarray(targets))
+
+    @jax.jit
+    def step(z, u):
+        at = domain.start(z)
+        R, lack = domain.root(at), domain.missing(at, z + 1)
+        W = lambda v: R.mv(R.transpose_mv(v))
+        change = domain.push(at, W(u + domain.pull(at, lack)), lack)
+        _, moved = jax.jvp(domain.missing, (at, z + 1), (change, u))
+        flat = jax.vmap(W)(jnp.eye(M * K).reshape(-1, M, K)).reshape(M * K, -1)
+        return lack, moved, flat, change, domain.longest(at, change), at
+
+    lack, moved, W, change, longest, at = step(z, u)
+    left = lack.z + moved.z
+    if name == "LeCam":  # up to the multiplier of the sum of every row
+        left = left - left.mean(-1, keepdims=True)
+        np.testing.assert_allclose(change.alpha.sum(-1), 0, atol=1e-12)
+    np.testing.assert_allclose(left, 0, atol=1e-10)
+    for product, by in zip(lack.products, moved.products):
+        np.testing.assert_allclose(product + by, 0, atol=1e-10)
+    np.testing.assert_allclose(W, W.T, atol=1e-12)
+    assert np.linalg.eigvalsh(W).min() > -1e-12
+    # Up to there all stays positive, and not beyond.
+    finite = lambda a: (
+        np.all(
+            np.isfinite(
+                loss.conjugate(at.alpha + a * change.alpha, jnp.asarray(targets))
+            )
+        )
+        and all(np.all(x + a * dx >= 0) for x, dx in zip(at.x, change.x))
+    )
+    assert finite(0.999 * longest) and not finite(1.001 * longest)
+
+
+# In the oracle --------------------------------------------------------------------
+
+
+def test_a_gap_that_is_not_reached_withholds_the_step():
+    model = eqx.nn.Linear(3, K, key=jax.random.key(0))
+    inputs, targets = jnp.asarray(RNG.normal(size=(M, 3))), jnp.asarray(REAL)
+    vd = dp.value_and_direction(Absolute(), ProxLinear(1e-4, CoordinateAscent(1), 1e-6))
+    (_, aux), direction, _ = vd.step(model, vd.init(model), inputs, targets)
+    assert aux.result == dp.RESULTS.max_steps_reached and aux.gap > 1e-6
+    assert not direction.weight.any() and not direction.bias.any()
+    vd = dp.value_and_direction(Absolute(), ProxLinear(1e-4, ProximalGradient(1), 1e-6))
+    with pytest.raises(dp.SolveError, match="`max_steps` of the solver.*throw=False"):
+        vd(model, inputs, targets)
+    oracle = ProxLinear(1e-4, InteriorPoint(1), 1e-6, throw=False)
+    (value, aux), direction = dp.value_and_direction(Absolute(), oracle, has_aux=True)(
+        model, inputs, targets
+    )
+    new = eqx.apply_updates(model, jax.tree.map(jnp.negative, direction))
+    assert Absolute()(jax.vmap(new)(inputs), targets).mean() < value
+    assert aux.num_inner == 1 and aux.gap > 1e-6
+
+
+def test_the_solver_is_chosen_by_what_the_loss_offers():
+    labels = jnp.zeros(M, int)
+
+    def chosen(loss, y, *shape):
+        found = []
+        zeros = jnp.zeros(shape[:2]), jnp.zeros(shape), y
+        jax.eval_shape(lambda *a: found.append(choose(linear(loss, *a))), *zeros)
+        return found[0]
+
+    of = lambda loss, y: chosen(loss, y, M, K, N)
+    for loss, targets in LOSSES.values():
+        assert isinstance(of(loss, jnp.asarray(targets)), InteriorPoint)
+    traced = FLoss(Alpha(jnp.asarray(1.5)), "unit")
+    for loss in (SoftmaxCrossEntropy(), FLoss(KL()), traced):
+        assert isinstance(of(loss, labels), NewtonSteps)
+    size = lambda m, n: chosen(Absolute(), jnp.ones((m, 1)), m, 1, n)
+    assert isinstance(size(300, 300), Either)
+    assert isinstance(size(2000, 2), InteriorPoint)
+    assert isinstance(size(1100, 1100), ProximalGradient)
+
+
+def test_either_solver():
+    for steps, best in ((1, InteriorPoint), (5000, CoordinateAscent)):
+        first = CoordinateAscent(steps)
+        found, value, P = run("absolute", 0, 1.0, 1e-6, Either(first, InteriorPoint()))
+        assert found.gap <= 1e-6 * (value - P + found.gap)
+        alone, _, _ = run("absolute", 0, 1.0, 1e-6, best(5000))
+        extra = steps if best is InteriorPoint else 0
+        assert found.num_inner == alone.num_inner + extra
+        np.testing.assert_allclose(found.step, alone.step, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_without_a_domain():
+    for loss in (SoftmaxCrossEntropy(), FLoss(KL())):
+        with pytest.raises(TypeError, match="one with kinks.*NewtonSteps"):
+            at = linear(
+                loss, jnp.zeros((M, K)), jnp.zeros((M, K, N)), jnp.zeros(M, int)
+            )
+            InteriorPoint().minimize(at, jnp.asarray(1.0), jnp.asarray(0.1))
