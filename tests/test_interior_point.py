@@ -205,6 +205,21 @@ def test_many_models_at_once():
         assert many.num_inner[i] == alone.num_inner
 
 
+def test_excluded_classes_are_as_ones_of_no_chance():
+    rng = np.random.default_rng(1)
+    (f, J), labels = problem(1), jnp.asarray(rng.integers(1, K, M))
+    excluded = (jnp.arange(K) == 0)[None] & (jnp.arange(M) < 3)[:, None]
+    J = jnp.where(excluded[..., None], 0, J)
+    damping, gap = jnp.asarray(1e-2), jnp.asarray(1e-8)
+    low = [jnp.where(excluded, number, f) for number in (-jnp.inf, -1e4)]
+    for loss in (Hinge(), FLoss(ChiSquare(), "unit")):
+        (found, value, _), (same, _, _) = (
+            solve(InteriorPoint(), loss, f, J, labels, damping, gap) for f in low
+        )
+        assert found.gap <= 1e-8 * value
+        np.testing.assert_allclose(found.step, same.step, rtol=0, atol=2e-3)
+
+
 # Its steps ------------------------------------------------------------------------
 
 

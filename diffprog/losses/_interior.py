@@ -245,7 +245,8 @@ def ratio(a: Array, b: Array) -> Array:
 def typical(v: Array, count, z: Array) -> Array:
     """The size of v, and rounding of z where all v are 0."""
     mean = jnp.sum(jnp.abs(v)) / jnp.maximum(count, 1)
-    least = jnp.finfo(z.dtype).eps * (1 + jnp.max(jnp.abs(z)))
+    largest = jnp.max(jnp.where(jnp.isfinite(z), jnp.abs(z), 0))
+    least = jnp.finfo(z.dtype).eps * (1 + largest)
     return jnp.maximum(mean, least)
 
 

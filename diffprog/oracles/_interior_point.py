@@ -90,17 +90,20 @@ class InteriorPoint(AbstractModelSolver):
             on = (count < self.max_steps) & (count - last < PATIENCE)
             return on & good & ~reached(seen)
 
+        def finite(seen):
+            return all_finite(seen.e, seen.inside, seen.left)  # z may be -inf
+
         def step(carry):
             count, seen, best, last, _ = carry
             seen = reduced.step(seen)
             better = (seen.left < best.left) | reached(seen)
             last = jnp.where(better, count, last)
             best = where(better, seen, best)
-            return count + 1, seen, best, last, all_finite(seen)
+            return count + 1, seen, best, last, finite(seen)
 
         e = jnp.zeros(B.shape[-1], B.dtype)
         seen, zero = reduced.look(e, domain.start(at.outputs)), jnp.zeros((), jnp.int32)
-        start = zero, seen, seen, zero, all_finite(seen)
+        start = zero, seen, seen, zero, finite(seen)
         count, _, best, _, _ = lax.while_loop(unfinished, step, start)
         # The gap anew: that of the step itself, not of its coordinates.
         d, alpha = lift(best.e), best.inside.alpha
