@@ -25,8 +25,9 @@ ADVICE = dict(
     damping_limit="The model of the loss is not convex or not accurate enough here: "
     "start from other parameters, raise the `max_damping` of the search, or take "
     "`dp.GaussNewton()`.",
-    nonfinite_rollout="Look for NaN in the inputs, the targets and the parameters; if "
-    "values grow from layer to layer, start from smaller parameters.",
+    nonfinite_rollout="Look for NaN in the inputs, the targets and the parameters, and "
+    "for labels out of range; if values grow from layer to layer, start from smaller "
+    "parameters.",
     nonfinite_derivative="Look for sqrt(0), norms at 0, or 0/0 under `jnp.where` in "
     "the layers and the loss.",
     factorization_failed="Give a positive `damping`, or take `dp.GaussNewton()`, whose "

@@ -58,8 +58,8 @@ ADVICE = dict(
     "of the inner solver; at a kink this may be a minimum. `fallback=True` takes the "
     "gradient.",
     nonfinite_rollout="The loss of this batch, or that after the step, is NaN or "
-    "infinite: look for NaN in `inputs`, `targets` and the parameters; if the "
-    "parameters have grown, take smaller steps or more damping.",
+    "infinite: look for NaN in `inputs`, `targets` and the parameters, and for labels "
+    "out of range; if the parameters have grown, take smaller steps or more damping.",
     nonfinite_derivative="Look for sqrt(0), norms at 0 or 0/0 under `jnp.where` in the "
     "model and the loss; with target propagation raise `regularization`.",
     factorization_failed="The loss is not convex in the outputs, or the damping is "

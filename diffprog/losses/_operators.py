@@ -64,7 +64,8 @@ def f_softargmax(
     - `axis`: of the classes; a tuple, if these lie on several axes.
     - `where`: a mask, false where a class is excluded.
     - `temperature`: beta > 0, a number or one per row, with the shape of `scores`
-        without its class axis, or with length 1 there. So has a traced alpha.
+        without its class axis, or with length 1 there. So has a traced alpha. What is
+        not positive and traced makes its rows NaN.
     - `axis_name`: the mesh axis over whose devices the classes are split, inside
         `shard_map`. Two numbers per row are then summed over it in every pass.
 
@@ -158,7 +159,8 @@ def f_loss(
     - `targets`: labels, integers of the shape of `scores` without the class axis; or
         probabilities y, floats of the shape of `scores`. Labels of classes on several
         axes count these in the order of `axis`, the last one fastest.
-    - `smoothing`: s in [0, 1]; y becomes (1 - s) y + s q / Q.
+    - `smoothing`: s in [0, 1]; y becomes (1 - s) y + s q / Q. Traced and outside, it
+        makes the losses NaN.
     - `constant`: whether $D_f(y, q)$, which does not depend on the scores, is added.
         It is infinite for labels where f(0) is (reverse KL, Neyman, Jeffreys, alpha <=
         0); without it the loss is then unbounded below.
@@ -209,6 +211,8 @@ def _loss(call: Call, targets: Array, smoothing, constant: bool) -> Array:
             y = jnp.where(rows, y, 0)
         loss, valid = _soft(s, y, smoothing, constant), True
     loss = loss + height(s.classes, s.f, s.problem)
+    if smoothing is not None:
+        valid = valid & (smoothing >= 0) & (smoothing <= 1)
     # A factor, for NaN in derivatives too.
     beta = jnp.where(valid | (s.problem.Q <= 0), s.beta, jnp.nan)
     return call.row(jnp.where(s.problem.Q > 0, beta * loss, 0))
