@@ -127,7 +127,8 @@ def diagonal_factor(gradient: Array, weights: Array, least: Array) -> ScaledFact
     """
     inside = (weights > 0) & (weights >= least)
     scale = jnp.sqrt(weights)
-    rho = jnp.where(inside, gradient / jnp.where(inside, scale, 1), 0)
+    divisor = jnp.where(inside & (weights < jnp.inf), scale, 1)
+    rho = jnp.where(inside, gradient / divisor, 0)
     remainder = jnp.where(inside, 0, gradient)
     return ScaledFactor(rho, remainder, never(gradient), scale)
 
