@@ -85,11 +85,12 @@ class Call(eqx.Module):
         if self.where is not None:
             excluded.append(~last(self.where))
         if self.reference is not None:
-            excluded.append(last(self.reference) == 0)
+            excluded.append(last(self.reference) <= 0)
         if self.temperature is not None:
             beta = self.temperature.astype(dtype)
-            beta = jnp.where(beta > 0, beta, jnp.nan)  # where it is traced
             theta = divided(theta, beta)
+            # NaN before would be looked for in every pass over the scores.
+            beta = jnp.where(beta > 0, beta, jnp.nan)
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
@@ -102,12 +103,13 @@ class Call(eqx.Module):
             Q = q * count
         else:
             q = last(self.reference).astype(dtype)
-            q = jnp.where(q < 0, jnp.nan, q)  # where it is traced
             Q = classes.sum(jnp.where(theta != -jnp.inf, q, 0))
         return Setup(classes, f, Problem(theta, q, Q, largest(theta, classes)), beta)
 
     def rows(self, a: Array) -> Array:
         """An array like the scores, as the caller has them."""
+        if self.temperature is not None:
+            a = a * jnp.where(self.temperature > 0, 1, jnp.nan).astype(a.dtype)
         shape, axes = self.scores.shape, self.axes
         if len(axes) > 1:
             a = a.reshape(*batch_shape(shape, axes), *(shape[i] for i in axes))
