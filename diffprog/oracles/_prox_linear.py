@@ -136,6 +136,7 @@ class CoordinateAscent(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
+        at = bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
         c, shape = damping / at.weight, at.outputs.shape
         K = Cholesky(self.batch_size).whitened(
@@ -183,6 +184,7 @@ class ProximalGradient(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
+        at = bounded(at)
         c = damping / at.weight
         K = lambda v: at.mv(at.transpose_mv(v))
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
@@ -206,6 +208,12 @@ class ProximalGradient(AbstractModelSolver):
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
         return ascend(at, damping, gap, advance, start, self.max_steps)
+
+
+def bounded(at: Linearization) -> Linearization:
+    """With outputs that can be added up: an excluded class is only very far below."""
+    far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
+    return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
