@@ -49,7 +49,8 @@ def mean_distance(model):
 # the kinks of the distance and linearizes the network alone. Subgradient descent is the
 # usual way; its step sizes, and that of Adam, are the best of 1, 0.3, 0.1, 0.03, 0.01
 # for the lowest distance at the end. Gauss-Newton minimizes the squared distance, which
-# is what the gross errors ruin.
+# is what the gross errors ruin. Prox-linear steps end early: from the 60th on they find
+# curves through the gross errors too, with a mean distance of 0.40 after 100.
 def train(loss, oracle, optimizer, num_steps):
     """The model, and the mean distance and the seconds after each step."""
     vd = dp.value_and_direction(loss, oracle)
@@ -72,7 +73,7 @@ def train(loss, oracle, optimizer, num_steps):
     return eqx.combine(params, rest), *zip(*found)
 
 
-O, count = dp.oracles, (10, 20) if args.fast else (100, 2000)
+O, count = dp.oracles, (10, 20) if args.fast else (40, 2000)
 decreasing = lambda s: optax.sgd(lambda t: s / jnp.sqrt(1 + t / 100))
 adaptive = lambda initial: O.MadsenNielsen(initial)
 METHODS = {

@@ -308,9 +308,11 @@ def test_the_solver_is_chosen_by_what_the_loss_offers():
 def test_either_solver():
     for steps, best in ((1, InteriorPoint), (5000, CoordinateAscent)):
         first = CoordinateAscent(steps)
-        found, value, P = run("absolute", 0, 1.0, 1e-6, Either(first, InteriorPoint()))
+        found, value, P = run("absolute", 0, 0.3, 1e-6, Either(first, InteriorPoint()))
         assert found.gap <= 1e-6 * (value - P + found.gap)
-        alone, _, _ = run("absolute", 0, 1.0, 1e-6, best(5000))
+        alone, _, _ = run("absolute", 0, 0.3, 1e-6, best(5000))
+        if found.num_inner == 0:
+            continue  # a draw whose dual solution is the gradient that it begins with
         extra = steps if best is InteriorPoint else 0
         assert found.num_inner == alone.num_inner + extra
         np.testing.assert_allclose(found.step, alone.step, rtol=1e-9, atol=1e-12)
