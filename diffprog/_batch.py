@@ -89,7 +89,8 @@ def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
         raise ValueError(
             f"`in_axes` is {in_axes!r:.100}, but no array in the problem has an axis "
             "of problems: numbers that differ are fields of an `equinox.Module`, "
-            "stacked, such as `Pendulum(mass=jnp.linspace(0.5, 1.5, 16))`."
+            "stacked, such as `Pendulum(mass=jnp.linspace(0.5, 1.5, 16))`; what "
+            "holds the module is one too, since an ordinary object is shared."
         )
     is_shared = lambda new, old: None if new is not None else old
     shared = jtu.tree_map(is_shared, mapped, problem, is_leaf=is_none)

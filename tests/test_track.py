@@ -268,6 +268,11 @@ def test_steps_back_are_refused():
     past = ring()
     past[-1] = past[1] / 3 + 2 * past[0] / 3
     fails(r"`points` ends in row 100, 0\.209 m past its first point", past, closed=True)
+    beside = ring()
+    for away in (0.15, 0.5):  # of a step
+        beside[-1] = beside[0] + [away * np.linalg.norm(beside[1] - beside[0]), 0.0]
+        message = r"ends in row 100, 0\.\d+ m beside its first point, with 0\.[67]"
+        fails(message, beside, closed=True)
     three = np.concatenate([ring(), ring()[1:4]])
     fails(r"`points` ends in row 103, 1\.88 m past its first point", three, closed=True)
 

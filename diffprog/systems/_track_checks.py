@@ -132,6 +132,13 @@ def check_steps(
     borders, shape `(N, 2)`.
     """
     num = len(points) - 1 if closed else len(points)
+    if closed and _ends_beside(points):
+        beside, step = np.linalg.norm(np.diff(points[-3:], axis=0), axis=1)[::-1]
+        raise ValueError(
+            f"`{name}` ends in {named(lines, num - 1)}, {meters(beside)} beside its "
+            f"first point, with {meters(step)} from row to row: drop the row if it "
+            "repeats the first one."
+        )
     back = _short_step_back(points, closed) or _run_back(points, widths, closed)
     if back:
         first, last = back
@@ -153,6 +160,17 @@ def check_steps(
             f"`{name}` has {was} again as {again}; a track covers its ground once: "
             "keep one lap, and one copy of each row."
         )
+
+
+def _ends_beside(points):
+    """Whether the step that closes a line is short, and aside of those around it."""
+    steps = np.array([points[-2] - points[-3], points[1] - points[0]])
+    sizes = np.linalg.norm(steps, axis=1)
+    before, after = steps / sizes[:, None]
+    closing = points[-1] - points[-2]
+    length = np.linalg.norm(closing)
+    aside = max(abs(closing @ before), abs(closing @ after)) < 0.5 * length
+    return before @ after > 0.7 and length < min(sizes) and aside
 
 
 def _short_step_back(points, closed):
