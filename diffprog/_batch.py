@@ -157,8 +157,8 @@ def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyT
 
 def _can_run(static, numbers: list, x0: PyTree, us: PyTree) -> bool:
     """Whether the functions take numbers of these shapes, as data or as constants."""
-    shapes = jax.eval_shape(lambda *trees: trees, numbers, x0, us)
-    leaves, treedef = jtu.tree_flatten(shapes)
+    structs = jax.eval_shape(lambda *trees: trees, numbers, x0, us)
+    leaves, treedef = jtu.tree_flatten(structs)
     if _can_trace(static, tuple(leaves), treedef):
         return True
     try:

@@ -109,7 +109,8 @@ class InteriorPoint(AbstractModelSolver):
         d, alpha = lift(best.e), best.inside.alpha
         z = at.outputs + at.mv(d)
         r = add(scale(at.weight, at.transpose_mv(alpha)), d, damping)
-        left = fenchel(at, z, alpha) + vdot(r, r) / (2 * damping)
+        losses = at.loss(z, at.targets)
+        left = fenchel(at, losses, z, alpha) + vdot(r, r) / (2 * damping)
         return Found(d, z, left, count, jnp.isfinite(left))
 
 
@@ -151,9 +152,10 @@ class Reduced(NamedTuple):
     def look(self, e: Array, inside: Inside) -> Seen:
         at, z = self.at, self.at.outputs + self.product(e)
         r = self.damping * e + self.pull(inside.alpha)
-        losses = jnp.sum(at.loss(z, at.targets))
-        P = at.weight * losses + self.damping * jnp.vdot(e, e) / 2
-        left = fenchel(at, z, inside.alpha) + jnp.vdot(r, r) / (2 * self.damping)
+        losses = at.loss(z, at.targets)
+        P = at.weight * jnp.sum(losses) + self.damping * jnp.vdot(e, e) / 2
+        left = fenchel(at, losses, z, inside.alpha)
+        left = left + jnp.vdot(r, r) / (2 * self.damping)
         return Seen(e, z, inside, r, P, left)
 
     def step(self, seen: Seen) -> Seen:
@@ -203,9 +205,9 @@ class Reduced(NamedTuple):
         return solve
 
 
-def fenchel(at: Linearization, z: Array, alpha: Array) -> Array:
-    """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>)."""
-    both = at.loss(z, at.targets) + at.loss.conjugate(alpha, at.targets)
+def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
+    """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>), `losses` being l_i(z_i)."""
+    both = losses + at.loss.conjugate(alpha, at.targets)
     inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
     return at.weight * jnp.sum(both - total(inner))
 

@@ -23,7 +23,7 @@ from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
 from ._damping import check_damping
-from ._interior_point import domain_of, InteriorPoint, sizes
+from ._interior_point import domain_of, fenchel, InteriorPoint, sizes
 from ._model_solver import AbstractModelSolver, Found, model, reached
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
@@ -218,13 +218,11 @@ def bounded(at: Linearization) -> Linearization:
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
     """P(d(alpha)) and D(alpha)."""
-    inner = lambda a, b: jnp.sum((a * b).reshape(a.shape[0], -1), 1)
     losses = at.loss(z, at.targets)
-    gaps = losses + at.loss.conjugate(alpha, at.targets) - inner(alpha, z)
     # |d|^2 = c <alpha, f - z> / damping.
     half = at.weight * jnp.vdot(alpha, at.outputs - z) / 2
     P = at.weight * jnp.sum(losses) + half
-    return P, P - at.weight * jnp.sum(gaps)
+    return P, P - fenchel(at, losses, z, alpha)
 
 
 def ascend(
