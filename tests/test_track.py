@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import equinox as eqx
 import jax
@@ -524,6 +525,8 @@ WRITTEN = {
     "remarks": rewritten(table(), ",").replace("\n", "  # start, or not\n", 3),
     "a line for spreadsheets": "sep=;\n" + rewritten(table(), ";", ","),
     "Latin-1": "# N\xfcrburgring, 12 m\n" + rewritten(table(), ","),
+    "an ellipsis": "# drawn\x85 by hand\n" + rewritten(table(), ","),
+    "UTF-16": "\xff\xfe" + "\0".join([*rewritten(table(), "\t"), ""]),
 }  # fmt: skip
 
 
@@ -586,6 +589,74 @@ def test_bad_csv(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=BAD_CSV[text]):
         Track.from_csv(path)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["5,150.000", "5,150,000", "5.150,5", "5.150.000", "5'150.0", "5_150", "5 150.0"]
+    + ["5\xa0150,0", "\N{MINUS SIGN}5,0", "\N{FULLWIDTH DIGIT FIVE}", "1.5D+03", ",5"],
+)
+def test_cells_that_are_no_numbers_are_quoted_as_written(tmp_path, cell):
+    path = tmp_path / "track.csv"
+    advice = ".* is no number; .* without thousands separators"
+    for separator in (";", "\t", ","):
+        quoted = f'"{cell}"' if separator == "," else cell
+        path.write_text(
+            "\ufeff" + separator.join(COLUMNS) + "\n"
+            f"{separator.join(['1', quoted, '5', '5'])} # start\n",
+            encoding="utf-8",
+        )
+        match = f"line 2: {re.escape(repr(cell))} in column y_m" + advice
+        with pytest.raises(ValueError, match=match):
+            Track.from_csv(path)
+    if " " not in cell and "," not in cell:  # nor are they cut at other spaces
+        path.write_text(f"{cell} 1 5 5\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(repr(cell)) + " in column x_m"):
+            Track.from_csv(path)
+
+
+def test_lines_of_grouped_numbers_are_no_header(tmp_path):
+    path = tmp_path / "track.csv"
+    path.write_text("5,150.000;4,200.000;5,000.0;5,000.0\n")
+    with pytest.raises(ValueError, match="line 1: '5,150.000' in column x_m is no"):
+        Track.from_csv(path)
+    path.write_text("5\u202f150.0 3\u202f200.0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: '5\\u202f150.0' in column x_m"):
+        Track.from_csv(path, half_width=5.0)
+    # Names of columns are quoted as written, too.
+    path.write_text("X_m;Y_m;Width\n1;2;5\n")
+    with pytest.raises(ValueError, match="has the columns X_m, Y_m, Width; missing"):
+        Track.from_csv(path)
+
+
+def test_commas_that_may_separate_thousands_are_refused(tmp_path):
+    path = tmp_path / "track.csv"
+    head = ";".join(COLUMNS) + "\n"
+
+    def fails(match, text):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            Track.from_csv(path)
+
+    both = (
+        r"both decimal commas, '5,150' in line 3, and decimal points, '%s' in line %d: "
+        "write all numbers with one of them, without thousands separators"
+    )
+    fails(both % ("5.234", 3), head + "1;2;5;5\n5,150;5.234;5;5\n")
+    fails(both % ("0.5", 2), head + "1;2;5;0.5\n5,150;5;5;5\n")
+    with_speed = head.replace("\n", ";v\n") + "1;2;5;5;9\n5,150;5;5;5;9.5\n"
+    fails(both % ("9.5", 3), with_speed)
+    match = "column x_m .*separate thousands, '1,050' in line 3 beside '950' in line 2:"
+    fails(match, head + "950;2;5;5\n1,050;5;5;5\n1,150;9;5;5\n")
+    # One comma that is none of theirs makes all of them decimal ones.
+    rows = table()
+    rows[0, 0], rows[1, 0], rows[2, 2] = 61.0, 55.125, 4.5
+    path.write_text(head + rewritten(rows, ";", ",").replace("61,0;", "61;"))
+    assert Track.from_csv(path).knots.shape == (13,)
+    # A column that has commas throughout has decimal ones, as millimeters are written.
+    text = "\n".join(f"{x:.3f};{y:.3f};5;5".replace(".", ",") for x, y in ring()[:-1])
+    path.write_text(text)
+    np.testing.assert_allclose(Track.from_csv(path).length, 20 * math.pi, rtol=1e-3)
 
 
 def test_bad_json(tmp_path):
