@@ -337,8 +337,8 @@ def test_sharp_turns_of_few_points_are_no_steps_back(name):
     np.testing.assert_allclose(track.center(track.knots[:-1]), points[:num], atol=1e-9)
 
 
-def hairpin(radius=4.0, straight=40.0):
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 25)
+def hairpin(radius=4.0, straight=40.0, num=25):
+    angle = np.linspace(-math.pi / 2, math.pi / 2, num)
     arc = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1) + [straight, 0]
     x = np.arange(0.0, straight, 0.5)
     lower = np.stack([x, np.full_like(x, -radius)], axis=1)
@@ -372,6 +372,59 @@ def test_borders_far_beyond_a_corner_are_refused():
         Track.from_waypoints(points, left=12.0, right=1.0, closed=False)
     with pytest.raises(ValueError, match="`right` is 12 m away"):
         Track.from_waypoints(points[::-1], left=1.0, right=12.0, closed=False)
+
+
+def between_rows(track):
+    """Distances across, shape (N, 201, 2), and the least advance of the borders."""
+    tau = np.linspace(0.0, np.diff(track.knots), 201, axis=1)[..., None, None]
+    a, b, c, d = np.moveaxis(track.coefficients[:, None], 2, 0)
+    lines, slopes = a + tau * (b + tau * (c + tau * d)), b + tau * (2 * c + tau * 3 * d)
+    along = slopes[:, :, :1]
+    advance = np.sum(slopes * along, axis=-1) / np.sum(along**2, axis=-1)
+    normal = np.stack([along[..., 1], -along[..., 0]], axis=-1)
+    normal = normal / np.linalg.norm(along, axis=-1, keepdims=True)
+    across = np.sum((lines[:, :, 1:] - lines[:, :, :1]) * normal, axis=-1)
+    return across * [-1, 1], np.min(advance)
+
+
+def sparse(rng):
+    """An open line with sharp turns between uneven rows, and its half width."""
+    if rng.random() < 0.5:
+        points = hairpin(rng.uniform(2.0, 8.0), num=rng.integers(3, 30))
+        keep = rng.choice(len(points), int(rng.uniform(0.1, 0.8) * len(points)), False)
+        points = points[np.sort(keep)]
+    else:
+        x = np.sort(rng.uniform(0.0, 60.0, rng.integers(6, 60)))
+        y = rng.uniform(1.0, 10.0) * np.sin(x / rng.uniform(1.0, 8.0))
+        points = np.stack([x, y], axis=1)
+    return points, rng.uniform(0.5, 12.0)
+
+
+def test_borders_between_rows():
+    rng, num_narrowed = np.random.default_rng(9), 0
+    for _ in range(100):
+        points, half_width = sparse(rng)
+        try:
+            track = Track.from_waypoints(points, half_width, closed=False)
+        except ValueError:
+            continue
+        across, advance = between_rows(track)
+        assert np.min(across) > 0 and advance > 0
+        rows = np.stack([across[:, 0], across[:, -1]])
+        narrowed = np.min(rows, axis=0) < (1 - 1e-9) * half_width
+        num_narrowed += np.any(narrowed)
+        least = np.min(across, axis=1)[narrowed]
+        assert np.all(least > 0.499 * half_width)
+    assert num_narrowed > 15
+
+
+def test_borders_narrowed_further_between_rows_are_refused():
+    match = (
+        r"`left` would be drawn 3\.\d+ m away from the center after row 81, s = 49\.\d "
+        "m, where 7 m are given: .* Lower the width, or add rows, as `spacing`"
+    )
+    with pytest.raises(ValueError, match=match):
+        Track.from_waypoints(hairpin(num=3), 7.0, closed=False)
 
 
 def test_borders_on_the_wrong_side_are_refused():

@@ -34,7 +34,7 @@ class Track(eqx.Module):
     A border that is further from the center than the radius of a corner would run
     backwards there. It is drawn nearer, so that it runs forward, and tapers before and
     after the corner; `half_widths` says where it is. Where less than half of the
-    distance would be left, that is an error.
+    distance would be left, at a row or between rows, that is an error.
 
     Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
     [`from_borders`][diffprog.systems.Track.from_borders],
