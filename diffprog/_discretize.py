@@ -174,8 +174,9 @@ def discretize(
         solver of ordinary differential equations, which takes one step, from the last
         state only. (Diffrax is differentiated through its own loop: general, but
         several times slower than the three built-in rules, and implicit solvers compile
-        slowly.) The root finder of an implicit solver needs tolerances: about 1e-8 in
-        float64, and 1e-3 in float32.
+        slowly.) The root finder of an implicit solver needs tolerances, about 1e-8 in
+        float64 and 1e-3 in float32: `optimistix.Newton(rtol=1e-8, atol=1e-8)`. A chord
+        method, such as `diffrax.VeryChord`, keeps one Jacobian and fails more often.
 
     **Returns:** a module, to be called as `dynamics(x, u, t)`. Where the root finder of
     an implicit solver does not reach its tolerances the new state is NaN, and a solve

@@ -50,7 +50,8 @@ class Loop(eqx.Module):
     num_steps: Int[Array, ""]
     num_rollouts: Int[Array, ""]
     num_backwards: Int[Array, ""]
-    first_nonfinite: Int[Array, ""]
+    first_nonfinite: Int[Array, ""]  # of the latest iteration that saw one
+    nonfinite_step: Int[Array, ""]  # that iteration
     first_cost: Float[Array, ""]
     gradient: Float[Array, ""]
     decrement: Float[Array, ""]
@@ -121,6 +122,7 @@ class Solver(eqx.Module):
             num_rollouts=count(1),
             num_backwards=count(0),
             first_nonfinite=trajectory.first_nonfinite,
+            nonfinite_step=jnp.where(finite, count(self.max_steps + 1), 0),
             first_cost=cost,
             gradient=number(jnp.nan),
             decrement=number(jnp.inf),
@@ -177,9 +179,8 @@ class Solver(eqx.Module):
             (~usable, RESULTS.nonfinite_derivative),
         ):
             result = RESULTS.where(applies, code, result)
-        first = jnp.where(stop, loop.first_nonfinite, passes.trials_nonfinite)
-        first = jnp.where(well, self.chain.horizon + 1, first)
-        first = jnp.where(usable, first, passes.first_nonfinite)
+        first = jnp.where(usable, passes.trials_nonfinite, passes.first_nonfinite)
+        seen = first <= self.chain.horizon
 
         best = after
         if not self.search.monotone:
@@ -196,7 +197,8 @@ class Solver(eqx.Module):
             num_steps=loop.num_steps + accepted.astype(jnp.int32),
             num_rollouts=passes.num_rollouts,
             num_backwards=passes.num_backwards,
-            first_nonfinite=first,
+            first_nonfinite=jnp.where(seen, first, loop.first_nonfinite),
+            nonfinite_step=jnp.where(seen, loop.num_steps, loop.nonfinite_step),
             first_cost=loop.first_cost,
             gradient=passes.gradient,
             decrement=passes.decrement,

@@ -39,15 +39,16 @@ ADVICE = dict(
 
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
+FINDER = (
+    "loosen the tolerances of its root finder, or give them to `optimistix.Newton` if "
+    "it is a chord method such as `diffrax.VeryChord`."
+)
 EARLY = (
     "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
     "problem, for functions outside their domain, and for an implicit step that fails: "
-    "loosen the tolerances of its root finder."
+    f"{FINDER}"
 )
-FAILED = (
-    "Where a step of an implicit solver fails the new state is NaN: loosen the "
-    "tolerances of its root finder."
-)
+FAILED = f"Where a step of an implicit solver fails the new state is NaN: {FINDER}"
 # A state beyond runs away: it is not the cost that is to blame.
 RUNAWAY = 1e9
 
@@ -71,7 +72,9 @@ class Solution(eqx.Module):
         has a strict minimum at every stage: at a maximum, a saddle or along a flat
         direction it does not; directions of first order see no curvature and say yes),
         `first_nonfinite` (the first stage that is not finite, in the roll-out, its
-        derivatives or the trials of the last iteration; horizon + 1 if there is none).
+        derivatives or the trials of the latest iteration that had such ones) and
+        `nonfinite_step` (that iteration); horizon + 1 and `max_steps` + 1 if there was
+        none, or if the solve succeeded.
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
         step from it; NaN after the end. Empty if `history=False`.
@@ -146,20 +149,32 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "some controls. Start from other `us`, such as these with a little noise, "
             "to leave a maximum or a saddle."
         )
-    elif name == "max_steps_reached" and stage <= _num_stages(solution):
-        where = f"In the last iteration trials were not finite from stage {stage} on. "
-        where += FAILED
-    elif name == "max_steps_reached" and not solution.stats["minimum"]:
-        where = "Without damping the model has no minimum: has the cost a bound below?"
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
-    elif name in ("no_descent", "damping_limit") and _largest(solution.xs) > RUNAWAY:
-        where = f"The states reach {_largest(solution.xs):.1e}: no model holds there."
-        advice = {**advice, name: BOUNDED}
+    elif name in ("max_steps_reached", "no_descent", "damping_limit"):
+        where, instead = _hindrances(solution, name, stage)
+        advice = {**advice, **({name: instead} if instead else {})}
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
         advice = {**advice, **({"nonfinite_rollout": instead} if instead else {})}
     return explain(solution.result, advice, where)
+
+
+def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:
+    """What kept a search from its end, and advice of its own."""
+    trials, largest = "", _largest(solution.xs)
+    if stage <= _num_stages(solution):
+        step = int(solution.stats["nonfinite_step"])
+        trials = f"in iteration {step} trials were not finite from stage {stage} on"
+    if name != "max_steps_reached" and largest > RUNAWAY:
+        trials = trials and f", and {trials}"
+        return f"The states reach {largest:.1e}{trials}: no model holds there.", BOUNDED
+    where = [f"{trials.capitalize()}. {FAILED}"] if trials else []
+    if name == "max_steps_reached" and not solution.stats["minimum"]:
+        where.append(
+            "Without damping the model has no minimum: has the cost a bound below?"
+        )
+    return " ".join(where), ""
 
 
 def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:

@@ -66,6 +66,8 @@ def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
         )
         for i, gains in enumerate(loop.gains)
     )
+    ok = loop.result == RESULTS.successful
+    T = vectorized.chain.horizon
     stats = dict(
         num_steps=loop.num_steps,
         num_rollouts=loop.num_rollouts,
@@ -74,7 +76,8 @@ def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
         gradient=loop.gradient,
         decrement=loop.decrement,
         minimum=loop.minimum,
-        first_nonfinite=loop.first_nonfinite,
+        first_nonfinite=jnp.where(ok, T + 1, loop.first_nonfinite),
+        nonfinite_step=jnp.where(ok, max_steps + 1, loop.nonfinite_step),
     )
     return Solution(
         vectorized.states(trajectory),

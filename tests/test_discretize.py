@@ -177,6 +177,25 @@ def test_a_solve_rejects_a_trial_whose_implicit_step_fails():
     assert worst.result == dp.RESULTS.nonfinite_rollout
 
 
+@pytest.mark.slow
+def test_a_chord_method_that_gave_up_is_told_at_the_step_limit():
+    def solve(root_finder):
+        method = diffrax.Kvaerno3(root_finder=root_finder)
+        problem = dp.ControlProblem(
+            dp.discretize(stiff, 0.05, method), lambda x, u, t: 0.01 * jnp.sum(u**2),
+            lambda x: 10 * (x[0] - 1.0) ** 2, 20
+        )  # fmt: skip
+        return dp.solve(problem, dp.ILQR(), jnp.zeros(2), jnp.zeros((20, 1)))
+
+    tolerances: Any = dict(rtol=1e-8, atol=1e-8)
+    with pytest.raises(dp.SolveError, match="In iteration .* root finder.*Newton") as e:
+        solve(diffrax.VeryChord(**tolerances))
+    solution = e.value.solution
+    assert solution.stats["nonfinite_step"] < 255
+    newton = solve(optimistix.Newton(**tolerances))
+    assert newton.cost < 0.1 * solution.cost
+
+
 def test_one_step_of_diffrax_at_late_times():
     """Rounding of a large time leaves no rest for a second step."""
     t = jnp.asarray(123_457, jnp.int32)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import diffprog as dp
 from diffprog._result import NAMES
@@ -103,12 +104,71 @@ def test_trials_that_are_not_finite_are_told_at_the_step_limit():
     edge = one_stage(lambda x: jnp.sum((x - 1.0) ** 2 + 0.0 * jnp.sqrt(0.1 - x)))
     with pytest.raises(dp.SolveError, match="The step limit was") as error:
         dp.solve(edge, dp.ILQR(), *ZERO, max_steps=1)
-    message = "In the last iteration trials were not finite from stage 1 on."
+    message = "In iteration 0 trials were not finite from stage 1 on."
     assert message in str(error.value) and "root finder" in str(error.value)
     bowl = one_stage(lambda x: jnp.sum((x - 1.0) ** 4))
     solution = dp.solve(bowl, dp.ILQR(), *ZERO, max_steps=1, throw=False)
     assert solution.stats["first_nonfinite"] == 2
+    assert solution.stats["nonfinite_step"] == 2
     assert "not finite" not in repr(solution)
+
+
+# The whole first step leads to -8, where this is NaN; later ones are short, up to a
+# place that the model does not see, and where every step raises the cost.
+PIT = lambda x: jnp.sum(
+    jnp.sqrt(1.0 + x**2)
+    + 0.0 * jnp.sqrt(25.0 - x**2)
+    + lax.stop_gradient(10.0 * jnp.abs(x + 0.5))
+)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    "search, max_steps, code",
+    [
+        (dp.AdaptiveDamping(), 3, "max_steps_reached"),
+        (dp.AdaptiveDamping(max_damping=1e3), 256, "damping_limit"),
+        (dp.Backtracking(max_damping=1e3), 256, "no_descent"),
+    ],
+    ids=["limit", "damping", "descent"],
+)
+def test_trials_of_an_early_iteration_that_are_not_finite_are_told_at_the_end(
+    search, max_steps, code
+):
+    problem, (x0, _) = one_stage(PIT), ZERO
+    us, options = jnp.full((1, 1), 2.0), dict(max_steps=max_steps)
+    solutions = [
+        dp.solve(problem, dp.ILQR(), x0, us, search, **options, throw=False),
+        dp.solve(
+            problem, dp.ILQR(), x0, us, search, **options, throw=False, fast_loops=False
+        ),
+        dp.solve_batch(problem, dp.ILQR(), x0[None], us[None], search, **options)[0],
+        by_hand(problem, x0, us, search, max_steps),
+    ]
+    for solution in solutions:
+        assert solution.result == getattr(dp.RESULTS, code)
+        assert solution.stats["first_nonfinite"] == 1
+        step, message = int(solution.stats["nonfinite_step"]), repr(solution)
+        assert step == (name(search) == "AdaptiveDamping")
+        assert step + 1 < solution.stats["num_steps"] or code == "no_descent"
+        assert f"In iteration {step} trials were not finite from stage 1" in message
+        assert "root finder, or give them to `optimistix.Newton`" in message
+
+
+def by_hand(problem, x0, us, search, max_steps):
+    state = dp.init(problem, dp.ILQR(), x0, us, search, max_steps=max_steps)
+    while not state.done:
+        state = dp.step(problem, state)
+    return dp.finish(problem, state, throw=False)
+
+
+def test_a_success_tells_of_no_trials():
+    bowl = lambda x: PIT(x) - jnp.sum(lax.stop_gradient(10.0 * jnp.abs(x + 0.5)))
+    us = jnp.full((1, 1), 2.0)
+    solution = dp.solve(one_stage(bowl), dp.ILQR(), ZERO[0], us, max_steps=9)
+    assert solution.history["trials"][0] > 1
+    assert solution.stats["first_nonfinite"] == 2
+    assert solution.stats["nonfinite_step"] == 10
 
 
 def test_the_place_is_found_in_a_chain_of_phases():
