@@ -367,11 +367,28 @@ def test_borders_far_beyond_a_corner_are_refused():
         with pytest.raises(ValueError, match=r"`left` is 20 m away .* row \d+, s = "):
             Track.from_waypoints(points, 20.0, closed=closed)
     with pytest.raises(
-        ValueError, match=r"radius 3\.\d+ m. It can be at most 3\.\d+ m there"
+        ValueError,
+        match=r"radius 3\.\d+ m. Less than that is kept there, and up to about 6\.\d+ "
+        r"m is narrowed to about 3\.\d+ m: ",
     ):
         Track.from_waypoints(points, left=12.0, right=1.0, closed=False)
     with pytest.raises(ValueError, match="`right` is 12 m away"):
         Track.from_waypoints(points[::-1], left=1.0, right=12.0, closed=False)
+
+
+def test_a_border_near_the_radius_of_a_corner():
+    """What the message of the error says holds."""
+    points = ring(100.0, 61)
+    with pytest.raises(
+        ValueError,
+        match="radius 100 m. Less than that is kept there, and up to about 180 m is "
+        "narrowed to about 90 m: lower",
+    ):
+        Track.from_waypoints(points, 190.0)
+    for half_width, least, most in (99.0, 99, 99), (101.0, 88, 92), (178.0, 88, 92):
+        track = Track.from_waypoints(points, half_width)
+        left = np.asarray(track.half_widths(around(track))[0])
+        assert least - 1e-3 < np.min(left) <= np.max(left) < most + 1e-3
 
 
 def between_rows(track):

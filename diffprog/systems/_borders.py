@@ -62,9 +62,10 @@ def fit(
                 f"`{_SIDES[side]}` is {meters(away)} away from the center in "
                 f"{_nearest(center[row], points, lines)}, s = {knots[row]:.1f} m, "
                 f"where it runs backwards, as in a corner of radius {meters(radius)}. "
-                f"It can be at most {meters((1 - _ADVANCE) * radius)} there; up to "
-                "about twice as much is narrowed to that: lower the width, or smooth "
-                "the center line."
+                "Less than that is kept there, and up to about "
+                f"{meters((1 - _ADVANCE) / _LEAST * radius)} is narrowed to about "
+                f"{meters((1 - _ADVANCE) * radius)}: lower the width, or smooth the "
+                "center line."
             )
 
 

@@ -32,9 +32,11 @@ class Track(eqx.Module):
     rounded to meters.
 
     A border that is further from the center than the radius of a corner would run
-    backwards there. It is drawn nearer, so that it runs forward, and tapers before and
-    after the corner; `half_widths` says where it is. Where less than half of the
-    distance would be left, at a row or between rows, that is an error.
+    backwards there. The radius is that of the fitted line, which may be sharper than
+    the corner that was measured, most of all where a straight meets an arc. The border
+    is drawn nearer, at about nine tenths of the radius, so that it runs forward, and
+    tapers before and after the corner; `half_widths` says where it is. Where less than
+    half of the distance would be left, at a row or between rows, that is an error.
 
     Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
     [`from_borders`][diffprog.systems.Track.from_borders],
