@@ -824,6 +824,29 @@ def test_dense_float32_points_are_refused():
         assert high - low < 2e-4
 
 
+@pytest.mark.parametrize("radius, num", [(100.0, 600), (100.0, 2800), (30.0, 2500)])
+def test_float32_points_that_are_accepted_have_their_curvature(radius, num):
+    points = ring(radius, num + 1)[:-1].astype("f4")
+    track = Track.from_waypoints(points, 5.0)
+    s = jnp.linspace(0.0, 1.0, 20 * num + 1) * float(track.length)
+    np.testing.assert_allclose(radius * curvature(track, s), 1.0, atol=0.1)
+    with pytest.raises(ValueError, match="`points` is float32, .* or keep fewer rows"):
+        Track.from_waypoints(ring(radius, 3101)[:-1].astype("f4"), 5.0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1.8])
+@pytest.mark.parametrize("spacing", [1.0, 5.0])
+def test_circuits_in_float32_load(tracks, size, spacing):
+    """Of 2.8 and 5.1 km, near the origin."""
+    track = tracks["grand_prix"].scaled(size)
+    num = round(float(track.length) / spacing)
+    exact = np.asarray(track.center(np.linspace(0.0, track.length, num + 1)[:-1]))
+    single = Track.from_waypoints(exact.astype("f4"), 5.0)
+    double = Track.from_waypoints(exact, 5.0)
+    found, right = curvature(single, around(single)), curvature(double, around(single))
+    np.testing.assert_allclose(found, right, atol=0.1 * np.quantile(abs(right), 0.9))
+
+
 def test_commas_that_may_be_decimal_ones_are_refused(tmp_path):
     path = tmp_path / "track.csv"
     match = "two columns with decimal commas or four"

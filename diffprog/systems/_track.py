@@ -91,9 +91,10 @@ class Track(eqx.Module):
         one side of the line before or after them, or are one step, shorter than both
         its neighbors, which agree (so the sharp turn of a hairpin of few points is
         none); for rows that come twice, as in two laps; for a closed track that ends
-        past its first point; for borders that are more than about twice as far away as
-        the radius of a corner, or would cross the center line; for points in float32,
-        or rounded to it, where that turns their steps.
+        past its first point; for borders that are more than about 1.8 times as far away
+        as the radius of a corner, or would cross the center line; for points in
+        float32, or rounded to it, where that changes the curvature by more than about a
+        tenth of what it is in the corners.
         """
         return cls._from_widths(points, half_width, left, right, closed, spacing)
 

@@ -75,8 +75,9 @@ def as_points(
 def _check_rounding(name, points, dtype):
     """A `ValueError` where the rounding of float16 or float32 makes a curve rough.
 
-    A rounding e turns the steps, of length d, by about e / d. That is too much beyond
-    a thousandth, or a fifth of the turns of the line from step to step.
+    A rounding e turns the steps, of length d, by about e / d, and changes the curvature
+    by up to about 4 e / d^2. Too much is a thousandth of the one, and of the other a
+    tenth of what it is in the corners of the line.
     """
     if dtype not in ("float16", "float32"):
         # Of numbers that came through float32, every other one ends in an odd bit.
@@ -92,15 +93,14 @@ def _check_rounding(name, points, dtype):
     step = float(np.mean(np.linalg.norm(steps, axis=1)))
     x, y = steps.T
     turns = np.arctan2(x[:-1] * y[1:] - y[:-1] * x[1:], x[:-1] * x[1:] + y[:-1] * y[1:])
-    size = np.linalg.norm(np.ptp(points, axis=0))
-    # A straight line turns as an arc would that is as long as its radius.
-    turn = max(np.quantile(np.abs(turns), 0.9), step / max(size, step))
+    # A line turns no less than the circle that is as long.
+    turn = max(np.quantile(np.abs(turns), 0.9), 2 * np.pi / len(steps))
     lost = float(np.finfo(dtype).eps) * float(np.max(np.abs(points)))
-    if lost > min(1e-3, 0.2 * turn) * step:
+    if lost > min(1e-3, 0.1 / 4 * turn) * step:
         raise ValueError(
             f"`{name}` {came}, exact to {meters(lost, 1)} only at such coordinates, "
             f"with {meters(step, 2)} from point to point: give NumPy's float64, as "
-            "read from the file."
+            "read from the file, or keep fewer rows."
         )
 
 
