@@ -23,8 +23,15 @@ from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
 from ._damping import check_damping
-from ._interior_point import domain_of, fenchel, InteriorPoint, sizes
-from ._model_solver import AbstractModelSolver, Found, model, reached
+from ._interior_point import domain_of, InteriorPoint, sizes
+from ._model_solver import (
+    AbstractModelSolver,
+    bounded,
+    fenchel,
+    Found,
+    model,
+    reached,
+)
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
 
@@ -208,12 +215,6 @@ class ProximalGradient(AbstractModelSolver):
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
         return ascend(at, damping, gap, advance, start, self.max_steps)
-
-
-def bounded(at: Linearization) -> Linearization:
-    """With outputs that can be added up: an excluded class is only very far below."""
-    far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
-    return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
