@@ -1,4 +1,4 @@
-"""The interior point method for prox-linear models, beside another solver."""
+"""The interior point method for prox-linear models, beside the solver of `convex`."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import LinearConstraint, minimize
 
 import diffprog as dp
 from diffprog.losses import (
@@ -31,6 +30,8 @@ from diffprog.oracles import (
 )
 from diffprog.oracles._prox_linear import choose, Either
 from diffprog.oracles.base import linearize
+
+from . import convex
 
 
 M, K, N = 8, 3, 6  # examples, outputs, parameters
@@ -92,68 +93,67 @@ def run(
 # Against another solver -----------------------------------------------------------
 
 
-def pieces(name, targets):
-    """Of a loss sum_g max_p (A_p z + b_p): A, b and the number g of every piece."""
-    identity, groups = np.eye(M * K), np.arange(M * K)
-    if name == "absolute":
-        r = np.ravel(targets)
-        return np.r_[identity, -identity], np.r_[-r, r], np.r_[groups, groups]
-    if name == "hinge":
-        y = np.ravel(targets)
-        A = np.r_[-y[:, None] * identity, 0 * identity]
-        return A, np.r_[0 * y + 1, 0 * y], np.r_[groups, groups]
-    outputs = identity.reshape(M, K, -1)
-    rows = [
-        (outputs[i, j] - outputs[i, y], float(j != y), i)
-        for i, y in enumerate(targets) if y != 0 for j in range(K)
-    ]  # fmt: skip
-    A, b, groups = map(np.array, zip(*rows))
-    return A, b, np.unique(groups, return_inverse=True)[1]
+real = lambda rng, m: rng.normal(size=(m, K))
+labels = lambda rng, m: rng.integers(0, K, m)
+# Targets of m examples, and the loss of them in NumPy.
+OTHERS = {
+    "absolute": (real, convex.absolute),
+    "euclidean": (real, convex.euclidean),
+    "huber": (real, lambda y: convex.huber(y, 0.5)),
+    "hinge": (lambda rng, m: np.sign(real(rng, m)), convex.hinge),
+    "hinge of labels": (labels, lambda y: convex.hinge_of_labels(y, K, 0)),
+    "sparsemax": (
+        labels,
+        lambda y: convex.f_loss(np.eye(K)[y], convex.CHI_SQUARE, np.ones(K)),
+    ),
+    "entmax": (
+        lambda rng, m: rng.dirichlet(np.ones(K), m),
+        lambda y: convex.f_loss(y, convex.ALPHA_1_5, np.ones(K)),
+    ),
+    "LeCam": (
+        labels,
+        lambda y: convex.f_loss(np.eye(K)[y], convex.LE_CAM, MEASURE, 2.0),
+    ),
+}
 
 
-def other_solver(name, at, J, damping):
-    """The least value of the model, by scipy: as a quadratic program, or by BFGS."""
-    n = J.shape[-1]
-    if name in ("absolute", "hinge", "hinge of labels"):
-        A, b, groups = pieces(name, at.targets)
-        # The least sum of s with A (f + J d) + b <= s.
-        size, f = groups.max() + 1, np.ravel(at.outputs)
-        left = np.c_[A @ np.reshape(J, (-1, n)), -np.eye(size)[groups]]
-        Q = np.diag(np.r_[np.full(n, damping), np.zeros(size)])
-        cost = np.r_[np.zeros(n), np.full(size, at.weight)]
-        start = np.r_[np.zeros(n), np.full(size, 1 + np.max(np.abs(A @ f + b)))]
-        below = LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore
-        found = minimize(
-            lambda x: cost @ x + x @ Q @ x / 2, start, method="trust-constr",
-            jac=lambda x: cost + Q @ x, hess=lambda x: Q,
-            constraints=[below],
-            options=dict(gtol=1e-10, xtol=1e-14, barrier_tol=1e-11, maxiter=2000),
-        )  # fmt: skip
-        return float(model(at, damping, jnp.asarray(found.x[:n])))
-    P = jax.jit(jax.value_and_grad(lambda d: model(at, damping, d)))
-    fn = lambda d: tuple(np.asarray(a, float) for a in P(d))
-    d = np.zeros(n)
-    for _ in range(2):
-        d = minimize(fn, d, jac=True, method="BFGS", options=dict(gtol=1e-12)).x
-    return float(P(d)[0])
+def compare(name, seed, m, n, damping, gap):
+    """The minimum that is found beside one that is certain, from both sides."""
+    (draw, make), loss = OTHERS[name], LOSSES[name][0]
+    rng = np.random.default_rng(seed)
+    scales, targets = 10 ** rng.uniform(-2, 1, n), draw(rng, m)
+    f, J = 2 * rng.normal(size=(m, K)), scales * rng.normal(size=(m, K, n))
+    other = make(targets)
+    least = convex.minimize(other, f, J, damping)
+    value = convex.model(other, f, J, damping, np.zeros(n))
+    decrease, rounding = value - least.above, 1e-13 * value
+    assert 0 < decrease and -rounding <= least.above - least.below <= 1e-8 * decrease
+    numbers = map(jnp.asarray, (f, J, targets, damping, gap))
+    found, at_0, P = solve(InteriorPoint(), loss, *numbers)
+    assert found.num_inner <= 60
+    own = convex.model(other, f, J, damping, np.asarray(found.step))
+    np.testing.assert_allclose((at_0, P), (value, own), rtol=1e-10)
+    missing = own - least.above
+    assert least.below - least.above - rounding <= missing
+    assert missing <= found.gap + rounding
+    assert 0 <= found.gap <= gap * (value - own + found.gap) + rounding
+    assert missing <= 1e-6 * decrease
 
 
 @pytest.mark.costly
-@pytest.mark.filterwarnings("ignore:delta_grad:UserWarning")
 @every
 def test_the_minimum_is_that_of_another_solver(name):
-    for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
-        found, value, P = run(name, seed, damping, 1e-8)
-        f, J = problem(seed)
-        loss, targets = LOSSES[name]
-        at = linear(loss, f, J, jnp.asarray(targets))
-        desired = other_solver(name, at, J, damping)
-        decrease = float(value - P)
-        assert 0 <= found.gap <= 1e-8 * (value - P + found.gap)
-        assert found.num_inner <= 30
-        # The other one stops at about 1e-5, above.
-        assert desired - 1e-4 * decrease < P < desired + 1e-7 * decrease
-        assert P - found.gap <= desired
+    for seed, damping in enumerate(np.geomspace(10, 1e-6, 15)):
+        compare(name, seed, M, N, damping, 1e-7)
+
+
+@pytest.mark.slow
+@every
+def test_minima_of_many_problems(name):
+    dampings = np.geomspace(10, 1e-6, 50)
+    sizes = [(8, 6), (24, 16), (64, 16), (64, 40), (8, 40)]
+    for seed, damping in enumerate(np.random.default_rng(0).permutation(dampings)):
+        compare(name, seed, *sizes[seed % len(sizes)], damping, 1e-7)
 
 
 @pytest.mark.costly
