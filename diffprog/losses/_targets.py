@@ -102,6 +102,14 @@ def is_labels(targets: Any) -> bool:
     return bool(jnp.issubdtype(as_array(targets).dtype, jnp.integer))
 
 
+def short(labels: Array) -> Array:
+    """Labels as int32, none of which is that of another label."""
+    least, most = -(2**31), 2**31 - 1
+    if jnp.iinfo(labels.dtype).max > most:
+        labels = jnp.clip(labels, max(least, jnp.iinfo(labels.dtype).min), most)
+    return labels.astype(jnp.int32)
+
+
 def check_targets(targets: Any, shape: tuple, axes: tuple[int, ...]) -> bool:
     """Whether they are labels, not probabilities."""
     labels = jnp.issubdtype(targets.dtype, jnp.integer)
@@ -186,7 +194,7 @@ def counting(labels: Any, ignored: int | None) -> Any:
         return None
     if is_known(labels):
         return np.asarray(labels)[..., None] != ignored
-    return labels.astype(jnp.int32)[..., None] != ignored
+    return short(labels)[..., None] != ignored
 
 
 def heard(outputs: Array, targets: Any, ignored: int | None) -> Array:
@@ -217,7 +225,7 @@ def one_hot(
     check_classes(outputs, labels)
     check_labels(labels, k, lambda: np.asarray(labels) != ignored)
     known, counted = is_known(labels), counting(labels, ignored)
-    labels = jnp.asarray(labels).astype(jnp.int32)[..., None]
+    labels = short(jnp.asarray(labels))[..., None]
     y = jax.nn.one_hot(labels[..., 0], k, dtype=outputs.dtype)
     row = jnp.ones(labels.shape, outputs.dtype)
     if not known:
