@@ -265,6 +265,30 @@ def test_a_step_solves_the_linearized_equations(name):
 # In the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", [Hinge(), FLoss(ChiSquare(), "unit")])
+@pytest.mark.parametrize(
+    "solver", [InteriorPoint(), CoordinateAscent(), ProximalGradient()]
+)
+def test_a_mask_of_any_number(solver, loss):
+    model = eqx.nn.Linear(3, K, key=jax.random.key(0), dtype="f4")
+    inputs = jnp.asarray(RNG.normal(size=(M, 3)), "f4")
+    excluded = (jnp.arange(K) == 0)[None] & (jnp.arange(M) < 3)[:, None]
+    labels, found = jnp.arange(M) % 2 + 1, []
+
+    def masked(params, data):
+        outputs = jax.vmap(params)(data[0])
+        return jnp.where(excluded, data[1], outputs)
+
+    oracle = ProxLinear(0.1, solver, 1e-3)
+    vd = dp.value_and_direction(loss, oracle, masked, has_aux=True)
+    for number in (-np.inf, -1e30, jnp.finfo("f4").min):
+        (_, aux), direction = vd(model, (inputs, jnp.asarray(number, "f4")), labels)
+        assert aux.decrease > 0
+        found.append(direction.weight)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_gap_that_is_not_reached_withholds_the_step():
     model = eqx.nn.Linear(3, K, key=jax.random.key(0))
     inputs, targets = jnp.asarray(RNG.normal(size=(M, 3))), jnp.asarray(REAL)

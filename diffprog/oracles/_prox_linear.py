@@ -22,6 +22,7 @@ from .._result import RESULTS
 from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
+from ..losses._root import difference
 from ._damping import check_damping
 from ._interior_point import domain_of, fenchel, InteriorPoint, sizes
 from ._model_solver import AbstractModelSolver, Found, model, reached
@@ -136,7 +137,7 @@ class CoordinateAscent(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
-        at = bounded(at)
+        given, at = at, bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
         c, shape = damping / at.weight, at.outputs.shape
         K = Cholesky(self.batch_size).whitened(
@@ -163,7 +164,8 @@ class CoordinateAscent(AbstractModelSolver):
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
-        return ascend(at, damping, gap, all_examples, start, self.max_steps)
+        found = ascend(at, damping, gap, all_examples, start, self.max_steps)
+        return unbounded(given, found)
 
 
 class ProximalGradient(AbstractModelSolver):
@@ -184,7 +186,7 @@ class ProximalGradient(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
-        at = bounded(at)
+        given, at = at, bounded(at)
         c = damping / at.weight
         K = lambda v: at.mv(at.transpose_mv(v))
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
@@ -207,13 +209,24 @@ class ProximalGradient(AbstractModelSolver):
         alpha = at.cotangent
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
-        return ascend(at, damping, gap, advance, start, self.max_steps)
+        found = ascend(at, damping, gap, advance, start, self.max_steps)
+        return unbounded(given, found)
 
 
 def bounded(at: Linearization) -> Linearization:
     """With outputs that can be added up: an excluded class is only very far below."""
-    far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
+    far = reach(at)
     return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+
+
+def unbounded(at: Linearization, found: Found) -> Found:
+    """With the outputs that were too far away, which no step moves."""
+    beyond = jnp.abs(at.outputs) > reach(at)
+    return found._replace(z=jnp.where(beyond, at.outputs, found.z))
+
+
+def reach(at: Linearization) -> Array:
+    return jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
@@ -322,7 +335,7 @@ class ProxLinear(AbstractOracle):
         # Where the steps of the solver did not suffice, its point may lie beyond all
         # descent; along minus the gradient a smooth loss always falls.
         one = jnp.ones_like(at.value)
-        d, u = found.step, found.z - at.outputs
+        d, u = found.step, difference(found.z, at.outputs)
         t = shortened(d, u, one)
         instead = scale(-1 / damping, at.gradient)
         d, u = where(t > 0, (d, u), (instead, at.mv(instead)))
