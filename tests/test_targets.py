@@ -203,6 +203,15 @@ def test_no_other_label_is_ignored(name):
     np.testing.assert_array_equal(jnp.isnan(value), [False, True, False])
 
 
+def test_nan_in_16_bits_raises_and_does_not_warn():
+    for dtype in ("bfloat16", "float16"):
+        y = jnp.ones((3, 3), dtype).at[1].set(jnp.nan)
+        with pytest.raises(ValueError, match="contains nan; counts"):
+            losses.Poisson()(U, y)
+        with pytest.raises(ValueError, match="a row of sum nan|the entry nan"):
+            FLoss(KL())(U, y / 3)
+
+
 def test_unsigned_labels():
     labels = LABELS.astype("uint8")
     close(losses.f_loss(U, labels, KL()), losses.f_loss(U, LABELS, KL()))

@@ -72,13 +72,19 @@ def like(outputs: Array, targets: Any) -> Array:
     return jnp.asarray(targets, outputs.dtype)
 
 
+def comparable(known: np.ndarray) -> np.ndarray:
+    """16-bit floats as float32: NaN in bfloat16 warns where it is compared."""
+    small = jnp.issubdtype(known.dtype, jnp.floating) and known.dtype.itemsize < 4
+    return known.astype(np.float32) if small else known
+
+
 def check_within(domain: Domain, outputs: Any, targets: Any):
     """Raises for targets outside of a domain, where they are known."""
     check_alike(outputs, targets)
     if not is_known(targets):
         return
     known = np.asarray(targets)
-    outside = known[~domain.has(known)]
+    outside = known[~domain.has(comparable(known))]
     if outside.size:
         raise ValueError(f"`targets` contains {outside[0]}; {domain.expected}.")
 
@@ -165,8 +171,8 @@ def check_probabilities(targets: Any, axis: Axis, counted: Callable = lambda: Tr
     """Raises for rows that are no probabilities, where they are known."""
     if not is_known(targets):
         return
-    known = np.asarray(targets)
-    sums = known.sum(axis, dtype=np.result_type(known.dtype, np.float32))
+    known = comparable(np.asarray(targets))
+    sums = known.sum(axis)
     least = known.min(axis, initial=0)
     outside = ~((least >= 0) & (abs(sums - 1) <= SLACK))
     outside = outside & counted() if outside.any() else outside
