@@ -26,6 +26,8 @@ from diffprog.oracles import (
     DualGaussNewton,
     GaussNewton,
     Gradient,
+    GradientNorm,
+    InnerGaussNewton,
     InnerNewton,
     InteriorPoint,
     InverseRule,
@@ -134,6 +136,7 @@ ORACLES = {
     "CG of outputs": GaussNewton(10.0, CG(5, in_outputs=True)),
     "dual": DualGaussNewton(10.0, DualCG(5)),
     "subspace": GaussNewton(10.0, RandomSubspace(8)),
+    "norm": GaussNewton(GradientNorm(10.0), Cholesky()),
     "Newton steps": ProxLinear(10.0, NewtonSteps(4, Cholesky())),
     "Newton steps by CG": ProxLinear(10.0, NewtonSteps(4, CG(20))),
     "interior": ProxLinear(10.0, InteriorPoint(), 1e-3),
@@ -143,6 +146,9 @@ ORACLES = {
     "differences": TargetPropagation(0.1, inverse="difference", local=False),
     "Moreau": MoreauBackprop(0.1),
     "Moreau by Newton": MoreauBackprop(0.1, state=MoreauRule(InnerNewton(1))),
+    "Moreau by Gauss-Newton": MoreauBackprop(
+        0.1, state=MoreauRule(InnerGaussNewton(1))
+    ),
     "inverses": MoreauBackprop(0.1, ChainRule(), InverseRule()),
     "proximal back-propagation": prox_prop(0.1),
 }
