@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import equinox as eqx
 import jax
@@ -336,8 +337,8 @@ def test_sharp_turns_of_few_points_are_no_steps_back(name):
     np.testing.assert_allclose(track.center(track.knots[:-1]), points[:num], atol=1e-9)
 
 
-def hairpin(radius=4.0, straight=40.0):
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 25)
+def hairpin(radius=4.0, straight=40.0, num=25):
+    angle = np.linspace(-math.pi / 2, math.pi / 2, num)
     arc = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1) + [straight, 0]
     x = np.arange(0.0, straight, 0.5)
     lower = np.stack([x, np.full_like(x, -radius)], axis=1)
@@ -371,6 +372,59 @@ def test_borders_far_beyond_a_corner_are_refused():
         Track.from_waypoints(points, left=12.0, right=1.0, closed=False)
     with pytest.raises(ValueError, match="`right` is 12 m away"):
         Track.from_waypoints(points[::-1], left=1.0, right=12.0, closed=False)
+
+
+def between_rows(track):
+    """Distances across, shape (N, 201, 2), and the least advance of the borders."""
+    tau = np.linspace(0.0, np.diff(track.knots), 201, axis=1)[..., None, None]
+    a, b, c, d = np.moveaxis(track.coefficients[:, None], 2, 0)
+    lines, slopes = a + tau * (b + tau * (c + tau * d)), b + tau * (2 * c + tau * 3 * d)
+    along = slopes[:, :, :1]
+    advance = np.sum(slopes * along, axis=-1) / np.sum(along**2, axis=-1)
+    normal = np.stack([along[..., 1], -along[..., 0]], axis=-1)
+    normal = normal / np.linalg.norm(along, axis=-1, keepdims=True)
+    across = np.sum((lines[:, :, 1:] - lines[:, :, :1]) * normal, axis=-1)
+    return across * [-1, 1], np.min(advance)
+
+
+def sparse(rng):
+    """An open line with sharp turns between uneven rows, and its half width."""
+    if rng.random() < 0.5:
+        points = hairpin(rng.uniform(2.0, 8.0), num=rng.integers(3, 30))
+        keep = rng.choice(len(points), int(rng.uniform(0.1, 0.8) * len(points)), False)
+        points = points[np.sort(keep)]
+    else:
+        x = np.sort(rng.uniform(0.0, 60.0, rng.integers(6, 60)))
+        y = rng.uniform(1.0, 10.0) * np.sin(x / rng.uniform(1.0, 8.0))
+        points = np.stack([x, y], axis=1)
+    return points, rng.uniform(0.5, 12.0)
+
+
+def test_borders_between_rows():
+    rng, num_narrowed = np.random.default_rng(9), 0
+    for _ in range(100):
+        points, half_width = sparse(rng)
+        try:
+            track = Track.from_waypoints(points, half_width, closed=False)
+        except ValueError:
+            continue
+        across, advance = between_rows(track)
+        assert np.min(across) > 0 and advance > 0
+        rows = np.stack([across[:, 0], across[:, -1]])
+        narrowed = np.min(rows, axis=0) < (1 - 1e-9) * half_width
+        num_narrowed += np.any(narrowed)
+        least = np.min(across, axis=1)[narrowed]
+        assert np.all(least > 0.499 * half_width)
+    assert num_narrowed > 15
+
+
+def test_borders_narrowed_further_between_rows_are_refused():
+    match = (
+        r"`left` would be drawn 3\.\d+ m away from the center after row 81, s = 49\.\d "
+        "m, where 7 m are given: .* Lower the width, or add rows, as `spacing`"
+    )
+    with pytest.raises(ValueError, match=match):
+        Track.from_waypoints(hairpin(num=3), 7.0, closed=False)
 
 
 def test_borders_on_the_wrong_side_are_refused():
@@ -524,6 +578,8 @@ WRITTEN = {
     "remarks": rewritten(table(), ",").replace("\n", "  # start, or not\n", 3),
     "a line for spreadsheets": "sep=;\n" + rewritten(table(), ";", ","),
     "Latin-1": "# N\xfcrburgring, 12 m\n" + rewritten(table(), ","),
+    "an ellipsis": "# drawn\x85 by hand\n" + rewritten(table(), ","),
+    "UTF-16": "\xff\xfe" + "\0".join([*rewritten(table(), "\t"), ""]),
 }  # fmt: skip
 
 
@@ -586,6 +642,74 @@ def test_bad_csv(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=BAD_CSV[text]):
         Track.from_csv(path)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["5,150.000", "5,150,000", "5.150,5", "5.150.000", "5'150.0", "5_150", "5 150.0"]
+    + ["5\xa0150,0", "\N{MINUS SIGN}5,0", "\N{FULLWIDTH DIGIT FIVE}", "1.5D+03", ",5"],
+)
+def test_cells_that_are_no_numbers_are_quoted_as_written(tmp_path, cell):
+    path = tmp_path / "track.csv"
+    advice = ".* is no number; .* without thousands separators"
+    for separator in (";", "\t", ","):
+        quoted = f'"{cell}"' if separator == "," else cell
+        path.write_text(
+            "\ufeff" + separator.join(COLUMNS) + "\n"
+            f"{separator.join(['1', quoted, '5', '5'])} # start\n",
+            encoding="utf-8",
+        )
+        match = f"line 2: {re.escape(repr(cell))} in column y_m" + advice
+        with pytest.raises(ValueError, match=match):
+            Track.from_csv(path)
+    if " " not in cell and "," not in cell:  # nor are they cut at other spaces
+        path.write_text(f"{cell} 1 5 5\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(repr(cell)) + " in column x_m"):
+            Track.from_csv(path)
+
+
+def test_lines_of_grouped_numbers_are_no_header(tmp_path):
+    path = tmp_path / "track.csv"
+    path.write_text("5,150.000;4,200.000;5,000.0;5,000.0\n")
+    with pytest.raises(ValueError, match="line 1: '5,150.000' in column x_m is no"):
+        Track.from_csv(path)
+    path.write_text("5\u202f150.0 3\u202f200.0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: '5\\u202f150.0' in column x_m"):
+        Track.from_csv(path, half_width=5.0)
+    # Names of columns are quoted as written, too.
+    path.write_text("X_m;Y_m;Width\n1;2;5\n")
+    with pytest.raises(ValueError, match="has the columns X_m, Y_m, Width; missing"):
+        Track.from_csv(path)
+
+
+def test_commas_that_may_separate_thousands_are_refused(tmp_path):
+    path = tmp_path / "track.csv"
+    head = ";".join(COLUMNS) + "\n"
+
+    def fails(match, text):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            Track.from_csv(path)
+
+    both = (
+        r"both decimal commas, '5,150' in line 3, and decimal points, '%s' in line %d: "
+        "write all numbers with one of them, without thousands separators"
+    )
+    fails(both % ("5.234", 3), head + "1;2;5;5\n5,150;5.234;5;5\n")
+    fails(both % ("0.5", 2), head + "1;2;5;0.5\n5,150;5;5;5\n")
+    with_speed = head.replace("\n", ";v\n") + "1;2;5;5;9\n5,150;5;5;5;9.5\n"
+    fails(both % ("9.5", 3), with_speed)
+    match = "column x_m .*separate thousands, '1,050' in line 3 beside '950' in line 2:"
+    fails(match, head + "950;2;5;5\n1,050;5;5;5\n1,150;9;5;5\n")
+    # One comma that is none of theirs makes all of them decimal ones.
+    rows = table()
+    rows[0, 0], rows[1, 0], rows[2, 2] = 61.0, 55.125, 4.5
+    path.write_text(head + rewritten(rows, ";", ",").replace("61,0;", "61;"))
+    assert Track.from_csv(path).knots.shape == (13,)
+    # A column that has commas throughout has decimal ones, as millimeters are written.
+    text = "\n".join(f"{x:.3f};{y:.3f};5;5".replace(".", ",") for x, y in ring()[:-1])
+    path.write_text(text)
+    np.testing.assert_allclose(Track.from_csv(path).length, 20 * math.pi, rtol=1e-3)
 
 
 def test_bad_json(tmp_path):

@@ -7,8 +7,8 @@ from ._track_checks import Lines, meters, named
 _ADVANCE = 0.1  # of a border that was narrowed, at least, for each meter of s
 _NARROWING = 0.02  # of its distance to the center, at a time
 _TAPER = 0.5  # of that distance, before and after
-_LEAST = 0.5  # of the distance that was given
-_SAMPLES = 8  # for each interval
+_LEAST = 0.5  # of the distance that was given, at rows and between them
+_SAMPLES = 32  # for each interval
 _SIDES = ("left", "right")
 
 
@@ -45,7 +45,7 @@ def fit(
         given = advance if given is None else given
         folds = advance <= least
         if not np.any(folds):
-            _check_drawn(knots, coefficients, center, points, lines)
+            _check_drawn(knots, coefficients, share, center, points, lines)
             return coefficients
         for side in np.flatnonzero(np.any(folds, axis=0)):
             far = _distances(knots, folds[:, side], closed)
@@ -96,16 +96,17 @@ def right_of(slope: np.ndarray) -> np.ndarray:
     return normal / np.linalg.norm(slope, axis=-1, keepdims=True)
 
 
-def _check_drawn(knots, coefficients, center, points, lines):
-    # Splines may cross between points that lie on their right sides.
+def _check_drawn(knots, coefficients, share, center, points, lines):
+    # Between rows, splines may cross or come near whatever they do at rows.
     tau, slopes = _slopes(knots, coefficients)
     normal = right_of(slopes[:, :, 0])[:, :, None]
     apart = coefficients[:, :, 1:] - coefficients[:, :, :1]
     a, b, c, d = np.moveaxis(apart[:, None], 2, 0)
     offsets = a + tau * (b + tau * (c + tau * d))
     across = np.sum(offsets * normal, axis=-1) * [-1.0, 1.0]
+    slack = 1e-6 * np.max(np.abs(across))
     least = np.min(across, axis=1)
-    if np.min(least) < -1e-6 * np.max(np.abs(across)):
+    if np.min(least) < -slack:
         row, side = np.unravel_index(np.argmin(least), least.shape)
         raise ValueError(
             f"`{_SIDES[side]}` would be drawn {meters(-least[row, side])} beyond the "
@@ -113,6 +114,21 @@ def _check_drawn(knots, coefficients, center, points, lines):
             f"{knots[row]:.1f} m, where the line turns back on itself, a sharp corner "
             "has few rows, or the width changes too fast: correct the rows there, or "
             "add some."
+        )
+    # The distances given at rows, and linear between them.
+    begin, end = across[:, :1] / share[:-1, None], across[:, -1:] / share[1:, None]
+    given = begin + np.linspace(0.0, 1.0, _SAMPLES + 1)[:, None] * (end - begin)
+    narrowed = np.minimum(share[:-1], share[1:]) < 1
+    spare = np.where(narrowed[:, None], across - _LEAST * given, 0.0)
+    if np.min(spare) < -slack:
+        row, sample, side = worst = np.unravel_index(np.argmin(spare), spare.shape)
+        s = knots[row] + tau[row, sample, 0, 0]
+        raise ValueError(
+            f"`{_SIDES[side]}` would be drawn {meters(across[worst])} away from the "
+            f"center after {_nearest(center[row], points, lines)}, s = {s:.1f} m, "
+            f"where {meters(given[worst])} are given: a corner there is too sharp for "
+            "them, or has too few rows. Lower the width, or add rows, as `spacing` in "
+            "`from_waypoints` does."
         )
 
 

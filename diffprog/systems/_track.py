@@ -34,7 +34,7 @@ class Track(eqx.Module):
     A border that is further from the center than the radius of a corner would run
     backwards there. It is drawn nearer, so that it runs forward, and tapers before and
     after the corner; `half_widths` says where it is. Where less than half of the
-    distance would be left, that is an error.
+    distance would be left, at a row or between rows, that is an error.
 
     Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
     [`from_borders`][diffprog.systems.Track.from_borders],
@@ -178,8 +178,9 @@ class Track(eqx.Module):
         distances from it to the borders [m]. A header line, plain or behind a `#`, may
         name them in another order or among others, in capitals or not; any other `#`
         begins a comment. Commas, semicolons, tabs or spaces separate the cells; where
-        it is not the comma, numbers may have a decimal comma. A first line `sep=;`, as
-        spreadsheets write it, is skipped. Files are in UTF-8 or Latin-1.
+        it is not the comma, numbers may have a decimal comma, and none may have
+        thousands separators. A first line `sep=;`, as spreadsheets write it, is
+        skipped. Files are in UTF-8, UTF-16 or Latin-1.
 
         **Arguments:**
 
@@ -191,7 +192,8 @@ class Track(eqx.Module):
         **Returns:** a track.
 
         **Raises:** `FileNotFoundError`, or `ValueError` for missing columns, for cells
-        that are no numbers, and as `from_waypoints`.
+        that are no numbers, for commas that may separate thousands, and as
+        `from_waypoints`.
 
         Source: TUMFTM/racetrack-database, 2019, for the format.
         """

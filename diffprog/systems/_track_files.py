@@ -1,9 +1,10 @@
+import codecs
 import csv
 import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,25 @@ import numpy as np
 _CSV = ("x_m", "y_m", "w_tr_right_m", "w_tr_left_m")
 _WHOLE = re.compile(r"\s*[-+]?\d+(\s*,\s*[-+]?\d+){3}\s*,?\s*(#.*)?")
 _SEPARATOR = re.compile('"?sep=.?"?', re.IGNORECASE)  # what spreadsheets begin with
+_NUMBER = re.compile(
+    r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
+)
+_GROUPED = re.compile(r"[-+]?[1-9]\d?\d?(,\d{3})+", re.ASCII)
+_SMALL = re.compile(r"[-+]?\d{1,3}", re.ASCII)  # too small to have a group
 _JSON = ("X", "Y", "X_i", "Y_i", "X_o", "Y_o")
+
+
+class _Row(NamedTuple):
+    """A line of a file, its cells as they are written there."""
+
+    line: int
+    cells: list[str]
+    commas: bool  # whether a comma may be a decimal point
+
+    def number(self, index: int) -> float | None:
+        cell = self.cells[index]
+        text = re.sub(r"(?<=\d),(?=\d)", ".", cell) if self.commas else cell
+        return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def read_csv(
@@ -25,21 +44,22 @@ def read_csv(
     wanted = _CSV if with_widths else _CSV[:2]
     header, rows = None, []
     text = _read(path, f"columns {','.join(wanted)}")
-    lines = text.splitlines()
+    # Not `splitlines`: it also cuts at characters that stand in remarks.
+    lines = re.split(r"\r\n|\r|\n", text)
     for number, line in enumerate(lines, start=1):
         if number == 1 and _SEPARATOR.fullmatch(line.strip()):
             continue
         comment = line.lstrip().startswith("#")
-        cells = _cells(line.lstrip("# \t") if comment else line)
-        if not any(cells):
+        row = _row(number, line.lstrip("# \t") if comment else line)
+        if not any(row.cells):
             continue
-        if header is None and not rows and _is_header(cells, comment):
-            header = [cell.lower() for cell in cells]
-            header = header if header[-1] else header[:-1]
+        if header is None and not rows and _is_header(row, comment):
+            header = row.cells if row.cells[-1] else row.cells[:-1]
         elif not comment:
-            rows.append((number, cells))
-    names = header or (_CSV[:2] if rows and len(rows[0][1]) == 2 else _CSV)
-    written = [lines[number - 1] for number, _ in rows]
+            rows.append(row)
+    columns = header or (_CSV[:2] if rows and len(rows[0].cells) == 2 else _CSV)
+    names = [column.lower() for column in columns]
+    written = [lines[row.line - 1] for row in rows]
     if header is None and len(names) == 4 and _may_be_decimal(written, with_widths):
         raise ValueError(
             f"`path` {path} may have two columns with decimal commas or four of whole "
@@ -49,27 +69,27 @@ def read_csv(
     if missing:
         has_points = "x_m" in names and "y_m" in names
         raise ValueError(
-            f"`path` {path} has the columns {', '.join(names)}; "
+            f"`path` {path} has the columns {', '.join(columns)}; "
             f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
             f"the header{', or pass `half_width`' if has_points else ''}."
         )
-    known = header is not None
-    table = np.array([_numbers(path, names, known, wanted, *row) for row in rows])
-    table = table.reshape(-1, len(wanted))
-    return table[:, :2], table[:, 2:], [number for number, _ in rows]
+    rows = [_complete(path, columns, header is not None, wanted, row) for row in rows]
+    indices = [names.index(name) for name in wanted]
+    table = [_numbers(path, columns, indices, row) for row in rows]
+    _check_commas(path, columns, indices, rows)
+    table = np.array(table).reshape(-1, len(wanted))
+    return table[:, :2], table[:, 2:], [row.line for row in rows]
 
 
-def _cells(line: str) -> list[str]:
+def _row(number: int, line: str) -> _Row:
     """The cells of a line without the comment behind them, whatever separates them."""
     line = re.sub(r'("[^"]*")|#.*', r"\1", line)
-    # A comma is also a decimal point where something else separates the cells.
     separator = next((mark for mark in (";", ",\t", "\t", ",") if mark in line), None)
     if separator is None:
-        return line.split()
+        # No other kind of space: it may stand inside a number.
+        return _Row(number, re.findall("[^ ]+", line.strip()), False)
     (cells,) = csv.reader([line], delimiter=separator[0], skipinitialspace=True)
-    if separator[0] != ",":
-        cells = [re.sub(r"(?<=\d),(?=\d)", ".", cell) for cell in cells]
-    return [cell.strip() for cell in cells]
+    return _Row(number, [cell.strip() for cell in cells], separator[0] != ",")
 
 
 def _may_be_decimal(lines: Sequence[str], with_widths: bool) -> bool:
@@ -83,51 +103,79 @@ def _may_be_decimal(lines: Sequence[str], with_widths: bool) -> bool:
     return not with_widths or len(strange) > 1
 
 
-def _is_header(cells: list[str], comment: bool) -> bool:
+def _is_header(row: _Row, comment: bool) -> bool:
     # Any other comment is only a remark; a plain line of words must be the header.
     if comment:
-        return "x_m" in map(str.lower, cells)
-    return not any(map(_is_number, cells))
+        return "x_m" in map(str.lower, row.cells)
+    numbers = any(row.number(i) is not None for i in range(len(row.cells)))
+    return not numbers and any(cell[:1].isalpha() for cell in row.cells)
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _numbers(
-    path,
-    names: Sequence[str],
-    known: bool,
-    wanted: Sequence[str],
-    line: int,
-    cells: list[str],
-) -> list[float]:
-    if len(cells) == len(names) + 1 and not cells[-1]:
-        cells = cells[:-1]  # a separator ends the line
-    if len(cells) != len(names):
-        expected = f"{len(names)} are expected: {','.join(names)}"
+def _complete(
+    path, columns: Sequence[str], known: bool, wanted: Sequence[str], row: _Row
+) -> _Row:
+    """The row without the empty cell behind a last separator; a cell per column."""
+    cells = row.cells
+    if len(cells) == len(columns) + 1 and not cells[-1]:
+        cells = cells[:-1]
+    if len(cells) != len(columns):
+        expected = f"{len(columns)} are expected: {','.join(columns)}"
         if not known:
-            either = "" if len(wanted) == 4 or len(names) == 2 else "2 or "
+            either = "" if len(wanted) == 4 or len(columns) == 2 else "2 or "
             expected = f"without a header that names them {either}{expected}"
         raise ValueError(
-            f"`path` {path}, line {line} has {len(cells)} cells; {expected}. "
+            f"`path` {path}, line {row.line} has {len(cells)} cells; {expected}. "
             "Separate them by commas, semicolons, tabs or spaces, and numbers with a "
-            "decimal comma by semicolons or tabs."
+            "decimal comma by semicolons or tabs; leave out thousands separators."
         )
-    row = []
-    for name in wanted:
-        cell = cells[names.index(name)]
-        if not _is_number(cell):
+    return row._replace(cells=cells)
+
+
+def _numbers(path, columns: Sequence[str], indices: list[int], row: _Row):
+    numbers = []
+    for i in indices:
+        number = row.number(i)
+        if number is None:
             raise ValueError(
-                f"`path` {path}, line {line}: {cell!r} in column {name} is no number; "
-                "write a decimal number such as 1.5."
+                f"`path` {path}, line {row.line}: {row.cells[i]!r} in column "
+                f"{columns[i]} is no number; write a decimal number such as 1.5, "
+                "without thousands separators."
             )
-        row.append(float(cell))
-    return row
+        numbers.append(number)
+    return numbers
+
+
+def _check_commas(path, columns, indices, rows: Sequence[_Row]) -> None:
+    """A `ValueError` where commas may separate thousands: 5,150 may be 5.15 or 5150.
+
+    They do where decimal points occur as well, and may where all of them stand before
+    three digits, while numbers of their column below 1000 have none.
+    """
+    cells = [
+        [(row.cells[i], row.line) for row in rows if row.number(i) is not None]
+        for i in range(len(columns))
+    ]
+    named = lambda cell, line: f"{cell!r} in line {line}"
+    flat = [cell for column in cells for cell in column]
+    commas = [cell for cell in flat if "," in cell[0]]
+    points = [cell for cell in flat if "." in cell[0]]
+    if commas and points:
+        raise ValueError(
+            f"`path` {path} has both decimal commas, {named(*commas[0])}, and decimal "
+            f"points, {named(*points[0])}: write all numbers with one of them, without "
+            "thousands separators."
+        )
+    if not all(_GROUPED.fullmatch(cell) for cell, _ in commas):
+        return
+    for i in indices:
+        grouped = [cell for cell in cells[i] if "," in cell[0]]
+        whole = [cell for cell in cells[i] if "," not in cell[0]]
+        if grouped and whole and all(_SMALL.fullmatch(cell) for cell, _ in whole):
+            raise ValueError(
+                f"`path` {path}: the commas of column {columns[i]} may be decimal ones "
+                f"or separate thousands, {named(*grouped[0])} beside "
+                f"{named(*whole[0])}: write decimal points, or leave them out."
+            )
 
 
 def read_json(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -189,6 +237,8 @@ def _read(path, accepted: str) -> str:
         )
     with open(path, "rb") as file:
         data = file.read()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
