@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from .._tree import add, all_finite, norm, scale, vdot, where
 from .._types import check_count
-from ._model_solver import AbstractModelSolver, bounded, fenchel, Found
+from ._model_solver import AbstractModelSolver, bounded, fenchel, Found, unbounded
 from ._solvers import conjugate_gradients
 from .base import Linearization
 
@@ -30,7 +30,7 @@ FIRST = 30.0  # s at first, where 1 would smooth away as much as the loss itself
 SHRINK = 0.65  # of s, whenever the multipliers change
 FORCING = 0.5  # the residual of a system, as a part of its right-hand side
 SHARE = 0.3  # of the rest of the gap, for what is left to a minimum
-SHORTEST = 1e-6  # part of a step
+SHORTEST = 1e-12  # part of a step
 
 
 class AugmentedLagrangian(AbstractModelSolver):
@@ -64,7 +64,7 @@ class AugmentedLagrangian(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
-        at = bounded(at)
+        given, at = at, bounded(at)
         smoothed = Smoothed(at, damping)
         square = at.weight * jnp.vdot(at.cotangent, at.cotangent)
         s = FIRST * jnp.where(square > 0, jnp.abs(at.value) / square, 1)
@@ -74,27 +74,29 @@ class AugmentedLagrangian(AbstractModelSolver):
         zero = jnp.zeros((), jnp.int32)
 
         def unfinished(carry):
-            count, _, best, D, good = carry
+            count, seen, best, D, _, on = carry
             left = best.P - D
-            return (count < self.max_steps) & good & (left > gap * (at.value - D))
+            on = on & (seen.s > smallest) & all_finite(seen.P, seen.D)
+            return (count < self.max_steps) & on & (left > gap * (at.value - D))
 
         def step(carry):
-            count, seen, best, D, _ = carry
-            # Newton's method ends where it adds little to the gap.
-            target = gap * (at.value - best.P)
+            count, seen, best, D, moved, _ = carry
+            # Newton's method ends where it adds little to the gap, or cannot move.
+            target = jnp.maximum(gap * (at.value - best.P), 0)
             rest = SHARE * jnp.maximum(seen.fenchel, target)
-            settled = seen.missing <= rest
-            again = smoothed.look(seen.a, SHRINK * seen.s, seen.d, seen.z)
-            seen = where(settled, again, seen)
-            new, used, moved = smoothed.newton(seen, rest, self.max_steps - count)
-            better = new.P <= best.P
-            best, D = where(better, new, best), jnp.maximum(D, new.D)
-            good = (moved | ~settled) & (new.s > smallest) & all_finite(new.P, new.D)
-            return count + used, new, best, D, good
+            settled = (seen.missing <= rest) | ~moved
+            again = lambda: smoothed.look(seen.a, SHRINK * seen.s, seen.d, seen.z)
+            seen = lax.cond(settled, again, lambda: seen)
+            new, used, moves = smoothed.newton(seen, rest, self.max_steps - count)
+            best, D = where(new.P <= best.P, new, best), jnp.fmax(D, new.D)
+            return count + used, new, best, D, moves, moves | moved
 
-        start = zero, seen, seen, seen.D, all_finite(seen.P)
-        count, _, best, D, _ = lax.while_loop(unfinished, step, start)
-        return Found(best.d, best.z, best.P - D, count, jnp.isfinite(best.P - D))
+        true = seen.P == seen.P
+        start = zero, seen, seen, seen.D, true, true
+        count, _, best, D, *_ = lax.while_loop(unfinished, step, start)
+        left = best.P - D
+        found = Found(best.d, best.z, left, count, jnp.isfinite(left))
+        return unbounded(given, found)
 
 
 class Seen(NamedTuple):
@@ -179,5 +181,7 @@ class Smoothed(NamedTuple):
             return ~falls & (ahead > 0) & (t > SHORTEST)
 
         t = lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(slope))
+        moved = t > SHORTEST
+        t = jnp.where(moved, t, 0)
         new = self.look(seen.alpha, seen.s, add(d, v, t), z + t * u)
-        return new, count + 1, t > SHORTEST
+        return new, count + 1, moved

@@ -59,5 +59,15 @@ def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
 
 def bounded(at: Linearization) -> Linearization:
     """With outputs that can be added up: an excluded class is only very far below."""
-    far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
+    far = reach(at)
     return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+
+
+def unbounded(at: Linearization, found: Found) -> Found:
+    """With the outputs that were too far away, which no step moves."""
+    beyond = jnp.abs(at.outputs) > reach(at)
+    return found._replace(z=jnp.where(beyond, at.outputs, found.z))
+
+
+def reach(at: Linearization) -> Array:
+    return jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
