@@ -157,6 +157,7 @@ def models() -> list[dict]:
     solvers = {
         "the default": None,
         "interior point": O.InteriorPoint(),
+        "augmented Lagrangian": O.AugmentedLagrangian(),
         "coordinate ascent": O.CoordinateAscent(max_steps=3000),
         "proximal gradient": O.ProximalGradient(max_steps=3000),
     }

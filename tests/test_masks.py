@@ -194,6 +194,23 @@ def test_risks(f):
     agree(*in_both(everything, U, np.asarray(sigma)))
 
 
+def test_risks_where_a_weight_is_lost_to_rounding():
+    """Of a generator whose f(0) is infinite: the others count as they did."""
+    sigma = losses.spectrum("superquantile", K, 0.5)
+
+    def risk(*u):
+        u = jnp.array(u, "f4")
+        fn = losses.spectral_risk
+        low = fn(u, sigma.astype("f4"), losses.ReverseKL(), smoothing=0.5)
+        high = fn(u.astype(float), sigma, losses.ReverseKL(), smoothing=0.5)
+        return float(low), float(high)
+
+    low, high = risk(0.3, LOWEST, -0.2, 1.0)
+    # The ratio is a tenth of the least float: nu / n (1 + ln 10) at most is lost.
+    assert -11 < high < low < high + 0.5 / K * (1 + np.log(10))
+    assert risk(0.3, LOWEST, np.inf, 1.0)[0] == np.inf
+
+
 def test_derivatives_in_targets_of_zero():
     """f'(0) where that is finite, also of a class whose target is 0."""
     y = jnp.array([0.5, 0.5, 0.0])

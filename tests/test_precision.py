@@ -18,6 +18,7 @@ import pytest
 import diffprog as dp
 from diffprog.losses import Hinge, SoftmaxCrossEntropy, Squared
 from diffprog.oracles import (
+    AugmentedLagrangian,
     CG,
     ChainRule,
     Cholesky,
@@ -26,6 +27,8 @@ from diffprog.oracles import (
     DualGaussNewton,
     GaussNewton,
     Gradient,
+    GradientNorm,
+    InnerGaussNewton,
     InnerNewton,
     InteriorPoint,
     InverseRule,
@@ -134,15 +137,20 @@ ORACLES = {
     "CG of outputs": GaussNewton(10.0, CG(5, in_outputs=True)),
     "dual": DualGaussNewton(10.0, DualCG(5)),
     "subspace": GaussNewton(10.0, RandomSubspace(8)),
+    "norm": GaussNewton(GradientNorm(10.0), Cholesky()),
     "Newton steps": ProxLinear(10.0, NewtonSteps(4, Cholesky())),
     "Newton steps by CG": ProxLinear(10.0, NewtonSteps(4, CG(20))),
     "interior": ProxLinear(10.0, InteriorPoint(), 1e-3),
+    "Lagrangian": ProxLinear(10.0, AugmentedLagrangian(), 1e-3),
     "ascent": ProxLinear(10.0, CoordinateAscent(20), 1e-3),
     "proximal": ProxLinear(10.0, ProximalGradient(40), 1e-3),
     "targets": TargetPropagation(0.1),
     "differences": TargetPropagation(0.1, inverse="difference", local=False),
     "Moreau": MoreauBackprop(0.1),
     "Moreau by Newton": MoreauBackprop(0.1, state=MoreauRule(InnerNewton(1))),
+    "Moreau by Gauss-Newton": MoreauBackprop(
+        0.1, state=MoreauRule(InnerGaussNewton(1))
+    ),
     "inverses": MoreauBackprop(0.1, ChainRule(), InverseRule()),
     "proximal back-propagation": prox_prop(0.1),
 }

@@ -22,6 +22,7 @@ from diffprog.losses import (
     Squared,
 )
 from diffprog.oracles import (
+    AugmentedLagrangian,
     CG,
     CoordinateAscent,
     GaussNewton,
@@ -52,6 +53,7 @@ SOLVERS = {
     "Newton": NewtonSteps(),
     "Newton, CG": NewtonSteps(solver=CG(max_steps=60, rtol=1e-12)),
     "interior": InteriorPoint(),
+    "Lagrangian": AugmentedLagrangian(max_steps=MOST),
     "coordinates": CoordinateAscent(max_steps=MOST),
     "gradient": ProximalGradient(max_steps=MOST),
 }
@@ -293,7 +295,7 @@ def test_functions_without_a_conjugate():
     found, (f, J) = ravel_pytree(direction)[0], linear_model()
     pulled = jnp.einsum("ijp,ij->p", J, jnp.sinh(f - J @ found - REAL)) / M
     np.testing.assert_allclose(0.1 * found, pulled, rtol=0, atol=1e-6)
-    for solver in (CoordinateAscent(), ProximalGradient()):
+    for solver in (AugmentedLagrangian(), CoordinateAscent(), ProximalGradient()):
         vd = dp.value_and_direction(smooth, ProxLinear(0.1, solver))
         with pytest.raises(TypeError, match="conjugate"):
             vd(network(), INPUTS, REAL)
@@ -304,7 +306,13 @@ def test_wrong_arguments(unchecked):
         ProxLinear(0)
     with pytest.raises(ValueError, match="`gap` is -1"):
         ProxLinear(1.0, gap=-1)
-    for solver in (InteriorPoint, NewtonSteps, CoordinateAscent, ProximalGradient):
+    for solver in (
+        AugmentedLagrangian,
+        CoordinateAscent,
+        InteriorPoint,
+        NewtonSteps,
+        ProximalGradient,
+    ):
         with pytest.raises(ValueError, match="`max_steps` is 0"):
             solver(0)
     with pytest.raises(TypeError, match="`Auto`, `CG` or `Cholesky`"):

@@ -76,7 +76,7 @@ ORACLES = [
     ["base", "_damping"],
     ["_gram", "_model_solver", "_rules"],
     ["_solvers", "_inverses"],
-    ["_interior_point"],
+    ["_augmented_lagrangian", "_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
 ]
 INSIDE = {"losses": LOSSES, "oracles": ORACLES}
@@ -238,7 +238,8 @@ RECORDS = [
     "oracles.GaussNewton", "oracles.DualGaussNewton", "oracles.ProxLinear",
     "oracles.CG", "oracles.DualCG", "oracles.Cholesky", "oracles.RandomSubspace",
     "oracles.NewtonSteps", "oracles.CoordinateAscent", "oracles.ProximalGradient",
-    "oracles.InteriorPoint", "Smoothness", "LayerConstants", "SmoothRelu",
+    "oracles.InteriorPoint", "oracles.AugmentedLagrangian", "Smoothness",
+    "LayerConstants", "SmoothRelu",
 ]  # fmt: skip
 
 

@@ -42,16 +42,18 @@ BINARY = "binary targets are 1.0 and -1.0: of zeros and ones make"
 RANGE = "the 3 classes are 0 to 2"
 SUMS = "probabilities are >= 0, and sum up to 1"
 ONE_HOT, ONE_BASED = np.eye(3)[LABELS], LABELS + 1
+THIRD = ONE_BASED, f"label 3; {RANGE}"
+FAR = 2**32, "label 4294967296; the 3 classes"  # 0 in 32 bits
 # What the second row makes wrong, and what is wrong as a whole.
 WRONG = {
     "Poisson": [(-1.0, "contains -1.0; counts"), (np.nan, "contains nan; counts")],
     "Logistic": [(0.0, f"contains 0.0; {BINARY}"), (ONE_HOT, BINARY)],
     "Hinge": [(0.0, f"contains 0.0; {BINARY}"), (ONE_HOT, BINARY)],
-    "Hinge of labels": [(-1, f"label -1; {RANGE}"), (ONE_BASED, f"label 3; {RANGE}")],
-    "cross-entropy of labels": [(3, f"label 3; {RANGE}"), (ONE_BASED, "label 3")],
+    "Hinge of labels": [(-1, f"label -1; {RANGE}"), FAR, THIRD],
+    "cross-entropy of labels": [(3, f"label 3; {RANGE}"), FAR, THIRD],
     "cross-entropy": [(-0.1, "contains -0.1; weights"), (np.inf, "contains inf")],
     "KL of labels": [(-100, f"label -100; {RANGE}")],
-    "sparsemax of labels": [(3, f"label 3; {RANGE}")],
+    "sparsemax of labels": [(3, f"label 3; {RANGE}"), FAR],
     "sparsemax": [(-0.1, f"the entry -0.1; {SUMS}"), (3 * SOFT, "row of sum 3; prob")],
     "smoothed": [(3, f"label 3; {RANGE}")],
 }  # fmt: skip
@@ -192,6 +194,29 @@ def test_an_ignored_label_has_no_loss(name, unchecked):
         loss(U, jnp.array([0, -100, 5]))
     with pytest.raises(ValueError, match="label -100; the 3 classes"):
         plain(U, labels)
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_no_other_label_is_ignored(name):
+    loss = IGNORING[name]
+    value = jax.jit(lambda y: loss(U, y))(jnp.array([0, 2**32 - 100, 1]))
+    np.testing.assert_array_equal(jnp.isnan(value), [False, True, False])
+
+
+def test_nan_in_16_bits_raises_and_does_not_warn():
+    for dtype in ("bfloat16", "float16"):
+        y = jnp.ones((3, 3), dtype).at[1].set(jnp.nan)
+        with pytest.raises(ValueError, match="contains nan; counts"):
+            losses.Poisson()(U, y)
+        with pytest.raises(ValueError, match="a row of sum nan|the entry nan"):
+            FLoss(KL())(U, y / 3)
+
+
+def test_unsigned_labels():
+    labels = LABELS.astype("uint8")
+    close(losses.f_loss(U, labels, KL()), losses.f_loss(U, LABELS, KL()))
+    rewards = losses.rewards_from_logits
+    close(rewards(U, labels), rewards(U, LABELS))
 
 
 @pytest.mark.parametrize("oracle", ["Gradient", "GaussNewton"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer
 
 from .._types import came, is_known
 from ._call import Divergence
@@ -104,7 +104,7 @@ def ebm_from_arm(
 
 def rewards_from_logits(
     logits: Float[ArrayLike, "*batch T V"],
-    tokens: Int[ArrayLike, "*batch T"],
+    tokens: Integer[ArrayLike, "*batch T"],
     f: Divergence = KL(),
     reference=None,
     *,

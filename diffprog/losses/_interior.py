@@ -116,6 +116,7 @@ class Box(AbstractDomain):
         return jnp.maximum(below, least), jnp.maximum(above, least)
 
     def start(self, z):
+        z = jnp.where(self.free, z, 0)
         v = jnp.where(self.free, z - self.slope(self.center), 0)
         if self.row_sums:
             # The equation holds up to a number per row, the multiplier of the sum.
@@ -248,6 +249,15 @@ def typical(v: Array, count, z: Array) -> Array:
     largest = jnp.max(jnp.where(jnp.isfinite(z), jnp.abs(z), 0))
     least = jnp.finfo(z.dtype).eps * (1 + largest)
     return jnp.maximum(mean, least)
+
+
+def within_reach(z: Array) -> Array:
+    """False for classes so far below the largest that rounding hides every step.
+
+    So are those of a mask such as the lowest float, or -inf.
+    """
+    m = jnp.minimum(jnp.max(z, -1, keepdims=True), jnp.finfo(z.dtype).max)
+    return z - m > -1 / jnp.finfo(z.dtype).eps
 
 
 def interval(lower: Array, upper: Array, slope: Array, curvature: float = 0.0) -> Box:

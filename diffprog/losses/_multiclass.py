@@ -24,7 +24,7 @@ from ._divergence import ChiSquare, KL
 from ._factor import class_factor, flat_factor, row_dot
 from ._generated import as_divergence, Generated
 from ._hessian import solution
-from ._interior import AbstractBoundedLoss, interval, simplex
+from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
 from ._loss import AbstractLoss, per_example, total, where_inside
 from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
 from ._root import below, Classes, difference, largest, weighted
@@ -215,7 +215,8 @@ class FLoss(AbstractBoundedLoss):
         call = self._check(outputs)
         y, row = self._targets(call, targets)
         s, q, present = self._reference(call)
-        q, present = jnp.where(present, q, 1), present & (row > 0)
+        q = jnp.where(present, q, 1)
+        present = present & (row > 0) & within_reach(outputs)
         kept = jnp.where(present, q, 0)
         mass = _sum(kept)
         return simplex(
@@ -403,7 +404,7 @@ class Hinge(AbstractBoundedLoss):
             y = like(outputs, targets)
             return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
         own, row = one_hot(outputs, targets, self.ignore_label)
-        present = (row > 0) & (outputs > -jnp.inf)
+        present = (row > 0) & within_reach(outputs)
         even = 1 / jnp.maximum(_sum(present.astype(own.dtype)), 1)
         even = jnp.where(present, even, 0)
         return simplex(own, even, present, lambda p: own - 1, jnp.zeros_like)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from .._types import check_number, is_known
 from ._alpha import Alpha, written
@@ -31,7 +31,13 @@ from ._root import (
     solve,
     weighted,
 )
-from ._targets import as_array, check_labels, check_probabilities, check_targets
+from ._targets import (
+    as_array,
+    check_labels,
+    check_probabilities,
+    check_targets,
+    short,
+)
 
 
 @operator
@@ -133,7 +139,7 @@ def _softmax(call: Call) -> Array:
 @operator
 def f_loss(
     scores: Float[ArrayLike, "..."],
-    targets: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+    targets: Integer[ArrayLike, "..."] | Float[ArrayLike, "..."],
     f: Divergence,
     reference: Reference = None,
     *,
@@ -246,7 +252,7 @@ def _labelled(s: Setup, labels: Array, smoothing, constant: bool):
     With D_f(e_c, q) = q_c f(1 / q_c) + (Q - q_c) f(0), and the lift taken from each.
     """
     (scores, q, Q, m), lift = s.problem, s.f.lift
-    k, labels = scores.shape[-1], labels.astype(jnp.int32)
+    k, labels = scores.shape[-1], short(labels)
     first = lax.axis_index(s.classes.axis_name) * k if s.classes.axis_name else 0
     mine = (labels >= first) & (labels < first + k)
     index = jnp.clip(labels - first, 0, k - 1)

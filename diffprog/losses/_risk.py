@@ -188,7 +188,7 @@ def _weights(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
 @jax.custom_jvp
 def _smoothed(f: AbstractDivergence, losses: Vector, sigma: Vector, nu):
     q, _ = _weights(f, losses, sigma, nu)
-    return jnp.sum(weighted(q, losses)) - nu * _divergence(f, q)
+    return _height(f, losses, q, nu)
 
 
 @_smoothed.defjvp
@@ -196,20 +196,28 @@ def _(primals, tangents):
     # By the envelope theorem q stays.
     (f, losses, sigma, nu), (df, dlosses, dsigma, dnu) = primals, tangents
     q, levels = _weights(f, losses, sigma, nu)
-    change = jnp.sum(q * dlosses) - _divergence(f, q) * dnu
+    change = jnp.sum(q * dlosses) - _divergence(f, losses, q) * dnu
     change = change + jnp.sum(jnp.where(jnp.isinf(levels), 0, levels) * dsigma)
     if isinstance(f, TracedAlpha):
-        by_alpha = jax.jvp(lambda f: _divergence(f, q), (f,), (df,))[1]
+        by_alpha = jax.jvp(lambda f: _divergence(f, losses, q), (f,), (df,))[1]
         change = change - nu * by_alpha
-    return jnp.sum(weighted(q, losses)) - nu * _divergence(f, q), change
+    return _height(f, losses, q, nu), change
 
 
 _smoothed_door = jax.jit(_smoothed)
 
 
-def _divergence(f: AbstractDivergence, q: Vector) -> Array:
-    """D_f(q, 1/n)."""
-    return jnp.mean(f.value(q.shape[0] * q))
+def _height(f: AbstractDivergence, losses: Vector, q: Vector, nu) -> Array:
+    """<q, l> - nu D_f(q, 1/n), infinite where <q, l> is, whatever D is."""
+    mean = jnp.sum(weighted(q, losses))
+    return jnp.where(mean == jnp.inf, mean, mean - nu * _divergence(f, losses, q))
+
+
+def _divergence(f: AbstractDivergence, losses: Vector, q: Vector) -> Array:
+    """D_f(q, 1/n). What is lost to rounding of a weight counts as next to nothing."""
+    u = q.shape[0] * q
+    lost = (u == 0) & (losses > -jnp.inf)
+    return jnp.mean(f.value(jnp.where(lost, jnp.finfo(u.dtype).tiny, u)))
 
 
 def _prepare(losses, sigma, f, smoothing) -> tuple[Any, ...]:

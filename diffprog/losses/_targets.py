@@ -72,13 +72,19 @@ def like(outputs: Array, targets: Any) -> Array:
     return jnp.asarray(targets, outputs.dtype)
 
 
+def comparable(known: np.ndarray) -> np.ndarray:
+    """16-bit floats as float32: NaN in bfloat16 warns where it is compared."""
+    small = jnp.issubdtype(known.dtype, jnp.floating) and known.dtype.itemsize < 4
+    return known.astype(np.float32) if small else known
+
+
 def check_within(domain: Domain, outputs: Any, targets: Any):
     """Raises for targets outside of a domain, where they are known."""
     check_alike(outputs, targets)
     if not is_known(targets):
         return
     known = np.asarray(targets)
-    outside = known[~domain.has(known)]
+    outside = known[~domain.has(comparable(known))]
     if outside.size:
         raise ValueError(f"`targets` contains {outside[0]}; {domain.expected}.")
 
@@ -100,6 +106,14 @@ def within(domain: Domain, outputs: Array, targets: Any) -> tuple[Array, Array]:
 
 def is_labels(targets: Any) -> bool:
     return bool(jnp.issubdtype(as_array(targets).dtype, jnp.integer))
+
+
+def short(labels: Array) -> Array:
+    """Labels as int32, none of which is that of another label."""
+    least, most = -(2**31), 2**31 - 1
+    if jnp.iinfo(labels.dtype).max > most:
+        labels = jnp.clip(labels, max(least, jnp.iinfo(labels.dtype).min), most)
+    return labels.astype(jnp.int32)
 
 
 def check_targets(targets: Any, shape: tuple, axes: tuple[int, ...]) -> bool:
@@ -157,8 +171,8 @@ def check_probabilities(targets: Any, axis: Axis, counted: Callable = lambda: Tr
     """Raises for rows that are no probabilities, where they are known."""
     if not is_known(targets):
         return
-    known = np.asarray(targets)
-    sums = known.sum(axis, dtype=np.result_type(known.dtype, np.float32))
+    known = comparable(np.asarray(targets))
+    sums = known.sum(axis)
     least = known.min(axis, initial=0)
     outside = ~((least >= 0) & (abs(sums - 1) <= SLACK))
     outside = outside & counted() if outside.any() else outside
@@ -186,7 +200,7 @@ def counting(labels: Any, ignored: int | None) -> Any:
         return None
     if is_known(labels):
         return np.asarray(labels)[..., None] != ignored
-    return labels.astype(jnp.int32)[..., None] != ignored
+    return short(labels)[..., None] != ignored
 
 
 def heard(outputs: Array, targets: Any, ignored: int | None) -> Array:
@@ -217,7 +231,7 @@ def one_hot(
     check_classes(outputs, labels)
     check_labels(labels, k, lambda: np.asarray(labels) != ignored)
     known, counted = is_known(labels), counting(labels, ignored)
-    labels = jnp.asarray(labels).astype(jnp.int32)[..., None]
+    labels = short(jnp.asarray(labels))[..., None]
     y = jax.nn.one_hot(labels[..., 0], k, dtype=outputs.dtype)
     row = jnp.ones(labels.shape, outputs.dtype)
     if not known:

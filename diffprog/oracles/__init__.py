@@ -6,6 +6,7 @@ from .._inner import (
     InnerGradient as InnerGradient,
     InnerNewton as InnerNewton,
 )
+from ._augmented_lagrangian import AugmentedLagrangian as AugmentedLagrangian
 from ._damping import (
     AbstractDamping as AbstractDamping,
     Constant as Constant,

@@ -27,8 +27,7 @@ from .._tree import add, all_finite, Layout, scale, vdot, where
 from .._types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
-from ..losses._loss import total
-from ._model_solver import AbstractModelSolver, Found
+from ._model_solver import AbstractModelSolver, fenchel, Found
 from ._solvers import Cholesky
 from .base import Linearization
 
@@ -203,13 +202,6 @@ class Reduced(NamedTuple):
             return de, domain.push(inside, W(self.product(de) + g), lack)
 
         return solve
-
-
-def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
-    """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>), `losses` being l_i(z_i)."""
-    both = losses + at.loss.conjugate(alpha, at.targets)
-    inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
-    return at.weight * jnp.sum(both - total(inner))
 
 
 def coordinates(

@@ -1,6 +1,7 @@
 """What the solvers of prox-linear models share."""
 
 import abc
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._tree import vdot
+from ..losses._loss import total
 from .base import Linearization
 
 
@@ -46,3 +48,26 @@ def reached(at: Linearization, damping: Array, gap: Array, found: Found) -> Arra
     """Whether the gap is as small as was asked for, or lost in rounding."""
     P = model(at, damping, found.step, found.z)
     return found.gap <= gap * (at.value - P + found.gap) + at.rounding()
+
+
+def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
+    """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>), `losses` being l_i(z_i)."""
+    both = losses + at.loss.conjugate(alpha, at.targets)
+    inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
+    return at.weight * jnp.sum(both - total(inner))
+
+
+def bounded(at: Linearization) -> Linearization:
+    """With outputs that can be added up: an excluded class is only very far below."""
+    far = reach(at)
+    return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+
+
+def unbounded(at: Linearization, found: Found) -> Found:
+    """With the outputs that were too far away, which no step moves."""
+    beyond = jnp.abs(at.outputs) > reach(at)
+    return found._replace(z=jnp.where(beyond, at.outputs, found.z))
+
+
+def reach(at: Linearization) -> Array:
+    return jnp.sqrt(jnp.finfo(at.outputs.dtype).max)

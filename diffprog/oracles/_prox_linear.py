@@ -22,9 +22,19 @@ from .._result import RESULTS
 from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
+from ..losses._root import difference
+from ._augmented_lagrangian import AugmentedLagrangian
 from ._damping import check_damping
-from ._interior_point import domain_of, fenchel, InteriorPoint, sizes
-from ._model_solver import AbstractModelSolver, Found, model, reached
+from ._interior_point import domain_of, InteriorPoint, sizes
+from ._model_solver import (
+    AbstractModelSolver,
+    bounded,
+    fenchel,
+    Found,
+    model,
+    reached,
+    unbounded,
+)
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
 
@@ -136,7 +146,7 @@ class CoordinateAscent(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
-        at = bounded(at)
+        given, at = at, bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
         c, shape = damping / at.weight, at.outputs.shape
         K = Cholesky(self.batch_size).whitened(
@@ -163,7 +173,8 @@ class CoordinateAscent(AbstractModelSolver):
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
-        return ascend(at, damping, gap, all_examples, start, self.max_steps)
+        found = ascend(at, damping, gap, all_examples, start, self.max_steps)
+        return unbounded(given, found)
 
 
 class ProximalGradient(AbstractModelSolver):
@@ -184,7 +195,7 @@ class ProximalGradient(AbstractModelSolver):
         check_count("max_steps", self.max_steps)
 
     def minimize(self, at, damping, gap):
-        at = bounded(at)
+        given, at = at, bounded(at)
         c = damping / at.weight
         K = lambda v: at.mv(at.transpose_mv(v))
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
@@ -207,13 +218,8 @@ class ProximalGradient(AbstractModelSolver):
         alpha = at.cotangent
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
-        return ascend(at, damping, gap, advance, start, self.max_steps)
-
-
-def bounded(at: Linearization) -> Linearization:
-    """With outputs that can be added up: an excluded class is only very far below."""
-    far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
-    return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+        found = ascend(at, damping, gap, advance, start, self.max_steps)
+        return unbounded(given, found)
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
@@ -272,10 +278,12 @@ class ProxLinear(AbstractOracle):
     - `damping`: lambda > 0, a number or a rule such as
         [`diffprog.oracles.Threshold`][].
     - `solver`: of the model: [`diffprog.oracles.InteriorPoint`][],
-        [`diffprog.oracles.NewtonSteps`][], [`diffprog.oracles.CoordinateAscent`][] or
-        [`diffprog.oracles.ProximalGradient`][]. `None` takes the first for losses with
-        kinks in themselves or their gradients, where its matrix has at most 1024^2
-        entries; the second for other smooth losses, and the others for what is left.
+        [`diffprog.oracles.AugmentedLagrangian`][], [`diffprog.oracles.NewtonSteps`][],
+        [`diffprog.oracles.CoordinateAscent`][] or
+        [`diffprog.oracles.ProximalGradient`][]. For losses with kinks in themselves or
+        their gradients `None` takes the first where it has at most 256 unknowns, the
+        second and then the first where its matrix has at most 1024^2 entries, and the
+        second beyond; for other losses the third.
     - `gap`: the duality gap at which to stop, as a part of the distance from the loss
         to the dual value: 0.1 makes sure of a descent direction.
     - `throw`: whether a gap that was not reached is a failure, `max_steps_reached`,
@@ -322,7 +330,7 @@ class ProxLinear(AbstractOracle):
         # Where the steps of the solver did not suffice, its point may lie beyond all
         # descent; along minus the gradient a smooth loss always falls.
         one = jnp.ones_like(at.value)
-        d, u = found.step, found.z - at.outputs
+        d, u = found.step, difference(found.z, at.outputs)
         t = shortened(d, u, one)
         instead = scale(-1 / damping, at.gradient)
         d, u = where(t > 0, (d, u), (instead, at.mv(instead)))
@@ -364,12 +372,12 @@ class Either(AbstractModelSolver):
 
 def choose(at: Linearization) -> AbstractModelSolver:
     """The solver for a loss and a batch."""
-    (n, q), smooth = sizes(at), at.loss.smooth
-    if domain_of(at) is None or q * min(n, q) > 1024**2:
-        if smooth:
-            return NewtonSteps()
-        return CoordinateAscent() if q <= 1024 else ProximalGradient()
+    (n, q), kinks = sizes(at), domain_of(at) is not None
+    if at.loss.smooth and not kinks:
+        return NewtonSteps()
+    if not kinks or q * min(n, q) > 1024**2:
+        return AugmentedLagrangian()
     if min(n, q) <= 256:
         return InteriorPoint()
-    # So many steps cost less than one of the interior point method, and often suffice.
-    return Either(NewtonSteps(5) if smooth else CoordinateAscent(20), InteriorPoint())
+    # So many products cost less than the interior point method, and often suffice.
+    return Either(AugmentedLagrangian(500), InteriorPoint())

@@ -53,7 +53,7 @@ class AbstractSolver(eqx.Module):
         """The step, from `start` if that is of use."""
 
 
-def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: int, unroll: bool):
+def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: Any, unroll: bool):
     """`carry = step(carry)` while `go_on(carry)`, at most `limit` times.
 
     Unrolled it is written out: convolutions in loops are slow on the CPU.
@@ -70,6 +70,32 @@ def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: int, unroll: b
 def ratio(a: Array, b: Array) -> Array:
     """a / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def conjugate_gradients(
+    product: Callable, d: PyTree, r: PyTree, target: Array, limit: Any, unroll: bool
+) -> tuple[PyTree, Array, Array, Array]:
+    """From d, where the residual is r, until its norm is at most `target`.
+
+    Returns d, the square of the norm, iterations, and whether the curvature was not
+    positive.
+    """
+
+    def step(carry):
+        d, r, p, rr, count, _ = carry
+        Ap = product(p)
+        curvature = vdot(p, Ap)
+        bad = curvature <= 0
+        a = jnp.where(bad, 0, ratio(rr, curvature))
+        d, r = add(d, p, a), add(r, Ap, -a)
+        new = vdot(r, r)
+        return d, r, add(r, p, ratio(new, rr)), new, count + 1, bad
+
+    rr, zero = vdot(r, r), jnp.zeros((), jnp.int32)
+    go_on = lambda carry: (carry[3] > target**2) & ~carry[5]
+    carry = (d, r, r, rr, zero, rr < 0)
+    d, _, _, rr, count, bad = repeat(step, carry, go_on, limit, unroll)
+    return d, rr, count, bad
 
 
 class CG(AbstractSolver):
@@ -113,23 +139,9 @@ class CG(AbstractSolver):
         if starts:
             d = scale(self.warm_start, start)
             r = add(r, product(d), -1)
-
-        def step(carry):
-            d, r, p, rr, count, _ = carry
-            Ap = product(p)
-            curvature = vdot(p, Ap)
-            bad = curvature <= 0
-            a = jnp.where(bad, 0, ratio(rr, curvature))
-            d, r = add(d, p, a), add(r, Ap, -a)
-            new = vdot(r, r)
-            return d, r, add(r, p, ratio(new, rr)), new, count + 1, bad
-
-        rr, zero = vdot(r, r), jnp.zeros((), jnp.int32)
-        target = (self.rtol * norm(at.gradient)) ** 2
-        go_on = lambda carry: (carry[3] > target) & ~carry[5]
-        carry = (d, r, r, rr, zero, rr < 0)
-        d, r, _, rr, count, bad = repeat(
-            step, carry, go_on, self.max_steps, self.unroll
+        target = self.rtol * norm(at.gradient)
+        d, rr, count, bad = conjugate_gradients(
+            product, d, r, target, self.max_steps, self.unroll
         )
         # P(d) - D(alpha) = |r|^2 / (2 lambda) for alpha = g + H J d.
         return Solved(d, rr / (2 * damping), count, bad, not starts)

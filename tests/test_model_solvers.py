@@ -1,4 +1,7 @@
-"""The interior point method for prox-linear models, beside another solver."""
+"""Solvers of prox-linear models with kinks, beside that of `convex`.
+
+The interior point method, and an augmented Lagrangian.
+"""
 
 from typing import Any
 
@@ -7,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import LinearConstraint, minimize
 
 import diffprog as dp
 from diffprog.losses import (
@@ -23,6 +25,7 @@ from diffprog.losses import (
     SoftmaxCrossEntropy,
 )
 from diffprog.oracles import (
+    AugmentedLagrangian,
     CoordinateAscent,
     InteriorPoint,
     NewtonSteps,
@@ -31,6 +34,8 @@ from diffprog.oracles import (
 )
 from diffprog.oracles._prox_linear import choose, Either
 from diffprog.oracles.base import linearize
+
+from . import convex
 
 
 M, K, N = 8, 3, 6  # examples, outputs, parameters
@@ -48,6 +53,10 @@ LOSSES = {
     "LeCam": (FLoss(LeCam(), MEASURE, temperature=2.0), LABELS),  # pyright: ignore
 }  # fmt: skip
 every = pytest.mark.parametrize("name", LOSSES)
+SOLVERS = {"interior": InteriorPoint(), "Lagrangian": AugmentedLagrangian(20_000)}
+each = pytest.mark.parametrize("solver", SOLVERS.values(), ids=list(SOLVERS))
+# Newton's steps of the one, and products of the other.
+MOST = {InteriorPoint: 60, AugmentedLagrangian: 20_000}
 
 
 def linear(loss, f, J, targets):
@@ -92,78 +101,80 @@ def run(
 # Against another solver -----------------------------------------------------------
 
 
-def pieces(name, targets):
-    """Of a loss sum_g max_p (A_p z + b_p): A, b and the number g of every piece."""
-    identity, groups = np.eye(M * K), np.arange(M * K)
-    if name == "absolute":
-        r = np.ravel(targets)
-        return np.r_[identity, -identity], np.r_[-r, r], np.r_[groups, groups]
-    if name == "hinge":
-        y = np.ravel(targets)
-        A = np.r_[-y[:, None] * identity, 0 * identity]
-        return A, np.r_[0 * y + 1, 0 * y], np.r_[groups, groups]
-    outputs = identity.reshape(M, K, -1)
-    rows = [
-        (outputs[i, j] - outputs[i, y], float(j != y), i)
-        for i, y in enumerate(targets) if y != 0 for j in range(K)
-    ]  # fmt: skip
-    A, b, groups = map(np.array, zip(*rows))
-    return A, b, np.unique(groups, return_inverse=True)[1]
+real = lambda rng, m: rng.normal(size=(m, K))
+labels = lambda rng, m: rng.integers(0, K, m)
+# Targets of m examples, and the loss of them in NumPy.
+OTHERS = {
+    "absolute": (real, convex.absolute),
+    "euclidean": (real, convex.euclidean),
+    "huber": (real, lambda y: convex.huber(y, 0.5)),
+    "hinge": (lambda rng, m: np.sign(real(rng, m)), convex.hinge),
+    "hinge of labels": (labels, lambda y: convex.hinge_of_labels(y, K, 0)),
+    "sparsemax": (
+        labels,
+        lambda y: convex.f_loss(np.eye(K)[y], convex.CHI_SQUARE, np.ones(K)),
+    ),
+    "entmax": (
+        lambda rng, m: rng.dirichlet(np.ones(K), m),
+        lambda y: convex.f_loss(y, convex.ALPHA_1_5, np.ones(K)),
+    ),
+    "LeCam": (
+        labels,
+        lambda y: convex.f_loss(np.eye(K)[y], convex.LE_CAM, MEASURE, 2.0),
+    ),
+}
 
 
-def other_solver(name, at, J, damping):
-    """The least value of the model, by scipy: as a quadratic program, or by BFGS."""
-    n = J.shape[-1]
-    if name in ("absolute", "hinge", "hinge of labels"):
-        A, b, groups = pieces(name, at.targets)
-        # The least sum of s with A (f + J d) + b <= s.
-        size, f = groups.max() + 1, np.ravel(at.outputs)
-        left = np.c_[A @ np.reshape(J, (-1, n)), -np.eye(size)[groups]]
-        Q = np.diag(np.r_[np.full(n, damping), np.zeros(size)])
-        cost = np.r_[np.zeros(n), np.full(size, at.weight)]
-        start = np.r_[np.zeros(n), np.full(size, 1 + np.max(np.abs(A @ f + b)))]
-        below = LinearConstraint(left, ub=-(A @ f + b))  # pyright: ignore
-        found = minimize(
-            lambda x: cost @ x + x @ Q @ x / 2, start, method="trust-constr",
-            jac=lambda x: cost + Q @ x, hess=lambda x: Q,
-            constraints=[below],
-            options=dict(gtol=1e-10, xtol=1e-14, barrier_tol=1e-11, maxiter=2000),
-        )  # fmt: skip
-        return float(model(at, damping, jnp.asarray(found.x[:n])))
-    P = jax.jit(jax.value_and_grad(lambda d: model(at, damping, d)))
-    fn = lambda d: tuple(np.asarray(a, float) for a in P(d))
-    d = np.zeros(n)
-    for _ in range(2):
-        d = minimize(fn, d, jac=True, method="BFGS", options=dict(gtol=1e-12)).x
-    return float(P(d)[0])
-
-
-@pytest.mark.costly
-@pytest.mark.filterwarnings("ignore:delta_grad:UserWarning")
-@every
-def test_the_minimum_is_that_of_another_solver(name):
-    for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
-        found, value, P = run(name, seed, damping, 1e-8)
-        f, J = problem(seed)
-        loss, targets = LOSSES[name]
-        at = linear(loss, f, J, jnp.asarray(targets))
-        desired = other_solver(name, at, J, damping)
-        decrease = float(value - P)
-        assert 0 <= found.gap <= 1e-8 * (value - P + found.gap)
-        assert found.num_inner <= 30
-        # The other one stops at about 1e-5, above.
-        assert desired - 1e-4 * decrease < P < desired + 1e-7 * decrease
-        assert P - found.gap <= desired
+def compare(name, solver, seed, m, n, damping, gap):
+    """The minimum that is found beside one that is certain, from both sides."""
+    (draw, make), loss = OTHERS[name], LOSSES[name][0]
+    rng = np.random.default_rng(seed)
+    scales, targets = 10 ** rng.uniform(-2, 1, n), draw(rng, m)
+    f, J = 2 * rng.normal(size=(m, K)), scales * rng.normal(size=(m, K, n))
+    other = make(targets)
+    least = convex.minimize(other, f, J, damping)
+    value = convex.model(other, f, J, damping, np.zeros(n))
+    decrease, rounding = value - least.above, 1e-13 * value
+    assert 0 < decrease and -rounding <= least.above - least.below <= 1e-8 * decrease
+    numbers = map(jnp.asarray, (f, J, targets, damping, gap))
+    found, at_0, P = solve(solver, loss, *numbers)
+    assert found.num_inner <= MOST[type(solver)]
+    own = convex.model(other, f, J, damping, np.asarray(found.step))
+    np.testing.assert_allclose((at_0, P), (value, own), rtol=1e-10)
+    missing = own - least.above
+    assert least.below - least.above - rounding <= missing
+    assert missing <= found.gap + rounding
+    assert 0 <= found.gap <= gap * (value - own + found.gap) + rounding
+    assert missing <= 1e-6 * decrease
 
 
 @pytest.mark.costly
+@each
 @every
-def test_the_gap_bounds_what_is_missing(name):
+def test_the_minimum_is_that_of_another_solver(name, solver):
+    for seed, damping in enumerate(np.geomspace(10, 1e-6, 15)):
+        compare(name, solver, seed, M, N, damping, 1e-7)
+
+
+@pytest.mark.slow
+@each
+@every
+def test_minima_of_many_problems(name, solver):
+    dampings = np.geomspace(10, 1e-6, 50)
+    sizes = [(8, 6), (24, 16), (64, 16), (64, 40), (8, 40)]
+    for seed, damping in enumerate(np.random.default_rng(0).permutation(dampings)):
+        compare(name, solver, seed, *sizes[seed % len(sizes)], damping, 1e-7)
+
+
+@pytest.mark.costly
+@each
+@every
+def test_the_gap_bounds_what_is_missing(name, solver):
     for seed in range(20):
         damping = 10 ** np.random.default_rng(seed).uniform(-6, 1)
         gap = 10 ** np.random.default_rng(seed).uniform(-3, -0.1)
         best, value, least = run(name, seed, damping, 1e-9)
-        found, _, P = run(name, seed, damping, gap)
+        found, _, P = run(name, seed, damping, gap, solver)
         rounding = 1e-13 * value
         assert P - found.gap <= least + rounding
         assert least <= P + best.gap + rounding
@@ -171,19 +182,21 @@ def test_the_gap_bounds_what_is_missing(name):
         assert P < value or damping > 9
 
 
-@every
 @pytest.mark.costly
-def test_more_parameters_than_outputs(name):
-    # Then the coordinates are those of a square root of J J'.
+@each
+@every
+def test_more_parameters_than_outputs(name, solver):
+    # Then the coordinates of the interior are those of a square root of J J'.
     for seed, damping in enumerate((10.0, 1e-3, 1e-6)):
-        found, value, P = run(name, seed, damping, 1e-6, n=40)
+        found, value, P = run(name, seed, damping, 1e-6, solver, n=40)
         assert 0 <= found.gap <= 1e-6 * (value - P + found.gap)
-        assert found.num_inner <= 30
+        assert found.num_inner <= MOST[type(solver)]
 
 
-def test_float32():
+@each
+def test_float32(solver):
     for seed, damping in enumerate((10.0, 1e-2, 1e-4)):
-        found, value, P = run("euclidean", seed, damping, 1e-4, dtype="float32")
+        found, value, P = run("euclidean", seed, damping, 1e-4, solver, N, "float32")
         assert found.step.dtype == jnp.float32
         assert found.gap <= 1e-4 * (value - P + found.gap)
         _, _, least = run("euclidean", seed, damping, 1e-9)
@@ -191,21 +204,23 @@ def test_float32():
         assert float(P) - least < 2e-4 * (float(value) - least)
 
 
-def test_many_models_at_once():
+@each
+def test_many_models_at_once(solver):
     loss, targets = LOSSES["euclidean"]
     f, J = problem(0)
     dampings = jnp.array([10.0, 1e-2, 1e-5])
-    one = lambda damping: InteriorPoint().minimize(
+    one = lambda damping: solver.minimize(
         linear(loss, f, J, jnp.asarray(targets)), damping, jnp.asarray(1e-6)
     )
     many = jax.jit(jax.vmap(one))(dampings)
     for i, damping in enumerate(dampings):
-        alone = run("euclidean", 0, damping, 1e-6)[0]
+        alone = run("euclidean", 0, damping, 1e-6, solver)[0]
         np.testing.assert_allclose(many.step[i], alone.step, rtol=1e-6, atol=1e-9)
         assert many.num_inner[i] == alone.num_inner
 
 
-def test_excluded_classes_are_as_ones_of_no_chance():
+@each
+def test_excluded_classes_are_as_ones_of_no_chance(solver):
     rng = np.random.default_rng(1)
     (f, J), labels = problem(1), jnp.asarray(rng.integers(1, K, M))
     excluded = (jnp.arange(K) == 0)[None] & (jnp.arange(M) < 3)[:, None]
@@ -214,7 +229,7 @@ def test_excluded_classes_are_as_ones_of_no_chance():
     low = [jnp.where(excluded, number, f) for number in (-jnp.inf, -1e4)]
     for loss in (Hinge(), FLoss(ChiSquare(), "unit")):
         (found, value, _), (same, _, _) = (
-            solve(InteriorPoint(), loss, f, J, labels, damping, gap) for f in low
+            solve(solver, loss, f, J, labels, damping, gap) for f in low
         )
         assert found.gap <= 1e-8 * value
         np.testing.assert_allclose(found.step, same.step, rtol=0, atol=2e-3)
@@ -265,6 +280,31 @@ def test_a_step_solves_the_linearized_equations(name):
 # In the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", [Hinge(), FLoss(ChiSquare(), "unit")])
+@pytest.mark.parametrize(
+    "solver",
+    [InteriorPoint(), AugmentedLagrangian(), CoordinateAscent(), ProximalGradient()],
+)
+def test_a_mask_of_any_number(solver, loss):
+    model = eqx.nn.Linear(3, K, key=jax.random.key(0), dtype="f4")
+    inputs = jnp.asarray(RNG.normal(size=(M, 3)), "f4")
+    excluded = (jnp.arange(K) == 0)[None] & (jnp.arange(M) < 3)[:, None]
+    labels, found = jnp.arange(M) % 2 + 1, []
+
+    def masked(params, data):
+        outputs = jax.vmap(params)(data[0])
+        return jnp.where(excluded, data[1], outputs)
+
+    oracle = ProxLinear(0.1, solver, 1e-3)
+    vd = dp.value_and_direction(loss, oracle, masked, has_aux=True)
+    for number in (-np.inf, -1e30, jnp.finfo("f4").min):
+        (_, aux), direction = vd(model, (inputs, jnp.asarray(number, "f4")), labels)
+        assert aux.decrease > 0
+        found.append(direction.weight)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_gap_that_is_not_reached_withholds_the_step():
     model = eqx.nn.Linear(3, K, key=jax.random.key(0))
     inputs, targets = jnp.asarray(RNG.normal(size=(M, 3))), jnp.asarray(REAL)
@@ -302,7 +342,7 @@ def test_the_solver_is_chosen_by_what_the_loss_offers():
     size = lambda m, n: chosen(Absolute(), jnp.ones((m, 1)), m, 1, n)
     assert isinstance(size(300, 300), Either)
     assert isinstance(size(2000, 2), InteriorPoint)
-    assert isinstance(size(1100, 1100), ProximalGradient)
+    assert isinstance(size(1100, 1100), AugmentedLagrangian)
 
 
 def test_either_solver():
