@@ -5,15 +5,21 @@ object of a bound method, the arguments of a `functools.partial` and the attribu
 a callable object are leaves as well, so that a changed number is found. What is in a
 module's globals is not watched, hence a function is the same one only if it is the
 same object: a `lambda` written anew may see other globals.
+
+What a pytree holds beside its children, as in static fields, JAX compares by `==` and
+by reference. Where it can change it is compared by its contents at the time instead.
 """
 
+import contextlib
 import dataclasses
 import functools as ft
 import sys
 import types
-from collections.abc import Iterator
+from collections import defaultdict, OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
@@ -36,6 +42,9 @@ LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | set(
     "beartype chex diffrax diffprog equinox flax haiku jax jaxlib jaxtyping lineax "
     "numpy optax optimistix scipy typing_extensions".split()
 )
+
+
+_OPEN = "open"  # the kind of a node that holds more than its children
 
 
 class _Number:
@@ -126,10 +135,91 @@ def _has_numbers(part) -> bool:
 MANY = 32  # floats in one captured tree, beyond which they are constants
 NUMBERS = (float, jax.Array, np.ndarray, np.generic)
 PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
+FIXED = PLAIN | {float, object}
 
 
 def is_data(leaf) -> bool:
     return type(leaf) not in PLAIN and isinstance(leaf, NUMBERS)
+
+
+def _flatten(tree: PyTree) -> tuple[list, Any]:
+    """Leaves and structure; what holds more that can change is one of the leaves."""
+    return jtu.tree_flatten(tree, is_leaf=_is_open)
+
+
+def _flatten_once(node) -> tuple[list, Any]:
+    return jtu.tree_flatten(node, is_leaf=lambda part: part is not node)
+
+
+CONTAINERS = tuple, list, dict, OrderedDict, defaultdict, type(None)
+_ANY = ("its static part",)  # where the fields that are static have no known names
+_STATIC: dict[type, tuple[str, ...]] = {}  # names of static fields
+
+
+def _static_names(node) -> tuple[str, ...]:
+    kind = type(node)
+    if kind in CONTAINERS or jtu.all_leaves([node]):
+        return ()
+    if isinstance(node, eqx.Module):
+        fields = dataclasses.fields(node)  # pyright: ignore
+        return tuple(f.name for f in fields if f.metadata.get("static"))
+    if isinstance(node, tuple) and _flatten_once(node)[1].node_data()[1] is None:
+        return ()  # with names
+    is_library = _root(kind) in LIBRARIES and kind is not jtu.Partial
+    return () if is_library else _ANY
+
+
+def _held(node) -> dict[str, Any]:
+    """What a node of a tree holds beside its children."""
+    kind = type(node)
+    names = _STATIC.get(kind)
+    if names is None:
+        names = _STATIC[kind] = _static_names(node)
+    if not names:
+        return {}
+    if names is _ANY:
+        return dict.fromkeys(names, _flatten_once(node)[1].node_data()[1])
+    values = object.__getattribute__(node, "__dict__")  # past the slow one of a module
+    return {name: values[name] for name in names if name in values}
+
+
+def _is_open(node) -> bool:
+    """Whether a node holds beside its children what can change."""
+    if _STATIC.get(type(node)) == ():
+        return False
+    for value in _held(node).values():
+        if type(value) not in FIXED and not _is_fixed(value):
+            return True
+    return False
+
+
+def _is_fixed(value) -> bool:
+    """Whether a value is known never to change, without a closer look."""
+    kind = type(value)
+    if kind in FIXED:
+        return True
+    if kind is tuple:
+        return all(map(_is_fixed, value))
+    if kind is types.FunctionType:
+        if value.__closure__ and value.__code__.co_freevars != ("__class__",):
+            return False
+        defaults = value.__defaults__, *(value.__kwdefaults__ or {}).values()
+        return all(map(_is_fixed, defaults))
+    return isinstance(value, (*CODE, np.dtype, Same, Frozen))
+
+
+def can_change(tree: PyTree) -> bool:
+    """Whether a node of the tree holds beside its children what can change."""
+    return any(map(_is_open, _flatten(tree)[0]))
+
+
+def check_held(tree: PyTree):
+    """Refuses nodes that hold what `jax.jit` alone would not see when it changes."""
+    for node in filter(_is_open, _flatten(tree)[0]):
+        for name, value in _held(node).items():
+            if not (_is_fixed(value) or isinstance(value, np.generic)):
+                _refuse(value, _describe(node, name), static=True)
+        check_held(_flatten_once(node)[0])
 
 
 class Taken:
@@ -143,17 +233,24 @@ class Taken:
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
         self._constants, self._depth, self._many = constants, int(captured), False
+        self._kept = False  # whether inside of what is not rebuilt
         self._seen: dict[int, _Node] = {}
-        leaves, treedef = jtu.tree_flatten(tree)
+        leaves, treedef = _flatten(tree)
         self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
 
     def _leaf(self, leaf):
         """A leaf of the tree itself."""
         if is_data(leaf):
             return self._number(leaf)
+        if _is_open(leaf):
+            return self._open(leaf, self._leaf)
         return self._code(leaf) or self._object(leaf)
 
     def _number(self, number):
+        if isinstance(number, np.ndarray) and number.dtype.hasobject:
+            _refuse_array(number)
+        if self._kept:
+            return _Constant(number)
         if self._depth:
             self.captured = True
             # NumPy's integers and masks may be sizes and indices, and a long list of
@@ -164,9 +261,7 @@ class Taken:
             if (fixed or self._constants) and not isinstance(number, Tracer):
                 return _Constant(number)
         if isinstance(number, np.ndarray) and number.dtype.kind not in "biufcV":
-            raise TypeError(
-                f"A NumPy array of dtype {number.dtype} is no array of numbers."
-            )
+            _refuse_array(number)
         # A NumPy float64 scalar is a Python float and counts as one.
         self.numbers.append(float(number) if isinstance(number, float) else number)
         return _Number
@@ -196,7 +291,7 @@ class Taken:
         try:
             hash(value)
         except TypeError:  # it compares by value, but something in it has no hash
-            return self._kept(value, _values(value)) if record else None
+            return self._keep(value, _values(value)) if record else None
         return kind, value
 
     def _function(self, fn: types.FunctionType):
@@ -231,20 +326,41 @@ class Taken:
         # Only `jax.jit` can be left out and the function called as it is.
         if isinstance(wrapper, JITTED):
             return self._holder(wrapper, (JITTED,), parts)
-        return self._kept(wrapper, parts)
+        return self._keep(wrapper, parts)
 
-    def _kept(self, value, parts: dict[str, Any]):
+    def _keep(self, value, parts: dict[str, Any]):
         """A thing that cannot be rebuilt: the numbers in it are constants."""
-        before, self._constants = self._constants, True
-        node = self._holder(value, (Same(value),), parts)
-        self._constants = before
-        return node
+        with self._keeping():
+            return self._holder(value, (Same(value),), parts)
+
+    @contextlib.contextmanager
+    def _keeping(self):
+        if self._kept:
+            yield
+            return
+        # What stands elsewhere too may be data there.
+        before, self._seen, self._kept = self._seen, {}, True
+        try:
+            yield
+        finally:
+            self._seen, self._kept = before, False
+
+    def _open(self, node, take: Callable):
+        """A node of a tree with what it holds beside its children, by contents."""
+        with self._keeping():
+            held = {
+                name: self._captured(value, node, name)
+                for name, value in _held(node).items()
+            }
+        leaves, treedef = _flatten(_flatten_once(node)[0])
+        key = _OPEN, Same(type(node)), treedef, *held.items()
+        return _Node(node, -1, key).close([take(leaf) for leaf in leaves])
 
     def _object(self, value):
         """An object by its attributes."""
         kind = type(value)
         if not _is_plain(kind):
-            self._refuse(value, "")
+            _refuse(value, "")
         fields = {name: getattr(value, name) for name in _names(value)}
         return self._holder(value, (object, Same(kind), *fields), fields)
 
@@ -262,7 +378,7 @@ class Taken:
         if is_data(value):
             return self._number(value)
         try:
-            leaves, treedef = jtu.tree_flatten(value)
+            leaves, treedef = _flatten(value)
         except (TypeError, ValueError):  # such as keys of a dict without an order
             leaves, treedef = [value], None
         if len(leaves) != 1 or leaves[0] is not value:
@@ -270,23 +386,35 @@ class Taken:
             parts = [self._captured(leaf, holder, name) for leaf in leaves]
             self._many = before
             return _Node(value, -1, (treedef,)).close(parts)
+        if _is_open(value):
+            return self._open(value, lambda part: self._captured(part, holder, name))
         if isinstance(holder, types.MethodType) and name == "owner":
             return self._code(value) or self._object(value)
         found = self._code(value)
         if found is None and not _is_of_library(holder, value):
-            self._refuse(value, _describe(holder, name))
+            _refuse(value, _describe(holder, name), name in _held(holder))
         return Same(value) if found is None else found
 
-    def _refuse(self, value, where: str):
-        kind = type(value)
-        place = where or "A part of what was given is"
-        raise TypeError(
-            f"{place} an object of type `{kind.__name__}`: it can change without "
-            "notice, and a program that was compiled before would give the old answer. "
-            "Give an `equinox.Module` or a frozen dataclass in its place, or the "
-            "numbers in it. What never changes may also be a global, or a field "
-            "`equinox.field(static=True)` of a module."
-        )
+
+def _refuse(value, where: str, static: bool = False):
+    kind = type(value)
+    place = where or "A part of what was given is"
+    advice = (
+        "Make it a field without `static=True`, or give a tuple or a frozen "
+        "dataclass in its place."
+        if static
+        else "Give an `equinox.Module` or a frozen dataclass in its place, or the "
+        "numbers in it. What never changes may also be a global."
+    )
+    raise TypeError(
+        f"{place} an object of type `{kind.__name__}`: it can change without "
+        "notice, and a program that was compiled before would give the old answer. "
+        + advice
+    )
+
+
+def _refuse_array(array: np.ndarray):
+    raise TypeError(f"A NumPy array of dtype {array.dtype} is no array of numbers.")
 
 
 def _describe(holder, name: str) -> str:
@@ -305,8 +433,11 @@ def _is_of_library(holder, value) -> bool:
     if isinstance(holder, types.FunctionType):
         if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
             return True
-    module = type(value).__module__
-    return module.split(".")[0] in ("jax", "jaxlib", "equinox", "typing")
+    return _root(type(value)) in ("jax", "jaxlib", "equinox", "typing")
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.split(".")[0]
 
 
 @ft.cache
@@ -362,6 +493,8 @@ class _Builder:
 
     def _node(self, node: _Node):
         kind, original = node.key[0], node.original
+        if isinstance(kind, Same):  # kept
+            return original
         if kind is types.FunctionType:
             return self._function(node)
         if kind is object:
@@ -376,8 +509,9 @@ class _Builder:
             new = ft.partial(parts[0], *parts[1], **parts[2])
         elif kind is JITTED:
             (new,) = parts
-        elif isinstance(kind, Same):
-            new = original
+        elif kind is _OPEN:
+            children = jtu.tree_unflatten(node.key[2], parts)
+            return jtu.tree_unflatten(_flatten_once(original)[1], children)
         else:
             return jtu.tree_unflatten(kind, parts)
         self.built[node.index] = new

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._capture import Frozen
+from ._capture import can_change, Frozen
 from ._door import door
 from ._flax import found_in
 from ._types import came, noted, shapes
@@ -236,7 +236,9 @@ def _stages(layers: list[Callable]) -> list[Stage]:
 
 
 def _alike(a: Stage, b: Stage) -> bool:
-    """Whether two stages differ in the numbers of their arrays only."""
+    """Whether two stages differ in the numbers of their arrays only, for good."""
+    if can_change((a, b)):
+        return False
     (a, rest_a), (b, rest_b) = (eqx.partition(s, eqx.is_array) for s in (a, b))
     same = lambda x: (jnp.shape(x), jnp.result_type(x))
     shapes = [list(map(same, jtu.tree_leaves(s))) for s in (a, b)]

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .._capture import Frozen
+from .._capture import check_held, Frozen
 from .._types import came, noted
 from ._divergence import AbstractDivergence
 
@@ -123,4 +123,7 @@ def generator(fn: Callable) -> AbstractDivergence:
 
 def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:
     """Generators as they are, functions as generators."""
-    return f if isinstance(f, AbstractDivergence) else generator(f)
+    if not isinstance(f, AbstractDivergence):
+        return generator(f)
+    check_held(f)
+    return f
