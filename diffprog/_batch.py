@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._capture import is_data, put_together, Taken
+from ._capture import is_data, is_list, put_together, Taken
 from ._chain import AbstractChain
 from ._direction import AbstractDirection
 from ._door import door
@@ -124,35 +124,59 @@ def _num_problems(**trees: PyTree) -> int:
     return next(iter(found))  # pyright: ignore
 
 
+def _axis_of(number, num_problems: int) -> int | None:
+    """The first axis that is not of length 1, if it has a row for each problem."""
+    is_array = not isinstance(number, list | tuple)
+    shape = jnp.shape(number) if is_array else (len(number),)
+    axis = next((i for i, size in enumerate(shape) if size != 1), None)
+    return None if axis is None or shape[axis] != num_problems else axis
+
+
 def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyTree):
     """Refuses arrays in the problem that are as good with one row per problem."""
-    taken = Taken(problem)
+    taken = Taken(problem, size=num_problems)
     numbers = taken.numbers
-    is_suspect = lambda a: jnp.ndim(a) and len(a) == num_problems
-    suspects = [i for i, a in enumerate(numbers) if is_suspect(a)]
-    fields = jtu.tree_leaves_with_path(problem)
+    axes = {i: _axis_of(a, num_problems) for i, a in enumerate(numbers)}
+    suspects = [i for i, axis in axes.items() if axis is not None]
+    first = lambda a, axis: a[(slice(None),) * axis + (0,)] if axis else a[0]
+    fields = jtu.tree_leaves_with_path(
+        problem, is_leaf=lambda node: is_list(node, num_problems)
+    )
     for chosen in [suspects] * (len(suspects) > 1) + [[i] for i in suspects]:
-        one = [a[0] if i in chosen else a for i, a in enumerate(numbers)]
+        one = [first(a, axes[i]) if i in chosen else a for i, a in enumerate(numbers)]
         if not _can_run(taken.static, one, x0, us):
             continue
         paths = [
             jtu.keystr(p) for p, a in fields if any(a is numbers[i] for i in chosen)
         ]
-        if len(paths) < len(chosen):
-            raise ValueError(
-                f"The functions hold an array of {num_problems} rows, as many as there "
-                "are problems, and one row would do for each: make it a field of an "
-                "`equinox.Module` and give `in_axes=0` if each problem has a row of "
-                "it, give `in_axes=None` if all problems share it."
-            )
-        names = ", ".join(f"`problem{path}`" for path in paths)
-        verb = "have" if len(chosen) > 1 else "has"
+        are_lists = [isinstance(numbers[i], list | tuple) for i in chosen]
+        _refuse_shared(num_problems, paths, are_lists, {axes[i] for i in chosen})
+
+
+def _refuse_shared(num_problems: int, paths: list, are_lists: list, axes: set):
+    """The error for fields, or for what functions hold where there are fewer paths."""
+    axis = min(axes)
+    given = f"`in_axes={axis}`" if len(axes) == 1 else "a tree of axes as `in_axes`"
+    along = f" along axis {axis}" if axes == {axis} != {0} else ""
+    rows = f"{num_problems} {'numbers' if all(are_lists) else f'rows{along}'}"
+    row = "number" if all(are_lists) else "row"
+    as_many = f"as many as there are problems, and one {row} would do for each"
+    if len(paths) < len(are_lists):
+        held = "a list" if all(are_lists) else "an array"
+        it = "it an array in a field" if any(are_lists) else "it a field"
         raise ValueError(
-            f"{names} {verb} {num_problems} rows, as many as there are problems, and "
-            "one row would do for each: give `in_axes=0` if the arrays in the problem "
-            "have a row for each problem, `in_axes=None` if all problems share them; "
-            f"if only some have, a tree: {_axes_of(paths[0])}."
+            f"The functions hold {held} of {rows}, {as_many}: make {it} of "
+            f"an `equinox.Module` and give {given} if each problem has a {row} of it, "
+            "give `in_axes=None` if all problems share it."
         )
+    names = ", ".join(f"`problem{path}`" for path in paths)
+    verb = "have" if len(paths) > 1 else "has"
+    arrays = "make arrays of lists (`jnp.asarray`) and " if any(are_lists) else ""
+    raise ValueError(
+        f"{names} {verb} {rows}, {as_many}: {arrays}give {given} if the arrays in the "
+        f"problem have a {row} for each problem, `in_axes=None` if all problems share "
+        f"them; if only some have, a tree: {_axes_of(paths[0], axis)}."
+    )
 
 
 def _can_run(static, numbers: list, x0: PyTree, us: PyTree) -> bool:
@@ -180,10 +204,11 @@ def _can_trace(static, leaves: tuple, treedef) -> bool:
     return True
 
 
-def _axes_of(path: str) -> str:
+def _axes_of(path: str, axis: int = 0) -> str:
     """An example of `in_axes` for one field."""
     return (
-        f"`eqx.tree_at(lambda p: p{path}, jax.tree.map(lambda _: None, problem), 0, "
+        f"`eqx.tree_at(lambda p: p{path}, jax.tree.map(lambda _: None, problem), "
+        f"{axis}, "
         "is_leaf=lambda a: a is None)`"
     )
 
@@ -229,8 +254,8 @@ def solve_batch(
         for all arrays in the problem, whose first axis then is the problem (Python
         floats and arrays without axes are shared); or a tree of axes and `None` like
         the problem, or like its upper part. Not given, it is `None`, but an array that
-        has as many rows as there are problems, and would also do with one row, is
-        refused.
+        has as many rows as there are problems (or a list of as many numbers), and
+        would also do with one row, is refused.
     - `batch_size`: at most so many problems at once; all unless given. It bounds the
         memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.

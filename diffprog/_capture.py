@@ -15,8 +15,9 @@ import dataclasses
 import functools as ft
 import sys
 import types
+import weakref
 from collections import defaultdict, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -142,17 +143,12 @@ def is_data(leaf) -> bool:
     return type(leaf) not in PLAIN and isinstance(leaf, NUMBERS)
 
 
-def _flatten(tree: PyTree) -> tuple[list, Any]:
-    """Leaves and structure; what holds more that can change is one of the leaves."""
-    return jtu.tree_flatten(tree, is_leaf=_is_open)
-
-
 def _flatten_once(node) -> tuple[list, Any]:
     return jtu.tree_flatten(node, is_leaf=lambda part: part is not node)
 
 
 CONTAINERS = tuple, list, dict, OrderedDict, defaultdict, type(None)
-_ANY = ("its static part",)  # where the fields that are static have no known names
+_ANY = ("aux_data",)  # JAX's name, where the static fields have no known ones
 _STATIC: dict[type, tuple[str, ...]] = {}  # names of static fields
 
 
@@ -205,19 +201,51 @@ def _is_fixed(value) -> bool:
             return False
         defaults = value.__defaults__, *(value.__kwdefaults__ or {}).values()
         return all(map(_is_fixed, defaults))
-    return isinstance(value, (*CODE, np.dtype, Same, Frozen))
+    if dataclasses.is_dataclass(value) and kind.__dataclass_params__.frozen:  # pyright: ignore
+        return all(_is_fixed(getattr(value, name)) for name in _names(value))
+    return isinstance(value, (*CODE, np.dtype, np.generic, Same, Frozen))
+
+
+FUNCTIONS = types.FunctionType, types.MethodType, ft.partial
+_FIRST = weakref.WeakKeyDictionary()  # what a function captured at first
+
+
+def _check_unchanged(fn: Callable):
+    """Refuses a function that is not rebuilt and captures what it did not at first.
+
+    `jax.lax.scan` and others keep what they traced of the same function.
+    """
+    if _is_fixed(fn):
+        return
+    now = hash(Frozen(fn))
+    if _FIRST.setdefault(fn, now) != now:
+        name = getattr(fn, "__qualname__", repr(fn))
+        raise TypeError(
+            f"The function `{name}` is in a static field or a `jax.tree_util.Partial`, "
+            "and what it captures has changed: what was traced of it before would give "
+            "the old answer. Make it a field that is not static (without "
+            "`static=True`), or an `equinox.Partial`."
+        )
+
+
+def is_list(node, size: int | None) -> bool:
+    """Whether a node of a tree is a list or tuple of so many numbers."""
+    if type(node) not in (list, tuple) or len(node) != size:
+        return False
+    is_number = lambda part: isinstance(part, (int, *NUMBERS)) and np.ndim(part) == 0
+    return all(is_number(part) and not isinstance(part, bool) for part in node)
 
 
 def can_change(tree: PyTree) -> bool:
     """Whether a node of the tree holds beside its children what can change."""
-    return any(map(_is_open, _flatten(tree)[0]))
+    return any(map(_is_open, jtu.tree_leaves(tree, is_leaf=_is_open)))
 
 
 def check_held(tree: PyTree):
     """Refuses nodes that hold what `jax.jit` alone would not see when it changes."""
-    for node in filter(_is_open, _flatten(tree)[0]):
+    for node in filter(_is_open, jtu.tree_leaves(tree, is_leaf=_is_open)):
         for name, value in _held(node).items():
-            if not (_is_fixed(value) or isinstance(value, np.generic)):
+            if not _is_fixed(value):
                 _refuse(value, _describe(node, name), static=True)
         check_held(_flatten_once(node)[0])
 
@@ -226,22 +254,40 @@ class Taken:
     """A tree taken apart: `numbers` are data, and `static` is the rest, hashable.
 
     With `constants` the numbers that functions capture are part of `static` too, unless
-    they are traced; `captured` says that the leaves of the tree are such numbers.
+    they are traced; `captured` says that the leaves of the tree are such numbers. Lists
+    and tuples of `size` numbers are one of `numbers` each.
     """
 
-    def __init__(self, tree: PyTree, constants: bool = False, captured: bool = False):
+    def __init__(
+        self,
+        tree: PyTree,
+        constants: bool = False,
+        captured: bool = False,
+        size: int | None = None,
+    ):
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
         self._constants, self._depth, self._many = constants, int(captured), False
         self._kept = False  # whether inside of what is not rebuilt
+        self._static = False  # whether inside of what a node holds
         self._seen: dict[int, _Node] = {}
-        leaves, treedef = _flatten(tree)
+        self._size = size
+        leaves, treedef = self._flatten(tree)
         self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
+
+    def _flatten(self, tree: PyTree) -> tuple[list, Any]:
+        """Leaves and structure; what is to be looked at as a whole is a leaf."""
+        if self._size is None:
+            return jtu.tree_flatten(tree, is_leaf=_is_open)
+        is_leaf = lambda node: is_list(node, self._size) or _is_open(node)
+        return jtu.tree_flatten(tree, is_leaf=is_leaf)
 
     def _leaf(self, leaf):
         """A leaf of the tree itself."""
         if is_data(leaf):
             return self._number(leaf)
+        if is_list(leaf, self._size):
+            return self._list(leaf)
         if _is_open(leaf):
             return self._open(leaf, self._leaf)
         return self._code(leaf) or self._object(leaf)
@@ -266,11 +312,19 @@ class Taken:
         self.numbers.append(float(number) if isinstance(number, float) else number)
         return _Number
 
+    def _list(self, numbers: Sequence):
+        if self._kept:
+            return tuple, tuple(map(_Constant, numbers))
+        self.numbers.append(numbers)
+        return _Number
+
     def _code(self, value):
         """Functions and what never changes; `None` for any other object."""
         kind = type(value)
         if kind in PLAIN:
             return kind, value  # the type stands beside the value: True == 1
+        if self._static and kind in FUNCTIONS:
+            _check_unchanged(value)
         if kind is types.FunctionType:
             return self._function(value)
         if kind is types.MethodType:
@@ -347,12 +401,14 @@ class Taken:
 
     def _open(self, node, take: Callable):
         """A node of a tree with what it holds beside its children, by contents."""
+        before, self._static = self._static, True
         with self._keeping():
             held = {
                 name: self._captured(value, node, name)
                 for name, value in _held(node).items()
             }
-        leaves, treedef = _flatten(_flatten_once(node)[0])
+        self._static = before
+        leaves, treedef = self._flatten(_flatten_once(node)[0])
         key = _OPEN, Same(type(node)), treedef, *held.items()
         return _Node(node, -1, key).close([take(leaf) for leaf in leaves])
 
@@ -378,7 +434,7 @@ class Taken:
         if is_data(value):
             return self._number(value)
         try:
-            leaves, treedef = _flatten(value)
+            leaves, treedef = self._flatten(value)
         except (TypeError, ValueError):  # such as keys of a dict without an order
             leaves, treedef = [value], None
         if len(leaves) != 1 or leaves[0] is not value:
@@ -386,6 +442,8 @@ class Taken:
             parts = [self._captured(leaf, holder, name) for leaf in leaves]
             self._many = before
             return _Node(value, -1, (treedef,)).close(parts)
+        if is_list(value, self._size):
+            return self._list(value)
         if _is_open(value):
             return self._open(value, lambda part: self._captured(part, holder, name))
         if isinstance(holder, types.MethodType) and name == "owner":
@@ -400,8 +458,8 @@ def _refuse(value, where: str, static: bool = False):
     kind = type(value)
     place = where or "A part of what was given is"
     advice = (
-        "Make it a field without `static=True`, or give a tuple or a frozen "
-        "dataclass in its place."
+        "Make it a field that is not static (without `static=True`), or give a tuple "
+        "or a frozen dataclass in its place."
         if static
         else "Give an `equinox.Module` or a frozen dataclass in its place, or the "
         "numbers in it. What never changes may also be a global."

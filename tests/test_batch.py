@@ -218,6 +218,77 @@ def test_arrays_that_functions_hold_are_asked_about(holder):
     agree(shared[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
 
 
+LISTS = {
+    "list": ([2.0, 5.0], r"`problem.system.weights` has 2 numbers.*`in_axes=0` if"),
+    "tuple": ((2.0, 5.0), "2 numbers, as many .*one number would .*`jnp.asarray`"),
+    "list of integers": ([2, 5], "`problem.system.weights` has 2 numbers"),
+    "list of NumPy": (list(np.array([2.0, 5.0])), "weights` has 2 numbers"),
+}
+SHIFTED = {
+    "one axis": (jnp.array([[2.0, 5.0]]), "has 2 rows along axis 1.*`in_axes=1` if"),
+    "two axes": (np.array([[[2.0, 5.0]]]), r"along axis 2.*`eqx.tree_at.*, 2, is_leaf"),
+    "and one behind": (jnp.ones((1, 2, 2)), "along axis 1.*`in_axes=1` if"),
+}
+
+
+class Asking(Weighted):
+    """Weights that may as well be a list, or one number."""
+
+    def terminal_cost(self, x):
+        weights = jnp.asarray(self.weights, float)
+        shape = jnp.broadcast_shapes(weights.shape, x.shape)
+        return jnp.sum(weights * jnp.broadcast_to(x, shape) ** 2)
+
+
+@pytest.mark.parametrize("kind", LISTS | SHIFTED)
+def test_numbers_that_are_no_rows_of_an_array_are_asked_about(kind):
+    weights, message = (LISTS | SHIFTED)[kind]
+    _, x0s, uss = batch(2)
+    problem = dp.ControlProblem.from_system(Asking(weights=weights), 12)
+    with pytest.raises(ValueError, match=message):
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+
+
+def test_the_axis_that_is_advised_gives_each_problem_its_own():
+    _, x0s, uss = batch(2)
+    problem = lambda weights: dp.ControlProblem.from_system(Asking(weights=weights), 12)
+    weights = jnp.array([[2.0, 5.0]])
+    axes = eqx.tree_at(
+        lambda p: p.system.weights, jax.tree.map(lambda _: None, problem(weights)), 1,
+        is_leaf=lambda a: a is None,
+    )  # fmt: skip
+    own = dp.solve_batch(problem(weights), dp.ILQR(), x0s, uss, in_axes=axes)
+    agree(own[1].us, dp.solve(problem(5.0), dp.ILQR(), x0s[1], uss[1]).us)
+
+
+def test_a_list_that_functions_hold_is_asked_about():
+    weights, (_, x0s, uss) = [2.0, 5.0], batch(2)
+    spring = helpers.Spring()
+    cost = lambda x: jnp.sum(jnp.asarray(weights) * x**2)
+    problem = dp.ControlProblem(spring.dynamics, spring.cost, cost, 12)
+    held = "functions hold a list of 2 numbers.*make it an array in a field of an"
+    with pytest.raises(ValueError, match=held):
+        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+
+
+def test_numbers_that_have_one_reading_are_not_asked_about():
+    class Indexed(helpers.Spring):
+        pair: Any = (2.0, 5.0)
+        table: Any = dataclasses.field(default_factory=lambda: jnp.ones((3, 2)))
+        row: Any = dataclasses.field(default_factory=lambda: jnp.ones((1, 3, 2)))
+        shape: tuple = (2, 1)
+
+        def terminal_cost(self, x):
+            x = jnp.reshape(x, self.shape)[:, 0]
+            rest = jnp.sum((jnp.sum(self.table, 0) + jnp.sum(self.row, (0, 1))) * x**2)
+            return self.pair[0] * x[0] ** 2 + self.pair[1] * x[1] ** 2 + rest
+
+    _, x0s, uss = batch(2)
+    problem = dp.ControlProblem.from_system(Indexed(), 12)
+    found = dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+    agree(found[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
+
+
 def test_tables_of_numpy_do_not_hide_what_is_asked_about():
     class Tracking(Weighted):
         reference: Any = dataclasses.field(default_factory=lambda: np.ones(12))

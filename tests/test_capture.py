@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools as ft
+import types
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -134,6 +137,14 @@ def asked():
     ), lambda: weights.fill(3.0)
 
 
+def wrapped():
+    weights = np.ones(1)
+    inner = lambda u: jnp.sum(weights * u**2)
+    outer = jax.custom_jvp(inner)  # cannot be rebuilt, unlike `inner` itself
+    outer.defjvp(lambda primals, tangents: (inner(*primals), tangents[0][0]))
+    return problem(lambda x, u, t: inner(u) + outer(u)), lambda: weights.fill(3.0)
+
+
 def recursive():
     weights = np.ones(1)
 
@@ -158,7 +169,7 @@ def long_list():
 
 
 KINDS = [cell, array, tree, partial, default, method, called, system, in_place]
-KINDS += [nested, asked, recursive, index, long_list]
+KINDS += [nested, asked, wrapped, recursive, index, long_list]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -303,6 +314,264 @@ def test_the_generator_of_a_divergence_sees_the_change():
     assert np.linalg.norm(new - old) > 1e-3
 
 
+class Static(eqx.Module):
+    """A system whose weight is in a static field."""
+
+    held: Any = eqx.field(static=True)
+    gain: Any = 1.0
+    weight: Callable = eqx.field(static=True, default=lambda held: held)
+
+    def dynamics(self, x, u, t):
+        return x + self.gain * u
+
+    def cost(self, x, u, t):
+        return effort(self.weight(self.held), x, u, t)
+
+    def terminal_cost(self, x):
+        return jnp.sum(x**2)
+
+
+@ft.partial(
+    jtu.register_dataclass, data_fields=["gain"], meta_fields=["held", "weight"]
+)
+@dataclasses.dataclass
+class Registered:
+    held: Any
+    gain: Any = 1.0
+    weight: Callable = lambda held: held
+
+    dynamics, cost = Static.dynamics, Static.cost
+    terminal_cost = Static.terminal_cost
+
+
+@jtu.register_pytree_node_class
+class Node:
+    """Its weights are no children, but what JAX calls aux_data."""
+
+    def tree_flatten(self):
+        return (self.gain,), (self.held, self.weight)
+
+    @classmethod
+    def tree_unflatten(cls, aux_data, children):
+        return cls(*aux_data)
+
+    def __init__(self, held, weight=lambda held: held):
+        self.held, self.gain, self.weight = held, 1.0, weight
+
+    dynamics, cost = Static.dynamics, Static.cost
+    terminal_cost = Static.terminal_cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    first: Any
+    second: int = 2
+
+
+def held_dict(value):
+    held = dict(w=value)
+    return held, lambda held: held["w"], lambda: held.update(w=3.0)
+
+
+def held_list(value):
+    held = dict(w=[("name", value, None)])
+    change = lambda: held.update(w=[("name", 3.0, None)])
+    return held, lambda held: held["w"][0][1], change
+
+
+def held_array(value):
+    held = np.full(2, value)
+    return held, lambda held: jnp.asarray(held)[:1], lambda: held.fill(3.0)
+
+
+def held_frozen(value):
+    held = Pair(np.full(2, value))
+    return held, lambda held: held.first[0], lambda: held.first.fill(3.0)
+
+
+def held_module(value):
+    held = Static(np.full(2, value))
+    return held, lambda held: held.held[0], lambda: held.held.fill(3.0)
+
+
+HELD = [held_dict, held_list, held_array, held_frozen, held_module]
+
+
+# Equinox says so of NumPy's arrays too.
+OF_ARRAYS = pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+
+
+@OF_ARRAYS
+@pytest.mark.parametrize("kind", HELD, ids=lambda kind: kind.__name__[5:])
+def test_a_change_in_a_static_field_is_seen(kind):
+    def system(value):
+        held, weight, change = kind(value)
+        return Static(held, 1.0, weight), change
+
+    chain = lambda system: dp.ControlProblem.from_system(system, 3)
+    cost = lambda system: dp.rollout(chain(system), X0, US + 0.3).cost
+    first, change = system(1.0)
+    light, heavy = (cost(Static(w)) for w in (1.0, 3.0))
+    assert heavy - light > 0.1
+    np.testing.assert_allclose(cost(first), light, rtol=1e-12)
+    change()
+    np.testing.assert_allclose(cost(first), heavy, rtol=1e-12)
+    for value, right in ((3.0, heavy), (1.0, light)):  # all new, of the old contents
+        np.testing.assert_allclose(cost(system(value)[0]), right, rtol=1e-12)
+
+
+def around(system):
+    """An ordinary object that holds the system."""
+    plain: Any = Plain(1.0)
+    plain.system = system
+    plain.cost = system.cost
+    return plain
+
+
+PLACES = dict(
+    module=lambda held: problem(Static(held, 1.0, first).cost),
+    registered=lambda held: problem(Registered(held, 1.0, first).cost),
+    registered_system=lambda held: system_of(Registered(held, 1.0, first)),
+    node=lambda held: system_of(Node(held, first)),
+    bound=lambda held: problem(Static(held, 1.0, first).cost),
+    closure=lambda held: problem(captured_cost(Static(held, 1.0, first))),
+    of_equinox=lambda held: problem(eqx.Partial(captured_cost(Node(held, first)))),
+    object=lambda held: system_of(around(Static(held, 1.0, first))),
+    nested=lambda held: problem(eqx.Partial(call_cost, [Static(held, 1.0, first)])),
+)
+
+
+def first(held):
+    return held["w"]
+
+
+def system_of(system):
+    return dp.ControlProblem.from_system(system, 3)
+
+
+def captured_cost(system):
+    return lambda x, u, t: effort(first(system.held), x, u, t)
+
+
+def call_cost(systems, x, u, t):
+    return systems[0].cost(x, u, t)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_change_is_seen_wherever_the_static_field_is(place):
+    held = dict(w=1.0)
+    cost = lambda chain: dp.rollout(chain, X0, US + 0.3).cost
+    chain = PLACES[place](held)
+    right = {w: cost(problem(lambda x, u, t, w=w: effort(w, x, u, t))) for w in (1, 3)}
+    found = [cost(chain)]
+    held["w"] = 3.0
+    found += [cost(chain), cost(PLACES[place](dict(w=3.0)))]
+    found += [cost(PLACES[place](dict(w=1.0)))]
+    desired = [right[w] for w in (1, 3, 3, 1)]
+    np.testing.assert_allclose(found, desired, rtol=1e-12)
+
+
+def owned(plain):
+    return plain.cost
+
+
+def partial_of(plain):
+    return ft.partial(effort, plain.gain)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.checkpoint, jax.jit])
+@pytest.mark.parametrize("make", [owned, partial_of])
+def test_a_function_in_a_static_field_keeps_what_it_captures(make, wrap):
+    class Fixed(eqx.Module):
+        fn: Callable = eqx.field(static=True)
+
+        def __call__(self, x, u, t):
+            return self.fn(x, u, t)
+
+    plain = Plain(1.0)
+    fn = wrap(make(plain))
+    chains = [problem(Fixed(fn))]
+    chains += [problem(jtu.Partial(fn))] if make is owned else []
+    costs = [dp.rollout(chain, X0, US + 0.3).cost for chain in 2 * chains]
+    np.testing.assert_allclose(costs, costs[0])
+    plain.weight = plain.gain[0] = 3.0
+    for chain in chains:
+        with pytest.raises(TypeError, match="what it captures has changed.*Make it a"):
+            dp.rollout(chain, X0, US + 0.3)
+    found = dp.rollout(problem(eqx.Partial(fn)), X0, US + 0.3).cost
+    right = dp.rollout(problem(make(plain)), X0, US + 0.3).cost
+    np.testing.assert_allclose(found, right, rtol=1e-12)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_sees_a_change_in_a_static_field(entry):
+    held = dict(w=1.0)
+    old = ENTRIES[entry](system_of(Static(held, held["w"], first)))
+    held["w"] = 3.0
+    new = ENTRIES[entry](system_of(Static(held, held["w"], first)))
+    assert np.linalg.norm(new - old) > 0.1
+    right = ENTRIES[entry](system_of(Static(dict(w=3.0), 3.0, first)))
+    np.testing.assert_array_equal(new, right)
+
+
+class Tuned(eqx.Module):
+    """A loss or a prediction with a number in a static field."""
+
+    held: Any = eqx.field(static=True)
+
+    def __call__(self, outputs, targets):
+        return jnp.sum(self.held["w"] * (outputs - targets) ** 2, -1)
+
+    def predict(self, model, inputs):
+        return self.held["w"] * (inputs @ model["W"])
+
+
+class TunedModel(eqx.Module):
+    held: Any = eqx.field(static=True)
+    W: Any
+
+    def __call__(self, x):
+        return self.held["w"] * (x @ self.W)
+
+
+@pytest.mark.parametrize("place", ["loss", "predict", "model"])
+def test_training_sees_a_change_in_a_static_field(place):
+    held, gradient = dict(w=1.0), dp.oracles.Gradient()
+    W = TRAINED["W"]
+
+    def call():
+        loss, model = dp.losses.Squared(), TRAINED
+        predict = lambda model, inputs: inputs @ model["W"]
+        if place == "loss":
+            loss = Tuned(held)
+        elif place == "predict":
+            predict = Tuned(held).predict
+        else:
+            model, predict = TunedModel(held, W), None
+        vd = dp.value_and_direction(loss, gradient, predict)
+        return jtu.tree_leaves(
+            (vd(model, *DATA), vd.step(model, vd.init(model), *DATA))
+        )
+
+    old = call()
+    held["w"] = 3.0
+    new = call()
+    with jax.disable_jit():
+        right = call()
+    assert abs(new[0] - old[0]) > 0.1
+    for a, b in zip(new, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_layers_that_can_change_apart_are_not_stored_as_one():
+    held = [dict(w=1.0) for _ in range(4)]
+    net = dp.Network([TunedModel(h, jnp.eye(2)) for h in held])
+    assert len(dp.Network([eqx.nn.Identity(), *net.layers]).stacks) == 4
+    held[2]["w"] = 3.0
+    np.testing.assert_array_equal(net(jnp.ones(2)), [3.0, 3.0])
+
+
 class Motor:
     def __init__(self):
         self.torque = 1.0
@@ -337,6 +606,49 @@ REFUSED = [
     (Holder([Motor()]), "of type `Holder` holds `motor`, an object of type `Motor`"),
     (with_default, "`with_default` .* has as a default `0`, an object of type `Motor`"),
 ]
+
+
+@dataclasses.dataclass
+class Record:
+    weight: float = 1.0
+
+
+STATIC_REFUSED = [types.SimpleNamespace(w=1.0), Motor(), Record(), {1, 2}]
+STATIC_REFUSED += [np.random.default_rng(0), dict(w=Motor()), (1, [Record()])]
+
+
+@pytest.mark.parametrize("held", STATIC_REFUSED, ids=range(len(STATIC_REFUSED)))
+def test_what_can_change_in_a_static_field_is_refused_by_name(held):
+    leaf = jtu.tree_leaves(held)[-1]
+    name = type(leaf).__name__
+    message = f"type `Static` holds `held`, an object of type `{name}`: it can change"
+    advice = "field that is not static .*, or give a tuple or a frozen dataclass"
+    for chain in (
+        system_of(Static(held, 1.0, lambda held: 1.0)),
+        problem(captured_cost(Static(held))),
+        system_of(around(Static(held))),
+    ):
+        with pytest.raises(TypeError, match=f"{message}.*{advice}"):
+            dp.rollout(chain, X0, US)
+    with pytest.raises(TypeError, match=f"`Node` holds `aux_data`, .* `{name}`"):
+        dp.rollout(system_of(Node(held, first)), X0, US)
+
+
+class Tilted(dp.losses.KL):
+    held: Any = eqx.field(static=True)
+
+
+@OF_ARRAYS
+def test_a_divergence_with_what_can_change_in_a_static_field_is_refused():
+    scores = jnp.array([0.3, 0.1, -0.2])
+    message = "type `Tilted` holds `held`, an object of type `dict`"
+    for operator in (dp.losses.f_softargmax, dp.losses.f_softmax):
+        with pytest.raises(TypeError, match=message):
+            operator(scores, Tilted(dict(w=1.0)), "uniform")
+        right = operator(scores, dp.losses.KL(), "uniform")
+        for held in ((1.0, np.float64(2.0)), Pair(1.0)):
+            found = operator(scores, Tilted(held), "uniform")
+            np.testing.assert_array_equal(found, right)
 
 
 @pytest.mark.parametrize("cost, message", REFUSED, ids=range(len(REFUSED)))
