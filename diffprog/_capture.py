@@ -210,21 +210,25 @@ FUNCTIONS = types.FunctionType, types.MethodType, ft.partial
 _FIRST = weakref.WeakKeyDictionary()  # what a function captured at first
 
 
-def _check_unchanged(fn: Callable):
+def _check_unchanged(fn: Callable, traced: bool):
     """Refuses a function that is not rebuilt and captures what it did not at first.
 
-    `jax.lax.scan` and others keep what they traced of the same function.
+    `jax.lax.scan` and others keep what they traced of the same function. It may change
+    what it captures itself, while it is traced.
     """
     if _is_fixed(fn):
         return
     now = hash(Frozen(fn))
-    if _FIRST.setdefault(fn, now) != now:
+    if traced:
+        _FIRST[fn] = now
+    elif _FIRST.setdefault(fn, now) != now:
         name = getattr(fn, "__qualname__", repr(fn))
         raise TypeError(
             f"The function `{name}` is in a static field or a `jax.tree_util.Partial`, "
             "and what it captures has changed: what was traced of it before would give "
-            "the old answer. Make it a field that is not static (without "
-            "`static=True`), or an `equinox.Partial`."
+            "the old answer. Make what changes a field of the module, or the function "
+            "a field that is not static (without `static=True`), or an "
+            "`equinox.Partial`."
         )
 
 
@@ -255,7 +259,8 @@ class Taken:
 
     With `constants` the numbers that functions capture are part of `static` too, unless
     they are traced; `captured` says that the leaves of the tree are such numbers. Lists
-    and tuples of `size` numbers are one of `numbers` each.
+    and tuples of `size` numbers are one of `numbers` each; `traced` says that the tree
+    was traced just now.
     """
 
     def __init__(
@@ -264,6 +269,7 @@ class Taken:
         constants: bool = False,
         captured: bool = False,
         size: int | None = None,
+        traced: bool = False,
     ):
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
@@ -271,7 +277,7 @@ class Taken:
         self._kept = False  # whether inside of what is not rebuilt
         self._static = False  # whether inside of what a node holds
         self._seen: dict[int, _Node] = {}
-        self._size = size
+        self._size, self._traced = size, traced
         leaves, treedef = self._flatten(tree)
         self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
 
@@ -324,7 +330,7 @@ class Taken:
         if kind in PLAIN:
             return kind, value  # the type stands beside the value: True == 1
         if self._static and kind in FUNCTIONS:
-            _check_unchanged(value)
+            _check_unchanged(value, self._traced)
         if kind is types.FunctionType:
             return self._function(value)
         if kind is types.MethodType:

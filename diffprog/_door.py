@@ -67,7 +67,7 @@ def door(fn: Callable) -> Callable:
             asks.add(static)
         if num_traces > before:
             # A function that counts its own calls is not another one for that.
-            after = Taken(tree).static
+            after = Taken(tree, traced=True).static
             if after != static:
                 same[after] = static
         return result
