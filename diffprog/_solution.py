@@ -17,6 +17,11 @@ BOUNDED = (
     "Start from `us` that keep the system bounded, shorten the horizon, or use a "
     "search that shortens steps."
 )
+STIFF = (
+    "Where an explicit rule meets a stiff vector field, shorten `dt`, or give "
+    "`discretize` an implicit solver."
+)
+GROWN = f"{BOUNDED} {STIFF}"
 # What to do about a result, in the words of a control problem.
 ADVICE = dict(
     max_steps_reached="Raise `max_steps`, loosen `rtol` and `atol`, or continue from "
@@ -28,7 +33,7 @@ ADVICE = dict(
     "start from better `us`, scale the controls, raise the `max_damping` of the search "
     "or, with `dp.Newton()` or `dp.DDP()`, try `dp.ILQR()`, which needs convex costs "
     "only.",
-    nonfinite_rollout=BOUNDED,
+    nonfinite_rollout=GROWN,
     nonfinite_derivative="Look there for sqrt(0), norms at 0, 0/0 under `jnp.where`, "
     "or arctan2(0, 0).",
     factorization_failed="Give a positive `damping`, use a search that raises it, or "
@@ -45,8 +50,9 @@ FINDER = (
 )
 EARLY = (
     "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
-    "problem, for functions outside their domain, and for an implicit step that fails: "
-    f"{FINDER}"
+    "problem, for functions outside their domain, for an explicit rule whose `dt` is "
+    "too long for a stiff vector field (shorten it, or give `discretize` an implicit "
+    f"solver), and for an implicit step that fails: {FINDER}"
 )
 FAILED = f"Where a step of an implicit solver fails the new state is NaN: {FINDER}"
 # A state beyond runs away: it is not the cost that is to blame.
@@ -141,7 +147,7 @@ def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
 
 def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> str:
     """The message of the known result of one solve."""
-    name, where = NAMES[int(solution.result._value)], ""
+    name, where, instead = NAMES[int(solution.result._value)], "", ""
     stage = int(solution.stats["first_nonfinite"])
     if name == "successful" and not solution.stats["minimum"]:
         where = (
@@ -151,12 +157,15 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
         )
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
+        if (largest := _largest(solution.xs)) > RUNAWAY:
+            where += f" The states reach {largest:.1e}: no model holds there."
+            instead = GROWN
     elif name in ("max_steps_reached", "no_descent", "damping_limit"):
         where, instead = _hindrances(solution, name, stage)
-        advice = {**advice, **({name: instead} if instead else {})}
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
-        advice = {**advice, **({"nonfinite_rollout": instead} if instead else {})}
+    if instead and advice is ADVICE:  # a network has neither `dt` nor root finder
+        advice = {**advice, name: instead}
     return explain(solution.result, advice, where)
 
 
@@ -168,20 +177,20 @@ def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:
         trials = f"in iteration {step} trials were not finite from stage {stage} on"
     if name != "max_steps_reached" and largest > RUNAWAY:
         trials = trials and f", and {trials}"
-        return f"The states reach {largest:.1e}{trials}: no model holds there.", BOUNDED
-    where = [f"{trials.capitalize()}. {FAILED}"] if trials else []
+        return f"The states reach {largest:.1e}{trials}: no model holds there.", GROWN
+    where = [f"{trials.capitalize()}."] if trials else []
     if name == "max_steps_reached" and not solution.stats["minimum"]:
         where.append(
             "Without damping the model has no minimum: has the cost a bound below?"
         )
-    return " ".join(where), ""
+    return " ".join(where), f"{FAILED} {STIFF} {ADVICE[name]}" if trials else ""
 
 
 def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
     """Where a roll-out is not finite, and advice of its own."""
     if np.isfinite(solution.cost):
         where = f"In the trials that is so from stage {stage} on."
-        return where, f"{BOUNDED} {FAILED}"
+        return where, f"{GROWN} {FAILED}"
     phases = isinstance(solution.policy, tuple)
     states, controls = solution.xs, solution.us
     largest = _largest(states)
@@ -199,7 +208,7 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
         return f"It is the cost of stage {stage}; its state is finite.", DOMAIN
     where, late = f"The state is not finite from stage {stage} on.", stage > 2
     if late and largest > RUNAWAY:
-        return where, BOUNDED
+        return where, GROWN
     return where, f"{BOUNDED} {FAILED}" if late else EARLY
 
 

@@ -256,3 +256,14 @@ class Scaled(eqx.Module):
 def one_stage(J):
     """The problem min J(u) in one stage with x' = u."""
     return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+
+
+def equations(jaxpr):
+    """All of a program, and of what it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        values = list(equation.params.values())
+        for value in jax.tree.leaves(values, is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

@@ -35,7 +35,7 @@ from diffprog.oracles import (
 from diffprog.oracles._prox_linear import choose, Either
 from diffprog.oracles.base import linearize
 
-from . import convex
+from . import convex, helpers
 
 
 M, K, N = 8, 3, 6  # examples, outputs, parameters
@@ -215,8 +215,14 @@ def test_many_models_at_once(solver):
     many = jax.jit(jax.vmap(one))(dampings)
     for i, damping in enumerate(dampings):
         alone = run("euclidean", 0, damping, 1e-6, solver)[0]
-        np.testing.assert_allclose(many.step[i], alone.step, rtol=1e-6, atol=1e-9)
-        assert many.num_inner[i] == alone.num_inner
+        if isinstance(solver, InteriorPoint):
+            np.testing.assert_allclose(many.step[i], alone.step, rtol=1e-6, atol=1e-9)
+            assert many.num_inner[i] == alone.num_inner
+        # Products end where rounding says; damping |d - d*|^2 <= 2 gap.
+        reach = sum(np.sqrt(2 * gap / damping) for gap in (many.gap[i], alone.gap))
+        assert np.linalg.norm(many.step[i] - alone.step) <= reach
+        fewest, most = sorted((int(many.num_inner[i]), int(alone.num_inner)))
+        assert most <= 1.2 * fewest + 2
 
 
 @each
@@ -233,6 +239,31 @@ def test_excluded_classes_are_as_ones_of_no_chance(solver):
         )
         assert found.gap <= 1e-8 * value
         np.testing.assert_allclose(found.step, same.step, rtol=0, atol=2e-3)
+
+
+def test_without_matrices():
+    # 300 outputs, 1763 parameters: one matrix would have 90 thousand entries.
+    keys = jax.random.split(jax.random.key(0))
+    net = dp.Network(
+        [
+            eqx.nn.Linear(40, 40, key=keys[0]),
+            jnp.tanh,
+            eqx.nn.Linear(40, K, key=keys[1]),
+        ]
+    )
+    x, y = jnp.ones((100, 40)), jnp.zeros((100, K))
+
+    def largest(solver):
+        vd = dp.value_and_direction(Absolute(), ProxLinear(0.1, solver))
+        arrays, rest = eqx.partition(net, eqx.is_array)
+        fn = lambda arrays: vd(eqx.combine(arrays, rest), x, y)
+        program = jax.make_jaxpr(fn)(arrays).jaxpr
+        outs = [v for e in helpers.equations(program) for v in e.outvars]
+        return max(v.aval.size for v in outs)
+
+    assert largest(AugmentedLagrangian()) <= 100 * 40
+    assert largest(ProximalGradient()) <= 100 * 40
+    assert largest(InteriorPoint()) >= 300**2
 
 
 # Its steps ------------------------------------------------------------------------
@@ -350,7 +381,7 @@ def test_either_solver():
         first, last = CoordinateAscent(steps), InteriorPoint()
         args = "absolute", 0, 1.0, 1e-6
         found, value, P = run(*args, Either(first, last))
-        assert found.gap <= 1e-6 * (value - P + found.gap)
+        assert found.gap <= 1e-6 * (value - P + found.gap) and P < value
         alone, value, P = run(*args, first)
         num_inner = alone.num_inner
         if not alone.gap <= 1e-6 * (value - P + alone.gap):

@@ -89,6 +89,7 @@ def test_numpy_arrays_and_python_floats_are_data():
     single = dp.solve(problem, dp.ILQR(), np.float32(x0), np.float32(us))
     assert single.us.dtype == jnp.float32
     np.testing.assert_allclose(single.cost, solution.cost, rtol=1e-5)
+    assert solution.cost < dp.rollout(problem, x0, us).cost
     mixed = dp.rollout(
         dp.ControlProblem(
             lambda x, u, t: (x[0] + u, x[1]), lambda x, u, t: u**2, lambda x: x[0], 3

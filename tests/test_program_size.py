@@ -11,16 +11,7 @@ from .helpers import DIRECTIONS, name
 
 
 def count_equations(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        total += 1
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += count_equations(inner)
-    return total
+    return sum(1 for _ in helpers.equations(jaxpr))
 
 
 CEILINGS = dict(Gradient=820, GaussNewton=1000, Newton=1190, ILQR=1000, DDP=1110)

@@ -1,5 +1,8 @@
 """What a result says: the sentence, the place, and the advice of what was called."""
 
+import diffrax
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,7 +79,7 @@ def test_a_state_that_is_lost_late_may_be_a_step_that_fails():
     with pytest.raises(dp.SolveError, match="from stage 4 on. Start .* root finder"):
         call(late)
     with pytest.raises(
-        dp.SolveError, match="from stage 4 on. Start .* shortens steps.$"
+        dp.SolveError, match="from stage 4 on. Start .* an implicit solver.$"
     ):
         call(lambda x, u, t: x * 1e80)
 
@@ -88,6 +91,58 @@ def test_a_state_that_runs_away_is_to_blame_and_not_its_cost():
     us = jnp.zeros((4, 1), jnp.float32)
     with pytest.raises(dp.SolveError, match="At stage 3 the state has run away, to 1"):
         dp.solve(problem, dp.ILQR(), jnp.ones(1, jnp.float32), us)
+
+
+SHORTEN = "shorten .*, or give `discretize` an implicit solver"
+LATE = f"shortens steps. Where an explicit rule .* stiff vector field, {SHORTEN}"
+
+
+@pytest.mark.parametrize(
+    "method, rate, horizon, message",
+    [
+        ("euler", 1e3, 60, f"not finite from stage 23 on. .*{LATE}.$"),
+        ("rk4", 1e3, 5, f"stage 5 the state has run away, .*{LATE}.$"),
+        ("midpoint", 1e3, 5, f"at stage 3. The states reach .*: no model .*{LATE}.$"),
+        (diffrax.Tsit5(), 1e5, 5, rf"So early .* explicit rule .*\({SHORTEN}\)"),
+    ],
+    ids=["late", "cost", "derivative", "early"],
+)
+def test_an_explicit_rule_on_a_stiff_vector_field_is_told(
+    method, rate, horizon, message
+):
+    field = lambda x, u, t: jnp.stack([x[1], -rate * (x[1] - jnp.cos(x[0]) * u[0])])
+    problem = dp.ControlProblem(
+        dp.discretize(field, 0.05, method),
+        lambda x, u, t: 0.01 * jnp.sum(u**2),
+        lambda x: jnp.sum((x - jnp.array([0.5, 0.0], jnp.float32)) ** 2),
+        horizon,
+    )
+    x0, us = jnp.array([0.0, 1.0], jnp.float32), jnp.zeros((horizon, 1), jnp.float32)
+    with pytest.raises(dp.SolveError, match=message):
+        dp.solve(problem, dp.ILQR(), x0, us, max_steps=20)
+
+
+class Root(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, x):
+        return jnp.sqrt(self.w) * x
+
+
+@pytest.mark.parametrize(
+    "w, message",
+    [
+        (1e160, "state is not finite from stage 4 on. Look for NaN in .* parameters.$"),
+        (-1.0, "state is not finite from stage 1 on. Look for NaN in .* parameters.$"),
+        (1.0, r"trials were not finite from stage 1 on. Without .* below\? Raise"),
+    ],
+    ids=["late", "early", "trials"],
+)
+def test_the_training_of_a_network_hears_nothing_of_time_steps(w, message):
+    net = dp.Network((Root(jnp.array(w)),) * 5)
+    problem = dp.NetworkProblem(net, dp.losses.Squared(), -10.0 * jnp.ones((1, 1)))
+    with pytest.raises(dp.SolveError, match=message):
+        dp.solve(problem, dp.GaussNewton(), jnp.ones((1, 1)), net.params, max_steps=1)
 
 
 def test_a_wild_guess_is_to_blame_and_not_the_model():

@@ -75,6 +75,8 @@ def test_first_cost_of_the_pendulum():
     J, slope = cost_and_slope(Pendulum(), jnp.zeros((50, 1)))
     np.testing.assert_allclose(J, math.pi**2, rtol=1e-14)
     np.testing.assert_allclose(slope, 0.4868142624368118, rtol=1e-11)
+    system, u = Pendulum(control_weight=0.5), jnp.array([3.0])
+    np.testing.assert_allclose(system.cost(system.x0, u, 0), 4.5, rtol=1e-14)
 
 
 def test_first_cost_of_the_cart_pole():

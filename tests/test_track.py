@@ -729,6 +729,29 @@ def test_commas_that_may_separate_thousands_are_refused(tmp_path):
     np.testing.assert_allclose(Track.from_csv(path).length, 20 * math.pi, rtol=1e-3)
 
 
+def test_one_decimal_after_a_comma_is_named_where_no_track_comes_of_it(tmp_path):
+    """The widths would be single digits; every other error of whole rows names it."""
+    path = tmp_path / "track.csv"
+    match = "two columns with decimal commas or four"
+    circle = 420.0 + ring(100.0, 61)[:-1]
+    path.write_text("\n".join(f"{x:.1f},{y:.1f}".replace(".", ",") for x, y in circle))
+    for closed in (True, False):
+        with pytest.raises(ValueError, match=f"steps back by .* {match}"):
+            Track.from_csv(path, closed=closed)
+    back = "0,{0},5,5\n10,{0},5,5\n20,{0},5,5\n15,{0},5,5\n30,{0},5,5\n40,{0},5,5\n"
+    for y, doubt in (("2", True), ("-2", False), (" 2", False)):
+        path.write_text(back.format(y))
+        with pytest.raises(ValueError, match="steps back by") as error:
+            Track.from_csv(path, closed=False)
+        assert (match in str(error.value)) == doubt
+        path.write_text(back.format(y).replace("15,", "25,"))
+        assert Track.from_csv(path, closed=False).length == 40.0
+    path.write_text("# nothing\n")
+    for half_width in (5.0, None):
+        with pytest.raises(ValueError, match="0 points; .* add points.$"):
+            Track.from_csv(path, half_width)
+
+
 def test_bad_json(tmp_path):
     _, data = columns()
     path = tmp_path / "track.json"

@@ -26,7 +26,7 @@ from ._solvers import conjugate_gradients
 from .base import Linearization
 
 
-FIRST = 30.0  # s at first, where 1 would smooth away as much as the loss itself
+FIRST = 30.0  # s at first, over what would smooth away all that the losses can fall
 SHRINK = 0.65  # of s, whenever the multipliers change
 FORCING = 0.5  # the residual of a system, as a part of its right-hand side
 SHARE = 0.3  # of the rest of the gap, for what is left to a minimum
@@ -44,7 +44,7 @@ class AugmentedLagrangian(AbstractModelSolver):
 
     The systems of Newton's method, with the derivative of the prox for a Hessian, are
     solved by conjugate gradients. Near a minimum the gradients of e become the new
-    multipliers, and s is halved.
+    multipliers, and s is lowered.
 
     For losses with kinks and batches of any size: a step of conjugate gradients takes a
     product with J and one with J'. Where damping is small it needs far fewer of them
@@ -66,8 +66,7 @@ class AugmentedLagrangian(AbstractModelSolver):
     def minimize(self, at, damping, gap):
         given, at = at, bounded(at)
         smoothed = Smoothed(at, damping)
-        square = at.weight * jnp.vdot(at.cotangent, at.cotangent)
-        s = FIRST * jnp.where(square > 0, jnp.abs(at.value) / square, 1)
+        s = first_length(at)
         smallest = jnp.finfo(s.dtype).eps * s
         d = jtu.tree_map(jnp.zeros_like, at.params)
         seen = smoothed.look(at.cotangent, s, d, at.outputs)
@@ -97,6 +96,17 @@ class AugmentedLagrangian(AbstractModelSolver):
         left = best.P - D
         found = Found(best.d, best.z, left, count, jnp.isfinite(left))
         return unbounded(given, found)
+
+
+def first_length(at: Linearization) -> Array:
+    """The s at which a step of s along minus all gradients would be `FIRST` times too
+    long for losses that fall by all they can.
+    """
+    losses, zero = at.loss(at.outputs, at.targets), jnp.zeros_like(at.outputs)
+    fall = fenchel(at, losses, at.outputs, zero)  # inf l = -l*(0)
+    square = at.weight * jnp.vdot(at.cotangent, at.cotangent)
+    known = (square > 0) & (fall > 0) & (fall < jnp.inf)
+    return FIRST * jnp.where(known, fall / jnp.where(known, square, 1), 1)
 
 
 class Seen(NamedTuple):

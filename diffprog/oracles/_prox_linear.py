@@ -380,4 +380,4 @@ def choose(at: Linearization) -> AbstractModelSolver:
     if min(n, q) <= 256:
         return InteriorPoint()
     # So many products cost less than the interior point method, and often suffice.
-    return Either(AugmentedLagrangian(500), InteriorPoint())
+    return Either(AugmentedLagrangian(1000), InteriorPoint())

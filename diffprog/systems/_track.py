@@ -1,3 +1,5 @@
+"""Tracks: how they are made of points, borders and files, and their lines."""
+
 import os
 from typing import Any
 
@@ -195,14 +197,17 @@ class Track(eqx.Module):
         **Returns:** a track.
 
         **Raises:** `FileNotFoundError`, or `ValueError` for missing columns, for cells
-        that are no numbers, for commas that may separate thousands, and as
-        `from_waypoints`.
+        that are no numbers, for commas that may separate thousands or be decimal
+        ones, and as `from_waypoints`.
 
         Source: TUMFTM/racetrack-database, 2019, for the format.
         """
-        points, widths, lines = _track_files.read_csv(path, half_width is None)
+        points, widths, lines, doubt = _track_files.read_csv(path, half_width is None)
         right, left = widths.T if half_width is None else (None, None)
-        return cls._from_widths(points, half_width, left, right, closed, lines=lines)
+        with _track_files.doubted(doubt):
+            return cls._from_widths(
+                points, half_width, left, right, closed, lines=lines
+            )
 
     @classmethod
     def from_json(cls, path: str | os.PathLike, *, closed: bool = True) -> "Track":

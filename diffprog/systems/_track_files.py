@@ -1,4 +1,5 @@
 import codecs
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 
 _CSV = ("x_m", "y_m", "w_tr_right_m", "w_tr_left_m")
 _WHOLE = re.compile(r"\s*[-+]?\d+(\s*,\s*[-+]?\d+){3}\s*,?\s*(#.*)?")
+_TWO = re.compile(r"\s*[-+]?\d+,\d+\s*,\s*[-+]?\d+,\d+\s*,?\s*(#.*)?")
 _SEPARATOR = re.compile('"?sep=.?"?', re.IGNORECASE)  # what spreadsheets begin with
 _NUMBER = re.compile(
     r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
@@ -35,11 +37,12 @@ class _Row(NamedTuple):
 
 def read_csv(
     path: str | os.PathLike, with_widths: bool
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Center line, shape `(N, 2)`, distances to the borders, and lines of the file.
+) -> tuple[np.ndarray, np.ndarray, list[int], str]:
+    """Center line, shape `(N, 2)`, distances to the borders, lines of the file, doubt.
 
     The distances are those to the right and to the left, shape `(N, 2)`; without
-    widths they are not looked for, shape `(N, 0)`.
+    widths they are not looked for, shape `(N, 0)`. The doubt says that the same file
+    may hold two columns with decimal commas; it is empty where it cannot.
     """
     wanted = _CSV if with_widths else _CSV[:2]
     header, rows = None, []
@@ -60,11 +63,14 @@ def read_csv(
     columns = header or (_CSV[:2] if rows and len(rows[0].cells) == 2 else _CSV)
     names = [column.lower() for column in columns]
     written = [lines[row.line - 1] for row in rows]
-    if header is None and len(names) == 4 and _may_be_decimal(written, with_widths):
-        raise ValueError(
-            f"`path` {path} may have two columns with decimal commas or four of whole "
-            "numbers: separate cells by semicolons, or name the columns in a header."
-        )
+    doubt = (
+        f"`path` {path} may have two columns with decimal commas or four of whole "
+        "numbers: separate cells by semicolons, or name the columns in a header."
+    )
+    nameless = header is None and len(names) == 4 and bool(rows)
+    if nameless and _may_be_decimal(written, with_widths):
+        raise ValueError(doubt)
+    doubt = doubt if nameless and all(map(_TWO.fullmatch, written)) else ""
     missing = [name for name in wanted if name not in names]
     if missing:
         has_points = "x_m" in names and "y_m" in names
@@ -78,7 +84,18 @@ def read_csv(
     table = [_numbers(path, columns, indices, row) for row in rows]
     _check_commas(path, columns, indices, rows)
     table = np.array(table).reshape(-1, len(wanted))
-    return table[:, :2], table[:, 2:], [row.line for row in rows]
+    return table[:, :2], table[:, 2:], [row.line for row in rows], doubt
+
+
+@contextlib.contextmanager
+def doubted(doubt: str):
+    """Adds the doubt about a file to the error of the track that it was read as."""
+    try:
+        yield
+    except ValueError as error:
+        if not doubt:
+            raise
+        raise ValueError(f"{error} {doubt}") from error
 
 
 def _row(number: int, line: str) -> _Row:
@@ -95,7 +112,8 @@ def _row(number: int, line: str) -> _Row:
 def _may_be_decimal(lines: Sequence[str], with_widths: bool) -> bool:
     """Whether 0,5,-1,25 may be 0.5 and -1.25: without widths, any whole numbers may.
 
-    With them, those that four columns seldom hold: negative widths, and 00 or 05.
+    With them, those that four columns seldom hold: negative widths, and 00 or 05. One
+    decimal looks like a width; such a file is only doubted, if no track comes of it.
     """
     if not all(map(_WHOLE.fullmatch, lines)):
         return False
