@@ -39,8 +39,8 @@ MODULES = {"": dp, "losses.": dp.losses, "oracles.": dp.oracles, "plot.": plot}
 # Methods that users call, or that decide a result.
 METHODS = """
 __call__ block_update center conjugate conjugate_prox cost derivative dual_projection
-dynamics factor gradient half_widths heading hessian_mv left lines minimize normal propose right
-scaled step terminal_cost vector_field
+dynamics factor gradient half_widths heading hessian_mv left lines minimize normal
+propose right scaled step terminal_cost vector_field
 """.split()
 
 called: set[str] = set()
