@@ -147,14 +147,24 @@ def _check_method(method: Any):
             "or a split vector field); a solver of x' = f(x, u, t), such as "
             "`diffrax.Tsit5()`, is expected."
         )
-    implicit = isinstance(method, diffrax.AbstractImplicitSolver)
-    if implicit and not eqx.is_array_like(method.root_finder.rtol):
+    if not isinstance(method, diffrax.AbstractImplicitSolver):
+        return
+    finder = method.root_finder
+    advice = (
+        f"pass `diffrax.{name}(root_finder=optimistix.Newton(rtol=1e-8, atol=1e-8), "
+        "root_find_max_steps=100)` in float64, and 1e-3 in float32, where rounding "
+        "keeps a stiff step from tighter ones."
+    )
+    if isinstance(finder, type):
+        raise ValueError(
+            f"`method` is {name}, whose root finder is the class `{finder.__name__}`; "
+            f"one of its objects is expected: {advice}"
+        )
+    if not eqx.is_array_like(finder.rtol):
         raise ValueError(
             f"`method` is {name}, whose root finder has no tolerances, which come "
-            "from an adaptive step size elsewhere; the length of a step is `dt` here: "
-            f"pass `diffrax.{name}(root_finder=optimistix.Newton(rtol=1e-8, "
-            "atol=1e-8))` in float64, and 1e-3 in float32, where rounding keeps a "
-            "stiff step from tighter ones."
+            f"from an adaptive step size elsewhere; the length of a step is `dt` here: "
+            f"{advice}"
         )
 
 
@@ -177,6 +187,8 @@ def discretize(
         slowly.) The root finder of an implicit solver needs tolerances, about 1e-8 in
         float64 and 1e-3 in float32: `optimistix.Newton(rtol=1e-8, atol=1e-8)`. A chord
         method, such as `diffrax.VeryChord`, keeps one Jacobian and fails more often.
+        The solver allows it 10 iterations: `root_find_max_steps=100` costs nothing
+        where fewer do.
 
     **Returns:** a module, to be called as `dynamics(x, u, t)`. Where the root finder of
     an implicit solver does not reach its tolerances the new state is NaN, and a solve

@@ -45,8 +45,9 @@ ADVICE = dict(
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 FINDER = (
-    "loosen the tolerances of its root finder, or give them to `optimistix.Newton` if "
-    "it is a chord method such as `diffrax.VeryChord`."
+    "give its root finder more iterations (`root_find_max_steps=100`; diffrax has 10) "
+    "or looser tolerances, or take `optimistix.Newton` in place of a chord method such "
+    "as `diffrax.VeryChord`."
 )
 EARLY = (
     "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
@@ -183,7 +184,10 @@ def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:
         where.append(
             "Without damping the model has no minimum: has the cost a bound below?"
         )
-    return " ".join(where), f"{FAILED} {STIFF} {ADVICE[name]}" if trials else ""
+    if not trials:
+        return " ".join(where), ""
+    otherwise = ADVICE[name][0].lower() + ADVICE[name][1:]
+    return " ".join(where), f"{FAILED} {STIFF} Otherwise, {otherwise}"
 
 
 def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:

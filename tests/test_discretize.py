@@ -196,6 +196,28 @@ def test_a_chord_method_that_gave_up_is_told_at_the_step_limit():
     assert newton.cost < 0.1 * solution.cost
 
 
+@pytest.mark.slow
+def test_a_newton_method_may_need_more_iterations_than_diffrax_allows():
+    def bent(x, u, t):
+        i, w = x
+        fast = 2500 * (u[0] - 0.3 * w - i - 0.1 * i**3)
+        return jnp.stack([3 * i - 0.5 * w - 0.2 * jnp.tanh(4 * w), fast])[::-1]
+
+    newton = optimistix.Newton(rtol=1e-8, atol=1e-8)
+    x, u = jnp.array([-0.3, 0.2]), jnp.array([20.0])
+    step = lambda **options: dp.discretize(
+        bent, 0.04, diffrax.ImplicitEuler(root_finder=newton, **options)
+    )(x, u, 0)
+    assert jnp.isnan(step()).all()
+    new = step(root_find_max_steps=100)
+    np.testing.assert_allclose(new - x, 0.04 * bent(new, u, 0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_class_as_root_finder():
+    with pytest.raises(ValueError, match="is the class `Newton`; .*max_steps=100"):
+        dp.discretize(stiff, 0.05, diffrax.ImplicitEuler(root_finder=optimistix.Newton))
+
+
 def test_one_step_of_diffrax_at_late_times():
     """Rounding of a large time leaves no rest for a second step."""
     t = jnp.asarray(123_457, jnp.int32)

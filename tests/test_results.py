@@ -207,7 +207,7 @@ def test_trials_of_an_early_iteration_that_are_not_finite_are_told_at_the_end(
         assert step == (name(search) == "AdaptiveDamping")
         assert step + 1 < solution.stats["num_steps"] or code == "no_descent"
         assert f"In iteration {step} trials were not finite from stage 1" in message
-        assert "root finder, or give them to `optimistix.Newton`" in message
+        assert "`root_find_max_steps=100`" in message and "Otherwise, " in message
 
 
 def by_hand(problem, x0, us, search, max_steps):
