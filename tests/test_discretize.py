@@ -214,8 +214,9 @@ def test_a_newton_method_may_need_more_iterations_than_diffrax_allows():
 
 
 def test_a_class_as_root_finder():
+    finder: Any = optimistix.Newton
     with pytest.raises(ValueError, match="is the class `Newton`; .*max_steps=100"):
-        dp.discretize(stiff, 0.05, diffrax.ImplicitEuler(root_finder=optimistix.Newton))
+        dp.discretize(stiff, 0.05, diffrax.ImplicitEuler(root_finder=finder))
 
 
 def test_one_step_of_diffrax_at_late_times():
