@@ -200,10 +200,15 @@ def _is_fixed(value) -> bool:
         if value.__closure__ and value.__code__.co_freevars != ("__class__",):
             return False
         defaults = value.__defaults__, *(value.__kwdefaults__ or {}).values()
-        return all(map(_is_fixed, defaults))
+        return all(map(_is_fixed, (*defaults, *_own(value).values())))
     if dataclasses.is_dataclass(value) and kind.__dataclass_params__.frozen:  # pyright: ignore
         return all(_is_fixed(getattr(value, name)) for name in _names(value))
     return isinstance(value, (*CODE, np.dtype, np.generic, Same, Frozen))
+
+
+def _own(fn: types.FunctionType) -> dict[str, Any]:
+    """The attributes of a function, but for those that decorators leave there."""
+    return {f".{k}": v for k, v in fn.__dict__.items() if not k.startswith("_")}
 
 
 FUNCTIONS = types.FunctionType, types.MethodType, ft.partial
@@ -365,7 +370,8 @@ class Taken:
         defaults, named = fn.__defaults__ or (), fn.__kwdefaults__ or {}
         parts |= {f"default {i}": value for i, value in enumerate(defaults)}
         parts |= {f"default {name}": value for name, value in named.items()}
-        return self._holder(fn, (types.FunctionType, Same(fn)), parts)
+        own = _own(fn)
+        return self._holder(fn, (types.FunctionType, Same(fn), *own), parts | own)
 
     def _method(self, method: types.MethodType):
         owner = method.__self__
@@ -601,8 +607,9 @@ class _Builder:
         num = len(old.__defaults__ or ())
         new.__defaults__ = tuple(values[:num]) or None
         if old.__kwdefaults__:
-            named = zip(old.__kwdefaults__, values[num:], strict=True)
-            new.__kwdefaults__ = dict(named)
+            new.__kwdefaults__ = dict(zip(old.__kwdefaults__, values[num:]))
+        names = [name.removeprefix(".") for name in node.key[2:]]
+        new.__dict__.update(zip(names, values[len(values) - len(names) :]))
         return new
 
 

@@ -163,7 +163,7 @@ def _check_method(method: Any):
     if not eqx.is_array_like(finder.rtol):
         raise ValueError(
             f"`method` is {name}, whose root finder has no tolerances, which come "
-            f"from an adaptive step size elsewhere; the length of a step is `dt` here: "
+            "from an adaptive step size elsewhere; the length of a step is `dt` here: "
             f"{advice}"
         )
 

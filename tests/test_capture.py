@@ -729,3 +729,19 @@ def test_a_function_that_counts_its_calls_is_traced_once():
         dp.rollout(problem(Counting().cost), X0, US)
         assert len(calls) == 2
     dp.linearize(problem(Counting().cost), X0, US)
+
+
+def test_attributes_of_functions_are_seen():
+    def dynamics(x, u, t):
+        return x + u / step.mass
+
+    step: Any = dynamics
+    step.mass = 1.0
+    problem = dp.ControlProblem(
+        step, lambda x, u, t: jnp.sum(u**2), lambda x: jnp.sum((x - 1.0) ** 2), 1
+    )
+    for mass in (1.0, 2.0, jnp.asarray(3.0), 1.0):
+        step.mass = mass
+        cost = dp.solve(problem, dp.ILQR(), jnp.zeros(1), jnp.zeros((1, 1))).cost
+        # The least of u^2 + (u / m - 1)^2.
+        np.testing.assert_allclose(cost, mass**2 / (1 + mass**2), rtol=1e-12)
