@@ -11,8 +11,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._capture import is_data, is_list, put_together, Taken
+from ._capture import put_together, Taken
 from ._chain import AbstractChain
+from ._changes import is_data, is_list
 from ._direction import AbstractDirection
 from ._door import door
 from ._fast_loops import FastLoopsError

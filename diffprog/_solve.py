@@ -11,8 +11,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._capture import Same
 from ._chain import AbstractChain
+from ._changes import Same
 from ._direction import AbstractDirection
 from ._door import door, undifferentiated
 from ._fast_loops import compiled, Loops
