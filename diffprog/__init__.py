@@ -83,7 +83,7 @@ from ._value_and_direction import (
 from .oracles._rules import rule_boundary as rule_boundary
 
 
-from . import losses as losses, oracles as oracles  # isort: skip
+from . import losses as losses, optim as optim, oracles as oracles  # isort: skip
 from . import plot as plot, systems as systems  # isort: skip  (import this door)
 
 
