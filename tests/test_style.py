@@ -80,7 +80,12 @@ ORACLES = [
     ["_augmented_lagrangian", "_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
 ]
-INSIDE = {"losses": LOSSES, "oracles": ORACLES}
+DIRECTIONS = [
+    ["rollouts"],
+    ["base"],
+    ["ddp", "gauss_newton", "gradient", "ilqr", "moreau", "newton"],
+]
+INSIDE = {"losses": LOSSES, "oracles": ORACLES, "_direction": DIRECTIONS}
 OUTSIDE = ("systems", "plot")  # these see the public door only
 
 
