@@ -37,6 +37,8 @@ class AbstractDirection(eqx.Module):
 
     `expand` builds a local model, `backward` turns it into gains, and `forward`, the
     same for all, rolls them out at a step size.
+
+    - `follows_dynamics`: whether that is on the dynamics, or on the linear model.
     """
 
     follows_dynamics: eqx.AbstractClassVar[bool]
