@@ -23,7 +23,7 @@ from ._model import (
     raised_in_predict,
     split,
 )
-from ._network_problem import check_reduction, Reduction
+from ._reduction import check_reduction, Reduction
 from ._result import explain, RESULTS, throw_unless_successful
 from ._tree import (
     all_finite,

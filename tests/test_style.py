@@ -28,6 +28,7 @@ FLOORS = {
     "_fast_loops": 1,
     "_flax": 1,
     "_linalg": 1,
+    "_reduction": 1,
     "_report": 1,
     "_result": 1,
     "_capture": 1,
