@@ -123,7 +123,7 @@ class Track(eqx.Module):
         check_steps("points", center, widths, closed, lines)
         given = (center, lines)
         if spacing is not None:
-            center, widths = _resample(center, widths, closed, spacing)
+            center, widths = _spline.resample(center, widths, closed, spacing)
         normal = _borders.normals(center, closed)
         borders = (center - widths[:, :1] * normal, center + widths[:, 1:] * normal)
         return cls._fit(center, *borders, closed, origin, given)
@@ -389,15 +389,3 @@ def _close(center, data, closed):
                 f"A closed track needs at least 4 different points; {len(center)} came."
             )
     return np.concatenate([center, center[:1]]), np.concatenate([data, data[:1]])
-
-
-def _resample(center, widths, closed, spacing):
-    knots = _spline.chord_lengths(center)
-    num = max(5, 1 + round(knots[-1] / spacing))
-    coefficients = _spline.fit(knots, center, closed)
-    at = _spline.even_parameters(knots, coefficients, num)
-    points, _ = _spline.evaluate(knots, coefficients, at)
-    if closed:
-        points[-1] = points[0]
-    columns = [np.interp(at, knots, column) for column in widths.T]
-    return points, np.stack(columns, axis=1)
