@@ -11,11 +11,14 @@ from ._chain import (
 )
 from ._direction import (
     AbstractDirection as AbstractDirection,
+    AbstractRollout as AbstractRollout,
     DDP as DDP,
     Expansion as Expansion,
+    Feedback as Feedback,
     GaussNewton as GaussNewton,
     Gradient as Gradient,
     ILQR as ILQR,
+    LinearRollout as LinearRollout,
     MoreauGradient as MoreauGradient,
     Newton as Newton,
 )
