@@ -63,7 +63,6 @@ FLOORS = {
 LOSSES = [
     ["_divergence", "_bracket", "_factor"],
     ["_alpha", "_generated"],
-    ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_targets"],
