@@ -149,7 +149,6 @@ TOO_LONG = {
     "_value_and_direction.py": 456,
     "losses/_multiclass.py": 413,
     "losses/_operators.py": 428,
-    "losses/_root.py": 416,
     "oracles/_target_propagation.py": 430,
     "_batch.py: solve_batch": 68,
     "_loop.py: step": 63,
