@@ -62,7 +62,8 @@ FLOORS = {
 # Inside the losses.
 LOSSES = [
     ["_divergence", "_bracket", "_factor"],
-    ["_alpha", "_generated"],
+    ["_families", "_generated"],
+    ["_alpha"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_targets"],

@@ -8,17 +8,7 @@ from ._bellman import (
 )
 from ._capped import capped_f_softargmax as capped_f_softargmax
 from ._custom import as_loss as as_loss
-from ._divergence import (
-    AbstractDivergence as AbstractDivergence,
-    ChiSquare as ChiSquare,
-    Jeffreys as Jeffreys,
-    JensenShannon as JensenShannon,
-    KL as KL,
-    LeCam as LeCam,
-    Neyman as Neyman,
-    ReverseKL as ReverseKL,
-    SquaredHellinger as SquaredHellinger,
-)
+from ._divergence import AbstractDivergence as AbstractDivergence
 from ._energy import (
     Enumeration as Enumeration,
     exact_objective as exact_objective,
@@ -28,6 +18,16 @@ from ._energy import (
     Subsets as Subsets,
 )
 from ._factor import AbstractFactor as AbstractFactor
+from ._families import (
+    ChiSquare as ChiSquare,
+    Jeffreys as Jeffreys,
+    JensenShannon as JensenShannon,
+    KL as KL,
+    LeCam as LeCam,
+    Neyman as Neyman,
+    ReverseKL as ReverseKL,
+    SquaredHellinger as SquaredHellinger,
+)
 from ._generated import generator as generator
 from ._hessian import (
     hessian_operator as hessian_operator,

@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
-from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
+from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._root import Classes, largest, Problem
 
@@ -92,8 +92,7 @@ class Call(eqx.Module):
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
-        if isinstance(f, (Jeffreys, LeCam)):
-            f = type(f)(at_most_one=self.unit)  # pyright: ignore
+        f = f.for_ratios(self.unit) if f.for_ratios is not None else f
         classes = Classes(self.axis_name, self.unit and f.sparse)
         if self.reference is None:
             count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
@@ -126,7 +125,8 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     scores, f = jnp.asarray(scores), as_divergence(f)
     axes = _check_scores(scores, axis)
     shape = scores.shape
-    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axes), f)
+    per_row_of = lambda path, a: per_row(jtu.keystr(path)[1:], a, shape, axes)
+    f = jtu.tree_map_with_path(per_row_of, f)
     if where is not None:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
@@ -166,7 +166,7 @@ def operator(fn: Fn) -> Fn:
 
 def check_reference(reference: Any, f: AbstractDivergence):
     """Raises for a measure that is missing, and for a name that there is not."""
-    if reference is None and not isinstance(f, KL):
+    if reference is None and not f.scale_free:
         raise TypeError(
             f'`reference` is missing; for {written(f)} it matters: "unit" (as in '
             'entmax and sparsemax), "uniform" (1 / number of classes), or an array. '

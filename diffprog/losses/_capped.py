@@ -7,10 +7,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._types import check_number, is_known
-from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
 from ._call import Axis, Call, check, Divergence, operator, per_row, Reference
-from ._divergence import AbstractDivergence
+from ._divergence import AbstractDivergence, drift, has_numbers
 from ._root import below, ratio
 
 
@@ -80,8 +79,8 @@ def _(primals, tangents):
     weights = jnp.where(free, q * f.curvature(u), 0)
     change = weights * dscores + jnp.where(free, u * dq, 0)
     change = change + jnp.where(capped, dcap, 0)
-    if isinstance(f, TracedAlpha):
-        change = change + jnp.where(free, q * f.drift(u) * df.alpha, 0)
+    if has_numbers(f):
+        change = change + jnp.where(free, q * drift(f, df, u), 0)
     W = total(weights)
     return (s, m), (-total(change) / jnp.where(W > 0, W, 1), jnp.zeros_like(m))
 

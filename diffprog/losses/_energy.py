@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._types import check_count, check_function, check_kind, shapes
 from ._call import Divergence
-from ._divergence import AbstractDivergence, KL
+from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._operators import f_softargmax
 from ._root import conjugate, ratio
@@ -221,7 +221,7 @@ def _dual_terms(f: AbstractDivergence, v: Array, mass, max_ratio):
     Q, most = jnp.asarray(mass, v.dtype), jnp.asarray(max_ratio, v.dtype)
     present = v != -jnp.inf
     v = jnp.where(present, v, 0)
-    if isinstance(f, KL):  # Q e^v = e^(v + ln Q), whatever Q is
+    if f.scale_free:  # Q e^v = e^(v + ln Q), whatever Q is
         v, Q = v + jnp.log(Q), jnp.ones_like(Q)
     w, top = v - f.origin, f.link(most / Q)
     inside = jnp.minimum(w, top)

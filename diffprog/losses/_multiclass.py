@@ -9,20 +9,19 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
-from ._alpha import TracedAlpha
 from ._block import majorized, newton
 from ._call import (
     Call,
     check,
     check_reference,
     check_temperature,
-    Divergence,
     Reference,
     Setup,
 )
-from ._divergence import ChiSquare, KL
+from ._divergence import AbstractDivergence
 from ._factor import class_factor, flat_factor, row_dot
-from ._generated import as_divergence, Generated
+from ._families import ChiSquare, KL
+from ._generated import as_divergence
 from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
 from ._loss import AbstractLoss, per_example, total, where_inside
@@ -100,7 +99,7 @@ class FLoss(AbstractBoundedLoss):
 
     smooth: ClassVar[bool] = True
     has_conjugate: ClassVar[bool] = True
-    f: Divergence
+    f: AbstractDivergence = eqx.field(converter=as_divergence)
     reference: Reference = None
     temperature: Number = number(1.0)
     smoothing: float = eqx.field(static=True, default=0.0)
@@ -108,9 +107,7 @@ class FLoss(AbstractBoundedLoss):
 
     def __check_init__(self):
         check_ignored(self.ignore_label)
-        f = as_divergence(self.f)
-        object.__setattr__(self, "f", f)
-        check_reference(self.reference, f)
+        check_reference(self.reference, self.f)
         check_temperature(self.temperature)
         check_smoothing(self.smoothing)
 
@@ -208,9 +205,7 @@ class FLoss(AbstractBoundedLoss):
         return _less(row * p.astype(y.dtype), y, exact)
 
     def domain(self, outputs, targets):
-        # Of a traced alpha and of the user's own f nobody knows.
-        f = as_divergence(self.f)
-        if not f.sparse or isinstance(f, TracedAlpha | Generated):
+        if not (self.f.sparse and self.f.support_known):
             return None
         call = self._check(outputs)
         y, row = self._targets(call, targets)

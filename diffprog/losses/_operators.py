@@ -20,7 +20,8 @@ from ._call import (
     Reference,
     Setup,
 )
-from ._divergence import AbstractDivergence, ChiSquare
+from ._divergence import AbstractDivergence
+from ._families import ChiSquare
 from ._root import (
     below,
     cost,

@@ -19,8 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._alpha import Power, TracedAlpha
-from ._divergence import AbstractDivergence, KL
+from ._divergence import AbstractDivergence, drift, has_numbers
 
 
 Rows = Float[Array, "*batch classes"]
@@ -137,8 +136,8 @@ def _(primals, tangents):
     (f, w), (df, dw) = primals, tangents
     u = ratio(f, w)
     du = f.curvature(u) * dw
-    if isinstance(f, TracedAlpha):
-        du = du + f.drift(u) * df.alpha
+    if has_numbers(f):
+        du = du + drift(f, df, u)
     return u, du
 
 
@@ -153,14 +152,14 @@ def _(primals, tangents):
     (f, w), (df, dw) = primals, tangents
     u = ratio(f, w)
     change = u * dw
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         _, dorigin = jax.jvp(lambda f: f.origin, (f,), (df,))
         change = change + u * dorigin - lowered_change(f, df, u)
     return conjugate(f, w), change
 
 
-def lowered_change(f: TracedAlpha, df: TracedAlpha, u: Array) -> Array:
-    """The change of f(u) - lift with alpha: 0 where both are f(0)."""
+def lowered_change(f: AbstractDivergence, df: AbstractDivergence, u: Array) -> Array:
+    """The change of f(u) - lift with the fields of f: 0 where both are f(0)."""
     return jax.jvp(lambda f: f.value(u) - f.lift, (f,), (df,))[1]
 
 
@@ -176,7 +175,7 @@ def _(primals, tangents):
     finite = jnp.isfinite(f.link(u))
     slope = f.link(jnp.where(finite, u, 1)) + f.origin
     change = jnp.where(finite, slope, 0) * du
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         change = change + jax.jvp(lambda f: f.value(u), (f,), (df,))[1]
     return cost(f, u), change
 
@@ -198,8 +197,8 @@ def _(classes, primals, tangents):
     u = ratio(f, sigma + below(problem.scores, problem.m))
     weights = problem.q * f.curvature(u)
     change = weights * d.scores + u * d.q
-    if isinstance(f, TracedAlpha):
-        change = change + problem.q * f.drift(u) * df.alpha
+    if has_numbers(f):
+        change = change + problem.q * drift(f, df, u)
     W = classes.sum(weights)
     return sigma, -classes.sum(change) / jnp.where(W > 0, W, 1)
 
@@ -249,7 +248,7 @@ def _(classes, primals, tangents):
     u, inside = ratio(f, w), w > -jnp.inf
     p = settled(classes, f, problem, sigma)
     change = p * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         lowered = jnp.where(inside, lowered_change(f, df, u), 0)
         change = change - problem.q * lowered
     return height(classes, f, problem), classes.sum(change)
@@ -260,10 +259,10 @@ def _(classes, primals, tangents):
 
 def sums(classes: Classes, f: AbstractDivergence, w: Rows, q) -> tuple[Row, Row]:
     """S and dS/dsigma."""
-    if isinstance(f, Power) and f.by_logarithm:
+    if f.both is not None:
         # Of two sums XLA would store the powers in between.
         q = jnp.expand_dims(q, -2) if jnp.ndim(q) else q
-        both = classes.sum(q * f.powers(w))
+        both = classes.sum(q * f.both(w))
         return both[..., 0, :], both[..., 1, :]
     u, curvature = f.pair(w)
     return classes.sum(q * u), classes.sum(q * curvature)
@@ -273,8 +272,8 @@ def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
     """The sigma of every row, and how often the sums over its classes were taken."""
     scores, q, Q, m = problem
     y = below(scores, m)  # -inf .. 0
-    if isinstance(f, KL):
-        sigma = -jnp.log(classes.sum(q * jnp.exp(y)))
+    if f.closed_root is not None:
+        sigma = f.closed_root(classes.sum, q, y)
         count = jnp.ones((), jnp.int32)
     else:
         low, high = bracket(classes, f, problem)

@@ -17,10 +17,10 @@ from ._factor import (
     never,
     ScaledFactor,
 )
+from ._families import scaled_omega
 from ._interior import AbstractBoundedLoss, Ball, interval
 from ._loss import AbstractLoss, per_example, total, where_inside
 from ._root import weighted
-from ._simplex import scaled_omega
 from ._targets import check_alike, check_within, COUNTS, like, SIGNS, within
 
 

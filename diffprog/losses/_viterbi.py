@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._call import check_temperature, Divergence
-from ._divergence import KL
+from ._families import KL
 from ._generated import as_divergence
 from ._operators import f_softargmax
 from ._smooth import smooth_max
