@@ -37,7 +37,10 @@ from ._interior import (
     AbstractBoundedLoss as AbstractBoundedLoss,
     AbstractDomain as AbstractDomain,
 )
-from ._loss import AbstractLoss as AbstractLoss
+from ._loss import (
+    AbstractDualLoss as AbstractDualLoss,
+    AbstractLoss as AbstractLoss,
+)
 from ._multiclass import (
     FLoss as FLoss,
     Hinge as Hinge,

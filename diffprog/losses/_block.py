@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from .._door import door
 from ._factor import batched_mv
-from ._loss import AbstractLoss, per_example, spread
+from ._loss import AbstractDualLoss, per_example, spread
 
 
 MAX_NEWTON = 50
@@ -45,7 +45,7 @@ def largest_eigenvalue(K: Matrices) -> Float[Array, " examples"]:
     return rows if K.shape[1] == 1 else jnp.minimum(frobenius, rows)
 
 
-def majorized(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
+def majorized(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     """The step where K is replaced by a larger multiple of the identity."""
     check_block(alpha, K)
     c = per_example("c", c, alpha)
@@ -62,7 +62,7 @@ class Subproblem(NamedTuple):
     c has one number per example.
     """
 
-    loss: AbstractLoss
+    loss: AbstractDualLoss
     alpha: Array
     z: Array
     K: Matrices
@@ -108,7 +108,7 @@ class Subproblem(NamedTuple):
         return ds, self.dot(r, batched_mv(self.K, ds)) / self.c
 
 
-def newton(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
+def newton(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     """The exact step for a smooth loss, by Newton's method with a line search.
 
     Of its result and that of `majorized` the better one is taken.

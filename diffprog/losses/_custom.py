@@ -16,19 +16,11 @@ from ._loss import AbstractLoss
 from ._targets import check_outputs
 
 
-def _no_conjugate():
-    return TypeError(
-        "A loss given as a function carries no conjugate: use one of `dp.losses`, such "
-        "as `dp.losses.Huber()`, or `GaussNewton` instead of `ProxLinear`."
-    )
-
-
 class Custom(AbstractLoss):
     """A loss given as a function: see [`diffprog.losses.as_loss`][]."""
 
     fn: Callable
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = False
 
     def __call__(self, outputs: Array, targets: Any):
         check_outputs(outputs)
@@ -77,18 +69,6 @@ class Custom(AbstractLoss):
             values[:, 0] < -noise,
             V * root[:, None],
         )
-
-    def conjugate(self, alpha: Array, targets: Any):
-        raise _no_conjugate()
-
-    def dual_projection(self, alpha: Array, targets: Any):
-        raise _no_conjugate()
-
-    def conjugate_prox(self, vector: Array, tau: Any, targets: Any):
-        raise _no_conjugate()
-
-    def block_update(self, alpha: Array, z: Array, K: Array, c: Any, targets: Any):
-        raise _no_conjugate()
 
 
 def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:

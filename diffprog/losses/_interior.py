@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._factor import example_dot, row_dot
-from ._loss import AbstractLoss
+from ._loss import AbstractDualLoss
 
 
 class Inside(NamedTuple):
@@ -76,7 +76,7 @@ class AbstractDomain(eqx.Module):
         """The largest multiple of a step that does not leave the domain."""
 
 
-class AbstractBoundedLoss(AbstractLoss):
+class AbstractBoundedLoss(AbstractDualLoss):
     """A loss with kinks, in itself or in its gradient, whose gradients are bounded.
 
     They fill the domain of the conjugate, whose interior

@@ -24,7 +24,7 @@ from ._families import ChiSquare, KL
 from ._generated import as_divergence
 from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
-from ._loss import AbstractLoss, per_example, total, where_inside
+from ._loss import AbstractDualLoss, per_example, total, where_inside
 from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
 from ._root import below, Classes, difference, largest, weighted
 from ._simplex import proximal
@@ -98,7 +98,6 @@ class FLoss(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
     f: AbstractDivergence = eqx.field(converter=as_divergence)
     reference: Reference = None
     temperature: Number = number(1.0)
@@ -226,7 +225,7 @@ class FLoss(AbstractBoundedLoss):
         return newton(self, alpha, z, K, c, targets)
 
 
-class SoftmaxCrossEntropy(AbstractLoss):
+class SoftmaxCrossEntropy(AbstractDualLoss):
     r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
 
     Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
@@ -237,7 +236,6 @@ class SoftmaxCrossEntropy(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
     ignore_label: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -321,7 +319,6 @@ class Hinge(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
     ignore_label: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):

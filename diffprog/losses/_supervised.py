@@ -19,7 +19,7 @@ from ._factor import (
 )
 from ._families import scaled_omega
 from ._interior import AbstractBoundedLoss, Ball, interval
-from ._loss import AbstractLoss, per_example, total, where_inside
+from ._loss import AbstractDualLoss, per_example, total, where_inside
 from ._root import weighted
 from ._targets import check_alike, check_within, COUNTS, like, SIGNS, within
 
@@ -29,11 +29,10 @@ def _least(gradient):
     return jnp.finfo(gradient.dtype).eps * jnp.abs(gradient)
 
 
-class Squared(AbstractLoss):
+class Squared(AbstractDualLoss):
     r"""$\frac12 \|u - y\|^2$."""
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total((outputs - like(outputs, targets)) ** 2 / 2)
@@ -75,11 +74,10 @@ def _softplus(x: Array) -> Array:
 _softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 
 
-class Logistic(AbstractLoss):
+class Logistic(AbstractDualLoss):
     r"""$\ln(1 + e^{-y u})$ for targets y = 1 or -1, summed over the outputs."""
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         y, one = within(SIGNS, outputs, targets)
@@ -131,7 +129,6 @@ class Huber(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
     delta: Number = number(1.0)
 
     def __check_init__(self):
@@ -185,7 +182,6 @@ class Absolute(AbstractBoundedLoss):
     r"""$\sum_j |u_j - y_j|$. Its gradient is 0 where $u_j = y_j$."""
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(jnp.abs(outputs - like(outputs, targets)))
@@ -254,7 +250,6 @@ class Euclidean(AbstractBoundedLoss):
     r"""$\|u - y\|_2$ over all outputs of an example. Its gradient is 0 at u = y."""
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(_length(outputs - like(outputs, targets)))
@@ -293,14 +288,13 @@ class Euclidean(AbstractBoundedLoss):
         return majorized(self, alpha, z, K, c, targets)
 
 
-class Poisson(AbstractLoss):
+class Poisson(AbstractDualLoss):
     r"""$e^u - y u$ for counts $y \ge 0$, summed over the outputs: u is a log-rate.
 
     The negative log-likelihood without the constant $\ln y!$.
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         y, one = within(COUNTS, outputs, targets)
