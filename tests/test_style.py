@@ -67,7 +67,7 @@ LOSSES = [
     ["_root"],
     ["_call", "_isotonic"],
     ["_targets"],
-    ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
+    ["_operators", "_fenchel_young", "_capped", "_hessian", "_risk", "_smooth"],
     ["_loss", "_simplex"],
     ["_block", "_interior"],
     ["_energy", "_bellman", "_viterbi"],

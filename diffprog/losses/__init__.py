@@ -28,6 +28,7 @@ from ._families import (
     ReverseKL as ReverseKL,
     SquaredHellinger as SquaredHellinger,
 )
+from ._fenchel_young import f_loss as f_loss
 from ._generated import generator as generator
 from ._hessian import (
     hessian_operator as hessian_operator,
@@ -51,7 +52,6 @@ from ._operators import (
     Diagnostics as Diagnostics,
     entmax as entmax,
     entmax15 as entmax15,
-    f_loss as f_loss,
     f_sigmoid as f_sigmoid,
     f_softargmax as f_softargmax,
     f_softmax as f_softmax,

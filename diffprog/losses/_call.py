@@ -17,7 +17,7 @@ from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
 from ._divergence import AbstractDivergence
 from ._generated import as_divergence
-from ._root import Classes, largest, Problem
+from ._root import Evaluation, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
@@ -42,7 +42,7 @@ def _(primals, tangents):
 class Setup(NamedTuple):
     """A call with its classes on the last axis and its scores divided by beta."""
 
-    classes: Classes
+    classes: Evaluation
     f: AbstractDivergence
     problem: Problem
     beta: Array
@@ -93,7 +93,7 @@ class Call(eqx.Module):
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
         f = f.for_ratios(self.unit) if f.for_ratios is not None else f
-        classes = Classes(self.axis_name, self.unit and f.sparse)
+        classes = Evaluation(self.axis_name, self.unit and f.sparse)
         if self.reference is None:
             count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from .._types import came
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
-from ._targets import check_outputs
+from ._targets import check_floats
 
 
 class Custom(AbstractLoss):
@@ -23,7 +23,7 @@ class Custom(AbstractLoss):
     smooth: ClassVar[bool] = True
 
     def __call__(self, outputs: Array, targets: Any):
-        check_outputs(outputs)
+        check_floats(outputs)
         losses = self.fn(outputs, targets)
         if jnp.shape(losses) != outputs.shape[:1]:
             raise ValueError(

@@ -182,7 +182,7 @@ class Box(AbstractDomain):
     def longest(self, at, step):
         below, above = self._slacks(at.alpha)
         positive = (below, step.alpha), (above, -step.alpha), *zip(at.x, step.x)
-        return jnp.min(jnp.stack([ratio(a, b) for a, b in positive]))
+        return jnp.min(jnp.stack([largest_multiple(a, b) for a, b in positive]))
 
 
 class Ball(AbstractDomain):
@@ -235,10 +235,10 @@ class Ball(AbstractDomain):
         away = jnp.where(square > 0, square, 1)
         a = jnp.where(b > 0, left / jnp.where(b > 0, b + root, 1), (root - b) / away)
         a = jnp.where(square > 0, a, jnp.inf)
-        return jnp.minimum(jnp.min(a), jnp.min(ratio(at.x[0], step.x[0])))
+        return jnp.minimum(jnp.min(a), jnp.min(largest_multiple(at.x[0], step.x[0])))
 
 
-def ratio(a: Array, b: Array) -> Array:
+def largest_multiple(a: Array, b: Array) -> Array:
     """The largest multiple of b that keeps a >= 0."""
     return jnp.where(b < 0, a / jnp.where(b < 0, -b, 1), jnp.inf)
 

@@ -42,7 +42,7 @@ def totals(values: Vector, ids: Ids) -> Vector:
     return sums[ids]
 
 
-def largest(values: Vector, ids: Ids) -> Vector:
+def maxima(values: Vector, ids: Ids) -> Vector:
     """The largest value in the block of every member."""
     n = values.shape[0]
     return jax.ops.segment_max(values, ids, n, indices_are_sorted=True)[ids]
@@ -87,7 +87,7 @@ def _(primals, tangents):
 
 def block_ratios(f, losses: Vector, sigma: Vector, nu, ids: Ids):
     """The ratios n q_i of given blocks, and nu v_i + nu origin. Differentiable."""
-    m = lax.stop_gradient(largest(losses, ids))
+    m = lax.stop_gradient(maxima(losses, ids))
     y = below(losses, m) / nu
     q = 1 / (losses.shape[0] * totals(sigma, ids))
     s = offsets(f, y, q, ids)
@@ -102,7 +102,7 @@ def blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Ids:
     if f.closed_blocks is not None:
         first = pool(*f.closed_blocks(below(losses, losses[-1]) / nu, sigma))
     else:
-        first = split(f, losses, sigma, nu)
+        first = split_blocks(f, losses, sigma, nu)
     # Members whose sigma is 0 may join the first ones whose sigma is not: v stays.
     return numbers((first & (before(sigma) > 0)).at[0].set(True))
 
@@ -141,7 +141,7 @@ def pool(level, add, parts: tuple[Vector, Vector]) -> Flags:
     return jnp.zeros(n, bool).at[starts].set(True, mode="drop")
 
 
-def split(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
+def split_blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
     """Where the blocks begin, from one block that is split until nothing is left.
 
     With the offset of a block, sigma less q summed up over its first k members must not
@@ -161,7 +161,7 @@ def split(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
         start = lax.cummax(jnp.where(first, index, 0))
         excess = jnp.where(may_begin & ~first, sums - sums[start], -jnp.inf)
         noise = 8 * eps * (totals(sigma, ids) + jnp.max(jnp.abs(sums)))
-        cut = excess >= jnp.maximum(largest(excess, ids), 0) - noise
+        cut = excess >= jnp.maximum(maxima(excess, ids), 0) - noise
         return first | cut, jnp.any(cut)
 
     start = index == 0, jnp.asarray(n > 1)

@@ -9,14 +9,8 @@ from jax.scipy.special import xlog1py, xlogy
 from jaxtyping import Array
 
 from .._types import check_positive, Number, number
-from ._block import majorized, newton, quadratic
-from ._factor import (
-    diagonal_factor,
-    example_dot,
-    flat_factor,
-    never,
-    ScaledFactor,
-)
+from ._block import majorized_block, newton_block, squared_block
+from ._factor import diagonal_factor, example_dot, flat_factor, never, ScaledFactor
 from ._families import scaled_omega
 from ._interior import AbstractBoundedLoss, Ball, interval
 from ._loss import AbstractDualLoss, per_example, total, where_inside
@@ -62,7 +56,7 @@ class Squared(AbstractDualLoss):
         return (vector - tau * like(vector, targets)) / (1 + tau)
 
     def block_update(self, alpha, z, K, c, targets):
-        return quadratic(alpha, z, K, c, like(alpha, targets))
+        return squared_block(alpha, z, K, c, like(alpha, targets))
 
 
 @jax.custom_jvp
@@ -119,7 +113,7 @@ class Logistic(AbstractDualLoss):
         return -y * jnp.where(x > 0.5, 1 - b, b)
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 class Huber(AbstractBoundedLoss):
@@ -175,7 +169,7 @@ class Huber(AbstractBoundedLoss):
         return interval(-bound, bound, y, 1.0)
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 class Absolute(AbstractBoundedLoss):
@@ -215,7 +209,7 @@ class Absolute(AbstractBoundedLoss):
         return interval(-jnp.ones_like(y), jnp.ones_like(y), y)
 
     def block_update(self, alpha, z, K, c, targets):
-        return majorized(self, alpha, z, K, c, targets)
+        return majorized_block(self, alpha, z, K, c, targets)
 
 
 def _unit(vector: Array) -> tuple[Array, Array]:
@@ -285,7 +279,7 @@ class Euclidean(AbstractBoundedLoss):
         return Ball(like(outputs, targets))
 
     def block_update(self, alpha, z, K, c, targets):
-        return majorized(self, alpha, z, K, c, targets)
+        return majorized_block(self, alpha, z, K, c, targets)
 
 
 class Poisson(AbstractDualLoss):
@@ -329,7 +323,7 @@ class Poisson(AbstractDualLoss):
         return scaled_omega(vector + y, tau, jnp.ones_like(tau)) - y
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 @jax.jit
