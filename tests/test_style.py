@@ -31,6 +31,7 @@ FLOORS = {
     "_reduction": 1,
     "_report": 1,
     "_result": 1,
+    "_changes": 0,
     "_capture": 1,
     "_tree": 1,
     "_chain": 2,
@@ -54,6 +55,7 @@ FLOORS = {
     "_solution": 7,
     "_solve": 8,
     "_batch": 9,
+    "_stepping": 9,
     "oracles": 9,
     "optim": 10,
     "_value_and_direction": 10,
@@ -144,14 +146,11 @@ def escapes(path):
 
 # What is too long today, and how long: a number may shrink, and no name may be added.
 TOO_LONG = {
-    "_capture.py": 638,
     "_rollout.py": 438,
-    "_solve.py": 428,
     "_value_and_direction.py": 456,
     "losses/_multiclass.py": 413,
     "losses/_operators.py": 428,
     "oracles/_target_propagation.py": 430,
-    "_batch.py: solve_batch": 68,
     "_loop.py: step": 63,
     "_loop.py: _pass": 64,
     "oracles/_prox_linear.py: minimize": 62,
