@@ -33,21 +33,20 @@ class AbstractDivergence(eqx.Module):
     - `lift`: a number that `conjugate` contains, f(0) where that is moderate. Off the
         support f* is -f(0); summed over many classes it would swallow the others.
 
-    Arrays among the fields are data, and derivatives flow to them. What follows may be
-    left out:
+    Arrays among the fields are data, and derivatives flow to them. Some generators have
+    more, without which the operators do:
 
-    - `scale_free`: whether f'(c u) = f'(u) + ln c, as for KL alone.
-    - `support_known`: whether `sparse` says what is, not only what may be.
-    - `drift(df, u)`: the change of u with the fields, changed by df, where w stays. It
-        is found from that of `link` else.
-    - `closed_root(total, q, y)`: the s with sum_j q_j u(s + y_j) = 1, with sums by
-        `total`. It is found by iteration else.
-    - `closed_share(q, s, tau)`: p = q u where tau w + q u = s, and dp/ds.
-    - `closed_blocks(z, sigma)`: the level v(a, b) of a block of z_1, z_2, ... whose
-        members have two numbers a, b each; how to add up a; and the arrays a and b.
-    - `both(w)`: `pair` in one array, (..., 2, classes), where that is faster.
-    - `for_ratios(at_most_one)`: the same for ratios that are at most 1, or any.
-    """
+    | | |
+    | --- | --- |
+    | `scale_free` | whether f'(c u) = f'(u) + ln c, as for KL alone |
+    | `support_known` | whether `sparse` says what is, not only what may be |
+    | `drift(df, u)` | the change of u with the fields where w stays; else from `link` |
+    | `closed_root(total, q, y)` | the s with sum_j q_j u(s + y_j) = 1; `total` sums up |
+    | `closed_share(q, s, tau)` | p = q u with tau w + q u = s, and dp/ds |
+    | `closed_blocks(z, sigma)` | the level v(a, b) of a block of z's, how to add up a, and a and b of every member |
+    | `both(w)` | `pair` in one array, (..., 2, classes), where that is faster |
+    | `for_ratios(at_most_one)` | the same for ratios that are at most 1, or any |
+    """  # noqa: E501
 
     sparse: eqx.AbstractVar[bool]
     convex_ratio: eqx.AbstractVar[Any]

@@ -29,7 +29,7 @@ MAX_EVALUATIONS = 16  # 9 are the most that were ever seen where f''' <= 0
 MAX_SAFEGUARDED = 128
 
 
-def row_sum(rows: Array) -> Row:
+def row_sum(rows: Array) -> Array:
     return jnp.sum(rows, -1, keepdims=True)
 
 
