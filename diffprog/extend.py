@@ -16,7 +16,10 @@ from ._linalg import matmul as matmul
 from ._rollout import run as run, simulate as simulate, vectorize as vectorize
 from ._tree import norm as norm, vdot as vdot
 from ._types import number as number
-from .losses._block import majorized as majorized, newton as newton
+from .losses._block import (
+    majorized_block as majorized_block,
+    newton_block as newton_block,
+)
 from .losses._factor import (
     class_factor as class_factor,
     diagonal_factor as diagonal_factor,

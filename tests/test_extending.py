@@ -132,13 +132,12 @@ class Arsinh(dp.losses.AbstractDivergence):
         return (S - 1) * (1 + Q**2 / S) / 2 * self.curvature(S / Q)
 
 
-class Quantile(dp.losses.AbstractLoss):
+class Quantile(dp.losses.AbstractDualLoss):
     """Sum of max(-q r, (1 - q) r), r = u - y: least at the quantile 1 - q of the y."""
 
     q: float = 0.3
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         r = outputs - extend.like(outputs, targets)
@@ -168,7 +167,7 @@ class Quantile(dp.losses.AbstractLoss):
         return self.dual_projection(vector - tau * targets, targets)
 
     def block_update(self, alpha, z, K, c, targets):
-        return extend.majorized(self, alpha, z, K, c, targets)
+        return extend.majorized_block(self, alpha, z, K, c, targets)
 
 
 class Cauchy(dp.oracles.AbstractOracle):
@@ -306,6 +305,14 @@ def test_steepest_descent_from_the_parts_of_ours():
     close(trajectory.cost, dp.rollout(problem, x0, us).cost)
 
 
+def test_a_number_is_no_code():
+    class Scaled(eqx.Module):
+        factor: float = extend.number(2.0)
+
+    assert jax.tree.leaves([Scaled(), Scaled(3)]) == [2.0, 3.0]
+    assert type(Scaled(3).factor) is float
+
+
 def test_square_roots_and_blocks_of_losses():
     loss, u, y = test_loss_interface.case("CE-soft")
     g, p = loss.gradient(u, y), jnp.sum(y, -1, keepdims=True) * jax.nn.softmax(u)
@@ -323,7 +330,7 @@ def test_square_roots_and_blocks_of_losses():
         jnp.diag(jnp.arange(1.0, u.shape[1] + 1)), (*u.shape, u.shape[1])
     )
     loss, _, y = test_loss_interface.case("Squared")
-    step = extend.newton(loss, 0 * u, u, K, 2.0, y)
+    step = extend.newton_block(loss, 0 * u, u, K, 2.0, y)
     # The conjugate of |u - y|^2 / 2 is |a|^2 / 2 + a'y.
     close(step + step * jnp.diagonal(K, 0, 1, 2) / 2, u - y)
 
