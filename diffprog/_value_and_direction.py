@@ -29,6 +29,7 @@ from ._tree import (
     all_finite,
     cast,
     cast_like,
+    no,
     norm,
     scale,
     vdot,
@@ -421,7 +422,7 @@ def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
 def _replaced(vd, value: Array, gradient: Array, result: RESULTS) -> Bool[Array, ""]:
     """Whether the gradient takes the place of a direction that cannot be trusted."""
     if not vd.fallback:
-        return jnp.isnan(value) & False
+        return no(value)
     return (result != RESULTS.successful) & jnp.isfinite(value) & jnp.isfinite(gradient)
 
 

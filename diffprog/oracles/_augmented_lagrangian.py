@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._tree import add, all_finite, norm, scale, vdot, where
+from .._tree import add, all_finite, norm, scale, vdot, where, yes
 from .._types import check_count
 from ._model_solver import AbstractModelSolver, bounded, fenchel, Found, unbounded
 from ._solvers import conjugate_gradients
@@ -90,8 +90,7 @@ class AugmentedLagrangian(AbstractModelSolver):
             best, D = where(new.P <= best.P, new, best), jnp.fmax(D, new.D)
             return count + used, new, best, D, moves, moves | moved
 
-        true = seen.P == seen.P
-        start = zero, seen, seen, seen.D, true, true
+        start = zero, seen, seen, seen.D, yes(seen.P), yes(seen.P)
         count, _, best, D, *_ = lax.while_loop(unfinished, step, start)
         left = best.P - D
         found = Found(best.d, best.z, left, count, jnp.isfinite(left))

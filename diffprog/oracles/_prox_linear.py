@@ -119,7 +119,7 @@ class NewtonSteps(AbstractModelSolver):
             jnp.zeros_like(z),
             at.value,
             look(d, z),
-            at.value == at.value,
+            jnp.isfinite(at.value),
         )
         count, d, z, _, _, (_, _, left), good = lax.while_loop(unfinished, step, start)
         # At rounding no step is found any more; that is no failure.

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
 from .._network import Network
-from .._tree import add, all_finite, norm, scale, vdot, where
+from .._tree import add, all_finite, no, norm, scale, vdot, where
 from .._types import check_count, check_numbers, Number, number
 from ._gram import gram, gram_flops, is_dense
 from .base import Linearization
@@ -93,7 +93,7 @@ def conjugate_gradients(
 
     rr, zero = vdot(r, r), jnp.zeros((), jnp.int32)
     go_on = lambda carry: (carry[3] > target**2) & ~carry[5]
-    carry = (d, r, r, rr, zero, rr < 0)
+    carry = (d, r, r, rr, zero, no(rr))
     d, _, _, rr, count, bad = repeat(step, carry, go_on, limit, unroll)
     return d, rr, count, bad
 
@@ -167,7 +167,7 @@ class CG(AbstractSolver):
         rr, zero = jnp.vdot(r, Kr), jnp.zeros((), jnp.int32)
         target = (self.rtol * norm(at.gradient)) ** 2
         go_on = lambda carry: (carry[5] > target) & ~carry[7]
-        carry = (jnp.zeros_like(r), r, Kr, r, Kr, rr, zero, rr != rr)
+        carry = (jnp.zeros_like(r), r, Kr, r, Kr, rr, zero, jnp.isnan(rr))
         carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
         u, *_, rr, count, bad = carry
         return Solved(at.transpose_mv(u), rr / (2 * damping), count, bad, True)
@@ -222,7 +222,7 @@ class DualCG(AbstractSolver):
         z, rr, left = measure(s)
         target = self.rtol**2 * rr
         go_on = lambda carry: (carry[3] > target) & ~carry[6]
-        carry = (jnp.zeros_like(s), s, z, rr, left, jnp.zeros((), jnp.int32), rr < 0)
+        carry = (jnp.zeros_like(s), s, z, rr, left, jnp.zeros((), jnp.int32), no(rr))
         carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
         beta, _, _, _, left, count, bad = carry
         alpha = at.cotangent + at.hessian_mv(beta)
