@@ -546,6 +546,14 @@ def test_losses_that_are_not_convex():
             vd(network(), INPUTS, LABELS)
 
 
+def test_a_gradient_that_is_not_finite_where_the_loss_is():
+    norm = lambda w, x: 1 + jnp.sqrt(jnp.sum(w**2)) * x[:, :1]  # 0/0 at w = 0
+    for solver in (CG(5), CG(5, warm_start=0.9), CG(5, in_outputs=True), DualCG(5)):
+        vd = dp.value_and_direction(Squared(), GaussNewton(1.0, solver), norm)
+        with pytest.raises(dp.SolveError, match="A derivative is not finite"):
+            vd(jnp.zeros(3), INPUTS, jnp.zeros((len(INPUTS), 1)))
+
+
 @pytest.mark.parametrize("oracle", [GaussNewton, DualGaussNewton, Gradient])
 @pytest.mark.parametrize("damping", [0.0, -1, float("nan")])
 def test_damping_is_positive(oracle, damping):

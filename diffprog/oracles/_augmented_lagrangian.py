@@ -19,10 +19,10 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .._cg import conjugate_gradients
 from .._tree import add, all_finite, norm, scale, vdot, where, yes
 from .._types import check_count
 from ._model_solver import AbstractModelSolver, bounded, fenchel, Found, unbounded
-from ._solvers import conjugate_gradients
 from .base import Linearization
 
 
@@ -175,7 +175,7 @@ class Smoothed(NamedTuple):
         target = jnp.maximum(
             FORCING * norm(r), jnp.sqrt(2 * self.damping * SHARE * rest)
         )
-        v, _, count, _ = conjugate_gradients(product, zero, r, target, limit, False)
+        v, *_, count, _ = conjugate_gradients(product, zero, r, target**2, limit)
         u, slope = at.mv(v), vdot(seen.G, v)
         dd, dv, vv = vdot(d, d), vdot(d, v), vdot(v, v)
 

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
-from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, PyTree
 
+from .._cg import solve_cg
 from .._jacobian import products
 from .._linalg import matmul, solve_positive
 from .._network import has_parameters, Stage
 from .._recurrent import Recurrent, RNNCell
-from .._tree import cast, vary, working_dtype
+from .._tree import add, cast, vary, working_dtype
 from ._rules import RuleBoundary
 
 
@@ -197,11 +197,9 @@ def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
     flat_x, unravel_x = ravel_pytree(x)
     flat_y, unravel_y = ravel_pytree(y)
     if min(flat_x.size, flat_y.size) > DENSE:
-        damp = lambda v, Av: jtu.tree_map(lambda a, b: r * a + b, v, Av)
         rtol = float(jnp.finfo(flat_x.dtype).eps) ** 0.75
-        b = At(message)
-        start = vary(jtu.tree_map(jnp.zeros_like, b), like=b)
-        return cg(lambda v: damp(v, At(A(v))), b, start, tol=rtol)[0]
+        product = lambda v: add(At(A(v)), v, r)
+        return solve_cg(product, At(message), 10 * flat_x.size, rtol)
     flat = lambda tree: ravel_pytree(tree)[0]
     if flat_x.size <= flat_y.size:
         unit = vary(jnp.eye(flat_x.size, dtype=flat_x.dtype), like=x)
