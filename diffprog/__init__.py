@@ -11,11 +11,14 @@ from ._chain import (
 )
 from ._direction import (
     AbstractDirection as AbstractDirection,
+    AbstractRollout as AbstractRollout,
     DDP as DDP,
     Expansion as Expansion,
+    Feedback as Feedback,
     GaussNewton as GaussNewton,
     Gradient as Gradient,
     ILQR as ILQR,
+    LinearRollout as LinearRollout,
     MoreauGradient as MoreauGradient,
     Newton as Newton,
 )
@@ -80,7 +83,7 @@ from ._value_and_direction import (
 from .oracles._rules import rule_boundary as rule_boundary
 
 
-from . import losses as losses, oracles as oracles  # isort: skip
+from . import losses as losses, optim as optim, oracles as oracles  # isort: skip
 from . import plot as plot, systems as systems  # isort: skip  (import this door)
 
 

@@ -25,6 +25,7 @@ from ._tree import strong
 from ._types import counted, noted, shapes, with_advice
 
 
+@door
 def _solve_all(shared, method, mapped, search, rtol, atol, options):
     max_steps, history, fast_loops = options
 
@@ -43,9 +44,6 @@ def _solve_all(shared, method, mapped, search, rtol, atol, options):
             if fast_loops:
                 raise
     return jax.vmap(lambda a: one(a, False))(mapped)
-
-
-_door = door(_solve_all)
 
 
 class _Part:
@@ -311,7 +309,7 @@ def solve_batch(
         take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
         batch = jtu.tree_map(take, (numbers, x0s, uss, state))
         with noted(note):
-            return _door(shared, method, batch, search, *tolerances, options)
+            return _solve_all(shared, method, batch, search, *tolerances, options)
 
     solutions = []
     for begin in range(0, num_problems, batch_size):

@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -16,7 +16,11 @@ _ASKED = (
 )
 
 
-def door(fn: Callable) -> Callable:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def door(fn: Callable[P, R]) -> Callable[P, R]:
     """Compiles a public function: arrays and Python floats are data, the rest is code.
 
     A Python float is traced as a weakly typed number, so a new value never compiles
@@ -39,7 +43,7 @@ def door(fn: Callable) -> Callable:
         num_traces += 1
         args, kwargs = put_together(static, numbers)
         args, kwargs = vary((args, kwargs), like=(args, kwargs))
-        return fn(*args, **kwargs)
+        return fn(*args, **kwargs)  # pyright: ignore
 
     def run(static, numbers):
         config: Any = jax.config
@@ -49,11 +53,12 @@ def door(fn: Callable) -> Callable:
         return jitted(static, tuple(numbers))
 
     @ft.wraps(fn)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         tree, before = (args, kwargs), num_traces
         taken = Taken(tree)
         static = same.get(taken.static, taken.static) if same else taken.static
-        result, constants = None, bool(asks) and static in asks
+        result: Any = None
+        constants = bool(asks) and static in asks
         if not constants:
             try:
                 result = run(static, taken.numbers)

@@ -156,7 +156,7 @@ class Network(eqx.Module):
         with noted(given):
             if any(stack.size > 1 for stack in self.stacks):
                 arrays, rest = eqx.partition(self, eqx.is_array)
-                return _run_door(arrays, Frozen(rest), x, keys)
+                return _run_compiled(arrays, Frozen(rest), x, keys)
             return _run(self, x, keys)
 
 
@@ -165,7 +165,7 @@ def _run(net: Network, x: PyTree, keys: tuple) -> PyTree:
 
 
 @door
-def _run_door(arrays, frozen: Frozen, x: PyTree, keys: tuple) -> PyTree:
+def _run_compiled(arrays, frozen: Frozen, x: PyTree, keys: tuple) -> PyTree:
     """For a loop, which would compile at every call outside of `jax.jit`."""
     return _run(eqx.combine(arrays, frozen.tree()), x, keys)
 

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,12 +9,9 @@ from jaxtyping import PyTree
 
 from ._chain import AbstractChain, Phase
 from ._network import Network, Stack
+from ._reduction import AbstractCounted, check_reduction, Reduction, weight
 from ._types import came, noted
-from .losses import AbstractLoss
-from .losses._loss import weight
 
-
-Reduction = Literal["mean", "sum"]
 
 # What to do about a result, in the words of networks.
 ADVICE = dict(
@@ -94,7 +91,7 @@ class NetworkProblem(AbstractChain):
 
     def terminal_cost(self, x) -> Any:
         losses = self.loss(x, self.targets)
-        if isinstance(self.loss, AbstractLoss):
+        if isinstance(self.loss, AbstractCounted):
             c = weight(self.loss, x, self.targets, self.reduction)
             return c * jnp.sum(losses)
         return jnp.mean(losses) if self.reduction == "mean" else jnp.sum(losses)
@@ -133,14 +130,6 @@ NetworkProblem.__init__.__doc__ = """**Arguments:**
 
 **Raises:** `TypeError` and `ValueError` for anything else.
 """
-
-
-def check_reduction(reduction: Any):
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f'`reduction` is {reduction!r}; "mean" or "sum" over the examples is '
-            "expected."
-        )
 
 
 def _no_cost(x, u, t):

@@ -139,11 +139,11 @@ class Recurrent(eqx.Module):
                 "the time, of one length, are expected, of one example."
             )
         arrays, rest = eqx.partition(self.cell, eqx.is_array)
-        return _run_door(arrays, Frozen(rest), start, x, all_states)
+        return _run_cell(arrays, Frozen(rest), start, x, all_states)
 
 
 @door
-def _run_door(arrays, frozen: Frozen, start: PyTree, xs: PyTree, all_states: bool):
+def _run_cell(arrays, frozen: Frozen, start: PyTree, xs: PyTree, all_states: bool):
     cell: Any = eqx.combine(arrays, frozen.tree())
 
     def step(h, x):

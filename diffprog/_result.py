@@ -1,9 +1,12 @@
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
+
+
+T = TypeVar("T")
 
 
 class RESULTS(eqx.Enumeration):
@@ -51,12 +54,12 @@ def explain(result: RESULTS, advice: Mapping[str, str], where: str = "") -> str:
 
 
 def throw_unless_successful(
-    solution: Any, throw: bool, explain: Callable[[Any], str]
-) -> Any:
+    result: RESULTS, solution: T, throw: bool, explain: Callable[[T], str]
+) -> T:
     """Raises for a known result that is not successful, with its explanation."""
-    code = solution.result
-    if not throw or isinstance(code._value, Tracer) or jnp.ndim(code._value):
+    code = result._value
+    if not throw or isinstance(code, Tracer) or jnp.ndim(code):
         return solution
-    if int(code._value) == int(RESULTS.successful._value):
+    if int(code) == int(RESULTS.successful._value):
         return solution
     raise SolveError(explain(solution), solution)

@@ -30,6 +30,11 @@ class Segment(eqx.Module):
     start: int = eqx.field(static=True)
     horizon: int = eqx.field(static=True)
 
+    @staticmethod
+    def difference(x: Array, y: Array) -> Array:
+        """x minus y, two states of the segment."""
+        return x - y
+
 
 class VectorChain(eqx.Module):
     """A chain whose states and controls are vectors: what the recursions run on.
@@ -312,7 +317,8 @@ class Trajectory(eqx.Module):
 def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *data):
     """x_{t+1} = f_t(x_t, u_t) from x0 and its cost: the trajectory, and the `out`s.
 
-    `u, memory, out = control(x, memory, *row)`, with a row of `data` for every stage.
+    `u, memory, out = control(segment, x, memory, *row)`, with a row of `data` for every
+    stage.
     """
     fused = chain.loops == "fused"
 
@@ -322,7 +328,7 @@ def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *
 
     def stage(segment, carry, t, *row):
         x, memory, total = carry
-        u, memory, out = control(x, memory, *row)
+        u, memory, out = control(segment, x, memory, *row)
         if fused:  # one loop; else the costs of all stages at once
             h, finite = judge(segment, x, u, t)
             cost, first = total
@@ -354,7 +360,7 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
     """x_{t+1} = f_t(x_t, u_t) from x0, and the cost."""
-    given = lambda x, memory, u: (u, memory, None)
+    given = lambda segment, x, memory, u: (u, memory, None)
     return simulate(chain, given, x0, None, us)[0]
 
 

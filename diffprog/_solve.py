@@ -91,6 +91,7 @@ def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
     )
 
 
+@door
 def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solution:
     max_steps, history, verbose, fast_loops = options
     vectorized = vectorize(problem, x0, us)
@@ -107,9 +108,6 @@ def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solut
 def _undifferentiated(tree: PyTree) -> PyTree:
     numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
     return eqx.combine(undifferentiated(numbers), rest)
-
-
-_solve_door = door(_solve)
 
 
 def _check(
@@ -231,9 +229,13 @@ def solve(
     (x0, us), dtype = strong(x0, us)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype) if state is None else state
-    solution = _solve_door(problem, method, x0, us, search, state, *tolerances, options)
+    solution = _solve(problem, method, x0, us, search, state, *tolerances, options)
+    return _judged(solution, problem, throw)
+
+
+def _judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
     told = ft.partial(explain_solution, advice=_advice(problem))
-    return throw_unless_successful(solution, throw, told)
+    return throw_unless_successful(solution.result, solution, throw, told)
 
 
 def _advice(problem: AbstractChain) -> Mapping[str, str]:
@@ -241,6 +243,7 @@ def _advice(problem: AbstractChain) -> Mapping[str, str]:
     return NETWORK_ADVICE if isinstance(problem, NetworkProblem) else ADVICE
 
 
+@door
 def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
@@ -262,14 +265,6 @@ def _direction(problem, method, x0, us, damping):
     ok = result == RESULTS.successful
     vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
     return vectorized.controls(vs), result
-
-
-_direction_door = door(_direction)
-
-
-class _Direction(eqx.Module):
-    du: PyTree
-    result: RESULTS
 
 
 def direction(
@@ -296,10 +291,9 @@ def direction(
     """
     _check(problem, method, damping=damping)
     (x0, us), _ = strong(x0, us)
-    du, result = _direction_door(problem, method, x0, us, _float(damping))
-    told = lambda found: explain(found.result, _advice(problem))
-    throw_unless_successful(_Direction(du, result), throw, told)
-    return du, result
+    du, result = _direction(problem, method, x0, us, _float(damping))
+    told = lambda _: explain(result, _advice(problem))
+    return throw_unless_successful(result, (du, result), throw, told)
 
 
 class SolverState(eqx.Module):
@@ -339,6 +333,7 @@ class SolverState(eqx.Module):
         return self._loop.result
 
 
+@door
 def _init(problem, method, x0, us, search, state, rtol, atol, options) -> SolverState:
     max_steps, history = options
     vectorized = vectorize(problem, x0, us)
@@ -361,6 +356,7 @@ def _advance(problem, state: SolverState, last: bool):
     return vectorized, loop
 
 
+@door
 def _step(problem, state: SolverState) -> SolverState:
     vectorized, loop = _advance(problem, state, False)
     xs, us = vectorized.states(loop.trajectory), vectorized.controls(loop.trajectory.us)
@@ -368,12 +364,10 @@ def _step(problem, state: SolverState) -> SolverState:
     return eqx.tree_at(where, state, (xs, us, loop))
 
 
+@door
 def _finish(problem, state: SolverState) -> Solution:
     vectorized, loop = _advance(problem, state, True)
     return _undifferentiated(_solution(vectorized, loop, state.max_steps))
-
-
-_init_door, _step_door, _finish_door = door(_init), door(_step), door(_finish)
 
 
 def init(
@@ -403,7 +397,7 @@ def init(
     (x0, us), dtype = strong(x0, us)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype) if state is None else state
-    return _init_door(problem, method, x0, us, search, state, *tolerances, options)
+    return _init(problem, method, x0, us, search, state, *tolerances, options)
 
 
 def step(problem: AbstractChain, state: SolverState) -> SolverState:
@@ -412,7 +406,7 @@ def step(problem: AbstractChain, state: SolverState) -> SolverState:
     The call after the last accepted iteration finds out that the solve is over and
     computes the policy. The problem must be the one given to [`diffprog.init`][].
     """
-    return _step_door(problem, state)
+    return _step(problem, state)
 
 
 def finish(
@@ -423,6 +417,4 @@ def finish(
     Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
     to be stationary: give `throw=False` to stop early.
     """
-    solution = _finish_door(problem, state)
-    told = ft.partial(explain_solution, advice=_advice(problem))
-    return throw_unless_successful(solution, throw, told)
+    return _judged(_finish(problem, state), problem, throw)

@@ -23,7 +23,7 @@ from ._model import (
     raised_in_predict,
     split,
 )
-from ._network_problem import check_reduction, Reduction
+from ._reduction import check_reduction, Reduction
 from ._result import explain, RESULTS, throw_unless_successful
 from ._tree import (
     all_finite,
@@ -131,10 +131,12 @@ class ValueAndDirection(eqx.Module):
         """`value, direction`, or `(value, aux), direction` with `has_aux`."""
         arrays, frozen = self._split(model, inputs, targets, key)
         args = self, arrays, frozen, inputs, targets, key
-        value, aux, outputs, replaced, direction = _call_door(*args)
+        value, aux, outputs, replaced, direction = _call(*args)
         _check_targets(self.loss, outputs, targets)
         if isinstance(replaced, Tracer) or not jnp.all(replaced):
-            _throw(aux.result if self.has_aux else aux)
+            result = aux.result if isinstance(aux, DirectionAux) else aux
+            told = lambda result: explain(result, ADVICE)
+            throw_unless_successful(result, result, True, told)
         return ((value, aux) if self.has_aux else value), direction
 
     def init(self, model: PyTree, model_state: PyTree = None) -> DirectionState:
@@ -144,7 +146,7 @@ class ValueAndDirection(eqx.Module):
         returns the outputs and the new one.
         """
         arrays, frozen = split(model, self.predict)
-        return _init_door(self, arrays, frozen, model_state)
+        return _init(self, arrays, frozen, model_state)
 
     def step(
         self,
@@ -164,7 +166,7 @@ class ValueAndDirection(eqx.Module):
         if not isinstance(state, DirectionState):
             raise TypeError(f"`state` is {came(state)}; start with `init(model)`.")
         arrays, frozen = self._split(model, inputs, targets, key, state.model_state)
-        found = _step_door(self, arrays, frozen, state, inputs, targets, key, True)
+        found = _step(self, arrays, frozen, state, inputs, targets, key)
         _check_targets(self.loss, found[0][1].outputs, targets)
         return found
 
@@ -173,7 +175,7 @@ class ValueAndDirection(eqx.Module):
         check_batch(key, inputs=inputs, targets=targets)
         if self.check:
             options = (inputs, model_state, key)
-            check_apart(_outputs_door(self, arrays, frozen, *options))
+            check_apart(_outputs(self, arrays, frozen, *options))
         return arrays, frozen
 
 
@@ -305,7 +307,7 @@ def _damping_of(vd: ValueAndDirection) -> AbstractDamping | None:
     return None if vd.oracle.damping is None else as_damping(vd.oracle.damping)
 
 
-def _init(vd, arrays, frozen, model_state) -> DirectionState:
+def _begin(vd, arrays, frozen, model_state) -> DirectionState:
     _, params = _predictor(vd, arrays, frozen, None, None, None)
     rule, damping, dtype = _damping_of(vd), None, working_dtype(params)
     if rule is not None:
@@ -314,6 +316,7 @@ def _init(vd, arrays, frozen, model_state) -> DirectionState:
     return DirectionState(damping, vd.oracle.init(cast(params, dtype)), model_state)
 
 
+@door
 def _outputs(vd, arrays, frozen, inputs, model_state, key):
     """The outputs for a batch, and for one whose second half is its first again."""
     found = []
@@ -324,7 +327,7 @@ def _outputs(vd, arrays, frozen, inputs, model_state, key):
     return tuple(found)
 
 
-def _step(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, adapt):
+def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, adapt):
     predict, params = _predictor(vd, arrays, frozen, inputs, state.model_state, key)
     model = eqx.combine(jtu.tree_map(jnp.asarray, arrays), frozen.tree())
     run = _runner(vd, inputs, state.model_state, key)
@@ -426,10 +429,21 @@ def _replaced(vd, value: Array, gradient: Array, result: RESULTS) -> Bool[Array,
     return (result != RESULTS.successful) & jnp.isfinite(value) & jnp.isfinite(gradient)
 
 
+@door
+def _init(vd, arrays, frozen, model_state) -> DirectionState:
+    return _begin(vd, arrays, frozen, model_state)
+
+
+@door
+def _step(vd, arrays, frozen, state, inputs, targets, key):
+    return _advance(vd, arrays, frozen, state, inputs, targets, key, True)
+
+
+@door
 def _call(vd, arrays, frozen, inputs, targets, key):
     """A step without memory; what nobody asks for is not computed."""
-    state = _init(vd, arrays, frozen, None)
-    (value, aux), direction, _ = _step(
+    state = _begin(vd, arrays, frozen, None)
+    (value, aux), direction, _ = _advance(
         vd, arrays, frozen, state, inputs, targets, key, False
     )
     replaced = _replaced(vd, value, aux.gradient, aux.result)
@@ -438,19 +452,6 @@ def _call(vd, arrays, frozen, inputs, targets, key):
     return value, aux if vd.has_aux else aux.result, aux.outputs, replaced, direction
 
 
-_init_door, _outputs_door = door(_init), door(_outputs)
-_step_door, _call_door = door(_step), door(_call)
-
-
 def _check_targets(loss: AbstractLoss, outputs: Array, targets: PyTree):
     """Raises for what the loss does not accept, before anything is returned."""
     type(loss).count(loss, outputs, targets)  # Equinox binds a method in 20 us
-
-
-class _Result(eqx.Module):
-    result: RESULTS
-
-
-def _throw(result: RESULTS):
-    told = lambda found: explain(found.result, ADVICE)
-    throw_unless_successful(_Result(result), True, told)

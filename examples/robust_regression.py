@@ -68,8 +68,8 @@ assert jnp.max(jnp.abs(jax.grad(objective)(robust, fifth))) < 1e-10
 # Prospect and LSVRG correct their gradients. SGD takes the risk of a batch, which is
 # biased: the worst fifth of a batch is not the worst fifth of all.
 options = dict(smoothing=nu, l2=l2)
-prospect = dp.losses.prospect(loss, fifth, f, learning_rate=2e-3, **options)
-lsvrg = dp.losses.lsvrg(loss, fifth, f, learning_rate=3e-3, **options)
+prospect = dp.optim.prospect(loss, fifth, f, learning_rate=2e-3, **options)
+lsvrg = dp.optim.lsvrg(loss, fifth, f, learning_rate=3e-3, **options)
 few = dp.losses.spectrum("superquantile", batch, 0.8)
 params = lambda state: getattr(state, "params", state)
 
@@ -79,7 +79,7 @@ def sgd_step(w, data, key):
     return w - 1e-2 * jax.grad(objective)(w, few, tuple(a[rows] for a in data))
 
 
-sgd = dp.losses.RiskDescent(lambda w, data: w, sgd_step)
+sgd = dp.optim.RiskDescent(lambda w, data: w, sgd_step)
 
 
 def run(method, num_steps, epochs):

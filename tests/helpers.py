@@ -15,7 +15,7 @@ from diffprog._rollout import run, vectorize
 DIRECTIONS = [dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP()]
 BIASED = [dp.MoreauGradient()]  # not 0 at every optimum
 SECOND_ORDER = DIRECTIONS[1:]
-FOLLOWING = [d for d in DIRECTIONS if d.follows_dynamics]
+FOLLOWING = [d for d in DIRECTIONS if isinstance(d.rollout, dp.Feedback)]
 SEARCHES = [dp.FixedStep(), dp.Backtracking(), dp.AdaptiveDamping()]
 MONOTONE = [s for s in SEARCHES if s.monotone]
 

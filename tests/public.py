@@ -35,7 +35,10 @@ import diffprog as dp
 from diffprog import plot
 
 
-MODULES = {"": dp, "losses.": dp.losses, "oracles.": dp.oracles, "plot.": plot}
+MODULES = {
+    "": dp, "losses.": dp.losses, "oracles.": dp.oracles, "optim.": dp.optim,
+    "plot.": plot,
+}  # fmt: skip
 # Methods that users call, or that decide a result.
 METHODS = """
 __call__ block_update center conjugate conjugate_prox cost derivative dual_projection

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import types
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import diffprog as dp
 from diffprog._capture import Frozen, put_together, Taken
+from diffprog._door import door
 
 from . import helpers
 
@@ -681,6 +683,14 @@ def test_frozen_dataclasses_modules_and_library_functions_are_captured():
         with jax.disable_jit():
             right = dp.rollout(cost(fixed, Weight(0.5), act), X0, US + 0.5).cost
         np.testing.assert_allclose(found, right, rtol=1e-12)
+
+
+def test_the_door_has_the_type_of_what_is_behind_it():
+    hints = typing.get_type_hints(door)
+    assert hints["fn"] == hints["return"]
+    assert [type(hint) for hint in typing.get_args(hints["fn"])] == [
+        typing.ParamSpec, typing.TypeVar
+    ]  # fmt: skip
 
 
 def test_a_listener_may_keep_what_it_hears():

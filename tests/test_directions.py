@@ -12,7 +12,7 @@ from .helpers import BIASED, DIRECTIONS, name, SECOND_ORDER
 
 
 CHAINS = ["spring", "ragged", "two_phase"]
-LINEAR_ROLLOUT = [d for d in DIRECTIONS if not d.follows_dynamics]
+LINEAR_ROLLOUT = [d for d in DIRECTIONS if isinstance(d.rollout, dp.LinearRollout)]
 
 
 def close(a, b, tolerance):

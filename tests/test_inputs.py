@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, HealthCheck, Phase, settings, strategies as st
 
 import diffprog as dp
-from diffprog import losses
+from diffprog import losses, optim
 from diffprog.losses import f_loss, f_softargmax, f_softmax, FLoss, Hinge
 from diffprog.oracles import Cholesky, GaussNewton, MadsenNielsen, Threshold
 
@@ -269,10 +269,10 @@ OPERATORS = {
     ),
     "minmin_objective": lambda f, u, w: energies(partition(f), u),
     "prospect": lambda f, u, w: two_steps(
-        u, lambda loss: losses.prospect(loss, TAIL, f, smoothing=0.5, learning_rate=0.1)
+        u, lambda loss: optim.prospect(loss, TAIL, f, smoothing=0.5, learning_rate=0.1)
     ),
     "lsvrg": lambda f, u, w: two_steps(
-        u, lambda loss: losses.lsvrg(loss, TAIL, learning_rate=0.1)
+        u, lambda loss: optim.lsvrg(loss, TAIL, learning_rate=0.1)
     ),
 }  # fmt: skip
 
@@ -523,7 +523,7 @@ def test_all_that_is_public_is_drawn():
     drawn |= {"prox_prop"} if "proximal back-propagation" in EVERY else set()
     public = {
         name
-        for module in (dp.losses, dp.oracles)
+        for module in (dp.losses, dp.optim, dp.oracles)
         for name, item in vars(module).items()
         if name[0] != "_" and getattr(item, "__module__", "").startswith("diffprog")
     }

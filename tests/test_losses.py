@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from diffprog import losses
+from diffprog import losses, optim
 from diffprog.losses import (
     Alpha,
     ChiSquare,
@@ -1014,6 +1014,7 @@ def test_losses_of_classes_need_classes(unchecked):
 def test_wrong_parts_of_energies_and_risks(unchecked):
     energy, subsets = lambda w, x, y: jnp.dot(w, y), losses.Subsets(3)
     anything: Any = losses
+    descent: Any = optim
     sigma = losses.spectrum("superquantile", 3, 0.5)
     for call, message in (
         (lambda: anything.exact_objective(energy, subsets, KL()), "`subsets.all()`"),
@@ -1029,13 +1030,13 @@ def test_wrong_parts_of_energies_and_risks(unchecked):
             "one for each of the 4 candidates",
         ),
         (
-            lambda: anything.prospect(
+            lambda: descent.prospect(
                 losses.Squared(), sigma, KL(), smoothing=1.0, learning_rate=0.1
             ),
             "`loss` is Squared(); a function `loss(params, example)`",
         ),
         (
-            lambda: anything.lsvrg(energy, 0.5, learning_rate=0.1),
+            lambda: descent.lsvrg(energy, 0.5, learning_rate=0.1),
             "`sigma` has shape (); a spectrum",
         ),
         (

@@ -9,6 +9,7 @@ import pytest
 
 import diffprog as dp
 from diffprog import plot
+from diffprog.plot._plane import _Frame
 
 from . import helpers
 
@@ -305,7 +306,7 @@ def test_animation(circuit, drive, tmp_path):
 
 def test_the_car_is_drawn_about_its_position(circuit, drive):
     plans = np.arange(54.0).reshape(9, 3, 2)
-    frame = plot._Frame(drive, np.ones(9), circuit, plans, 0.09, 0.045, 0.5, 0.1)
+    frame = _Frame(drive, np.ones(9), circuit, plans, 0.09, 0.045, 0.5, 0.1)
     frame.draw(5)
     corners = frame.car.get_corners()
     np.testing.assert_allclose(corners.mean(axis=0), drive[5, :2])

@@ -573,7 +573,7 @@ SPECTRUM: Any = L.spectrum  # for arguments of wrong types
         ),
         (lambda: L.capped_f_softargmax(jnp.ones(3), KL, cap=0.3), ValueError, "1 / 3"),
         (
-            lambda: L.lsvrg(absolute, jnp.ones(1), learning_rate=0.1, period=0),
+            lambda: dp.optim.lsvrg(absolute, jnp.ones(1), learning_rate=0.1, period=0),
             ValueError,
             "`period` is 0",
         ),
@@ -589,7 +589,7 @@ SPECTRUM: Any = L.spectrum  # for arguments of wrong types
             r"`params\['w'\]` has dtype int64; floats",
         ),
         (
-            lambda: L.lsvrg(absolute, jnp.ones(1), learning_rate=0.1).init(
+            lambda: dp.optim.lsvrg(absolute, jnp.ones(1), learning_rate=0.1).init(
                 jnp.ones(2), (jnp.ones((3, 2)), jnp.ones(3))
             ),
             ValueError,
@@ -606,7 +606,7 @@ def descent(name, **options):
     """A method, with a list as its spectrum."""
     usual = dict(sigma=[0.5, 0.5], f=KL, smoothing=1.0, learning_rate=0.1)
     square = lambda w, x: jnp.sum((jnp.asarray(w) - x) ** 2)
-    return getattr(L, name)(square, **(usual | options))
+    return getattr(dp.optim, name)(square, **(usual | options))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -694,7 +694,7 @@ def test_methods_converge_linearly(name, kind, parameter, f):
     sigma = L.spectrum(kind, 20, parameter)
     solution = minimizer(sigma, f, 1.0)
     # With 0.05 it depends on the examples that are drawn whether Prospect converges.
-    method = getattr(L, name)(
+    method = getattr(dp.optim, name)(
         squared, sigma, f, smoothing=1.0, learning_rate=0.02, l2=L2
     )
     state, error = errors(method, solution, 20 * 120)
@@ -720,7 +720,9 @@ def test_the_mean_of_a_step_is_the_gradient(name):
     params, data = regression()
     sigma = L.spectrum("superquantile", 20, 0.47)
     rate = 0.05
-    method = getattr(L, name)(squared, sigma, CHI2, smoothing=1.0, learning_rate=rate)
+    method = getattr(dp.optim, name)(
+        squared, sigma, CHI2, smoothing=1.0, learning_rate=rate
+    )
     state = jax.jit(method.init)(params, data)
     # Elsewhere, where what is remembered corrects.
     state = state._replace(params=dict(slope=jnp.ones(2), offset=jnp.ones(())))
@@ -746,7 +748,7 @@ def test_the_mean_of_a_step_is_the_gradient(name):
 
 def test_lsvrg_without_smoothing_and_float32():
     sigma = L.spectrum("esrm", 20, 1.0)
-    method = L.lsvrg(squared, sigma, learning_rate=0.02, l2=L2, period=40)
+    method = dp.optim.lsvrg(squared, sigma, learning_rate=0.02, l2=L2, period=40)
     params, data = jax.tree_util.tree_map(lambda a: a.astype(jnp.float32), regression())
     state = jax.jit(method.init)(params, data)
     keys = jax.random.split(jax.random.key(0), 4000)

@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 
 import diffprog as dp
-from diffprog import losses
+from diffprog import losses, optim
 from diffprog.losses import (
     Alpha,
     ChiSquare,
@@ -166,10 +166,11 @@ OPERATORS = {
         n.losses, n.sigma, Alpha(1.5), smoothing=n.size
     ),
     "prospect": lambda n: descend(
-        losses.prospect(squares, n.sigma, ChiSquare(), learning_rate=n.size, **RATE), n
+        optim.prospect(squares, n.sigma, ChiSquare(), learning_rate=n.size, **RATE),
+        n,
     ),
     "lsvrg": lambda n: descend(
-        losses.lsvrg(squares, n.sigma, learning_rate=n.size, l2=0.1), n
+        optim.lsvrg(squares, n.sigma, learning_rate=n.size, l2=0.1), n
     ),
     "Subsets": lambda n: losses.Subsets(3)(n.key),
     "Permutations": lambda n: losses.Permutations(3)(n.key),

@@ -7,16 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._expand import adjoints, curved, linear, Model, terminal
-from .._linalg import matmul
 from .._lqr import Sweep
-from .._rollout import (
-    first_false,
-    simulate,
-    VectorChain,
-    VectorTrajectory,
-)
+from .._rollout import first_false, VectorChain, VectorTrajectory
 from .._tree import all_finite, norm
 from .._types import Rows, Stacks, Tensors
+from .rollouts import AbstractRollout
 
 
 class Expansion(eqx.Module):
@@ -35,11 +30,13 @@ class Expansion(eqx.Module):
 class AbstractDirection(eqx.Module):
     """The rule that flows backward through a chain.
 
-    `expand` builds a local model, `backward` turns it into gains, and `forward`, the
-    same for all, rolls them out at a step size.
+    `expand` builds a local model, `backward` turns it into gains, and `forward` rolls
+    them out at a step size.
+
+    - `rollout`: how `forward` does it, such as [`diffprog.Feedback`][].
     """
 
-    follows_dynamics: eqx.AbstractClassVar[bool]
+    rollout: eqx.AbstractClassVar[AbstractRollout]
 
     @abc.abstractmethod
     def expand(self, chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
@@ -63,23 +60,8 @@ class AbstractDirection(eqx.Module):
         sweep: Sweep,
         stepsize: Float[Array, ""],
     ) -> tuple[VectorTrajectory, Rows]:
-        """The trajectory of u + v at `stepsize` s, and v = s k + K y.
-
-        y is the deviation of the state: of the dynamics itself, or of the linear model.
-        """
-        linear = not self.follows_dynamics
-
-        def control(x_new, y, x, u, gains, *F):
-            y = y if linear else x_new - x
-            v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
-            y = matmul(F[0][1:, 1:], jnp.concatenate([y, v])) if linear else None
-            return u + v, y, v
-
-        x0 = trajectory.xs[0][0]
-        data = (trajectory.xs, trajectory.us, sweep.gains)
-        data = (*data, model.F) if linear else data
-        y0 = jnp.zeros_like(x0) if linear else None
-        return simulate(chain, control, x0, y0, *data)
+        """The trajectory of u + v at `stepsize` s, and v of every stage."""
+        return self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
 
 
 def linear_quadratic(

@@ -3,6 +3,7 @@ from typing import ClassVar
 from .._expand import second_derivatives
 from .._lqr import Riccati
 from .base import AbstractDirection, deferred, linear_quadratic
+from .rollouts import AbstractRollout, Feedback
 
 
 class DDP(AbstractDirection):
@@ -18,7 +19,7 @@ class DDP(AbstractDirection):
     arXiv 2207.06362.
     """
 
-    follows_dynamics: ClassVar[bool] = True
+    rollout: ClassVar[AbstractRollout] = Feedback()
 
     def expand(self, chain, trajectory):
         if chain.loops == "fused":

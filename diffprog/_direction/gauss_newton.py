@@ -3,6 +3,7 @@ from typing import ClassVar
 from .._lqr import AbstractRiccati, Riccati
 from .._types import check_kind
 from .base import AbstractDirection, linear_quadratic
+from .rollouts import AbstractRollout, LinearRollout
 
 
 class GaussNewton(AbstractDirection):
@@ -21,7 +22,7 @@ class GaussNewton(AbstractDirection):
 
     riccati: AbstractRiccati = Riccati()
 
-    follows_dynamics: ClassVar[bool] = False
+    rollout: ClassVar[AbstractRollout] = LinearRollout()
 
     def __check_init__(self):
         check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from .._lqr import Sweep
 from .._tree import norm
 from .base import AbstractDirection, feedforward, gradients
+from .rollouts import AbstractRollout, Feedback
 
 
 class Gradient(AbstractDirection):
@@ -20,7 +21,7 @@ class Gradient(AbstractDirection):
     arXiv 2207.06362.
     """
 
-    follows_dynamics: ClassVar[bool] = True
+    rollout: ClassVar[AbstractRollout] = Feedback()
 
     def expand(self, chain, trajectory):
         return gradients(chain, trajectory)

@@ -7,6 +7,7 @@ from .._lqr import Sweep
 from .._tree import all_finite, norm, vdot
 from .._types import check_kind, check_positive, Number, number
 from .base import AbstractDirection, feedforward, gradients
+from .rollouts import AbstractRollout, Feedback
 
 
 class MoreauGradient(AbstractDirection):
@@ -40,7 +41,7 @@ class MoreauGradient(AbstractDirection):
     alpha: Number = number(1.0)
     solver: AbstractInner = InnerNewton()
 
-    follows_dynamics: ClassVar[bool] = True
+    rollout: ClassVar[AbstractRollout] = Feedback()
 
     def __check_init__(self):
         check_positive("alpha", self.alpha)

@@ -4,6 +4,7 @@ from .._expand import adjoints
 from .._lqr import AbstractRiccati, Riccati
 from .._types import check_kind
 from .base import AbstractDirection, linear_quadratic
+from .rollouts import AbstractRollout, LinearRollout
 
 
 class Newton(AbstractDirection):
@@ -22,7 +23,7 @@ class Newton(AbstractDirection):
 
     riccati: AbstractRiccati = Riccati()
 
-    follows_dynamics: ClassVar[bool] = False
+    rollout: ClassVar[AbstractRollout] = LinearRollout()
 
     def __check_init__(self):
         check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")

@@ -11,7 +11,7 @@ from .._expand import affine, Model, quadratic
 from .._fast_loops import Loops
 from .._linalg import matmul, solve_positive, symmetrize
 from .._result import RESULTS
-from .._rollout import VectorChain, VectorTrajectory
+from .._rollout import Segment, VectorChain, VectorTrajectory
 from .._tree import Layout, norm
 from .._types import Rows, Stacks
 
@@ -147,7 +147,7 @@ class Policy(eqx.Module):
                 f"`t` is {t + self._start}; this policy has the stages {self._start} "
                 f"to {self._start + stages - 1}."
             )
-        y = self._x.ravel(x) - self.xs[t]
+        y = Segment.difference(self._x.ravel(x), self.xs[t])
         u = self.us[t] + self.k[t] + matmul(self.K[t], y)
         # JAX would take the nearest stage where a `t` that it traces has none.
         return self._u.unravel(jnp.where(inside, u, jnp.nan))

@@ -114,7 +114,7 @@ class Riccati(AbstractRiccati):
         return jnp.concatenate([xs, last[None]]), us
 
 
-def _solve_lqr(
+def _solved(
     lqr: LQR, x0: Float[Array, " n"], method: AbstractRiccati, loops: Loops
 ) -> LQRSolution:
     n = lqr.B.shape[1]
@@ -140,8 +140,8 @@ def _solve_lqr(
 
 
 @door
-def _solve_lqr_door(lqr, x0, method, fast_loops) -> LQRSolution:
-    solved = lambda loops: _solve_lqr(lqr, x0, method, loops)
+def _solve_lqr(lqr, x0, method, fast_loops) -> LQRSolution:
+    solved = lambda loops: _solved(lqr, x0, method, loops)
     if fast_loops is False:
         return compiled(solved, False)
     return solved("forced" if fast_loops else "apart")
@@ -187,8 +187,8 @@ def solve_lqr(
             "`dp.ParallelRiccati()` is expected."
         )
     x0 = float_array("x0", x0, lqr.A)
-    solution = _solve_lqr_door(lqr, x0, method, fast_loops)
-    return throw_unless_successful(solution, throw, _explain)
+    solution = _solve_lqr(lqr, x0, method, fast_loops)
+    return throw_unless_successful(solution.result, solution, throw, _explain)
 
 
 def _explain(solution: LQRSolution) -> str:

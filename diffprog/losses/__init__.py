@@ -60,13 +60,6 @@ from ._risk import (
     spectral_weights as spectral_weights,
     spectrum as spectrum,
 )
-from ._risk_descent import (
-    lsvrg as lsvrg,
-    LSVRGState as LSVRGState,
-    prospect as prospect,
-    ProspectState as ProspectState,
-    RiskDescent as RiskDescent,
-)
 from ._supervised import (
     Absolute as Absolute,
     Euclidean as Euclidean,

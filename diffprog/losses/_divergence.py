@@ -265,9 +265,12 @@ class JensenShannon(AbstractDivergence):
 
 
 class Jeffreys(AbstractDivergence):
-    r"""Jeffreys' divergence, KL + reverse KL: $f(u) = (u - 1) \ln u$."""
+    r"""Jeffreys' divergence, KL + reverse KL: $f(u) = (u - 1) \ln u$.
 
-    at_most_one: bool = eqx.field(static=True, default=False)  # the ratios
+    - `at_most_one`: whether all ratios are; the operators set it.
+    """
+
+    at_most_one: bool = eqx.field(static=True, default=False)
     sparse: ClassVar[bool] = False
     convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 0.0
@@ -301,7 +304,10 @@ class Jeffreys(AbstractDivergence):
 
 
 class LeCam(AbstractDivergence):
-    r"""Le Cam's (triangular) divergence: $f(u) = (u - 1)^2 / (u + 1)$."""
+    r"""Le Cam's (triangular) divergence: $f(u) = (u - 1)^2 / (u + 1)$.
+
+    - `at_most_one`: whether all ratios are; the operators set it.
+    """
 
     # It has a pole and an edge of its support, 4 apart: v is counted from the one that
     # the ratios are nearer to.

@@ -6,19 +6,19 @@ tokens say.
 """
 
 import abc
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
+from .._reduction import AbstractCounted
 from .._types import is_known
 from ._factor import AbstractFactor
 
 
-class AbstractLoss(eqx.Module):
+class AbstractLoss(AbstractCounted):
     r"""A loss of the outputs of a model: `loss(outputs, targets)`, one per example.
 
     Of its conjugate $l^*(\alpha) = \sup_u \langle \alpha, u \rangle - l(u)$ the dual
@@ -47,18 +47,6 @@ class AbstractLoss(eqx.Module):
         out of range: `ValueError` where they are known. Where they are traced the loss
         of their example is NaN, with derivatives NaN; but traced probabilities are
         taken as they are.
-        """
-
-    @abc.abstractmethod
-    def count(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> int | Int[Array, ""]:
-        """The number of examples that have a loss, by which a mean divides.
-
-        All of them, but for those whose labels are all to be ignored.
-
-        **Raises:** `ValueError` for known targets that the loss does not accept. Of the
-        outputs only shape and dtype are looked at.
         """
 
     @abc.abstractmethod
@@ -201,18 +189,6 @@ def per_example(name: str, value: ArrayLike, outputs: Array) -> Array:
     if is_known(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{name}` is {value}; positive numbers are expected.")
     return spread(value, outputs)
-
-
-def weight(
-    loss: AbstractLoss, outputs: Array, targets: Any, reduction: str
-) -> float | Array:
-    """That of a loss in the mean, one over how many count, or in the sum."""
-    if reduction == "sum":
-        return 1.0
-    number = loss.count(outputs, targets)
-    if isinstance(number, int):
-        return 1 / max(number, 1)
-    return 1 / jnp.maximum(number, 1).astype(outputs.dtype)
 
 
 def total(losses: Array) -> Float[Array, " examples"]:

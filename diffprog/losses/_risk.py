@@ -125,7 +125,7 @@ def spectral_risk(
     if known is None:
         order, _ = _ranks(losses)
         return jnp.sum(weighted(sigma, losses[order])).astype(dtype)
-    return _smoothed_door(known, losses, sigma, nu).astype(dtype)
+    return _smoothed_compiled(known, losses, sigma, nu).astype(dtype)
 
 
 def spectral_weights(
@@ -204,7 +204,7 @@ def _(primals, tangents):
     return _height(f, losses, q, nu), change
 
 
-_smoothed_door = jax.jit(_smoothed)
+_smoothed_compiled = jax.jit(_smoothed)
 
 
 def _height(f: AbstractDivergence, losses: Vector, q: Vector, nu) -> Array:

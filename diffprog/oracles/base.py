@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._jacobian import products
+from .._reduction import weight
 from .._result import RESULTS
 from .._tree import cast, cast_like, vdot, working_dtype
 from .._types import came, shapes
 from ..losses import AbstractLoss
-from ..losses._loss import weight
 
 
 # So many roundings are allowed for before a change of the loss means something.

@@ -75,6 +75,21 @@ def even_parameters(
     return np.interp(np.linspace(0.0, lengths[-1], num), lengths, fine)
 
 
+def resample(
+    points: np.ndarray, data: np.ndarray, closed: bool, spacing: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points about `spacing` apart on the spline through points, and data there."""
+    knots = chord_lengths(points)
+    num = max(5, 1 + round(knots[-1] / spacing))
+    coefficients = fit(knots, points, closed)
+    at = even_parameters(knots, coefficients, num)
+    even, _ = evaluate(knots, coefficients, at)
+    if closed:
+        even[-1] = even[0]
+    columns = [np.interp(at, knots, column) for column in data.T]
+    return even, np.stack(columns, axis=1)
+
+
 def first_intervals(knots: np.ndarray) -> tuple[np.ndarray, int]:
     """A table to look up intervals: the one where each of equal bins begins.
 

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._door import door
 from .._types import came, check_count, check_number, check_positive, is_known
-from ._call import Divergence
-from ._generated import as_divergence
-from ._loss import AbstractLoss
-from ._risk import check_spectral, Number, spectral_weights
+from ..losses._call import Divergence
+from ..losses._generated import as_divergence
+from ..losses._loss import AbstractLoss
+from ..losses._risk import check_spectral, Number, spectral_weights
 
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -186,8 +186,8 @@ def prospect(
         of the losses, and 1 / nu.
     - `l2`: mu >= 0, the weight of the quadratic regularization.
 
-    **Returns:** a [`diffprog.losses.RiskDescent`][] with states
-    [`diffprog.losses.ProspectState`][].
+    **Returns:** a [`diffprog.optim.RiskDescent`][] with states
+    [`diffprog.optim.ProspectState`][].
 
     A step costs one gradient, the weights of n losses, and O(n) memory traffic. Memory
     is n times that of the gradient. `init` costs one pass over the data. Not for losses
@@ -256,14 +256,14 @@ def lsvrg(
 
     **Arguments:**
 
-    - `loss`, `sigma`, `l2`: those of [`diffprog.losses.prospect`][].
+    - `loss`, `sigma`, `l2`: those of [`diffprog.optim.prospect`][].
     - `f`, `smoothing`: those of [`diffprog.losses.spectral_risk`][]; without them the
         risk is not smoothed, and convergence to its minimum is not assured.
     - `learning_rate`: eta.
     - `period`: steps from one checkpoint to the next; `None` is n.
 
-    **Returns:** a [`diffprog.losses.RiskDescent`][] with states
-    [`diffprog.losses.LSVRGState`][].
+    **Returns:** a [`diffprog.optim.RiskDescent`][] with states
+    [`diffprog.optim.LSVRGState`][].
 
     A step costs two gradients, and every `period` of them a pass over the data and one
     sort. O(n) memory.

@@ -1,0 +1,9 @@
+"""Optimizers: methods that step the parameters of a model."""
+
+from ._risk_descent import (
+    lsvrg as lsvrg,
+    LSVRGState as LSVRGState,
+    prospect as prospect,
+    ProspectState as ProspectState,
+    RiskDescent as RiskDescent,
+)
