@@ -77,8 +77,8 @@ LOSSES = [
 ]
 # Inside the oracles.
 ORACLES = [
-    ["base", "_damping"],
-    ["_gram", "_model_solver", "_rules"],
+    ["base"],
+    ["_damping", "_gram", "_model_solver", "_rules"],
     ["_solvers", "_inverses"],
     ["_augmented_lagrangian", "_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],

@@ -142,15 +142,14 @@ def _propose(
     result = RESULTS.where(
         solved.negative_curvature, RESULTS.factorization_failed, RESULTS.successful
     )
-    return Proposal(
-        step, decrease, damping, solved.gap, solved.num_inner, result, memory
-    )
+    found = solved.gap, solved.num_inner
+    return Proposal(step, decrease, damping, *found, result, memory)
 
 
 def _scaled(at: Linearization, roots: PyTree) -> Linearization:
     """In the parameters v with w = v / roots."""
     divide = lambda tree: jtu.tree_map(jnp.divide, tree, roots)
-    at = dataclasses.replace(at, mapped=False)  # layers do not know of the scaling
+    at = dataclasses.replace(at, layers=None)  # these do not know of the scaling
     return eqx.tree_at(
         lambda at: (at.gradient, at.mv, at.transpose_mv),
         at,

@@ -19,13 +19,15 @@ from jaxtyping import Array
 from .._linalg import matmul
 from .._network import has_parameters, Network, Stage
 from .._tree import cast
-from .base import Linearization
+from .base import Layers, Linearization
 
 
-def is_dense(net: Network) -> bool:
-    """Whether all parameters are those of dense layers."""
-    layers = [layer for stack in net.stacks for layer in stack.stage.layers]
-    return all(is_linear(layer) for layer in layers if has_parameters(layer))
+def dense(layers: Layers | None) -> Layers | None:
+    """These of a network, if all its parameters are those of dense layers."""
+    if layers is None or not (layers.mapped and isinstance(layers.model, Network)):
+        return None
+    found = [layer for stack in layers.model.stacks for layer in _linear(stack.stage)]
+    return layers if all(map(is_linear, found)) else None
 
 
 def gram_flops(net: Network, m: int, k: int) -> float:
@@ -51,14 +53,14 @@ def is_linear(layer) -> bool:
     )
 
 
-def gram(at: Linearization, factor) -> Array:
+def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
-    net: Network = at.model
+    net, inputs = layers.model, layers.inputs
     m, dtype = at.outputs.shape[0], at.outputs.dtype
     batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
-    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], at.inputs)
+    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], inputs)
     zeros = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    outputs = lambda shifts: batch(_run)(at.inputs, shifts)
+    outputs = lambda shifts: batch(_run)(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])

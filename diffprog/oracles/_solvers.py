@@ -18,10 +18,9 @@ from jaxtyping import Array, PyTree
 
 from .._cg import conjugate_gradients
 from .._linalg import matmul
-from .._network import Network
 from .._tree import add, all_finite, norm, scale
 from .._types import check_count, check_numbers, Number, number
-from ._gram import gram, gram_flops, is_dense
+from ._gram import dense, gram, gram_flops
 from .base import Linearization
 
 
@@ -236,8 +235,9 @@ class Cholesky(AbstractSolver):
 
     def whitened(self, at: Linearization, factor) -> Array:
         """R' K R."""
-        if _layerwise(at):
-            return gram(at, factor)
+        layers = dense(at.layers)
+        if layers is not None:
+            return gram(layers, at, factor)
 
         def column(e):
             v = factor.mv(e.reshape(factor.rho.shape))
@@ -327,9 +327,8 @@ class Auto(AbstractSolver):
         m, q = at.outputs.shape[0], at.outputs.size
         size = sum(a.size for a in jtu.tree_leaves(at.params))
         product = 8 * m * size  # where an example uses each parameter once
-        build = float(q * product)
-        if _layerwise(at):
-            build = gram_flops(at.model, m, q // m)
+        layers = dense(at.layers)
+        build = gram_flops(layers.model, m, q // m) if layers else float(q * product)
         if build + q**3 / 3 <= 50 * product:
             return Cholesky()
         small = self.in_outputs or (50 * q < size and not self.warm_start)
@@ -340,8 +339,3 @@ class Auto(AbstractSolver):
             in_outputs=small,
             unroll=self.unroll,
         )
-
-
-def _layerwise(at: Linearization) -> bool:
-    """Whether the layers tell the Gram matrix."""
-    return at.mapped and isinstance(at.model, Network) and is_dense(at.model)

@@ -24,7 +24,7 @@ from ._inverses import (
     regularized_inverse,
     view,
 )
-from ._rules import AbstractRule, follow, is_boundary, prepared, with_rule
+from ._rules import AbstractRule, follow, inside, is_boundary, prepared, with_rule
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -126,9 +126,9 @@ class TargetPropagation(AbstractOracle):
     def propose(self, at, damping, memory, key):
         numbers = (self.stepsize, self.regularization, self.eps)
         rule = _Targets(*numbers, self.inverse == "difference", self.local)
-        run = _run_network if isinstance(at.model, Network) else _run_marked
+        run = _run_network if isinstance(inside(at).model, Network) else _run_marked
         outputs, factors = run(self, at, rule)
-        _, pull = jax.vjp(outputs, at.params)
+        _, pull = jax.vjp(lambda w: outputs(w).astype(at.outputs.dtype), at.params)
         (message,) = pull(at.weight * at.cotangent)
         step = jtu.tree_map(lambda f, g: (-f * g).astype(g.dtype), factors, message)
         slope = vdot(at.gradient, step)
@@ -140,10 +140,11 @@ class TargetPropagation(AbstractOracle):
 
 def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
     """`params -> outputs`, and the factor of each parameter."""
-    if not any(map(is_boundary, jtu.tree_leaves(at.model, is_leaf=is_boundary))):
+    layers, model = inside(at), inside(at).model
+    if not any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
         raise TypeError(
             f"Target propagation needs to know the layers of the model, and it is a "
-            f"{type(at.model).__name__}: give a `dp.Network(layers)`, or mark layers "
+            f"{type(model).__name__}: give a `dp.Network(layers)`, or mark layers "
             "inside the model with `dp.rule_boundary(layer)`."
         )
     if oracle.head is not None:
@@ -151,7 +152,8 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
             f"`head` is {oracle.head}, which counts the stages of a `dp.Network`; here "
             "leave it out, and do not mark the layers that end the model."
         )
-    outputs = lambda params: at.apply(with_rule(at.model_with(params), rule))
+    run = lambda model: layers.apply(with_rule(model, rule))
+    outputs = lambda params: run(layers.with_params(params))
 
     def factor(node):
         value = oracle.stepsize if is_boundary(node) else 1.0
@@ -161,14 +163,13 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
 
 
 def _run_network(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
-    net: Network = at.model
+    layers, net = inside(at), inside(at).model
     heads = _head_rows(net, oracle.head)
 
     def outputs(params):
-        whole = at.model_with(params)
-        model = _Ruled(*_split(whole, heads), rule, at.mapped)
-        found = model(at.inputs) if at.mapped else at.apply(model)
-        return found.astype(at.outputs.dtype)
+        whole = layers.with_params(params)
+        model = _Ruled(*_split(whole, heads), rule, layers.mapped)
+        return model(layers.inputs) if layers.mapped else layers.apply(model)
 
     def factor(stack, rows):
         here = jnp.arange(stack.size) < stack.size - rows
