@@ -329,6 +329,7 @@ def test_t1_10_the_layerwise_gram_matrix(stack):
     with_model = solver.whitened(here, factor)
     without = dataclasses.replace(here, layers=None)
     close(with_model, solver.whitened(without, factor))
+    assert here.layers
     close(gram(here.layers, here, factor), with_model)
     unit = jnp.eye(M * K).reshape(-1, M, K)
     row = lambda e: ravel_pytree(here.transpose_mv(factor.mv(e)))[0]

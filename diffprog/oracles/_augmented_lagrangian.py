@@ -22,7 +22,14 @@ from jaxtyping import Array, PyTree
 from .._cg import conjugate_gradients
 from .._tree import add, all_finite, norm, scale, vdot, where, yes
 from .._types import check_count
-from ._model_solver import AbstractModelSolver, bounded, fenchel, Found, unbounded
+from ._model_solver import (
+    AbstractModelSolver,
+    bounded,
+    fenchel,
+    Found,
+    halved,
+    unbounded,
+)
 from .base import Linearization
 
 
@@ -187,10 +194,8 @@ class Smoothed(NamedTuple):
             falls = value <= seen.value + 1e-4 * t * slope
             # It is convex: where it still falls there it has fallen, rounded or not.
             ahead = at.weight * jnp.vdot(a, u) + self.damping * (dv + t * vv)
-            return ~falls & (ahead > 0) & (t > SHORTEST)
+            return ~falls & (ahead > 0)
 
-        t = lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(slope))
-        moved = t > SHORTEST
-        t = jnp.where(moved, t, 0)
+        t = halved(too_long, jnp.ones_like(slope), SHORTEST)
         new = self.look(seen.alpha, seen.s, add(d, v, t), z + t * u)
-        return new, count + 1, moved
+        return new, count + 1, t > 0
