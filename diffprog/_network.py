@@ -182,6 +182,27 @@ layer or no parameter.
 """
 
 
+def split_rows(net: Network, heads: list[int]) -> tuple[Network, Network]:
+    """The network before its head, and the head: so many stages of each run."""
+    body, head = [], []
+    for stack, rows in zip(net.stacks, heads, strict=True):
+        body += _rows(stack, 0, stack.size - rows)
+        head += _rows(stack, stack.size - rows, stack.size)
+    part = lambda stacks: eqx.tree_at(lambda net: net.stacks, net, tuple(stacks))
+    return part(body), part(head)
+
+
+def _rows(stack: Stack, start: int, stop: int) -> list[Stack]:
+    if start == stop:
+        return []
+    if stop - start == stack.size:
+        return [stack]
+    if stop - start == 1:
+        return [Stack(stack.row(start), 1)]
+    some = lambda a: a[start:stop] if eqx.is_array(a) else a
+    return [Stack(jtu.tree_map(some, stack.stage), stop - start)]
+
+
 def has_parameters(layer: Any) -> bool:
     """Whether a layer holds a floating array."""
     return any(map(eqx.is_inexact_array, jtu.tree_leaves(layer)))

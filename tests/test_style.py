@@ -149,15 +149,12 @@ TOO_LONG = {
     "_capture.py": 638,
     "_rollout.py": 438,
     "_solve.py": 428,
-    "_value_and_direction.py": 456,
     "losses/_multiclass.py": 413,
     "losses/_operators.py": 428,
     "losses/_root.py": 416,
-    "oracles/_target_propagation.py": 430,
     "_batch.py: solve_batch": 68,
     "_loop.py: step": 63,
     "_loop.py: _pass": 64,
-    "oracles/_prox_linear.py: minimize": 62,
 }
 BLOCKS = ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef
 

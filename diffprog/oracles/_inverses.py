@@ -124,6 +124,12 @@ class Loop(NamedTuple):
     recurrent: Recurrent
     after: tuple[Callable, ...]
 
+    def output(self, states: PyTree) -> PyTree:
+        """The output of the layer, from all states of its recurrent part."""
+        if not self.recurrent.sequence:
+            states = jtu.tree_map(lambda a: a[-1], states)
+        return compose(self.after)(states)
+
 
 def view(layer: Any) -> Dense | Loop | None:
     """What the layer is, if it is one of these."""
@@ -163,6 +169,12 @@ def compose(functions: tuple[Callable, ...]) -> Callable:
         return x
 
     return composed
+
+
+def as_loop(layer: Callable) -> Loop:
+    loop = view(layer)
+    assert isinstance(loop, Loop)
+    return loop
 
 
 def cell_activation(cell: Any) -> Activation | None:

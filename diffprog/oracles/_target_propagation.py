@@ -11,11 +11,12 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .._linalg import matmul
-from .._network import Network, Stack
+from .._network import Network, split_rows
 from .._tree import cast, cast_like, vary, vdot, widened, working_dtype
 from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
+    as_loop,
     cell_activation,
     compose,
     Dense,
@@ -168,7 +169,7 @@ def _run_network(oracle: TargetPropagation, at: Linearization, rule: "_Targets")
 
     def outputs(params):
         whole = layers.with_params(params)
-        model = _Ruled(*_split(whole, heads), rule, layers.mapped)
+        model = _Ruled(*split_rows(whole, heads), rule, layers.mapped)
         return model(layers.inputs) if layers.mapped else layers.apply(model)
 
     def factor(stack, rows):
@@ -194,27 +195,6 @@ def _head_rows(net: Network, head: int | None) -> list[int]:
         rows.insert(0, min(left, stack.size))
         left -= rows[0]
     return rows
-
-
-def _split(net: Network, heads: list[int]) -> tuple[Network, Network]:
-    """The network before its head, and the head."""
-    body, head = [], []
-    for stack, rows in zip(net.stacks, heads, strict=True):
-        body += _rows(stack, 0, stack.size - rows)
-        head += _rows(stack, stack.size - rows, stack.size)
-    part = lambda stacks: eqx.tree_at(lambda net: net.stacks, net, tuple(stacks))
-    return part(body), part(head)
-
-
-def _rows(stack: Stack, start: int, stop: int) -> list[Stack]:
-    if start == stop:
-        return []
-    if stop - start == stack.size:
-        return [stack]
-    if stop - start == 1:
-        return [Stack(stack.row(start), 1)]
-    some = lambda a: a[start:stop] if eqx.is_array(a) else a
-    return [Stack(jtu.tree_map(some, stack.stage), stop - start)]
 
 
 class _Ruled(eqx.Module):
@@ -301,15 +281,15 @@ class _Targets(AbstractRule):
 
         def run(params, floats):
             """h_0, all later states, and the output."""
-            loop = _as_loop(eqx.combine(params, rest))
+            loop = as_loop(eqx.combine(params, rest))
 
             def one(x):
                 start, states = loop.recurrent.states(compose(loop.before)(x))
-                return start, states, _after(loop, states)
+                return start, states, loop.output(states)
 
             return each(one)(eqx.combine(floats, others))
 
-        back = lambda *args: self._steps(_as_loop(layer), memory, *args)
+        back = lambda *args: self._steps(as_loop(layer), memory, *args)
         if not self.local:
             (_, states, y), pull = _wide_vjp(run, message, params, floats)
             to_start, to_states, to_x, _, _ = each(back)(x, states, message)
@@ -321,7 +301,7 @@ class _Targets(AbstractRule):
         to_start, to_states, to_x, xs, previous = each(back)(x, states, message)
 
         def steps(params):
-            recurrent = _as_loop(eqx.combine(params, rest)).recurrent
+            recurrent = as_loop(eqx.combine(params, rest)).recurrent
             return each(recurrent.start)(xs), each(jax.vmap(recurrent.cell))(
                 xs, previous
             )
@@ -337,7 +317,7 @@ class _Targets(AbstractRule):
         join = lambda a, b: jnp.concatenate([a[None], b[:-1]])
         previous = jtu.tree_map(join, start, states)
         # The message to the output, as one to every state.
-        loss = _pull(lambda states: _after(loop, states), states, message)
+        loss = _pull(loop.output, states, message)
         cell, activation = recurrent.cell, cell_activation(recurrent.cell)
 
         def step(message, row):
@@ -401,19 +381,6 @@ class _Both(AbstractRule):
             layer.layer, memory, x[0], targets, adjoint, batched
         )
         return _Twice(to_params), (to_x, adjoint)
-
-
-def _as_loop(layer: Callable) -> Loop:
-    loop = view(layer)
-    assert isinstance(loop, Loop)
-    return loop
-
-
-def _after(loop: Loop, states: PyTree) -> PyTree:
-    """The output of the layer, from all states of its recurrent part."""
-    if not loop.recurrent.sequence:
-        states = jtu.tree_map(lambda a: a[-1], states)
-    return compose(loop.after)(states)
 
 
 def _pull(fn: Callable, x: PyTree, message: PyTree) -> PyTree:
