@@ -30,6 +30,11 @@ def while_loop(
     return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
 
 
+def for_each(number: int, step: Callable, carry: PyTree) -> PyTree:
+    """`carry = step(i, carry)` for every i below this number."""
+    return lax.fori_loop(0, number, step, vary(carry, like=carry))
+
+
 def repeat(
     step: Callable,
     carry: PyTree,
@@ -43,7 +48,7 @@ def repeat(
     Unrolled it is written out: convolutions in loops are slow on the CPU.
     """
     if go_on is None and not unroll and limit > 1:
-        return lax.fori_loop(0, limit, lambda _, carry: step(carry), carry)
+        return for_each(limit, lambda _, carry: step(carry), carry)
     if go_on is None or unroll:
         for _ in range(limit):
             new = step(carry)

@@ -8,12 +8,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._capture import can_change, Frozen
 from ._door import door
 from ._flax import found_in
+from ._loops import scan
 from ._types import came, noted, shapes
 
 
@@ -137,7 +137,7 @@ class Network(eqx.Module):
                 return fn(eqx.combine(arrays, rest), carry, *row)
 
             _check_constant(body, carry, (arrays, *rows))
-            carry, outs[i] = lax.scan(body, carry, (arrays, *rows), reverse=reverse)
+            carry, outs[i] = scan(body, carry, (arrays, *rows), reverse=reverse)
         return carry, tuple(outs)
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._cg import conjugate_gradients
+from .._loops import while_loop
 from .._tree import add, all_finite, norm, scale, vdot, where, yes
 from .._types import check_count
 from ._model_solver import (
@@ -98,7 +99,7 @@ class AugmentedLagrangian(AbstractModelSolver):
             return count + used, new, best, D, moves, moves | moved
 
         start = zero, seen, seen, seen.D, yes(seen.P), yes(seen.P)
-        count, _, best, D, *_ = lax.while_loop(unfinished, step, start)
+        count, _, best, D, *_ = while_loop(unfinished, step, start)
         left = best.P - D
         found = Found(best.d, best.z, left, count, jnp.isfinite(left))
         return unbounded(given, found)

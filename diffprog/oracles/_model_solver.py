@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, PyTree
 
+from .._loops import while_loop
 from .._tree import vdot
 from ..losses._loss import total
 from .base import Linearization
@@ -62,7 +62,7 @@ def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
 def halved(too_long: Callable, t: Array, shortest: float = 1e-9) -> Array:
     """The first of t, t/2, t/4 ... that is not too long; 0 where that is too short."""
     unfinished = lambda t: too_long(t) & (t > shortest)
-    t = lax.while_loop(unfinished, lambda t: t / 2, t)
+    t = while_loop(unfinished, lambda t: t / 2, t)
     return jnp.where(t > shortest, t, 0)
 
 

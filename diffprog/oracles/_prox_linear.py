@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
+from .._loops import for_each, repeat, while_loop
 from .._result import RESULTS
 from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
@@ -106,7 +107,7 @@ class NewtonSteps(AbstractModelSolver):
         zero, z = jtu.tree_map(jnp.zeros_like, at.params), at.outputs
         first = look(zero, z, jnp.zeros_like(z), at.value)
         start = jnp.zeros((), jnp.int32), first, jnp.isfinite(at.value)
-        count, end, good = lax.while_loop(unfinished, step, start)
+        count, end, good = while_loop(unfinished, step, start)
         # At rounding no step is found any more; that is no failure.
         return Found(end.d, end.z, end.left, count, good | (count > 1))
 
@@ -168,7 +169,7 @@ class CoordinateAscent(AbstractModelSolver):
             return lax.dynamic_update_slice_in_dim(alpha, new, i, 0), z
 
         def all_examples(state):
-            alpha, _ = lax.fori_loop(0, m, example, state)
+            alpha, _ = for_each(m, example, state)
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
@@ -200,7 +201,7 @@ class ProximalGradient(AbstractModelSolver):
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
         v = at.cotangent + jnp.finfo(c.dtype).tiny
         unit = lambda v: v / jnp.sqrt(jnp.vdot(v, v))
-        v = lax.fori_loop(0, 20, lambda _, v: unit(K(v)), unit(v))
+        v = repeat(lambda v: unit(K(v)), unit(v), 20)
         tau = c / (1.2 * jnp.vdot(v, K(v)))
 
         def advance(state):
@@ -259,7 +260,7 @@ def ascend(
     alpha, z, *_ = state
     P, D = judge(at, damping, alpha, z)
     start = (jnp.zeros((), jnp.int32), state, (P, alpha, z), D)
-    count, _, (P, alpha, z), D = lax.while_loop(unfinished, more, start)
+    count, _, (P, alpha, z), D = while_loop(unfinished, more, start)
     step = scale(-at.weight / damping, at.transpose_mv(alpha))
     return Found(step, z, P - D, count, jnp.isfinite(P - D))
 

@@ -7,12 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import PyTree
 
 from .._linalg import matmul
+from .._loops import scan
 from .._network import Network, split_rows
-from .._tree import cast, cast_like, vary, vdot, widened, working_dtype
+from .._tree import cast, cast_like, vdot, widened, working_dtype
 from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
@@ -331,8 +331,7 @@ class _Targets(AbstractRule):
 
         rows = (xs, previous, states, loss)
         zeros = jtu.tree_map(lambda a: jnp.zeros_like(a[0]), loss)
-        zeros = vary(zeros, like=rows)
-        to_start, to_states = lax.scan(step, zeros, rows, reverse=True)
+        to_start, to_states = scan(step, zeros, rows, reverse=True)
 
         def to_input(x, h, h_next, message):
             if activation:
