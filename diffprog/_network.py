@@ -10,7 +10,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._capture import can_change, Frozen
+from ._capture import Frozen
+from ._changes import can_change
 from ._door import door
 from ._flax import found_in
 from ._loops import scan

@@ -44,7 +44,7 @@ class Spring(eqx.Module):
 
 
 class Pendulum(eqx.Module):
-    """Problem P2: swing up from rest by a torque, explicit Euler."""
+    """Swing up from rest by a torque, explicit Euler."""
 
     friction: float | jax.Array = 0.1
     dt: float = 0.05

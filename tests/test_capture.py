@@ -662,6 +662,12 @@ def test_a_divergence_with_what_can_change_in_a_static_field_is_refused():
             np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.parametrize("held", [Pair, Static, int])
+def test_a_class_in_a_static_field_never_changes(held):
+    chain = problem(Static(held, 1.0, lambda held: 2.0).cost)
+    assert dp.rollout(chain, X0, US).cost == 4.0
+
+
 @pytest.mark.parametrize("cost, message", REFUSED, ids=range(len(REFUSED)))
 def test_what_can_change_unseen_is_refused_by_name(cost, message):
     with pytest.raises(TypeError, match=message) as error:

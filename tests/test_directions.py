@@ -60,7 +60,7 @@ def test_one_full_step_solves_a_linear_quadratic_problem(method):
     close(solution.policy.K, optimum.policy.K, 1e-12)
 
 
-def test_t8_4_t8_9_second_order_directions_agree_on_a_linear_quadratic_problem():
+def test_second_order_directions_agree_on_a_linear_quadratic_problem():
     problem, x0, us = helpers.linear()
     steps = [dp.direction(problem, d, x0, us, damping=0.0)[0] for d in SECOND_ORDER]
     optimum = dp.solve_lqr(problem.system.lqr, x0).us

@@ -112,7 +112,7 @@ def derivatives(loss, u, y, v):
 
 @pytest.mark.costly
 @every
-def test_t1_13_gradient_hessian_and_factor(name):
+def test_gradient_hessian_and_factor(name):
     loss, u, y = case(name)
     d = derivatives(loss, u, y, jnp.asarray(V).reshape(u.shape))
     close(d["gradient"], d["autodiff"])

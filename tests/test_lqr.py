@@ -95,10 +95,10 @@ def equal(actual, desired, rtol=1e-12):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
-# C1: known solutions.
+# Known solutions.
 
 
-def test_c1_tiny_lqr():
+def test_published_numbers_of_two_stages():
     lqr, x0 = env.tiny_lqr()
     solution = dp.solve_lqr(lqr, x0)
     close(solution.us[:, 0], (10.291753718947263, 10.353009671108413))
@@ -133,7 +133,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rho", GOLDEN)
-def test_c1_golden_lqr(rho, method):
+def test_published_numbers_of_three_control_weights(rho, method):
     lqr, x0 = env.golden_lqr(rho)
     solution = dp.solve_lqr(lqr, x0, method=method)
     cost, K, k, last = GOLDEN[rho]

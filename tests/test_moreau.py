@@ -91,15 +91,15 @@ def jacobian(fn, x=Z):
 
 
 @pytest.mark.parametrize("solver", [EXACT, BY_CG, InnerGradient(400, 0.2)])
-def test_t5_1_and_t5_6_quadratic(solver):
+def test_gradient_and_prox_of_a_quadratic_function(solver):
     alpha = jnp.asarray(0.3)
     g = run(MoreauRule(solver), Quadratic(Q), Z, alpha)
     close(g, alpha * Q @ jnp.linalg.solve(jnp.eye(3) + alpha * Q, Z))
     prox = jnp.linalg.solve(jnp.eye(3) + alpha * Q, Z)
-    close(Z - g, prox)  # T5.6
+    close(Z - g, prox)
 
 
-def test_t5_2_absolute_value_gives_the_huber_function():
+def test_absolute_value_gives_the_huber_function():
     """Gradient steps on |x|, where |x| > alpha: y = -alpha sign(x)."""
     x, alpha = jnp.asarray([3.0, -2.0, 0.7]), 0.5 * ONE_WEIGHT
     absolute = lambda x: jnp.sum(jnp.abs(x))
@@ -110,12 +110,12 @@ def test_t5_2_absolute_value_gives_the_huber_function():
 
 
 @pytest.mark.parametrize("rule", [MoreauRule(ONE), InverseRule(2.0, ONE)])
-def test_t5_3_one_unit_gradient_step_is_the_chain_rule(rule):
+def test_one_unit_gradient_step_is_the_chain_rule(rule):
     # Operation by operation: a compiled program may round in another way.
     close(rule.pull(CURVED, Z, LAM), jax.vjp(CURVED, Z)[1](LAM)[0], 1e-15)
 
 
-def test_t5_4_one_gauss_newton_step_in_both_forms():
+def test_one_gauss_newton_step_in_both_forms():
     J, gamma = jacobian(CURVED), 0.7
     primal = jnp.linalg.solve(J.T @ J + gamma * jnp.eye(3), J.T @ LAM)
     dual = J.T @ jnp.linalg.solve(J @ J.T + gamma * jnp.eye(4), LAM)
@@ -131,14 +131,14 @@ def test_t5_4_one_gauss_newton_step_in_both_forms():
 @pytest.mark.parametrize(
     "solver", [ONE, InnerGradient(5), InnerGaussNewton(2), InnerNewton(2)]
 )
-def test_t5_5_affine_layers_follow_the_chain_rule(solver):
+def test_affine_layers_follow_the_chain_rule(solver):
     close(run(MoreauRule(solver), AFFINE, Z, LAM), A.T @ LAM)
     if solver.exact:
         ridge = jnp.linalg.solve(A.T @ A + jnp.eye(3), A.T @ LAM)
         close(run(InverseRule(1.0, solver), AFFINE, Z, LAM), ridge)
 
 
-def test_t5_7_exact_chain_rule():
+def test_exact_chain_rule_of_a_quadratic_function():
     """grad env(f o g) = A' mu*, for a quadratic f after an affine g."""
     P, q, alpha = normal(6, 4, 4), normal(7, 4), 0.4
     P = P @ P.T + jnp.eye(4)
@@ -153,13 +153,13 @@ def test_t5_7_exact_chain_rule():
     close(one, jnp.linalg.solve(eye + alpha * P, alpha * (P @ AFFINE(Z) + q)))
 
 
-def test_t5_8_inverse_with_large_gamma_tends_to_the_chain_rule():
+def test_inverse_with_large_gamma_tends_to_the_chain_rule():
     for solver in (InnerGaussNewton(3), InnerNewton(3)):
         g = run(InverseRule(1e9, solver), CURVED, Z, LAM)
         close(1e9 * g, jax.vjp(CURVED, Z)[1](LAM)[0], 1e-7)
 
 
-def test_t5_10_the_message_is_the_derivative_of_the_envelope():
+def test_the_message_is_the_derivative_of_the_envelope():
     lam, rule = SMALL, MoreauRule(EXACT)
 
     @jax.jit
@@ -281,13 +281,13 @@ ONCE: Any = dict(state=MoreauRule(ONE), weights=InverseRule(1.0, ONE), seed=Chai
     [(dp.Network, CHAIN), (dp.Network, ONCE | dict(split=True)), (Marked, ONCE)],
     ids=["net", "split", "dag"],
 )
-def test_t8_1_and_t8_6_rules_that_are_the_chain_rule_give_the_gradient(model, rules):
+def test_rules_that_are_the_chain_rule_give_the_gradient(model, rules):
     model = Marked() if model is Marked else dp.Network(layers())
     found = direction(MoreauBackprop(0.5, **rules), model)
     close(found, jtu.tree_map(lambda g: 0.5 * g, mean_gradient(model)), 1e-14)
 
 
-def test_t8_5_small_alpha_gives_the_gradient():
+def test_small_alpha_gives_the_gradient():
     net = small()
     gradient = mean_gradient(net)
     for oracle in (
@@ -298,7 +298,7 @@ def test_t8_5_small_alpha_gives_the_gradient():
         close(direction(oracle, net, scale="gradient"), gradient, 2e-4)
 
 
-def test_t8_10_stationary_where_the_loss_is():
+def test_stationary_where_the_loss_is():
     net = small()
     targets = jax.vmap(net)(X)
     for oracle in (MoreauBackprop(5.0), prox_prop(5.0)):
@@ -308,7 +308,7 @@ def test_t8_10_stationary_where_the_loss_is():
         assert np.linalg.norm(ravel_pytree(elsewhere)[0]) > 0.1
 
 
-def test_t5_9_prox_prop_on_a_linear_layer_is_ridge_regression():
+def test_prox_prop_on_a_linear_layer_is_ridge_regression():
     """g = (X'X + gamma I)^-1 X' Lam over the batch; one example alone is another."""
     alpha, gamma = 2.0, 0.3
     linear = eqx.nn.Linear(3, 2, key=jr.key(1))

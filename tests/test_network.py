@@ -128,7 +128,7 @@ def dense(net, loss, targets):
 
 @pytest.mark.costly
 @every_network
-def test_t8_2_layerwise_directions_are_the_dense_ones(name):
+def test_layerwise_directions_are_the_dense_ones(name):
     net, loss = NETWORKS[name](), dp.losses.SoftmaxCrossEntropy()
     gradient, G, H = jax.jit(lambda: dense(net, loss, LABELS))()
     eye = jnp.eye(gradient.size)
@@ -177,7 +177,7 @@ def test_a_network_of_equal_layers_is_a_control_problem():
         np.testing.assert_allclose(found.bias, desired["b"], rtol=0, atol=1e-13)
 
 
-def test_t8_7_one_stage_has_one_second_order_direction():
+def test_one_stage_has_one_second_order_direction():
     net = dp.Network([linear(3, 2), jnp.tanh])
     problem = dp.NetworkProblem(net, dp.losses.SoftmaxCrossEntropy(), LABELS)
 

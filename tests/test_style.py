@@ -31,6 +31,7 @@ FLOORS = {
     "_reduction": 1,
     "_report": 1,
     "_result": 1,
+    "_changes": 0,
     "_capture": 1,
     "_tree": 1,
     "_chain": 2,
@@ -56,6 +57,7 @@ FLOORS = {
     "_solution": 7,
     "_solve": 8,
     "_batch": 9,
+    "_stepping": 9,
     "oracles": 9,
     "optim": 10,
     "_value_and_direction": 10,
@@ -65,7 +67,6 @@ FLOORS = {
 LOSSES = [
     ["_divergence", "_bracket", "_factor"],
     ["_alpha", "_generated"],
-    ["_kernel"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_targets"],
@@ -146,13 +147,9 @@ def escapes(path):
 
 # What is too long today, and how long: a number may shrink, and no name may be added.
 TOO_LONG = {
-    "_capture.py": 638,
     "_rollout.py": 438,
-    "_solve.py": 428,
     "losses/_multiclass.py": 413,
     "losses/_operators.py": 428,
-    "losses/_root.py": 416,
-    "_batch.py: solve_batch": 68,
     "_loop.py: step": 63,
     "_loop.py: _pass": 64,
 }
@@ -374,6 +371,21 @@ def test_fields_and_docs_agree():
         if documented != members(cls):
             differ[name] = documented ^ members(cls)
     assert differ == {}
+
+
+def test_the_list_of_identities_names_tests_that_exist():
+    tests = ROOT / "tests"
+    found = {
+        (path.name, name)
+        for path in tests.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    text = (tests / "README.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
+    assert len(named) > 150
+    assert set(named) - found == set()
+    # Names are words; numbers of specifications stand in the list.
+    assert [name for _, name in found if re.match(r"test_[a-z]\d", name)] == []
 
 
 def test_importing_is_free_of_side_effects():

@@ -17,7 +17,6 @@ from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
 from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
 from ._generated import as_divergence
-from ._kernel import Mode, mode
 from ._root import Classes, largest, Problem
 
 
@@ -64,7 +63,6 @@ class Call(eqx.Module):
     unit: bool = eqx.field(static=True)
     axes: tuple[int, ...] = eqx.field(static=True)  # none is negative
     axis_name: str | None = eqx.field(static=True)
-    kernel: Mode = eqx.field(static=True)
 
     def last(self, a: Array) -> Array:
         """An array of the shape of the scores with its classes on the last axis."""
@@ -96,7 +94,7 @@ class Call(eqx.Module):
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
         if isinstance(f, (Jeffreys, LeCam)):
             f = type(f)(at_most_one=self.unit)  # pyright: ignore
-        classes = Classes(self.axis_name, self.unit and f.sparse, self.kernel)
+        classes = Classes(self.axis_name, self.unit and f.sparse)
         if self.reference is None:
             count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
@@ -149,8 +147,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
                 "`reference` has a negative or NaN entry; a measure is >= 0 "
                 "everywhere, and 0 excludes a class."
             )
-    options = unit, axes, axis_name, mode()
-    return Call(scores, f, reference, where, temperature, *options)
+    return Call(scores, f, reference, where, temperature, unit, axes, axis_name)
 
 
 def operator(fn: Fn) -> Fn:

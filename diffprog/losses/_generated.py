@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .._capture import check_held, Frozen
+from .._capture import Frozen
+from .._changes import check_held
 from .._types import came, noted
 from ._divergence import AbstractDivergence
 

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 
 from ._alpha import Power, TracedAlpha
 from ._divergence import AbstractDivergence, KL
-from ._kernel import applies, choose, Mode, shares, sigmas
 
 
 Rows = Float[Array, "*batch classes"]
@@ -36,7 +35,6 @@ class Classes(NamedTuple):
 
     axis_name: str | None = None
     few: bool = False  # most have no mass: then the means of chunks say nothing
-    kernel: Mode = "off"  # whether a program for the GPU may do a whole row
 
     def sum(self, rows: Array) -> Array:
         total = jnp.sum(rows, -1, keepdims=True)
@@ -186,21 +184,11 @@ def _(primals, tangents):
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
-
-    def default(*problem):
-        sigma = solve(classes, f, Problem(*problem))[0]
-        if f.convex_ratio is True:
-            return sigma
-        up = 2 * jnp.finfo(sigma.dtype).eps * jnp.abs(sigma)
-        return sigma + jnp.where(f.convex_ratio, 0, up)  # S >= 1: see `settled`
-
-    if not on_chip(classes, f, problem):
-        return default(*problem)
-
-    def kernel(scores, q, Q, m, **options):
-        return sigmas(f, scores, q, **options)
-
-    return choose(classes.kernel, kernel, default, *problem)
+    sigma = solve(classes, f, problem)[0]
+    if f.convex_ratio is True:
+        return sigma
+    up = 2 * jnp.finfo(sigma.dtype).eps * jnp.abs(sigma)
+    return sigma + jnp.where(f.convex_ratio, 0, up)  # S >= 1: see `settled`
 
 
 @root.defjvp
@@ -218,11 +206,6 @@ def _(classes, primals, tangents):
 
 def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     """q u(theta - tau)."""
-    by = on_chip_probabilities if on_chip(classes, f, problem) else from_root
-    return by(classes, f, problem)
-
-
-def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     return settled(classes, f, problem, root(classes, f, problem))
 
 
@@ -243,29 +226,6 @@ def settled(classes: Classes, f: AbstractDivergence, problem: Problem, sigma: Ro
     S = classes.sum(better)
     better = better / jnp.where(S > 0, S, 1)
     return p + lax.stop_gradient(jnp.where(W > 0, better - rough, 0))
-
-
-def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
-    """Whether a program for the GPU may do a whole row."""
-    whole = classes.axis_name is None
-    return whole and applies(classes.kernel, f, problem.scores, problem.q)
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def on_chip_probabilities(classes, f, problem: Problem) -> Rows:
-    def kernel(scores, q, Q, m, **options):
-        return shares(f, scores, q, **options)
-
-    def default(*problem):
-        return from_root(classes._replace(kernel="off"), f, Problem(*problem))
-
-    return choose(classes.kernel, kernel, default, *problem)
-
-
-@on_chip_probabilities.defjvp
-def _(classes, primals, tangents):
-    # Derivatives need sigma: the kernel finds that alone.
-    return jax.jvp(ft.partial(from_root, classes), primals, tangents)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
