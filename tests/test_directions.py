@@ -1,3 +1,5 @@
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -15,10 +17,7 @@ CHAINS = ["spring", "ragged", "two_phase"]
 LINEAR_ROLLOUT = [d for d in DIRECTIONS if isinstance(d.rollout, dp.LinearRollout)]
 
 
-def close(a, b, tolerance):
-    a, b = ravel_pytree(a)[0], ravel_pytree(b)[0]
-    scale = np.linalg.norm(b)
-    assert np.linalg.norm(a - b) <= tolerance * scale, np.linalg.norm(a - b) / scale
+close = ft.partial(helpers.close, scale="norm")
 
 
 @pytest.mark.costly

@@ -35,6 +35,8 @@ from diffprog.oracles import (
 from diffprog.oracles._gram import gram
 from diffprog.oracles.base import Layers, linearize
 
+from . import helpers
+
 
 M, K = 6, 3  # examples, outputs
 KEYS = jr.split(jr.key(1), 20)
@@ -136,8 +138,7 @@ def at(name, dtype=None, net=None):
     return linearize(predict, net.params, loss, targets, inputs, "mean", layers)[0]
 
 
-def close(actual, desired, tolerance=1e-10):
-    np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)
+close = ft.partial(helpers.close, rtol=1e-10)
 
 
 # One direction, many ways ---------------------------------------------------------
@@ -205,8 +206,8 @@ def test_the_duality_gap():
         b = -damping * M * step - d.J.T @ d.g
         beta = solve(A, jnp.concatenate([b, jnp.zeros(M * K)]))[0]
         D = d.h - beta @ d.H @ beta / (2 * M) - damping * step @ step / 2
-        close(aux.gap, P - D, 1e-8)
-        close(aux.gap, (u - beta) @ d.H @ (u - beta) / (2 * M), 1e-8)
+        close(aux.gap, P - D, rtol=1e-8)
+        close(aux.gap, (u - beta) @ d.H @ (u - beta) / (2 * M), rtol=1e-8)
         assert aux.gap > 0
 
 
@@ -313,7 +314,7 @@ def test_a_linear_model_interpolates_in_one_step():
     vd = dp.value_and_direction(Squared(), GaussNewton(1e-12))
     _, direction = vd(net, inputs, targets)
     new = eqx.apply_updates(net, jax.tree.map(jnp.negative, direction))
-    close(jax.vmap(new)(inputs), targets, 1e-8)
+    close(jax.vmap(new)(inputs), targets, rtol=1e-8)
 
 
 @pytest.mark.costly
@@ -366,8 +367,8 @@ def test_the_true_class_against_the_rest():
     a = jnp.eye(K)[1] - q
     cov = jnp.diag(q) - jnp.outer(q, q)
     split = p[1] * (1 - p[1]) * jnp.outer(a, a) + (1 - p[1]) * cov
-    close(split, jnp.diag(p) - jnp.outer(p, p), 1e-14)
-    close(split, hessian(jnp.eye(K)), 1e-14)
+    close(split, jnp.diag(p) - jnp.outer(p, p), rtol=1e-14)
+    close(split, hessian(jnp.eye(K)), rtol=1e-14)
 
 
 def test_a_metric_is_a_change_of_variables():

@@ -14,6 +14,8 @@ from hypothesis import given, HealthCheck, settings, strategies as st
 from diffprog import losses
 from diffprog.losses import Alpha, ChiSquare, KL, LeCam, ReverseKL
 
+from .helpers import close
+
 
 M, K = 5, 4  # examples, outputs
 RNG = np.random.default_rng(0)
@@ -74,10 +76,6 @@ def case(name, dtype=float):
 
 every = pytest.mark.parametrize("name", CASES)
 dual = pytest.mark.parametrize("name", DUAL)
-
-
-def close(a, b, tolerance=1e-12):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def dot(a, b):

@@ -29,6 +29,8 @@ from diffprog.losses import (
 from diffprog.losses._call import check
 from diffprog.losses._root import bisect, bracket, solve, sums
 
+from .helpers import close
+
 
 FAMILIES = {
     "KL": KL(),
@@ -72,10 +74,6 @@ def measure(q) -> np.ndarray:
 
 def divergence(f, p, q):
     return jnp.sum(q * f.value(p / q), -1)
-
-
-def close(actual, desired, tolerance=1e-12):
-    np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)
 
 
 # Generators -----------------------------------------------------------------------

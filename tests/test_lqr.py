@@ -10,7 +10,7 @@ import pytest
 
 import diffprog as dp
 
-from . import environments as env
+from . import environments as env, helpers
 
 
 METHODS = [dp.Riccati(), dp.ParallelRiccati()]
@@ -75,10 +75,7 @@ def kkt(lqr: dp.LQR, x0, start: int = 0):
     return xs, us, -multipliers.reshape(-1, n), z @ H @ z / 2 + g @ z
 
 
-def close(actual, desired, rtol=1e-12):
-    """Relative to the largest entry."""
-    scale = np.max(np.abs(desired))
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * scale)
+close = ft.partial(helpers.close, scale="largest")
 
 
 def close_costs(actual, desired, *parts, rtol=1e-12):

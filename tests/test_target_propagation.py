@@ -17,6 +17,8 @@ from diffprog.losses import SoftmaxCrossEntropy, Squared
 from diffprog.oracles import _inverses, GaussNewton, TargetPropagation
 from diffprog.oracles._inverses import activation_of, gauss_newton
 
+from . import helpers
+
 
 M, T, P, N, K = 6, 5, 3, 4, 3  # examples, steps, sizes of input, state and output
 KEYS = jr.split(jr.key(3), 12)
@@ -42,11 +44,7 @@ def gradient(model, inputs, targets, loss=CE):
     return eqx.filter_jit(eqx.filter_grad(mean))(model)
 
 
-def close(a, b, rtol=1e-12):
-    a, b = (eqx.filter(tree, eqx.is_inexact_array) for tree in (a, b))
-    assert jtu.tree_structure(a) == jtu.tree_structure(b)
-    for a, b in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True):
-        assert np.max(np.abs(a - b)) <= rtol * np.max(np.abs(b))
+close = ft.partial(helpers.close, scale="largest")
 
 
 def skewed(orthogonal):
