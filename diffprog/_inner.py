@@ -25,7 +25,7 @@ from ._cg import solve_cg
 from ._jacobian import products
 from ._linalg import matmul, solve_positive, symmetrize
 from ._loops import repeat
-from ._tree import add, scale
+from ._tree import add, scale, vary
 from ._types import check_count, check_numbers, check_positive, Number, number
 
 
@@ -146,8 +146,8 @@ class InnerGaussNewton(AbstractInner):
         run = lambda y: (problem.fn(y), None)
         p, mv, pull, _ = products(run, add(problem.x, y))
         b = add(mv(y), problem.residual(p, p0), -1)  # J y - c
-        if min(_size(y), _size(p)) <= self.max_dense:
-            return _dense_fit(mv, pull, y, b, problem.gamma)
+        if min(tree_size(y), tree_size(p)) <= self.max_dense:
+            return regularized_fit(mv, pull, y, b, problem.gamma)
         product = lambda d: add(pull(mv(d)), scale(problem.gamma, d))
         return solve_cg(product, pull(b), self.max_cg, self.rtol, self.unroll)
 
@@ -184,7 +184,7 @@ class InnerNewton(AbstractInner):
 
         def step(y):
             gradient = lambda y: problem.gradient(y, p0)
-            if _size(y) <= self.max_dense:
+            if tree_size(y) <= self.max_dense:
                 flat, unravel = ravel_pytree(y)
                 vector = lambda v: ravel_pytree(gradient(unravel(v)))[0]
                 twice = lambda v: (vector(v), vector(v))
@@ -197,17 +197,18 @@ class InnerNewton(AbstractInner):
         return scale(-1, repeat(step, zero, self.num_steps, unroll=self.unroll))
 
 
-def _dense_fit(mv: Callable, pull: Callable, y: PyTree, b: PyTree, gamma: Any):
-    """(J'J + gamma I)^-1 J'b, by the smaller of J'J and J J'."""
-    flat_y, unravel_y = ravel_pytree(y)
+def regularized_fit(
+    mv: Callable, pull: Callable, x: PyTree, b: PyTree, gamma: Any
+) -> PyTree:
+    """(J'J + gamma I)^-1 J'b for x like this, by the smaller of J'J and J J'."""
+    flat_x, unravel_x = ravel_pytree(x)
     flat_b, unravel_b = ravel_pytree(b)
-    if flat_y.size <= flat_b.size:
-        columns = jax.vmap(lambda e: ravel_pytree(mv(unravel_y(e)))[0])
-        J = columns(jnp.eye(flat_y.size, dtype=flat_y.dtype)).T
-        return unravel_y(_solve(_ridge(matmul(J.T, J), gamma), matmul(J.T, flat_b)))
-    rows = jax.vmap(lambda e: ravel_pytree(pull(unravel_b(e)))[0])
-    J = rows(jnp.eye(flat_b.size, dtype=flat_b.dtype))
-    return unravel_y(matmul(J.T, _solve(_ridge(matmul(J, J.T), gamma), flat_b)))
+    by, own, other = pull, flat_b, unravel_b
+    if flat_x.size <= flat_b.size:
+        by, own, other = mv, flat_x, unravel_x
+    unit = vary(jnp.eye(own.size, dtype=own.dtype), like=(x, b))
+    J = jax.vmap(lambda e: ravel_pytree(by(other(e)))[0])(unit)
+    return unravel_x(ridge(J.T if by is mv else J, flat_b, gamma))
 
 
 def ridge(X: Array, b: Array, gamma: Any) -> Array:
@@ -229,5 +230,5 @@ def _solve(matrix: Array, b: Array) -> Array:
     return jnp.where(positive, x.reshape(b.shape), jnp.nan)
 
 
-def _size(tree: PyTree) -> int:
+def tree_size(tree: PyTree) -> int:
     return sum(a.size for a in jtu.tree_leaves(tree))

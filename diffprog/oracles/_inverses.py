@@ -15,15 +15,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from .._cg import solve_cg
+from .._inner import regularized_fit, tree_size
 from .._jacobian import products
 from .._linalg import matmul, solve_positive
 from .._network import has_parameters, Stage
 from .._recurrent import Recurrent, RNNCell
-from .._tree import add, cast, vary, working_dtype
+from .._tree import add, cast, working_dtype
 from ._rules import RuleBoundary
 
 
@@ -206,17 +206,8 @@ def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
     run = lambda x: (fn(eqx.combine(x, others)), None)
     y, A, At, _ = products(run, x)
     x, y = cast((x, y), working_dtype(message))
-    flat_x, unravel_x = ravel_pytree(x)
-    flat_y, unravel_y = ravel_pytree(y)
-    if min(flat_x.size, flat_y.size) > DENSE:
-        rtol = float(jnp.finfo(flat_x.dtype).eps) ** 0.75
-        product = lambda v: add(At(A(v)), v, r)
-        return solve_cg(product, At(message), 10 * flat_x.size, rtol)
-    flat = lambda tree: ravel_pytree(tree)[0]
-    if flat_x.size <= flat_y.size:
-        unit = vary(jnp.eye(flat_x.size, dtype=flat_x.dtype), like=x)
-        matrix = jax.vmap(lambda e: flat(A(unravel_x(e))))(unit).T
-    else:
-        unit = vary(jnp.eye(flat_y.size, dtype=flat_y.dtype), like=y)
-        matrix = jax.vmap(lambda e: flat(At(unravel_y(e))))(unit)
-    return unravel_x(matmul(regularized_inverse(matrix, r), flat(message)))
+    if min(tree_size(x), tree_size(y)) <= DENSE:
+        return regularized_fit(A, At, x, message, r)
+    b, product = At(message), lambda v: add(At(A(v)), v, r)
+    rtol = float(jnp.finfo(working_dtype(b)).eps) ** 0.75
+    return solve_cg(product, b, 10 * tree_size(b), rtol)
