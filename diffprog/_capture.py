@@ -29,6 +29,7 @@ from ._changes import (
     check_unchanged,
     CODE,
     contents,
+    fields_of,
     Fixed,
     flatten_once,
     held_by,
@@ -213,7 +214,7 @@ class Taken:
         if isinstance(value, JITTED):  # left out: the function is called as it is
             return self._holder(value, JITTED)
         if callable(value) and hasattr(value, "__wrapped__"):
-            return self._keep(value)
+            return self._keep(value, contents(value))
         if is_record(value, frozen=True):
             return self._object(value)
         if kind.__hash__ in (object.__hash__, None):
@@ -221,13 +222,13 @@ class Taken:
         try:
             hash(value)
         except TypeError:  # it compares by value, but something in it has no hash
-            return self._keep(value) if is_record(value) else None
+            return self._keep(value, fields_of(value)) if is_record(value) else None
         return kind, value
 
-    def _keep(self, value):
+    def _keep(self, value, parts: dict[str, Any]):
         """A thing that cannot be rebuilt: the numbers in it are constants."""
         with self._keeping():
-            return self._holder(value, Same(value))
+            return self._holder(value, Same(value), parts=parts)
 
     @contextlib.contextmanager
     def _keeping(self):
@@ -260,10 +261,10 @@ class Taken:
             refuse(value)
         return self._holder(value, object, Same(type(value)))
 
-    def _holder(self, value, *key):
+    def _holder(self, value, *key, parts: dict[str, Any] | None = None):
         if id(value) in self._seen:
             return _Again(self._seen[id(value)])
-        parts = contents(value)
+        parts = contents(value) if parts is None else parts
         node = _Node(value, len(self._seen), (*key, *parts))
         self._seen[id(value)] = node
         self._depth += 1

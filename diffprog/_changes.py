@@ -131,6 +131,11 @@ def is_record(value, frozen: bool = False) -> bool:
     return params is not None and (params.frozen or not frozen)
 
 
+def fields_of(record) -> dict[str, Any]:
+    """Those that are compared; there may be more inside, as in Flax linen."""
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
 class Unassigned:
     """Stands for the content of a cell to which nothing was assigned yet."""
 

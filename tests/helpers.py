@@ -177,7 +177,7 @@ PROBLEMS = dict(
 )
 
 
-def close(a, b, rtol=1e-12, scale="entry"):
+def close(a, b, rtol=1e-12, scale: str | float = "entry"):
     """Asserts |a - b| <= rtol * scale for the arrays of two trees.
 
     The scale is a number, or "entry": 1 + |b|, or "largest": the largest |b| of an
@@ -197,11 +197,12 @@ def close(a, b, rtol=1e-12, scale="entry"):
         assert error <= rtol * size, error / size
         return
     for a, b in pairs:
-        size = np.max(np.abs(b)) if scale == "largest" else scale
-        absolute = rtol if scale == "entry" else rtol * size
-        assert np.isfinite(absolute)
-        relative = rtol if scale == "entry" else 0
-        np.testing.assert_allclose(a, b, rtol=relative, atol=absolute)
+        if scale == "entry":
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+        else:
+            size = np.max(np.abs(b)) if scale == "largest" else float(scale)
+            assert np.isfinite(size)
+            np.testing.assert_allclose(a, b, rtol=0, atol=rtol * size)
 
 
 def objective(problem, x0):

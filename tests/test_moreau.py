@@ -349,7 +349,8 @@ def test_batch_and_examples_apart_differ_for_moreau_and_agree_for_one_example():
     a, b = (ravel_pytree(d)[0] for d in both)
     assert 1e-3 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1
     both = [direction(oracle, m, targets=Y[:1], inputs=X[:1]) for m in (net, marked)]
-    close(*map(jtu.tree_leaves, both))
+    one, other = map(jtu.tree_leaves, both)
+    close(one, other)
 
 
 def test_split_takes_a_stage_apart():

@@ -15,9 +15,9 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
-from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
+from ._divergence import AbstractDivergence
 from ._generated import as_divergence
-from ._root import Classes, largest, Problem
+from ._root import Evaluation, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
@@ -42,7 +42,7 @@ def _(primals, tangents):
 class Setup(NamedTuple):
     """A call with its classes on the last axis and its scores divided by beta."""
 
-    classes: Classes
+    classes: Evaluation
     f: AbstractDivergence
     problem: Problem
     beta: Array
@@ -92,9 +92,8 @@ class Call(eqx.Module):
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
-        if isinstance(f, (Jeffreys, LeCam)):
-            f = type(f)(at_most_one=self.unit)  # pyright: ignore
-        classes = Classes(self.axis_name, self.unit and f.sparse)
+        f = f.for_ratios(self.unit) if f.for_ratios is not None else f
+        classes = Evaluation(self.axis_name, self.unit and f.sparse)
         if self.reference is None:
             count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
@@ -126,7 +125,8 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     scores, f = jnp.asarray(scores), as_divergence(f)
     axes = _check_scores(scores, axis)
     shape = scores.shape
-    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axes), f)
+    per_row_of = lambda path, a: per_row(jtu.keystr(path)[1:], a, shape, axes)
+    f = jtu.tree_map_with_path(per_row_of, f)
     if where is not None:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
@@ -166,7 +166,7 @@ def operator(fn: Fn) -> Fn:
 
 def check_reference(reference: Any, f: AbstractDivergence):
     """Raises for a measure that is missing, and for a name that there is not."""
-    if reference is None and not isinstance(f, KL):
+    if reference is None and not f.scale_free:
         raise TypeError(
             f'`reference` is missing; for {written(f)} it matters: "unit" (as in '
             'entmax and sparsemax), "uniform" (1 / number of classes), or an array. '

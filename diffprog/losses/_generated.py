@@ -24,6 +24,7 @@ class Generated(AbstractDivergence):
     convex_ratio: ClassVar[bool] = False
     origin: ClassVar[float] = 0.0
     lift: ClassVar[float] = 0.0
+    support_known: ClassVar[bool] = False
 
     def __repr__(self):
         return f"generator({getattr(self.fn, '__name__', self.fn)})"

@@ -26,6 +26,7 @@ from .._types import check_count
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
+    dual,
     fenchel,
     Found,
     halved,
@@ -148,7 +149,7 @@ class Smoothed(NamedTuple):
     damping: Array
 
     def gradients(self, alpha: Array, s: Array, z: Array) -> Array:
-        return self.at.loss.conjugate_prox(alpha + z / s, 1 / s, self.at.targets)
+        return dual(self.at).conjugate_prox(alpha + z / s, 1 / s, self.at.targets)
 
     def value(self, alpha: Array, s: Array, z: Array, a: Array, square: Array):
         """At a step with |d|^2 = square, where the gradients are a."""
