@@ -151,7 +151,8 @@ def contents(value) -> dict[str, Any]:
     if callable(value) and hasattr(value, "__wrapped__"):
         return dict(function=getattr(value, "__wrapped__"))  # noqa: B009
     if is_record(value) and not is_record(value, frozen=True):  # Flax has more inside
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        names = [f.name for f in dataclasses.fields(value)]  # pyright: ignore
+        return {name: getattr(value, name) for name in names}
     return _in_object(value)
 
 
