@@ -10,12 +10,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._direction import AbstractDirection
+from ._direction.base import check_expansion, check_sweep
 from ._lqr import Sweep
 from ._report import HISTORY, report
 from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
-from ._search.base import SearchState, Trial, Verdict
+from ._search.base import check_judged, check_memory, SearchState, Trial, Verdict
 from ._tree import vary, where
 from ._types import Stacks
 
@@ -34,6 +35,17 @@ LEAVE, LEAST = 1 / 8, 1e-5
 # that a damped pass suspects; the policy at the end, without damping; the policy where
 # that has no minimum.
 SEARCH, TEST, POLICY, FALLBACK, END = range(5)
+
+
+def promised_by(sweep: Sweep) -> Float[Array, ""]:
+    """The decrement of a sweep; infinite, so that nothing has converged, where it says
+    that the step ascends, or promises nothing although there is a gradient.
+    """
+    limits = jnp.finfo(sweep.decrement.dtype)
+    none = (sweep.decrement == 0) & (sweep.gradient**2 > limits.tiny / limits.eps)
+    return jnp.where(
+        none | (sweep.slope > 0) | (sweep.decrement < 0), jnp.inf, sweep.decrement
+    )
 
 
 class Loop(eqx.Module):
@@ -102,7 +114,7 @@ class Solver(eqx.Module):
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
-        memory = self.search.init(dtype)
+        memory = check_memory(self.search, "init", self.search.init(dtype), dtype)
         given = jtu.tree_map(
             lambda old, new: jnp.asarray(old, new.dtype), state, memory
         )
@@ -148,6 +160,7 @@ class Solver(eqx.Module):
         if not self.search.monotone:
             before = where(stop, loop.best, before)
         expansion = self.method.expand(self.chain, before)
+        check_expansion(self.method, expansion)
         usable = expansion.first_nonfinite > self.chain.horizon
         passes = self._passes(loop, before, expansion, stop, usable)
         usable = passes.first_nonfinite > self.chain.horizon
@@ -233,6 +246,7 @@ class Solver(eqx.Module):
         """
         false, T = jnp.zeros_like(stop), self.chain.horizon
         begun = self.search.begin(loop.search, expansion.cost_gradient)
+        check_memory(self.search, "begin", begun, self.chain.dtype)
         start = jnp.where(stop, POLICY, SEARCH)
         nan = jnp.full_like(before.cost, jnp.nan)
         passes = Passes(
@@ -269,8 +283,9 @@ class Solver(eqx.Module):
         damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
         damping = jnp.where(searching, p.search.damping, damping)
         sweep = self.method.backward(self.chain, before, expansion.model, damping)
-        positive = sweep.positive
-        small = positive & (sweep.decrement <= tolerance)
+        check_sweep(self.method, before, sweep)
+        positive, promised = sweep.positive, promised_by(sweep)
+        small = positive & (promised <= tolerance)
         suspected = searching & small & ~(p.refuted & (damping > 0))
         # Where the model has no minimum the iterate may be a maximum or a saddle.
         testing = p.purpose == TEST
@@ -280,9 +295,9 @@ class Solver(eqx.Module):
             p, before, expansion, sweep, trying, leaving, tolerance
         )
         state = where(leaving & ~verdict.accept, p.search, state)
-        state, verdict = where(
-            searching & ~positive, self.search.reject(state), (state, verdict)
-        )
+        rejected = self.search.reject(state)
+        check_judged(self.search, "reject", rejected, self.chain.dtype)
+        state, verdict = where(searching & ~positive, rejected, (state, verdict))
         # Where there is a minimum without damping, it alone decides.
         refuted = testing & positive & ~small
         confirmed = testing & ~refuted & ~verdict.accept
@@ -303,7 +318,7 @@ class Solver(eqx.Module):
         if sweep.first_nonfinite is not None:
             first = sweep.first_nonfinite
             purpose = jnp.where(first > self.chain.horizon, purpose, END)
-        decrement = jnp.where(positive, sweep.decrement, p.decrement)
+        decrement = jnp.where(positive, promised, p.decrement)
         return Passes(
             purpose=purpose.astype(jnp.int32),
             search=state,
@@ -356,6 +371,7 @@ class Solver(eqx.Module):
                     expansion.cost_gradient,
                 ),
             )
+            check_judged(self.search, "step", judged, self.chain.dtype)
             falls = cost < before.cost - tolerance
             shorter = eqx.tree_at(
                 lambda state: (state.stepsize, state.trials),

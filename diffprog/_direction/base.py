@@ -10,7 +10,7 @@ from .._expand import adjoints, curved, linear, Model, terminal
 from .._lqr import Sweep
 from .._rollout import first_false, VectorChain, VectorTrajectory
 from .._tree import all_finite, norm
-from .._types import Rows, Stacks, Tensors
+from .._types import AbstractPart, check_answer, Rows, shapes, Stacks, Tensors
 from .rollouts import AbstractRollout
 
 
@@ -27,7 +27,7 @@ class Expansion(eqx.Module):
     first_nonfinite: Int[Array, ""]
 
 
-class AbstractDirection(eqx.Module):
+class AbstractDirection(AbstractPart):
     """The rule that flows backward through a chain.
 
     `expand` builds a local model, `backward` turns it into gains, and `forward` rolls
@@ -61,7 +61,39 @@ class AbstractDirection(eqx.Module):
         stepsize: Float[Array, ""],
     ) -> tuple[VectorTrajectory, Rows]:
         """The trajectory of u + v at `stepsize` s, and v of every stage."""
-        return self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
+        found = self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
+        like = shapes((trajectory, trajectory.us))
+        if not isinstance(found, tuple) or shapes(found) != like:
+            raise TypeError(
+                f"`{type(self.rollout).__name__}.roll` returned {shapes(found):.200}; "
+                f"a trajectory and v of every stage, {like:.200}, are expected."
+            )
+        return found
+
+
+def check_expansion(method: AbstractDirection, expansion: Any) -> Expansion:
+    """Raises for what a direction of a user must not return."""
+    numbers = dict(cost_gradient=jnp.floating, first_nonfinite=jnp.integer)
+    check_answer(method, "expand", expansion, Expansion, **numbers)
+    return expansion
+
+
+def check_sweep(method: AbstractDirection, at: VectorTrajectory, sweep: Any) -> Sweep:
+    """Raises for what a direction of a user must not return at a trajectory."""
+    names = "slope", "curvature", "decrement", "gradient"
+    numbers = dict.fromkeys(names, jnp.floating)
+    check_answer(method, "backward", sweep, Sweep, **numbers, positive=jnp.bool_)
+    sizes = zip(at.xs, at.us, strict=True)
+    expected = tuple(
+        jax.ShapeDtypeStruct((*u.shape, 1 + x.shape[1]), u.dtype) for x, u in sizes
+    )
+    if shapes(sweep.gains) != shapes(expected):
+        raise ValueError(
+            f"`{type(method).__name__}.backward` returned gains of shape "
+            f"{shapes(sweep.gains):.200}; [k K] of every stage, one array for each "
+            f"segment of the chain, {shapes(expected):.200}, are expected."
+        )
+    return sweep
 
 
 def linear_quadratic(

@@ -13,7 +13,7 @@ from .._linalg import matmul, solve_positive, symmetrize
 from .._result import RESULTS
 from .._rollout import Segment, VectorChain, VectorTrajectory
 from .._tree import Layout, norm
-from .._types import Rows, Stacks
+from .._types import AbstractPart, Rows, Stacks
 
 
 def bellman(
@@ -332,7 +332,7 @@ class LQRSolution(eqx.Module):
     result: RESULTS
 
 
-class AbstractRiccati(eqx.Module):
+class AbstractRiccati(AbstractPart):
     """How the Riccati recursion of a linear-quadratic model is run.
 
     All work on the blocks of `_expand`; [k K] are the gains of a stage.
