@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._direction import AbstractDirection
-from ._direction.base import check_expansion, check_sweep
+from ._direction.base import expanded, swept
 from ._lqr import Sweep
 from ._report import HISTORY, report
 from ._result import RESULTS
@@ -159,8 +159,7 @@ class Solver(eqx.Module):
         before = loop.trajectory
         if not self.search.monotone:
             before = where(stop, loop.best, before)
-        expansion = self.method.expand(self.chain, before)
-        check_expansion(self.method, expansion)
+        expansion = expanded(self.method, self.chain, before)
         usable = expansion.first_nonfinite > self.chain.horizon
         passes = self._passes(loop, before, expansion, stop, usable)
         usable = passes.first_nonfinite > self.chain.horizon
@@ -282,8 +281,7 @@ class Solver(eqx.Module):
         searching = p.purpose == SEARCH
         damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
         damping = jnp.where(searching, p.search.damping, damping)
-        sweep = self.method.backward(self.chain, before, expansion.model, damping)
-        check_sweep(self.method, before, sweep)
+        sweep = swept(self.method, self.chain, before, expansion.model, damping)
         positive, promised = sweep.positive, promised_by(sweep)
         small = positive & (promised <= tolerance)
         suspected = searching & small & ~(p.refuted & (damping > 0))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._types import AbstractPart
+from ._types import AbstractPart, check_one_number
 
 
 Reduction = Literal["mean", "sum"]
@@ -35,6 +35,7 @@ def weight(
     if reduction == "sum":
         return 1.0
     number = loss.count(outputs, targets)
+    check_one_number(f"{type(loss).__name__}.count", number)
     if isinstance(number, int):
         return 1 / max(number, 1)
     return 1 / jnp.maximum(number, 1).astype(outputs.dtype)

@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
 from .._expand import adjoints, curved, linear, Model, terminal
@@ -71,27 +72,31 @@ class AbstractDirection(AbstractPart):
         return found
 
 
-def check_expansion(method: AbstractDirection, expansion: Any) -> Expansion:
-    """Raises for what a direction of a user must not return."""
+def expanded(
+    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory
+) -> Expansion:
+    """What `expand` returns, which must be an `Expansion`."""
+    expansion = method.expand(chain, at)
     numbers = dict(cost_gradient=jnp.floating, first_nonfinite=jnp.integer)
     check_answer(method, "expand", expansion, Expansion, **numbers)
     return expansion
 
 
-def check_sweep(method: AbstractDirection, at: VectorTrajectory, sweep: Any) -> Sweep:
-    """Raises for what a direction of a user must not return at a trajectory."""
+def swept(
+    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory, *given: Any
+) -> Sweep:
+    """What `backward` returns, which must be a `Sweep` with gains that fit."""
+    sweep = method.backward(chain, at, *given)
     names = "slope", "curvature", "decrement", "gradient"
     numbers = dict.fromkeys(names, jnp.floating)
     check_answer(method, "backward", sweep, Sweep, **numbers, positive=jnp.bool_)
     sizes = zip(at.xs, at.us, strict=True)
-    expected = tuple(
-        jax.ShapeDtypeStruct((*u.shape, 1 + x.shape[1]), u.dtype) for x, u in sizes
-    )
-    if shapes(sweep.gains) != shapes(expected):
+    expected = tuple((*u.shape, 1 + x.shape[1]) for x, u in sizes)
+    if jtu.tree_map(jnp.shape, sweep.gains) != expected:
         raise ValueError(
             f"`{type(method).__name__}.backward` returned gains of shape "
             f"{shapes(sweep.gains):.200}; [k K] of every stage, one array for each "
-            f"segment of the chain, {shapes(expected):.200}, are expected."
+            f"segment of the chain, {expected!s:.200}, are expected."
         )
     return sweep
 
