@@ -22,16 +22,19 @@ def bellman(
     """One stage of the backward pass, in the blocks of `_expand`, from the product V F.
 
     Minimizes (1, x, u)' Z (1, x, u) / 2 + damping u'u / 2 over u, Z = W + F' V F:
-    u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], and whether the
-    minimum exists. Where it does not, k has negative curvature and K is 0; both are 0
-    if V is not `valid`.
+    u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], the slope h'k and
+    the curvature k'Gk of the minimized function along k, and whether the minimum
+    exists. Where it does not, k has negative curvature and K is 0; both are 0 if V is
+    not `valid`.
     """
     Z = W + matmul(F.T, VF)
     u = Z.shape[0] - m
     G = Z[u:, u:] + damping * jnp.eye(m, dtype=Z.dtype)  # R + damping I + B'PB
     H = Z[u:, :u]  # [h H]: h = r + B'(p + Pc), H = B'PA + M'
     gains, positive = solve_positive(G, -H, valid)  # [k K] = -inv(G) [h H]
-    return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, positive
+    h, k = H[:, 0], gains[:, 0]
+    change = jnp.stack([matmul(h, k), matmul(k, matmul(G, k))])
+    return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, change, positive
 
 
 class Sweep(eqx.Module):
@@ -57,35 +60,33 @@ class Sweep(eqx.Module):
     first_nonfinite: Int[Array, ""] | None = None
 
 
-def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> Array:
-    """The decrease that the model without damping promises along the direction.
+def decrement(slope: Array, curvature: Array) -> Array:
+    """The decrease that s slope + s^2 curvature / 2 promises, slope^2 / (2 curvature).
 
-    The model along a step size s is s slope + s^2 c / 2 with c = -slope - damping k'k,
-    least at -slope^2 / (2 c). Without damping that is -slope / 2, and a large damping
-    cannot pass off a short step as convergence. 0 only where the gradient is.
+    The curvature is that of the model without damping, so that a large damping cannot
+    pass off a short step as convergence. 0 for a step that leads nowhere.
     """
-    curvature = -slope - damping * squares
     promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
-    return jnp.where(gradient == 0, 0.0, promised)
+    return jnp.where(slope == 0, 0.0, promised)
 
 
 def summarize(
     gains: Stacks,
     gradients: Rows,
-    slope: Array,
+    change: Float[Array, "2"],
     damping: Array,
     positive: Array,
     first_nonfinite: Array | None = None,
 ) -> Sweep:
-    """The `Sweep` of gains that minimize the damped model, exactly."""
-    gradient = norm(gradients)
+    """The `Sweep` of gains, from the sum of what `bellman` says of their `change`."""
+    slope, curvature = change
     squares = norm([g[:, :, 0] for g in gains]) ** 2
     return Sweep(
         gains=gains,
         slope=slope,
-        curvature=-slope,  # sum of k'Gk, because Gk = -h
-        decrement=decrement(slope, damping, squares, gradient),
-        gradient=gradient,
+        curvature=curvature,
+        decrement=decrement(slope, curvature - damping * squares),
+        gradient=norm(gradients),
         positive=positive & jnp.isfinite(slope),
         first_nonfinite=first_nonfinite,
     )

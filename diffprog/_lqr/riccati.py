@@ -38,7 +38,7 @@ class Riccati(AbstractRiccati):
 
         def stage(segment, carry, x, u, t, *stored):
             # The costate lam is one more row below V.
-            rows, positive, first = carry
+            rows, total, positive, first = carry
             p = rows[0, 1:]
             if model.F is None:
                 weight = (p,) if second_order else ()
@@ -52,7 +52,7 @@ class Riccati(AbstractRiccati):
             # A pass without a minimum leaves a direction of negative curvature at the
             # last stage that has none.
             terms = F, W, product[:-1], len(u), damping, positive
-            V, gains, minimum = bellman(*terms)
+            V, gains, change, minimum = bellman(*terms)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if model.F is None:
@@ -62,7 +62,7 @@ class Riccati(AbstractRiccati):
                 first = jnp.where(finite, first, t)
                 minimum = minimum & finite
                 rows = jnp.where(minimum, rows, 0)
-            return (rows, minimum, first), (gains, lam[len(V) :])
+            return (rows, total + change, minimum, first), (gains, lam[len(V) :])
 
         W, V, tensors = model.hessians(chain)
         end = jnp.concatenate([V, V[:1]])
@@ -71,11 +71,12 @@ class Riccati(AbstractRiccati):
         first = None
         if model.F is None:
             first = jnp.full_like(chain.ts[0][0], chain.horizon + 1)
-        start = vary((end, jnp.isfinite(end[0, 0]), first), like=trajectory)
-        (V, positive, first), rows = chain.scan(stage, start, *data, reverse=True)
+        start = end, jnp.zeros(2, end.dtype), jnp.isfinite(end[0, 0]), first
+        start = vary(start, like=trajectory)
+        (_, *sums), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
-        # Where c = 0, V[0, 0] is the sum of h'k.
-        return summarize(gains, gradients, V[0, 0], damping, positive, first)
+        change, positive, first = sums
+        return summarize(gains, gradients, change, damping, positive, first)
 
     def values(self, lqr, loops):
         """`bellman` with the terms of a stage apart.

@@ -30,9 +30,8 @@ POSITIVE = (lambda value: 0 < value < math.inf, "a finite number > 0")
 class Trial(eqx.Module):
     """What a search knows of a trial point.
 
-    `slope` and `curvature` (damping included) are those of the direction: at a step
-    size s the model changes by s slope + s^2 curvature / 2. `cost_gradient` is the norm
-    of the costs' gradient in all states and controls.
+    `slope` and `curvature` (damping included) are those of the direction.
+    `cost_gradient` is the norm of the costs' gradient in all states and controls.
     """
 
     cost: Float[Array, ""]
@@ -40,6 +39,10 @@ class Trial(eqx.Module):
     slope: Float[Array, ""]
     curvature: Float[Array, ""]
     cost_gradient: Float[Array, ""]
+
+    def change(self, stepsize: Float[Numbers, ""]) -> Float[Array, ""]:
+        """How the model changes: s slope + s^2 curvature / 2 at the step size s."""
+        return stepsize * (self.slope + stepsize * self.curvature / 2)
 
     def decreases(self, change: Float[Numbers, ""]) -> Bool[Array, ""]:
         """Whether the cost changed by `change` or less, up to its rounding error."""
