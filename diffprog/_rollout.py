@@ -1,5 +1,6 @@
 """Chains of vectors, traced once: what every recursion of the library runs on."""
 
+import functools as ft
 import re
 import sys
 from collections.abc import Callable
@@ -47,6 +48,11 @@ class VectorChain(eqx.Module):
     terminal_cost: Callable = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     loops: Loops = eqx.field(static=True, default="plain")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether finding derivatives again costs no more than reading them."""
+        return self.loops == "fused"
 
     @property
     def horizon(self) -> int:
@@ -355,7 +361,7 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
     T = chain.horizon
     when = lambda flag, t: jnp.min(jnp.where(flag, T + 1, t).astype(jnp.int32))
     stages = [when(flag, t) for flag, t in zip(flags, chain.ts, strict=True)]
-    return jnp.min(jnp.stack([*stages, when(last, T)]))
+    return ft.reduce(jnp.minimum, [*stages, when(last, T)])
 
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:

@@ -175,3 +175,70 @@ def test_indefinite_stage_raises_when_concrete_and_is_nan_when_traced():
     du, result = dp.direction(saddle, dp.ILQR(), x0, us, damping=10.0)
     np.testing.assert_allclose(du, 2 / (10 - 2), rtol=1e-14)
     assert result == dp.RESULTS.successful
+
+
+class Follower(dp.AbstractDirection):
+    """The pattern of iLQR, as a user would write it."""
+
+    rollout: ClassVar[dp.AbstractRollout] = dp.Feedback()
+
+    def expand(self, chain, trajectory):
+        return linear_quadratic(chain, trajectory)
+
+    def backward(self, chain, trajectory, model, damping):
+        return dp.Riccati().backward(chain, trajectory, model, damping)
+
+
+def test_a_direction_of_a_user_gets_the_fast_path_unasked(monkeypatch):
+    """Its model is found again by each pass in loops that are one function."""
+    problem, x0, us = helpers.spring()
+    kinds, expand = set(), dp.ILQR.expand
+    record = lambda *args: (e := expand(*args), kinds.add(type(e.model)))[0]
+    for own in (False, True):
+        method = Follower() if own else dp.ILQR()
+        monkeypatch.setattr(type(method), "expand", record)
+        solution = dp.solve(problem, method, x0, us, fast_loops=True)
+        np.testing.assert_allclose(solution.us, dp.solve(problem, dp.ILQR(), x0, us).us)
+        assert kinds == {Recomputed}
+
+
+def affine_model(F, W, V):
+    """The chain and trajectory of zeros whose local model has gaps c in F."""
+    T, m = len(F), W.shape[1] - V.shape[0]
+    A, B = F[:, 1:, 1 : len(V)], F[:, 1:, len(V) :]
+    dynamics = lambda x, u, t: A[t] @ x + B[t] @ u
+    cost = lambda x, u, t: 0.0 * jnp.sum(u)
+    problem = dp.ControlProblem(dynamics, cost, lambda x: 0.0 * x[0], T)
+    return helpers.vectors(problem, jnp.zeros(len(V) - 1), jnp.zeros((T, m)))
+
+
+def test_gaps_of_the_dynamics_live_in_the_model(getkey):
+    """With c in F gains, controls, slope and curvature are those of the LQR problem."""
+    lqr, _ = helpers.random_lqr(getkey(), T=6, n=3, m=2)
+    F, W, V = lqr.blocks()
+    model, damping = Stored(V, (F,), (W,)), jnp.asarray(0.3)
+    chain, trajectory = affine_model(F, W, V)
+    sweeps = [
+        riccati.backward(chain, trajectory, model, damping)
+        for riccati in (dp.Riccati(), dp.ParallelRiccati())
+    ]
+    R = lqr.R + damping * jnp.eye(2)
+    damped = eqx.tree_at(lambda lqr: lqr.R, lqr, R)
+    exact = dp.solve_lqr(damped, jnp.zeros(3))
+    _, (vs,) = dp.LinearRollout().roll(
+        chain, trajectory, model, sweeps[0].gains, jnp.ones(())
+    )
+    close(vs, exact.us, 1e-12)
+    P, p, c = exact.value.P[1:], exact.value.p[1:], lqr.c
+    h = lqr.r + jnp.einsum("tij,ti->tj", lqr.B, p + jnp.einsum("tij,tj->ti", P, c))
+    G = R + jnp.einsum("tki,tkl,tlj->tij", lqr.B, P, lqr.B)
+    for sweep in sweeps:
+        gains = jnp.concatenate([exact.policy.k[:, :, None], exact.policy.K], 2)
+        close(sweep.gains, gains, 1e-10)
+        k = exact.policy.k
+        slope, curvature = jnp.sum(h * k), jnp.einsum("ti,tij,tj->", k, G, k)
+        np.testing.assert_allclose(sweep.slope, slope, rtol=1e-10)
+        np.testing.assert_allclose(sweep.curvature, curvature, rtol=1e-10)
+        squares = jnp.sum(k**2)
+        promised = slope**2 / 2 / (curvature - damping * squares)
+        np.testing.assert_allclose(sweep.decrement, promised, rtol=1e-9)

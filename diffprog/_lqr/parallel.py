@@ -20,6 +20,7 @@ every stage, all at once, improves it. Why that is sound, whatever the first pol
 """
 
 import functools as ft
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -28,7 +29,6 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array
 
-from .._fast_loops import FastLoopsError
 from .._linalg import matmul, symmetrize
 from .._tree import vary
 from .base import AbstractRiccati, bellman, summarize, Value
@@ -220,6 +220,8 @@ class ParallelRiccati(AbstractRiccati):
     chunk: int | None = eqx.field(static=True, default=None)
     max_policies: int = eqx.field(static=True, default=64)
 
+    sequential: ClassVar[bool] = False
+
     def __check_init__(self):
         chunk = 1 if self.chunk is None else self.chunk
         for name, number in (("chunk", chunk), ("max_policies", self.max_policies)):
@@ -229,30 +231,25 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        if model.F is None or model.W is None or model.tensors is not None:
-            raise ValueError(
-                "Parts of this model come out of the recursion itself, as in DDP, "
-                "which is therefore sequential: use `dp.Riccati()`."
-            )
-        Ws, V, _ = model.hessians(chain)
+        model = model.stored(chain, trajectory)
+        V = symmetrize(model.V)
         lam, rows = V[0], []
-        for F, W, u in zip(model.F[::-1], Ws[::-1], trajectory.us[::-1]):
+        for F, W, u in zip(model.F[::-1], model.W[::-1], trajectory.us[::-1]):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
             lam, gradients = self.adjoint(F, W[:, 0], lam, m)
             penalty = jnp.pad(damping * jnp.eye(m, dtype=W.dtype), ((n, 0), (n, 0)))
-            Vs, gains, change, positive = self.recursion(F, W + penalty[None], V, m)
+            Vs, gains, change, positive = self.recursion(
+                F, symmetrize(W) + penalty, V, m
+            )
             rows.append((gains, gradients, change, positive))
             V = Vs[0]
         gains, gradients, changes, positive = zip(*rows[::-1])
-        change, positive = sum(changes), jnp.all(jnp.stack(positive))
+        positive = jnp.all(jnp.stack(positive))
+        slope, curvature, squares = jnp.sum(jnp.stack(changes), 0)
+        change = slope, curvature - damping * squares, squares  # W held the damping
         return summarize(gains, gradients, change, damping, positive)
 
-    def values(self, lqr, loops):
-        if loops == "forced":
-            raise FastLoopsError(
-                "`fast_loops=True` is not possible with `dp.ParallelRiccati`, which "
-                "takes all stages at once: use `dp.Riccati()`."
-            )
+    def values(self, lqr, scan):
         F, W, V = lqr.blocks()
         Vs, gains, _, positive = self.recursion(F, W, V, lqr.B.shape[2])
         Vs, gains = [jnp.where(positive, a, jnp.nan) for a in (Vs, gains)]
@@ -261,7 +258,7 @@ class ParallelRiccati(AbstractRiccati):
         return value, gains[:, :, 1:], gains[:, :, 0]
 
     def recursion(self, F, W, V, m):
-        """V before every stage, gains, their slope and curvature, and if all exist."""
+        """V before every stage, gains, what they change, and if all have a minimum."""
 
         def part(V, F, W):
             after = V[None]
@@ -280,7 +277,7 @@ class ParallelRiccati(AbstractRiccati):
         Vs = Vs.at[:, 0, 0].set(constants)
         return Vs, gains, jnp.sum(changes, 0), jnp.all(positive)
 
-    def rollout(self, lqr, K, k, x0, loops):
+    def rollout(self, lqr, K, k, x0, scan):
         (F, _, _), gains = lqr.blocks(), jnp.concatenate([k[:, :, None], K], 2)
 
         def part(x, F, gains):

@@ -40,7 +40,7 @@ class Trial(eqx.Module):
     curvature: Float[Array, ""]
     cost_gradient: Float[Array, ""]
 
-    def change(self, stepsize: Float[Numbers, ""]) -> Float[Array, ""]:
+    def change(self, stepsize: Float[Numbers, ""]) -> Float[Numbers, ""]:
         """How the model changes: s slope + s^2 curvature / 2 at the step size s."""
         return stepsize * (self.slope + stepsize * self.curvature / 2)
 
