@@ -66,11 +66,10 @@ from ._smoothness import (
     smoothness as smoothness,
 )
 from ._solution import Solution as Solution
-from ._solve import (
-    direction as direction,
+from ._solve import direction as direction, solve as solve
+from ._stepping import (
     finish as finish,
     init as init,
-    solve as solve,
     SolverState as SolverState,
     step as step,
 )

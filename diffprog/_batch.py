@@ -11,8 +11,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._capture import is_data, is_list, put_together, Taken
+from ._capture import put_together, Taken
 from ._chain import AbstractChain
+from ._changes import is_data, is_list
 from ._direction import AbstractDirection
 from ._door import door
 from ._fast_loops import FastLoopsError
@@ -211,14 +212,14 @@ def _axes_of(path: str, axis: int = 0) -> str:
     )
 
 
-_INSTEAD = dict(
+_NOT_IN_BATCH = dict(
     throw="nothing is raised for a problem that fails: look at `solution.success`",
     check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
     "beyond the end of an array",
 )
 
 
-@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
+@with_advice(lambda name, _, known: _NOT_IN_BATCH.get(name, known))
 def solve_batch(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -291,39 +292,42 @@ def solve_batch(
     (x0s, uss), dtype = strong(x0s, uss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype, (num_problems,)) if state is None else state
-    first = lambda tree: jtu.tree_map(lambda leaf: leaf[0], tree)
     if not asked and num_problems > 1:  # of one problem both readings are the same
-        _check_shared(problem, num_problems, first(x0s), first(uss))
-
-    def note():
-        mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
-        rows = ", ".join(f"`problem{path}`" for path in mapped)
-        return (
-            "Raised in `dp.solve_batch`, where the first axis is the problem: each "
-            f"gets x0 of shape {shapes(first(x0s)):.100} from `x0s` of shape "
-            f"{shapes(x0s):.100}, us of shape {shapes(first(uss)):.100} from `uss` of "
-            f"shape {shapes(uss):.100}" + (rows and f", and one row of {rows}") + "."
-        )
-
-    def solve_rows(rows):
-        take = lambda leaf: leaf if rows is None else jnp.asarray(leaf)[rows]
-        batch = jtu.tree_map(take, (numbers, x0s, uss, state))
-        with noted(note):
-            return _solve_all(shared, method, batch, search, *tolerances, options)
-
-    solutions = []
+        _check_shared(problem, num_problems, _first(x0s), _first(uss))
+    mapped, solutions = (numbers, x0s, uss, state), []
     for begin in range(0, num_problems, batch_size):
         start, size = time.perf_counter(), min(batch_size, num_problems - begin)
-        rows = None
+        batch = mapped
         if batch_size < num_problems:
             rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
-        solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solve_rows(rows))
+            batch = jtu.tree_map(
+                lambda leaf, rows=rows: jnp.asarray(leaf)[rows], mapped
+            )
+        with noted(ft.partial(_note, *mapped)):
+            solution = _solve_all(shared, method, batch, search, *tolerances, options)
+        solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
         if verbose and not isinstance(solution.cost, Tracer):
-            batch = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"
-            _report(verbose, batch, solution, start)
+            number = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"
+            _report(verbose, number, solution, start)
         solutions.append(solution)
     join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
     return jtu.tree_map(join, *solutions)
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda leaf: leaf[0], tree)
+
+
+def _note(numbers: PyTree, x0s: PyTree, uss: PyTree, _) -> str:
+    """What an error inside does not say."""
+    mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
+    rows = ", ".join(f"`problem{path}`" for path in mapped)
+    return (
+        "Raised in `dp.solve_batch`, where the first axis is the problem: each gets x0 "
+        f"of shape {shapes(_first(x0s)):.100} from `x0s` of shape {shapes(x0s):.100}, "
+        f"us of shape {shapes(_first(uss)):.100} from `uss` of shape "
+        f"{shapes(uss):.100}" + (rows and f", and one row of {rows}") + "."
+    )
 
 
 def _report(verbose, batch: str, solution: Solution, start: float):

@@ -30,10 +30,14 @@ Phase.__init__.__doc__ = """**Arguments:**
 
 
 class AbstractChain(eqx.Module):
-    """A chain of stages x_{t+1} = f_t(x_t, u_t) with costs h_t and a terminal cost."""
+    """A chain of stages x_{t+1} = f_t(x_t, u_t) with costs h_t and a terminal cost.
 
-    phases: eqx.AbstractVar[tuple[Phase, ...]]  # in order, runs of equal stages
-    terminal_cost: eqx.AbstractVar[Any]  # a function (x) -> scalar
+    - `phases`: the runs of equal stages, in order.
+    - `terminal_cost`: a function `(x) ->` scalar.
+    """
+
+    phases: eqx.AbstractVar[tuple[Phase, ...]]
+    terminal_cost: eqx.AbstractVar[Any]
 
     @abc.abstractmethod
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
@@ -63,6 +67,8 @@ class ControlProblem(AbstractChain):
     States and controls are any pytrees of floating arrays. The numbers inside the
     functions (fields of an [`equinox.Module`][], say) are leaves of the problem: new
     values never compile again.
+
+    - `system`: the object that holds the three functions and their numbers.
     """
 
     system: Any

@@ -2,7 +2,9 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
+from jaxtyping import PyTree
 
 from ._capture import put_together, Taken
 from ._tree import vary
@@ -80,13 +82,18 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@jax.custom_jvp
-def undifferentiated(tree):
+def undifferentiated(tree: PyTree) -> PyTree:
     """The identity, which refuses to be differentiated."""
-    return tree
+    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(_undifferentiated(numbers), rest)
 
 
-@undifferentiated.defjvp
+@jax.custom_jvp
+def _undifferentiated(numbers):
+    return numbers
+
+
+@_undifferentiated.defjvp
 def _(primals, tangents):
     raise NotImplementedError(
         "Derivatives of `dp.solve` are not available yet: the solution depends on x0, "

@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._capture import can_change, Frozen
+from ._capture import Frozen
+from ._changes import can_change
 from ._door import door
 from ._flax import found_in
 from ._types import came, noted, shapes

@@ -1,4 +1,4 @@
-"""A solve in one call, one direction, and a solve that is stepped by hand."""
+"""A solve in one call, and one direction."""
 
 import dataclasses
 import functools as ft
@@ -8,11 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ._capture import Same
 from ._chain import AbstractChain
+from ._changes import Same
 from ._direction import AbstractDirection
 from ._door import door, undifferentiated
 from ._fast_loops import compiled, Loops
@@ -26,7 +25,7 @@ from ._search import AbstractSearch, Backtracking
 from ._search.base import SearchState
 from ._solution import ADVICE, explain_solution, Solution
 from ._tree import all_finite, strong
-from ._types import check_one_number, with_advice
+from ._types import check_kind, check_one_number, with_advice
 
 
 def tolerance(value: Any, dtype) -> Any:
@@ -36,7 +35,7 @@ def tolerance(value: Any, dtype) -> Any:
     return _float(value)
 
 
-def _solver(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
+def solver_of(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
     dtype = chain.dtype
     cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     return Solver(
@@ -50,7 +49,7 @@ def _solver(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
     )
 
 
-def _solution(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
+def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
@@ -98,19 +97,14 @@ def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solut
 
     def run(loops: Loops) -> Loop:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
-        solver = _solver(chain, method, search, rtol, atol, max_steps, verbose.value)
+        solver = solver_of(chain, method, search, rtol, atol, max_steps, verbose.value)
         return solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
 
     loop = compiled(run, fast_loops)
-    return _undifferentiated(_solution(vectorized, loop, max_steps))
+    return undifferentiated(solution_of(vectorized, loop, max_steps))
 
 
-def _undifferentiated(tree: PyTree) -> PyTree:
-    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(undifferentiated(numbers), rest)
-
-
-def _check(
+def check(
     problem: Any,
     method: Any,
     search: Any = Backtracking(),
@@ -118,17 +112,11 @@ def _check(
     max_steps: Any = 0,
     **numbers: Any,
 ):
-    for name, value, kind, example in (
-        ("problem", problem, AbstractChain, "`dp.ControlProblem(...)`"),
-        ("method", method, AbstractDirection, "`dp.ILQR()`"),
-        ("search", search, AbstractSearch, "`dp.Backtracking()`"),
-        ("state", state, SearchState | None, "`solution.state`"),
-    ):
-        if not isinstance(value, kind):
-            came = f"the class {value.__name__}" if isinstance(value, type) else value
-            raise TypeError(
-                f"`{name}` is {came!s:.200}; something like {example} is expected."
-            )
+    """Raises for a wrong call."""
+    check_kind("problem", problem, AbstractChain, "dp.ControlProblem(...)")
+    check_kind("method", method, AbstractDirection, "dp.ILQR()")
+    check_kind("search", search, AbstractSearch, "dp.Backtracking()")
+    check_kind("state", state, SearchState | None, "solution.state")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int):
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
@@ -144,11 +132,22 @@ def _check(
             raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
 
 
+def arguments(
+    problem, method, x0, us, search, state, rtol, atol, max_steps, *options
+) -> tuple:
+    """Those of a solve: checked, floating, with defaults; options are one of them."""
+    check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
+    (x0, us), dtype = strong(x0, us)
+    state = SearchState.none(dtype) if state is None else state
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    return problem, method, x0, us, search, state, *tolerances, (max_steps, *options)
+
+
 def _float(value):
     return float(value) if isinstance(value, int) else value
 
 
-_INSTEAD = dict(
+_NOT_IN_SOLVE = dict(
     check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
     "of an array",
     in_axes="`dp.solve_batch` solves many problems",
@@ -156,7 +155,7 @@ _INSTEAD = dict(
 )
 
 
-@with_advice(lambda name, _, known: _INSTEAD.get(name, known))
+@with_advice(lambda name, _, known: _NOT_IN_SOLVE.get(name, known))
 def solve(
     problem: AbstractChain,
     method: AbstractDirection,
@@ -219,21 +218,18 @@ def solve(
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
     """
-    _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
     if not isinstance(verbose, bool) and not callable(verbose):
         raise TypeError(
             f"`verbose` is {verbose!r}; True, False or a function of named arrays is "
             "expected."
         )
-    options = (max_steps, bool(history), Same(verbose), fast_loops)
-    (x0, us), dtype = strong(x0, us)
-    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
-    state = SearchState.none(dtype) if state is None else state
-    solution = _solve(problem, method, x0, us, search, state, *tolerances, options)
-    return _judged(solution, problem, throw)
+    options = max_steps, bool(history), Same(verbose), fast_loops
+    given = arguments(problem, method, x0, us, search, state, rtol, atol, *options)
+    return judged(_solve(*given), problem, throw)
 
 
-def _judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
+def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
+    """Raises for what is known to have failed, in the words of the problem."""
     told = ft.partial(explain_solution, advice=_advice(problem))
     return throw_unless_successful(solution.result, solution, throw, told)
 
@@ -289,132 +285,8 @@ def direction(
     [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
     `result` is not `successful`.
     """
-    _check(problem, method, damping=damping)
+    check(problem, method, damping=damping)
     (x0, us), _ = strong(x0, us)
     du, result = _direction(problem, method, x0, us, _float(damping))
     told = lambda _: explain(result, _advice(problem))
     return throw_unless_successful(result, (du, result), throw, told)
-
-
-class SolverState(eqx.Module):
-    """A solve that is stepped by hand.
-
-    - `x0`: the first state.
-    - `xs`, `us`: the iterate.
-    - `method`, `search`, `rtol`, `atol`, `max_steps`: as given to [`diffprog.init`][].
-
-    Properties: `cost` of the iterate, `num_steps` accepted so far, `done` and `result`.
-    """
-
-    x0: PyTree[Array]
-    xs: PyTree[Array]
-    us: PyTree[Array]
-    method: AbstractDirection
-    search: AbstractSearch
-    rtol: Any
-    atol: Any
-    max_steps: int = eqx.field(static=True)
-    _loop: Loop
-
-    @property
-    def cost(self) -> Float[Array, ""]:
-        return self._loop.trajectory.cost
-
-    @property
-    def num_steps(self) -> Int[Array, ""]:
-        return self._loop.num_steps
-
-    @property
-    def done(self) -> Bool[Array, ""]:
-        return self._loop.done
-
-    @property
-    def result(self) -> RESULTS:
-        return self._loop.result
-
-
-@door
-def _init(problem, method, x0, us, search, state, rtol, atol, options) -> SolverState:
-    max_steps, history = options
-    vectorized = vectorize(problem, x0, us)
-    solver = _solver(vectorized.chain, method, search, rtol, atol, max_steps, False)
-    loop = solver.init(*vectorized.ravel(x0, us), state, history)
-    xs = vectorized.states(loop.trajectory)
-    return SolverState(
-        x0, xs, us, method, search, solver.rtol, solver.atol, max_steps, loop
-    )
-
-
-def _advance(problem, state: SolverState, last: bool):
-    vectorized = vectorize(problem, state.x0, state.us)
-    options = (state.rtol, state.atol, state.max_steps, False)
-    solver = _solver(vectorized.chain, state.method, state.search, *options)
-    stop = last | (state.num_steps >= state.max_steps)
-    loop = lax.cond(
-        state.done, lambda loop: loop, lambda loop: solver.step(loop, stop), state._loop
-    )
-    return vectorized, loop
-
-
-@door
-def _step(problem, state: SolverState) -> SolverState:
-    vectorized, loop = _advance(problem, state, False)
-    xs, us = vectorized.states(loop.trajectory), vectorized.controls(loop.trajectory.us)
-    where = lambda s: (s.xs, s.us, s._loop)
-    return eqx.tree_at(where, state, (xs, us, loop))
-
-
-@door
-def _finish(problem, state: SolverState) -> Solution:
-    vectorized, loop = _advance(problem, state, True)
-    return _undifferentiated(_solution(vectorized, loop, state.max_steps))
-
-
-def init(
-    problem: AbstractChain,
-    method: AbstractDirection,
-    x0: PyTree,
-    us: PyTree,
-    search: AbstractSearch = Backtracking(),
-    *,
-    max_steps: int = 256,
-    rtol: Any = None,
-    atol: Any = None,
-    state: SearchState | None = None,
-    history: bool = True,
-) -> SolverState:
-    """Starts a solve that is stepped by hand; arguments as in [`diffprog.solve`][].
-
-    ```python
-    state = dp.init(problem, dp.ILQR(), x0, us)
-    while not state.done:
-        state = dp.step(problem, state)
-    solution = dp.finish(problem, state)
-    ```
-    """
-    _check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
-    options = (max_steps, bool(history))
-    (x0, us), dtype = strong(x0, us)
-    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
-    state = SearchState.none(dtype) if state is None else state
-    return _init(problem, method, x0, us, search, state, *tolerances, options)
-
-
-def step(problem: AbstractChain, state: SolverState) -> SolverState:
-    """One accepted iteration; nothing once `state.done`.
-
-    The call after the last accepted iteration finds out that the solve is over and
-    computes the policy. The problem must be the one given to [`diffprog.init`][].
-    """
-    return _step(problem, state)
-
-
-def finish(
-    problem: AbstractChain, state: SolverState, *, throw: bool = True
-) -> Solution:
-    """The solution at the current iterate, with its policy.
-
-    Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
-    to be stationary: give `throw=False` to stop early.
-    """
-    return _judged(_finish(problem, state), problem, throw)

@@ -378,27 +378,6 @@ def bicycle_car(T: int = 25, exponent: int = 3, euler: bool = False):
     return _problem(system, start_on_track(8), T, 3)
 
 
-class DampedPendulum(eqx.Module):
-    """Swing-up with running costs; x = (angle from hanging, velocity), Euler step."""
-
-    dt: float = 0.05
-
-    def dynamics(self, x, u, t):
-        acceleration = u[0] - 0.1 * x[1] - 9.81 * jnp.sin(x[0])
-        return x + self.dt * jnp.stack([x[1], acceleration])
-
-    def cost(self, x, u, t):
-        angle = x[0] - jnp.pi
-        return 0.5 * (0.1 * angle**2 + 0.01 * x[1] ** 2 + 0.05 * u[0] ** 2)
-
-    def terminal_cost(self, x):
-        return 0.5 * (100 * (x[0] - jnp.pi) ** 2 + 10 * x[1] ** 2)
-
-
-def damped_pendulum(T: int = 100):
-    return _problem(DampedPendulum(), [0.0, 0.0], T, 1)
-
-
 class Quadrotor(eqx.Module):
     """Flight to a point; x = (position, roll, pitch, yaw, velocity, body rates).
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
@@ -44,7 +45,7 @@ class Spring(eqx.Module):
 
 
 class Pendulum(eqx.Module):
-    """Problem P2: swing up from rest by a torque, explicit Euler."""
+    """Swing up from rest by a torque, explicit Euler."""
 
     friction: float | jax.Array = 0.1
     dt: float = 0.05
@@ -176,6 +177,34 @@ PROBLEMS = dict(
 )
 
 
+def close(a, b, rtol=1e-12, scale: str | float = "entry"):
+    """Asserts |a - b| <= rtol * scale for the arrays of two trees.
+
+    The scale is a number, or "entry": 1 + |b|, or "largest": the largest |b| of an
+    array, or "norm": the Euclidean one over all arrays, as that of a - b then is.
+    """
+    a, b = (eqx.filter(tree, eqx.is_array_like) for tree in (a, b))
+    if jtu.all_leaves([a]):
+        pairs = [(a, b)]  # numbers in a list are an array too
+    else:
+        assert jtu.tree_structure(a) == jtu.tree_structure(b)
+        pairs = list(zip(jtu.tree_leaves(a), jtu.tree_leaves(b)))
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
+    assert pairs
+    if scale == "norm":
+        a, b = (np.concatenate([x.ravel() for x in side]) for side in zip(*pairs))
+        error, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        assert error <= rtol * size, error / size
+        return
+    for a, b in pairs:
+        if scale == "entry":
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+        else:
+            size = np.max(np.abs(b)) if scale == "largest" else float(scale)
+            assert np.isfinite(size)
+            np.testing.assert_allclose(a, b, rtol=0, atol=rtol * size)
+
+
 def objective(problem, x0):
     """The cost as a function of the controls, through the public roll-out."""
     return lambda us: dp.rollout(problem, x0, us).cost
@@ -188,26 +217,25 @@ def gradient(chain):
     return jax.jit(jax.grad(objective(problem, x0)))
 
 
-def flat_objective(problem, x0, us):
-    """The cost as a function of one vector, that vector, and the way back."""
-    flat, unravel = ravel_pytree(us)
-    return lambda v: dp.rollout(problem, x0, unravel(v)).cost, flat, unravel
+def dense(outputs, total, w):
+    """Gradient, Gauss-Newton matrix and Hessian of total(outputs(w)) at a vector w."""
+    J, H = jax.jacfwd(outputs)(w), jax.hessian(total)(outputs(w))
+    twice = lambda w: 2 * (jax.grad(lambda w: total(outputs(w)))(w),)
+    hessian, gradient = jax.jacfwd(twice, has_aux=True)(w)
+    return gradient, J.T @ H @ J, hessian
 
 
 def dense_step(problem, method, x0, us):
     """The Gauss-Newton or Newton step of a damping from dense derivatives, a vector."""
-    J, flat, unravel = flat_objective(problem, x0, us)
-    outputs, total = _outputs(problem, x0, unravel, flat)
+    flat, unravel = ravel_pytree(us)
 
     @jax.jit
     def step(damping):
-        if type(method) is dp.Newton:
-            hessian = jax.hessian(J)(flat)
-        else:
-            G = jax.jacfwd(outputs)(flat)
-            hessian = G.T @ jax.hessian(total)(outputs(flat)) @ G
+        outputs, total = _outputs(problem, x0, unravel, flat)
+        gradient, gauss_newton, hessian = dense(outputs, total, flat)
+        matrix = hessian if type(method) is dp.Newton else gauss_newton
         identity = jnp.eye(len(flat), dtype=flat.dtype)
-        return -jnp.linalg.solve(hessian + damping * identity, jax.grad(J)(flat))
+        return -jnp.linalg.solve(matrix + damping * identity, gradient)
 
     return step
 

@@ -662,6 +662,29 @@ def test_a_divergence_with_what_can_change_in_a_static_field_is_refused():
             np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.parametrize("held", [Pair, Static, int])
+def test_a_class_in_a_static_field_never_changes(held):
+    chain = problem(Static(held, 1.0, lambda held: 2.0).cost)
+    assert dp.rollout(chain, X0, US).cost == 4.0
+
+
+@dataclasses.dataclass
+class Prepared:
+    weight: float
+
+    def __post_init__(self):
+        self.double = 2 * self.weight  # no field
+
+    def cost(self, x, u, t):
+        return effort(self.double, x, u, t)
+
+
+def test_attributes_of_a_record_that_are_no_fields_are_captured():
+    for weight in (1.0, 2.0):
+        cost = dp.rollout(problem(Prepared(weight).cost), X0, US + 1.0).cost
+        assert cost == 6 * weight + 1.0 + 4.0 + 9.0 + 16.0
+
+
 @pytest.mark.parametrize("cost, message", REFUSED, ids=range(len(REFUSED)))
 def test_what_can_change_unseen_is_refused_by_name(cost, message):
     with pytest.raises(TypeError, match=message) as error:

@@ -338,7 +338,7 @@ WRONG = {
     "a stale state": (
         lambda: dp.solve(problem(), dp.ILQR(), x0, us, state=_any("warm")),
         TypeError,
-        "`state` is warm; something like `solution.state`",
+        "`state` is .warm.; something like `solution.state`",
     ),
     "damping": (
         lambda: dp.direction(problem(), dp.ILQR(), x0, us, damping=-1.0),

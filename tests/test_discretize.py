@@ -129,15 +129,15 @@ def test_derivatives_of_an_implicit_step():
     z, dt = jnp.array([0.3, 0.2, 0.5]), 0.05
     g = jax.jit(lambda z: dp.discretize(stiff, dt, IMPLICIT)(z[:2], z[2:], 0))
     new = g(z)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
-    close(new, z[:2] + dt * stiff(new, z[2:], 0.0))
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+    near(new, z[:2] + dt * stiff(new, z[2:], 0.0))
     # By the implicit function theorem.
     A, B = jax.jacfwd(stiff, (0, 1))(new, z[2:], 0.0)
     factor = jnp.linalg.inv(jnp.eye(2) - dt * A)
     exact = jnp.concatenate([factor, dt * factor @ B], 1)
-    close(jax.jit(jax.jacfwd(g))(z), exact)
+    near(jax.jit(jax.jacfwd(g))(z), exact)
     jacobian = jax.jit(jax.jacrev(g))
-    close(jacobian(z), exact)
+    near(jacobian(z), exact)
     way = exact[1]
     second = jax.jit(lambda z: jax.jvp(jax.jacrev(g), (z,), (way,))[1])(z)
     difference = (jacobian(z + 1e-4 * way) - jacobian(z - 1e-4 * way)) / 2e-4

@@ -35,6 +35,8 @@ from diffprog.oracles import (
 from diffprog.oracles._gram import gram
 from diffprog.oracles.base import linearize
 
+from . import helpers
+
 
 M, K = 6, 3  # examples, outputs
 KEYS = jr.split(jr.key(1), 20)
@@ -136,8 +138,7 @@ def at(name, dtype=None, net=None):
     )[0]
 
 
-def close(actual, desired, tolerance=1e-10):
-    np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)
+close = ft.partial(helpers.close, rtol=1e-10)
 
 
 # One direction, many ways ---------------------------------------------------------
@@ -159,7 +160,7 @@ SOME = ("Cholesky", "CG", "dual CG")
         ),
     ],
 )
-def test_t1_1_t2_1_all_forms_are_the_dense_step(solver, name):
+def test_all_forms_are_the_dense_step(solver, name):
     step, aux = run(EXACT[solver], name)
     desired = dense(name).step(0.1)
     close(step, desired)
@@ -168,14 +169,14 @@ def test_t1_1_t2_1_all_forms_are_the_dense_step(solver, name):
     assert abs(aux.gap) < 1e-10
 
 
-def test_t8_3_the_exact_step_is_the_layerwise_riccati_step():
+def test_the_exact_step_is_the_layerwise_riccati_step():
     net = network()
     problem = dp.NetworkProblem(net, LOSSES["softmax"][0], LABELS)
     du, _ = dp.direction(problem, dp.GaussNewton(), INPUTS, net.params, damping=0.1)
     close(run(GaussNewton(0.1), "softmax")[0], ravel_pytree(du)[0])
 
 
-def test_t1_2_without_iterations_the_dual_is_the_gradient():
+def test_without_iterations_the_dual_is_the_gradient():
     # The residual that is there at the start is small enough.
     oracle = DualGaussNewton(0.1, DualCG(1, rtol=2.0), scale_model=False)
     step, aux = run(oracle, "softmax")
@@ -189,7 +190,7 @@ def test_the_gradient_of_a_damping(name):
     close(step, -dense(name).gradient / 0.1)
 
 
-def test_t1_3_t1_4_the_duality_gap():
+def test_the_duality_gap():
     # D(g) = h - |grad h|^2 / (2 damping), so that is the gap to the model at d(g), and
     # the gap of a later iterate is that of its dual variable.
     d, damping = dense("softmax"), 0.1
@@ -205,8 +206,8 @@ def test_t1_3_t1_4_the_duality_gap():
         b = -damping * M * step - d.J.T @ d.g
         beta = solve(A, jnp.concatenate([b, jnp.zeros(M * K)]))[0]
         D = d.h - beta @ d.H @ beta / (2 * M) - damping * step @ step / 2
-        close(aux.gap, P - D, 1e-8)
-        close(aux.gap, (u - beta) @ d.H @ (u - beta) / (2 * M), 1e-8)
+        close(aux.gap, P - D, rtol=1e-8)
+        close(aux.gap, (u - beta) @ d.H @ (u - beta) / (2 * M), rtol=1e-8)
         assert aux.gap > 0
 
 
@@ -223,7 +224,7 @@ def test_the_gap_of_conjugate_gradients():
         close(aux.gap, P - D)
 
 
-def test_t1_5_the_dual_variable_at_the_solution():
+def test_the_dual_variable_at_the_solution():
     d, damping = dense("softmax"), 0.1
     step, _ = run(DualGaussNewton(damping, DualCG(60, 1e-15)), "softmax")
     alpha = d.g + d.H @ d.J @ step
@@ -238,7 +239,7 @@ def slopes(solver, damping):
     return np.asarray(found)
 
 
-def test_t1_6_slopes_of_iterates_are_ordered():
+def test_slopes_of_iterates_are_ordered():
     d, damping = dense("softmax"), 0.01
     exact = d.gradient @ d.step(damping)
     dual, primal = slopes(DualCG, damping), slopes(CG, damping)
@@ -290,7 +291,7 @@ def damped(name, damping):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_t1_7_iterates_in_outputs_are_those_in_parameters(count):
+def test_iterates_in_outputs_are_those_in_parameters(count):
     best = krylov(damped("softmax", 0.01), dense("softmax").gradient, count)
     for flag in (False, True):
         oracle = GaussNewton(0.01, CG(count, 0.0, in_outputs=flag))
@@ -299,7 +300,7 @@ def test_t1_7_iterates_in_outputs_are_those_in_parameters(count):
 
 @pytest.mark.costly
 @every_loss
-def test_t1_8_strong_damping_gives_the_gradient(name):
+def test_strong_damping_gives_the_gradient(name):
     step, _ = run(GaussNewton(1e8), name)
     gradient = dense(name).gradient
     np.testing.assert_allclose(-1e8 * step, gradient, rtol=1e-5, atol=1e-7)
@@ -307,18 +308,18 @@ def test_t1_8_strong_damping_gives_the_gradient(name):
     close(-scaled, -1e8 * step)
 
 
-def test_t1_9_a_linear_model_interpolates_in_one_step():
+def test_a_linear_model_interpolates_in_one_step():
     net = dp.Network([eqx.nn.Linear(4, K, key=KEYS[2])])
     inputs, targets = INPUTS[:3], REAL[:3]
     vd = dp.value_and_direction(Squared(), GaussNewton(1e-12))
     _, direction = vd(net, inputs, targets)
     new = eqx.apply_updates(net, jax.tree.map(jnp.negative, direction))
-    close(jax.vmap(new)(inputs), targets, 1e-8)
+    close(jax.vmap(new)(inputs), targets, rtol=1e-8)
 
 
 @pytest.mark.costly
 @pytest.mark.parametrize("stack", [False, True])
-def test_t1_10_the_layerwise_gram_matrix(stack):
+def test_the_layerwise_gram_matrix(stack):
     layers = [eqx.nn.Linear(4, K, key=KEYS[2]), jnp.tanh]
     for i in range(4):
         layers += [eqx.nn.Linear(K, K, key=KEYS[3 + i]), jnp.tanh]
@@ -336,7 +337,7 @@ def test_t1_10_the_layerwise_gram_matrix(stack):
     close(with_model, rows @ rows.T)
 
 
-def test_t1_11_the_gramian_recursion():
+def test_the_gramian_recursion():
     # G_{t+1} = A G A' + B B' over the stages of the batch is J J'.
     net, d = network(), dense("softmax")
     x, G = INPUTS.ravel(), jnp.zeros((INPUTS.size,) * 2)
@@ -355,7 +356,7 @@ def test_t1_11_the_gramian_recursion():
     close(-d.J.T @ alpha / (0.1 * M), d.step(0.1))
 
 
-def test_t1_12_the_true_class_against_the_rest():
+def test_the_true_class_against_the_rest():
     # diag(p) - p p' = p_y (1 - p_y) a a' + (1 - p_y) Cov(q): splitting the loss at the
     # margin keeps the first term.
     loss = SoftmaxCrossEntropy()
@@ -365,11 +366,11 @@ def test_t1_12_the_true_class_against_the_rest():
     a = jnp.eye(K)[1] - q
     cov = jnp.diag(q) - jnp.outer(q, q)
     split = p[1] * (1 - p[1]) * jnp.outer(a, a) + (1 - p[1]) * cov
-    close(split, jnp.diag(p) - jnp.outer(p, p), 1e-14)
-    close(split, hessian(jnp.eye(K)), 1e-14)
+    close(split, jnp.diag(p) - jnp.outer(p, p), rtol=1e-14)
+    close(split, hessian(jnp.eye(K)), rtol=1e-14)
 
 
-def test_t1_14_a_metric_is_a_change_of_variables():
+def test_a_metric_is_a_change_of_variables():
     metric = jax.tree.map(lambda a: 1 + a**2, network().params)
     weights = ravel_pytree(metric)[0]
     step, _ = run(GaussNewton(0.1, metric=at_model(metric)), "softmax")
@@ -387,7 +388,7 @@ def at_model(params):
 # Exact Gauss-Newton and its relatives ---------------------------------------------
 
 
-def test_t2_2_one_example_is_normalized_least_mean_squares():
+def test_one_example_is_normalized_least_mean_squares():
     model = eqx.nn.Linear(4, 1, key=KEYS[2])
     x, y = INPUTS[:1], jnp.array([[0.7]])
     _, direction = dp.value_and_direction(Squared(), GaussNewton(0.3))(model, x, y)
@@ -395,7 +396,7 @@ def test_t2_2_one_example_is_normalized_least_mean_squares():
     close(-direction.weight, r * x / (J2 + 0.3))
 
 
-def test_t2_3_stacked_least_squares():
+def test_stacked_least_squares():
     d = dense("squared")
     A = jnp.concatenate([d.J, jnp.sqrt(0.1 * M) * jnp.eye(d.J.shape[1])])
     b = jnp.concatenate([-d.g, jnp.zeros(d.J.shape[1])])
@@ -403,7 +404,7 @@ def test_t2_3_stacked_least_squares():
 
 
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
-def test_t2_4_t8_8_predicted_decreases(solver):
+def test_predicted_decreases_of_the_exact_step(solver):
     step, aux = run(EXACT[solver], "softmax")
     gradient = dense("softmax").gradient
     close(aux.decrease, step @ (0.1 * step - gradient) / 2)
@@ -415,7 +416,7 @@ def test_t2_4_t8_8_predicted_decreases(solver):
 
 @pytest.mark.costly
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
-def test_t2_5_repeating_the_batch_changes_nothing(solver):
+def test_repeating_the_batch_changes_nothing(solver):
     loss, targets = LOSSES["softmax"]
     vd = dp.value_and_direction(loss, EXACT[solver])
     twice = lambda a: jnp.concatenate([a, a])
@@ -431,7 +432,7 @@ def test_sums_count_the_examples():
     close(step, dense("softmax").step(0.1))
 
 
-def test_t2_6_the_whole_space_as_random_subspace():
+def test_the_whole_space_as_random_subspace():
     here = at("softmax")
     flat, unravel = ravel_pytree(here.params)
     V = jax.vmap(unravel)(jnp.eye(flat.size))

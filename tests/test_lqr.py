@@ -10,7 +10,7 @@ import pytest
 
 import diffprog as dp
 
-from . import environments as env
+from . import environments as env, helpers
 
 
 METHODS = [dp.Riccati(), dp.ParallelRiccati()]
@@ -75,10 +75,7 @@ def kkt(lqr: dp.LQR, x0, start: int = 0):
     return xs, us, -multipliers.reshape(-1, n), z @ H @ z / 2 + g @ z
 
 
-def close(actual, desired, rtol=1e-12):
-    """Relative to the largest entry."""
-    scale = np.max(np.abs(desired))
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * scale)
+close = ft.partial(helpers.close, scale="largest")
 
 
 def close_costs(actual, desired, *parts, rtol=1e-12):
@@ -95,10 +92,10 @@ def equal(actual, desired, rtol=1e-12):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
-# C1: known solutions.
+# Known solutions.
 
 
-def test_c1_tiny_lqr():
+def test_published_numbers_of_two_stages():
     lqr, x0 = env.tiny_lqr()
     solution = dp.solve_lqr(lqr, x0)
     close(solution.us[:, 0], (10.291753718947263, 10.353009671108413))
@@ -133,7 +130,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rho", GOLDEN)
-def test_c1_golden_lqr(rho, method):
+def test_published_numbers_of_three_control_weights(rho, method):
     lqr, x0 = env.golden_lqr(rho)
     solution = dp.solve_lqr(lqr, x0, method=method)
     cost, K, k, last = GOLDEN[rho]

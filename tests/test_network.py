@@ -10,6 +10,9 @@ from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
 
+from . import helpers
+from .helpers import close
+
 
 KEYS = jr.split(jr.key(0), 40)
 INPUTS = jr.normal(KEYS[30], (6, 3))
@@ -121,14 +124,12 @@ def dense(net, loss, targets):
     flat, unravel = ravel_pytree(net.params)
     outputs = lambda w: jax.vmap(net.with_params(unravel(w)))(INPUTS).ravel()
     mean = lambda o: loss(o.reshape(6, 2), targets).mean()
-    h = lambda w: mean(outputs(w))
-    J, H = jax.jacobian(outputs)(flat), jax.hessian(mean)(outputs(flat))
-    return jax.grad(h)(flat), J.T @ H @ J, jax.hessian(h)(flat)
+    return helpers.dense(outputs, mean, flat)
 
 
 @pytest.mark.costly
 @every_network
-def test_t8_2_layerwise_directions_are_the_dense_ones(name):
+def test_layerwise_directions_are_the_dense_ones(name):
     net, loss = NETWORKS[name](), dp.losses.SoftmaxCrossEntropy()
     gradient, G, H = jax.jit(lambda: dense(net, loss, LABELS))()
     eye = jnp.eye(gradient.size)
@@ -151,8 +152,7 @@ def test_sums_weigh_more_than_means():
     args = dp.GaussNewton(), INPUTS, net.params
     step, _ = dp.direction(mean, *args, damping=0.1)
     same, _ = dp.direction(total, *args, damping=0.6)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
-    jax.tree.map(close, step, same)
+    close(step, same, 1e-13, scale=1.0)
     assert all(jnp.any(d != 0) for d in jax.tree.leaves(step))
 
 
@@ -177,17 +177,16 @@ def test_a_network_of_equal_layers_is_a_control_problem():
         np.testing.assert_allclose(found.bias, desired["b"], rtol=0, atol=1e-13)
 
 
-def test_t8_7_one_stage_has_one_second_order_direction():
+def test_one_stage_has_one_second_order_direction():
     net = dp.Network([linear(3, 2), jnp.tanh])
     problem = dp.NetworkProblem(net, dp.losses.SoftmaxCrossEntropy(), LABELS)
 
     def step(method):
         return dp.direction(problem, method, INPUTS, net.params, damping=2.0)[0]
 
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
     for pair in ((dp.Newton(), dp.DDP()), (dp.GaussNewton(), dp.ILQR())):
         one, other = map(step, pair)
-        jax.tree.map(close, one, other)
+        close(one, other, 1e-13, scale=1.0)
         assert all(jnp.any(d != 0) for d in jax.tree.leaves(one))
 
 

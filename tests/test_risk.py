@@ -293,7 +293,7 @@ def test_equal_losses_have_equal_weights(f):
 @closed_f
 def test_pooling_and_splitting_find_the_same_blocks(f):
     ordered = jnp.sort(LOSSES)
-    split = jax.jit(ft.partial(_isotonic.split, f))
+    split = jax.jit(ft.partial(_isotonic.split_blocks, f))
     pooled = jax.jit(ft.partial(_isotonic.blocks, f))
     for sigma, nu in itertools.product(SPECTRA.values(), (0.01, 0.3, 5.0)):
         first = np.asarray(split(ordered, sigma, nu))

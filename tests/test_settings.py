@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 
 import diffprog as dp
@@ -65,8 +64,7 @@ SETTINGS = dict(
 
 
 def close(found, desired):
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-    jax.tree.map(near, found, desired)
+    helpers.close(found, desired, scale=1.0)
     assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(found))
 
 

@@ -52,7 +52,7 @@ TANH_NET = [
 ]
 
 
-def test_t6_1_three_layers_with_tanh():
+def test_constants_of_three_layers_with_tanh():
     bounds = dp.smoothness(TANH_NET, 1.0, input_norm=1.0)
     expected = [(2, 2, 3.0792014357), (2, 5, 26.3242104087), (2, 8, 85.5914333795)]
     np.testing.assert_allclose(triples(bounds)[1::2], expected, rtol=0, atol=5e-11)
@@ -60,7 +60,7 @@ def test_t6_1_three_layers_with_tanh():
     assert final == triples(bounds)[-1]
 
 
-def test_t6_2_three_layers_without_activation():
+def test_constants_of_three_layers_without_activation():
     bounds = dp.smoothness([linear()] * 3, 1.0, input_norm=1.0)
     assert triples(bounds) == [(2, 2, 0), (3, 5, 4), (4, 9, 14)]
 
@@ -72,7 +72,7 @@ class Shift(eqx.Module):
         return jnp.cos(x + self.u)
 
 
-def test_t6_3_generic_recursion():
+def test_constants_of_a_chain_by_recursion():
     layer = dp.LayerConstants((1.5, 1.5), (0.7, 0.7, 0.7))
     layers = [Shift(jnp.zeros(3))] * 4
     bounds = dp.smoothness(
@@ -154,7 +154,7 @@ SHIFT = dp.LayerConstants((1, 1), (1, 1, 1), (0, 0), math.sqrt(3), math.sqrt(3))
 
 @pytest.mark.costly
 @pytest.mark.parametrize("name", NETS)
-def test_t6_4_sampled_norms_are_below(name, getkey):
+def test_sampled_norms_are_below_the_constants(name, getkey):
     layers, shape = NETS[name]
     net = dp.Network(layers, stack=False)
     cases = [(1.0, 1.0), (3.0, 2.0)]
@@ -187,7 +187,7 @@ def test_a_linear_layer_attains_its_bounds():
     assert math.isclose(np.linalg.norm([[0, 1], [1, 0]], 2), bounds.smoothness)
 
 
-def test_t6_5_an_affine_chain_has_the_bilinear_terms_only():
+def test_an_affine_chain_has_the_bilinear_terms_only():
     # Radii r, without bias: L of a product of T matrices is the sum over ordered pairs
     # of layers of the product of the other radii.
     radii = [0.5, 2.0, 3.0, 0.7]
@@ -211,7 +211,7 @@ def test_t6_5_an_affine_chain_has_the_bilinear_terms_only():
 
 
 @pytest.mark.parametrize("mu", [1e-3, 2.0])
-def test_t6_6_smoothed_rectifier(mu):
+def test_smoothed_rectifier_is_near_and_smooth(mu):
     smooth = dp.SmoothRelu(mu)
     x = np.linspace(-3 * mu, 5 * mu, 1601)
     both = jax.jit(jax.vmap(jax.value_and_grad(smooth)))
@@ -244,7 +244,7 @@ IDENTITIES = {
 
 
 @pytest.mark.parametrize("layer", IDENTITIES.values(), ids=IDENTITIES)
-def test_t6_7_identity_leaves_the_bounds(layer):
+def test_identity_leaves_the_bounds(layer):
     net = [linear(), jnp.tanh, linear(), layer]
     bounds = dp.smoothness(net, 1.5, input_norm=2.0)
     assert triples(bounds)[3] == triples(bounds)[2]

@@ -126,8 +126,7 @@ def test_chains_of_several_segments(chain, method):
     first = jtu.tree_map(lambda a: a[0], solution.xs[-2])
     control = solution.policy[-1](start, first)
     expected = jtu.tree_map(lambda a: a[0], solution.us[-1])
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3)
-    jtu.tree_map(close, control, expected)
+    helpers.close(control, expected, 1e-3, scale=1.0)
 
 
 def test_repeated_stages_as_one_segment_or_many_agree():
@@ -184,8 +183,8 @@ def test_stepping_by_hand_equals_solve(search):
         state = dp.step(problem, state)
     assert state.result == dp.RESULTS.successful and len(costs) > 2
     by_hand = dp.finish(problem, state)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    jtu.tree_map(close, by_hand, solution)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    jtu.tree_map(near, by_hand, solution)
     np.testing.assert_allclose(costs, solution.history["cost"][: len(costs)])
     again = dp.step(problem, state)
     jtu.tree_map(np.testing.assert_array_equal, again, state)

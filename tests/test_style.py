@@ -31,6 +31,7 @@ FLOORS = {
     "_reduction": 1,
     "_report": 1,
     "_result": 1,
+    "_changes": 0,
     "_capture": 1,
     "_tree": 1,
     "_chain": 2,
@@ -43,6 +44,7 @@ FLOORS = {
     "_network": 3,
     "_recurrent": 3,
     "losses": 3,
+    "_calls": 2,
     "_rollout": 3,
     "_network_problem": 4,
     "_smoothness": 4,
@@ -54,6 +56,7 @@ FLOORS = {
     "_solution": 7,
     "_solve": 8,
     "_batch": 9,
+    "_stepping": 9,
     "oracles": 9,
     "optim": 10,
     "_value_and_direction": 10,
@@ -62,12 +65,12 @@ FLOORS = {
 # Inside the losses.
 LOSSES = [
     ["_divergence", "_bracket", "_factor"],
-    ["_alpha", "_generated"],
-    ["_kernel"],
+    ["_families", "_generated"],
+    ["_alpha"],
     ["_root"],
     ["_call", "_isotonic"],
     ["_targets"],
-    ["_operators", "_capped", "_hessian", "_risk", "_smooth"],
+    ["_operators", "_fenchel_young", "_capped", "_hessian", "_risk", "_smooth"],
     ["_loss", "_simplex"],
     ["_block", "_interior"],
     ["_energy", "_bellman", "_viterbi"],
@@ -121,27 +124,127 @@ def climbs(path):
             good = home == "__init__" or path.name == "__init__.py"
             good = good or module in ("base", "")
         if not good:
-            yield f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"
+            yield f"{at(path, node)}: {ast.unparse(node)}"
 
 
-def oversized(path):
-    text = path.read_text()
-    module = ast.parse(text)
-    if len(text.splitlines()) > 400 and not ast.get_docstring(module):
-        yield f"{path} has over 400 lines and no reason"
-    for node in ast.walk(module):
+def at(path, node) -> str:
+    return f"{path.relative_to(PACKAGE)}:{node.lineno}"
+
+
+def escapes(path):
+    """Imports of the package by its name, which say nothing about floors."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        mine = {name for name in names if name.split(".")[0] == "diffprog"}
+        if mine - ({"diffprog"} if family(path) in OUTSIDE else set()):
+            yield f"{at(path, node)}: {ast.unparse(node)}"
+
+
+# What is too long today, and how long: a number may shrink, and no name may be added.
+TOO_LONG = {
+    "_value_and_direction.py": 456,
+    "oracles/_target_propagation.py": 430,
+    "_loop.py: step": 63,
+    "_loop.py: _pass": 64,
+    "oracles/_prox_linear.py: minimize": 62,
+}
+BLOCKS = ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno
-            doc = ast.get_docstring(node) or ""
-            if length - len(doc.splitlines()) > 75:
-                yield f"{path}: {node.name}"
+            yield node
 
 
-@pytest.mark.parametrize("rule", [climbs, oversized], ids=lambda rule: rule.__name__)
+def lines(node) -> int:
+    """Of a function without its docstring."""
+    doc = node.body[0] if ast.get_docstring(node) else None
+    skipped = doc.end_lineno - doc.lineno + 1 if doc else 0
+    return node.end_lineno - node.lineno + 1 - skipped
+
+
+def sizes(path):
+    """Of a file and its functions: name, line, size and the most that it may be."""
+    name = str(path.relative_to(PACKAGE))
+    yield name, 1, len(path.read_text().splitlines()), 400
+    for function in functions(path):
+        yield f"{name}: {function.name}", function.lineno, lines(function), 60
+
+
+def long(path):
+    """Files of more than 400 lines, functions of more than 60 without docstring."""
+    for name, line, size, limit in sizes(path):
+        allowed = max(limit, TOO_LONG.get(name, 0))
+        if size > allowed:
+            where = f"{path.relative_to(PACKAGE)}:{line}"
+            yield f"{where}: {name} has {size} lines, at most {allowed}"
+
+
+def depth(node) -> int:
+    """How many blocks lie in one another; `elif` opens none."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        chained = isinstance(node, ast.If) and node.orelse == [child]
+        opens = isinstance(child, BLOCKS) and not (chained and type(child) is ast.If)
+        deepest = max(deepest, opens + depth(child))
+    return deepest
+
+
+def nested(path):
+    """Functions whose blocks lie more than four deep in one another."""
+    for function in functions(path):
+        if path.name != "_fast_loops.py" and depth(function) > 4:
+            yield f"{at(path, function)}: {function.name} is {depth(function)} deep"
+
+
+RULES = [climbs, escapes, long, nested]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_file_keeps_the_rule(rule):
     paths = sources()
     assert len(paths) > 50
-    assert [fault for path in paths for fault in rule(path)] == []
+    faults = [fault for path in paths for fault in rule(path)]
+    assert not faults, "\n".join(faults)
+
+
+def test_what_is_no_longer_too_long_leaves_the_table():
+    items = [item for path in sources() for item in sizes(path)]
+    gone = set(TOO_LONG) - {name for name, _, size, limit in items if size > limit}
+    assert not gone, f"to be taken out of TOO_LONG: {gone}"
+
+
+BAD = """
+import diffprog._solve
+from diffprog import losses
+from ._solve import solve
+def long(x):
+    while x:
+        for x in x:
+            if x:
+                with x:
+                    def f():
+                        return x
+"""
+
+
+def test_the_rules_catch_what_they_should(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    path = tmp_path / "_types.py"
+    path.write_text(BAD + "    pass\n" * 60 + "\n" * 400)
+    found = {rule: [fault.split(": ")[0] for fault in rule(path)] for rule in RULES}
+    assert found == {
+        climbs: ["_types.py:4"],
+        escapes: ["_types.py:2", "_types.py:3"],
+        long: ["_types.py:1", "_types.py:5"],
+        nested: ["_types.py:5"],
+    }
 
 
 def classes():
@@ -216,53 +319,73 @@ def test_the_class_rule_catches_what_it_should():
     assert any("fields" in fault for fault in faults(Child))
 
 
-PUBLIC = [n for n in vars(dp) if not n.startswith("_") and n not in OUTSIDE]
-PUBLIC = [n for n in PUBLIC if not inspect.ismodule(getattr(dp, n))]
-
-
-def names_in(module):
-    home = module.__name__.removeprefix("diffprog.")
-    items = vars(module).items()
-    mine = [n for n, item in items if n[0] != "_" and not inspect.ismodule(item)]
-    return [f"{home}.{name}" for name in mine]
+def public_names():
+    rooms = [m.name for m in pkgutil.iter_modules(dp.__path__) if m.name[0] != "_"]
+    rooms = [importlib.import_module(f"diffprog.{room}") for room in rooms]
+    for module in (dp, *rooms):
+        home = module.__name__.removeprefix("diffprog").removeprefix(".")
+        for name, item in vars(module).items():
+            own = getattr(item, "__module__", "diffprog").startswith("diffprog")
+            if own and name[0] != "_" and not inspect.ismodule(item):
+                yield f"{home}.{name}".removeprefix(".")
 
 
 def test_public_names_are_documented():
-    modules = (dp.losses, dp.oracles, dp.optim)
-    names = PUBLIC + [name for module in modules for name in names_in(module)]
-    assert len(names) > 150
+    names = list(public_names())
+    assert len(names) > 170
     assert [n for n in names if not inspect.getdoc(operator.attrgetter(n)(dp))] == []
     pages = "\n".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
-    assert [n for n in names if not re.search(rf"diffprog\.{n}\b", pages)] == []
+    entries = set(re.findall(r"^ *::: diffprog\.(\S+)$", pages, re.MULTILINE))
+    assert set(names) - entries == set()
 
 
-# Public records whose fields only their class documents.
-RECORDS = [
-    "Solution", "LQRSolution", "Policy", "Value", "Trajectory", "LinearModel",
-    "QuadraticModel", "SolverState", "DirectionAux", "DirectionState", "Stage",
-    "oracles.Linearization", "oracles.Proposal", "oracles.Solved", "oracles.Found",
-    "oracles.DampingState", "oracles.Constant", "oracles.MadsenNielsen",
-    "oracles.Threshold", "oracles.GradientNorm", "oracles.Gradient",
-    "oracles.GaussNewton", "oracles.DualGaussNewton", "oracles.ProxLinear",
-    "oracles.CG", "oracles.DualCG", "oracles.Cholesky", "oracles.RandomSubspace",
-    "oracles.NewtonSteps", "oracles.CoordinateAscent", "oracles.ProximalGradient",
-    "oracles.InteriorPoint", "oracles.AugmentedLagrangian", "Smoothness",
-    "LayerConstants", "SmoothRelu",
-]  # fmt: skip
+def listed(doc: str | None):
+    """The names of a list in a docstring: "- `x`, `u`: state and control."."""
+    for names in re.findall(r"^ *- (`.+?`): ", doc or "", re.MULTILINE):
+        yield from names.replace("`", "").split(", ")
+
+
+MADE_BY = {dp.ValueAndDirection: dp.value_and_direction}  # whose page lists the fields
+
+
+def members(cls):
+    """Fields and arguments, and what an abstract class asks for."""
+    if hasattr(cls, "_fields"):
+        return set(cls._fields)
+    names = {f.name for f in dataclasses.fields(cls)}
+    asked = cls.__abstractvars__ | cls.__abstractclassvars__
+    names |= asked & set(inspect.get_annotations(cls))
+    if not inspect.isabstract(cls):
+        names |= set(inspect.signature(cls).parameters)
+    return {name for name in names if not name.startswith("_")}
 
 
 def test_fields_and_docs_agree():
-    for name in RECORDS:
-        cls = operator.attrgetter(name)(dp)
-        names = getattr(cls, "_fields", None)
-        names = names or [f.name for f in dataclasses.fields(cls)]
-        fields = {name for name in names if not name.startswith("_")}
-        documented = set()
-        for line in (inspect.getdoc(cls) or "").splitlines():
-            if line.startswith("- `"):
-                listed = line.split(":")[0].replace("`", "").lstrip("- ")
-                documented |= set(listed.split(", "))
-        assert documented == fields, name
+    classes = {n: operator.attrgetter(n)(dp) for n in public_names()}
+    classes = {n: cls for n, cls in classes.items() if hasattr(cls, "__match_args__")}
+    assert len(classes) > 100
+    differ = {}
+    for name, cls in classes.items():
+        docs = (MADE_BY.get(cls, cls).__doc__, vars(cls).get("__init__").__doc__)
+        documented = {n for doc in docs for n in listed(doc)}
+        if documented != members(cls):
+            differ[name] = documented ^ members(cls)
+    assert differ == {}
+
+
+def test_the_list_of_identities_names_tests_that_exist():
+    tests = ROOT / "tests"
+    found = {
+        (path.name, name)
+        for path in tests.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    text = (tests / "README.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
+    assert len(named) > 150
+    assert set(named) - found == set()
+    # Names are words; numbers of specifications stand in the list.
+    assert [name for _, name in found if re.match(r"test_[a-z]\d", name)] == []
 
 
 def test_importing_is_free_of_side_effects():

@@ -17,6 +17,8 @@ from diffprog.losses import SoftmaxCrossEntropy, Squared
 from diffprog.oracles import _inverses, GaussNewton, TargetPropagation
 from diffprog.oracles._inverses import activation_of, gauss_newton
 
+from . import helpers
+
 
 M, T, P, N, K = 6, 5, 3, 4, 3  # examples, steps, sizes of input, state and output
 KEYS = jr.split(jr.key(3), 12)
@@ -42,11 +44,7 @@ def gradient(model, inputs, targets, loss=CE):
     return eqx.filter_jit(eqx.filter_grad(mean))(model)
 
 
-def close(a, b, rtol=1e-12):
-    a, b = (eqx.filter(tree, eqx.is_inexact_array) for tree in (a, b))
-    assert jtu.tree_structure(a) == jtu.tree_structure(b)
-    for a, b in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True):
-        assert np.max(np.abs(a - b)) <= rtol * np.max(np.abs(b))
+close = ft.partial(helpers.close, scale="largest")
 
 
 def skewed(orthogonal):
@@ -119,7 +117,7 @@ every_kind = pytest.mark.parametrize(
 
 
 @every_kind
-def test_t4_7_is_the_recursion_written_out(inverse, local):
+def test_target_propagation_is_the_recursion_written_out(inverse, local):
     net = recurrent()
     found = direct(net, SEQUENCES, LABELS, inverse=inverse, local=local)
     _, head = net.layers
@@ -151,7 +149,7 @@ def orthogonal(stages, stack=True):
     return dp.Network([square(key) for key in KEYS[:stages]], stack=stack)
 
 
-def test_t4_1_orthogonal_steps_give_the_gradient():
+def test_orthogonal_steps_give_the_gradient():
     plain = dp.RNNCell(P, N, jax.nn.identity, key=KEYS[3])
     net = eqx.tree_at(lambda n: n.stacks[0].stage.layers[0].cell, recurrent(), plain)
     found = direct(net, SEQUENCES, LABELS, regularization=0.0)
@@ -159,7 +157,7 @@ def test_t4_1_orthogonal_steps_give_the_gradient():
     close(layers(found)[0], jtu.tree_map(lambda a: GAMMA * a, expected), 1e-13)
 
 
-def test_t8_6_orthogonal_layers_give_the_gradient():
+def test_orthogonal_layers_give_the_gradient():
     net, options = orthogonal(6), LINEAR | dict(regularization=0.0)
     expected = gradient(net, INPUTS, REAL, Squared())
     close(direct(net, INPUTS, REAL, scale="gradient", **options), expected, 1e-13)
@@ -167,7 +165,7 @@ def test_t8_6_orthogonal_layers_give_the_gradient():
     close(found, jtu.tree_map(lambda a: GAMMA * a, expected), 1e-13)
 
 
-def test_t4_2_regularization_shrinks_every_step_alike():
+def test_regularization_shrinks_every_step_alike():
     net, options = orthogonal(6), LINEAR | dict(head=0)
     biases = lambda r: numbers(
         direct(net, INPUTS, REAL, regularization=r, **options).stacks[0].stage
@@ -179,7 +177,7 @@ def test_t4_2_regularization_shrinks_every_step_alike():
         leaves_close(row, expected, 1e-12)
 
 
-def test_t4_3_linear_layers_make_no_difference():
+def test_linear_layers_make_no_difference():
     net = orthogonal(3)
     one, other = (
         direct(net, INPUTS, REAL, Squared(), inverse=i)
@@ -188,7 +186,7 @@ def test_t4_3_linear_layers_make_no_difference():
     close(one, other, 1e-14)
 
 
-def test_t4_4_differences_tend_to_the_linearization():
+def test_differences_tend_to_the_linearization():
     net = recurrent()
     loop = lambda **options: numbers(
         layers(direct(net, SEQUENCES, LABELS, scale="gradient", **options))[0]
@@ -202,7 +200,7 @@ def test_t4_4_differences_tend_to_the_linearization():
         assert np.allclose(np.divide(errors[:-1], errors[1:]), 10, rtol=0.08)
 
 
-def test_t4_5_square_layers_give_the_gauss_newton_step_of_the_start():
+def test_square_layers_give_the_gauss_newton_step_of_the_start():
     start, target = 0.1 * jnp.arange(1.0, N + 1), REAL[:1]
     net = dp.Network([dp.Recurrent(cell(), start)])
     options = dict(stepsize=1.0, regularization=0.0, eps=1e-9)
@@ -215,7 +213,7 @@ def test_t4_5_square_layers_give_the_gauss_newton_step_of_the_start():
     leaves_close(-layers(found)[0].initial, step, 1e-11)
 
 
-def test_t4_6_much_regularization_gives_the_transpose():
+def test_much_regularization_gives_the_transpose():
     net = network(2)
     (W, b), (W2, b2) = map(numbers, net.layers[::2])
     found = layers(direct(net, INPUTS, REAL, Squared(), regularization=1e9))[0].bias
@@ -245,7 +243,7 @@ def leaves_close(a, b, rtol):
         assert np.max(np.abs(a - b)) <= rtol * np.max(np.abs(b))
 
 
-def test_t4_8_an_unknown_layer_is_inverted_by_gauss_newton():
+def test_an_unknown_layer_is_inverted_by_gauss_newton():
     options = LINEAR | dict(regularization=0.0, eps=1e-9)
     nets = [network(3, f) for f in (own_tanh, jnp.tanh)]
     found, expected = (direct(net, INPUTS, REAL, **options) for net in nets)
@@ -257,7 +255,7 @@ def test_t4_8_an_unknown_layer_is_inverted_by_gauss_newton():
     leaves_close(found, direct(recurrent(), SEQUENCES, LABELS, **options), 1e-9)
 
 
-def test_t8_10_nothing_moves_at_a_minimum():
+def test_nothing_moves_at_a_minimum():
     net = network(2)
     oracle = TargetPropagation(GAMMA, R)
     vd = dp.value_and_direction(Squared(), oracle, has_aux=True)

@@ -1,3 +1,4 @@
+import functools as ft
 import json
 import math
 import re
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from diffprog.systems import Track
+
+from . import helpers
 
 
 MINIATURE = ["line", "bend", "circle", "simple"]
@@ -63,7 +66,7 @@ def test_miniature_tracks_have_their_size(tracks, name):
 def test_spot_values_of_the_simple_track(tracks):
     # Computed with the published file, which carries single precision noise.
     track = tracks["simple"]
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+    close = ft.partial(helpers.close, rtol=1e-6, scale=1.0)
     close(track.center(1.0), [0.869588854585, 0.253467047313])
     close(track.left(1.0), [0.686183603637, 0.27495069319])
     close(track.right(1.0), [1.052994105547, 0.231983401435])

@@ -1,5 +1,6 @@
 """The door of the oracles: any model, any optimizer, state, failures."""
 
+import functools as ft
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -30,6 +31,8 @@ from diffprog.oracles import (
     Threshold,
 )
 
+from . import helpers
+
 
 KEYS = jr.split(jr.key(4), 12)
 INPUTS, TARGETS = jr.normal(KEYS[0], (6, 3)), jr.normal(KEYS[1], (6, 2))
@@ -44,9 +47,7 @@ ORACLES = {
 every_oracle = pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
 
 
-def close(a, b, tolerance=1e-12):
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
-    jax.tree.map(near, a, b)
+close = ft.partial(helpers.close, scale=1.0)
 
 
 def arrays(tree):

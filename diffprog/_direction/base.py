@@ -40,7 +40,9 @@ class AbstractDirection(eqx.Module):
     """The rule that flows backward through a chain.
 
     `expand` builds a local model, `backward` turns it into gains, and `forward` rolls
-    them out at a step size, as the class variable `rollout` does.
+    them out at a step size.
+
+    - `rollout`: how `forward` does it, such as [`diffprog.Feedback`][].
     """
 
     rollout: eqx.AbstractClassVar[AbstractRollout]

@@ -336,9 +336,11 @@ class AbstractRiccati(eqx.Module):
 
     All work on the blocks of `_expand`; [k K] are the gains of a stage. `scan`, like
     `lax.scan` with all arguments by position, is the loop to take from stage to stage.
+
+    - `sequential`: whether it goes from stage to stage; else all are taken at once.
     """
 
-    sequential: eqx.AbstractClassVar[bool]  # from stage to stage, or all at once
+    sequential: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def backward(

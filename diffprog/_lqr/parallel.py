@@ -236,11 +236,10 @@ class ParallelRiccati(AbstractRiccati):
         lam, rows = V[0], []
         for F, W, u in zip(model.F[::-1], model.W[::-1], trajectory.us[::-1]):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
+            W = symmetrize(W)
             lam, gradients = self.adjoint(F, W[:, 0], lam, m)
             penalty = jnp.pad(damping * jnp.eye(m, dtype=W.dtype), ((n, 0), (n, 0)))
-            Vs, gains, change, positive = self.recursion(
-                F, symmetrize(W) + penalty, V, m
-            )
+            Vs, gains, change, positive = self.recursion(F, W + penalty[None], V, m)
             rows.append((gains, gradients, change, positive))
             V = Vs[0]
         gains, gradients, changes, positive = zip(*rows[::-1])

@@ -30,8 +30,9 @@ POSITIVE = (lambda value: 0 < value < math.inf, "a finite number > 0")
 class Trial(eqx.Module):
     """What a search knows of a trial point.
 
-    `slope` and `curvature` (damping included) are those of the direction.
-    `cost_gradient` is the norm of the costs' gradient in all states and controls.
+    - `cost`, `trial_cost`: at the iterate and at the trial point.
+    - `slope`, `curvature`: of the direction, damping included.
+    - `cost_gradient`: norm of the costs' gradient in all states and controls.
     """
 
     cost: Float[Array, ""]
@@ -85,10 +86,13 @@ class Verdict(eqx.Module):
 
 
 class AbstractSearch(eqx.Module):
-    """Chooses step sizes and dampings, and says whether a trial point is accepted."""
+    """Chooses step sizes and dampings, and says whether a trial point is accepted.
 
-    # Whether a higher cost is never accepted; the codes for giving up after finite
-    # trials, and for giving up because no model had a minimum.
+    - `monotone`: whether a higher cost is never accepted.
+    - `exhausted`, `no_minimum`: the codes for giving up after finite trials, and for
+        giving up because no model had a minimum.
+    """
+
     monotone: eqx.AbstractClassVar[bool]
     exhausted: eqx.AbstractClassVar[RESULTS]
     no_minimum: eqx.AbstractClassVar[RESULTS]

@@ -8,17 +8,7 @@ from ._bellman import (
 )
 from ._capped import capped_f_softargmax as capped_f_softargmax
 from ._custom import as_loss as as_loss
-from ._divergence import (
-    AbstractDivergence as AbstractDivergence,
-    ChiSquare as ChiSquare,
-    Jeffreys as Jeffreys,
-    JensenShannon as JensenShannon,
-    KL as KL,
-    LeCam as LeCam,
-    Neyman as Neyman,
-    ReverseKL as ReverseKL,
-    SquaredHellinger as SquaredHellinger,
-)
+from ._divergence import AbstractDivergence as AbstractDivergence
 from ._energy import (
     Enumeration as Enumeration,
     exact_objective as exact_objective,
@@ -28,6 +18,17 @@ from ._energy import (
     Subsets as Subsets,
 )
 from ._factor import AbstractFactor as AbstractFactor
+from ._families import (
+    ChiSquare as ChiSquare,
+    Jeffreys as Jeffreys,
+    JensenShannon as JensenShannon,
+    KL as KL,
+    LeCam as LeCam,
+    Neyman as Neyman,
+    ReverseKL as ReverseKL,
+    SquaredHellinger as SquaredHellinger,
+)
+from ._fenchel_young import f_loss as f_loss
 from ._generated import generator as generator
 from ._hessian import (
     hessian_operator as hessian_operator,
@@ -37,7 +38,10 @@ from ._interior import (
     AbstractBoundedLoss as AbstractBoundedLoss,
     AbstractDomain as AbstractDomain,
 )
-from ._loss import AbstractLoss as AbstractLoss
+from ._loss import (
+    AbstractDualLoss as AbstractDualLoss,
+    AbstractLoss as AbstractLoss,
+)
 from ._multiclass import (
     FLoss as FLoss,
     Hinge as Hinge,
@@ -48,7 +52,6 @@ from ._operators import (
     Diagnostics as Diagnostics,
     entmax as entmax,
     entmax15 as entmax15,
-    f_loss as f_loss,
     f_sigmoid as f_sigmoid,
     f_softargmax as f_softargmax,
     f_softmax as f_softmax,

@@ -12,8 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from .._types import came
-from ._divergence import (
-    AbstractDivergence,
+from ._divergence import AbstractDivergence
+from ._families import (
     ChiSquare,
     expm1_over,
     KL,
@@ -99,13 +99,12 @@ class Power(AbstractDivergence):
         return curvature * y, curvature
 
     @property
-    def by_logarithm(self):
-        """Whether 1 < alpha < 2 and u is no product of roots."""
+    def both(self):
+        # Where 1 < alpha < 2 and u is no product of roots.
         e = self.alpha - 1
-        return 0 < e < 1 and 2 / e != int(2 / e)
+        return self._powers if 0 < e < 1 and 2 / e != int(2 / e) else None
 
-    def powers(self, w):
-        """u and its curvature in one array, (..., 2, classes), if `by_logarithm`."""
+    def _powers(self, w):
         e = self.alpha - 1
         shape = (*(w.ndim - 1) * [1], 2, 1)
         exponents = jnp.reshape(jnp.asarray([1 / e, 1 / e - 1], w.dtype), shape)
@@ -134,6 +133,7 @@ class TracedAlpha(AbstractDivergence):
 
     alpha: Float[Array, "..."]
     sparse: ClassVar[bool] = True
+    support_known: ClassVar[bool] = False
 
     def __repr__(self):
         if isinstance(self.alpha, Tracer) or jnp.ndim(self.alpha):
@@ -206,12 +206,11 @@ class TracedAlpha(AbstractDivergence):
     def mean_step(self, S, Q):
         return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
 
-    def drift(self, u):
-        """The derivative of u in alpha where w stays."""
+    def drift(self, df, u):
         e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
         far = (1 - e * log) / jnp.where(near, 1, e) ** 2
         change = jnp.where(near, log * log * second_remainder(e * log), far)
-        return jnp.where(u <= 0, 0, u * change)
+        return jnp.where(u <= 0, 0, u * change) * df.alpha
 
 
 def second_remainder(z: Array) -> Array:
@@ -229,7 +228,7 @@ NAMED = {1.0: KL(), 0.0: ReverseKL(), 2.0: ChiSquare(), -1.0: Neyman()}
 
 def written(f: AbstractDivergence) -> str:
     """A generator as it may have been written: `Alpha` has other names for some."""
-    also = [f" = Alpha({a:g})" for a, named in NAMED.items() if type(f) is type(named)]
+    also = [f" = Alpha({a:g})" for a, named in NAMED.items() if f == named]
     return "".join([repr(f), *also])
 
 

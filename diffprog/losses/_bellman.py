@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer
 
 from .._types import came, is_known
 from ._call import Divergence
-from ._divergence import KL
+from ._families import KL
 from ._smooth import smooth_max
 from ._targets import as_array
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from .._door import door
 from ._factor import batched_mv
-from ._loss import AbstractLoss, per_example, spread
+from ._loss import AbstractDualLoss, per_example, spread
 
 
 MAX_NEWTON = 50
@@ -45,7 +45,7 @@ def largest_eigenvalue(K: Matrices) -> Float[Array, " examples"]:
     return rows if K.shape[1] == 1 else jnp.minimum(frobenius, rows)
 
 
-def majorized(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
+def majorized_block(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     """The step where K is replaced by a larger multiple of the identity."""
     check_block(alpha, K)
     c = per_example("c", c, alpha)
@@ -56,13 +56,13 @@ def majorized(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
     return loss.conjugate_prox(alpha + t * z, t.ravel(), targets)
 
 
-class Subproblem(NamedTuple):
+class BlockProblem(NamedTuple):
     """The convex l(u) - <alpha, u> + s' K s / (2 c), u = z - K s / c, in s = a - alpha.
 
     c has one number per example.
     """
 
-    loss: AbstractLoss
+    loss: AbstractDualLoss
     alpha: Array
     z: Array
     K: Matrices
@@ -108,20 +108,20 @@ class Subproblem(NamedTuple):
         return ds, self.dot(r, batched_mv(self.K, ds)) / self.c
 
 
-def newton(loss: AbstractLoss, alpha, z, K, c, targets) -> Array:
+def newton_block(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     """The exact step for a smooth loss, by Newton's method with a line search.
 
-    Of its result and that of `majorized` the better one is taken.
+    Of its result and that of `majorized_block` the better one is taken.
     """
-    simple = majorized(loss, alpha, z, K, c, targets)
+    simple = majorized_block(loss, alpha, z, K, c, targets)
     if K.shape[1] == 1:
         return simple
     c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    return _newton(Subproblem(loss, alpha, z, K, c, targets), simple)
+    return _newton_door(BlockProblem(loss, alpha, z, K, c, targets), simple)
 
 
 @door
-def _newton(problem: Subproblem, simple: Array) -> Array:
+def _newton_door(problem: BlockProblem, simple: Array) -> Array:
     loss, alpha, _, _, c, targets = problem
     eps, rows = jnp.finfo(alpha.dtype).eps, problem.rows
 
@@ -154,7 +154,7 @@ def _newton(problem: Subproblem, simple: Array) -> Array:
     return best
 
 
-def search(problem: Subproblem, s, ds, old, decrement, done) -> tuple[Array, Array]:
+def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, Array]:
     """The first of 1, 1/2, 1/4 ... with enough decrease, and the value there."""
     noise = 8 * jnp.finfo(s.dtype).eps * (1 + jnp.abs(old))
 
@@ -178,7 +178,7 @@ def search(problem: Subproblem, s, ds, old, decrement, done) -> tuple[Array, Arr
     return t, jnp.where(fails(t, new), jnp.inf, new)
 
 
-def quadratic(alpha, z, K, c, targets) -> Array:
+def squared_block(alpha, z, K, c, targets) -> Array:
     """The exact step of the squared loss: (I + K / c) (a - alpha) = z - y - alpha."""
     check_block(alpha, K)
     c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array
 
 
-MAX_EVALUATIONS = 128
+MAX_BRACKETED = 128
 WIDE = 2.0**10
 
 
@@ -28,7 +28,7 @@ def bracketed_root(
 
     def unfinished(carry):
         i, *_, done = carry
-        return (i < MAX_EVALUATIONS) & ~jnp.all(done)
+        return (i < MAX_BRACKETED) & ~jnp.all(done)
 
     def improve(carry):
         i, s, low, high, previous, done = carry

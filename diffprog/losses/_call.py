@@ -15,10 +15,9 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._types import came, check_positive, Fn, is_known, with_advice
 from ._alpha import written
-from ._divergence import AbstractDivergence, Jeffreys, KL, LeCam
+from ._divergence import AbstractDivergence
 from ._generated import as_divergence
-from ._kernel import Mode, mode
-from ._root import Classes, largest, Problem
+from ._root import Evaluation, largest, Problem
 
 
 Divergence = AbstractDivergence | Callable
@@ -43,7 +42,7 @@ def _(primals, tangents):
 class Setup(NamedTuple):
     """A call with its classes on the last axis and its scores divided by beta."""
 
-    classes: Classes
+    classes: Evaluation
     f: AbstractDivergence
     problem: Problem
     beta: Array
@@ -64,7 +63,6 @@ class Call(eqx.Module):
     unit: bool = eqx.field(static=True)
     axes: tuple[int, ...] = eqx.field(static=True)  # none is negative
     axis_name: str | None = eqx.field(static=True)
-    kernel: Mode = eqx.field(static=True)
 
     def last(self, a: Array) -> Array:
         """An array of the shape of the scores with its classes on the last axis."""
@@ -94,9 +92,8 @@ class Call(eqx.Module):
         if excluded:
             theta = jnp.where(ft.reduce(jnp.logical_or, excluded), -jnp.inf, theta)
         f = jtu.tree_map(lambda a: a.astype(dtype), self.f)
-        if isinstance(f, (Jeffreys, LeCam)):
-            f = type(f)(at_most_one=self.unit)  # pyright: ignore
-        classes = Classes(self.axis_name, self.unit and f.sparse, self.kernel)
+        f = f.for_ratios(self.unit) if f.for_ratios is not None else f
+        classes = Evaluation(self.axis_name, self.unit and f.sparse)
         if self.reference is None:
             count = classes.sum(jnp.where(theta != -jnp.inf, 1, jnp.zeros_like(theta)))
             q = jnp.ones((), dtype) if self.unit else 1 / jnp.maximum(count, 1)
@@ -128,7 +125,8 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
     scores, f = jnp.asarray(scores), as_divergence(f)
     axes = _check_scores(scores, axis)
     shape = scores.shape
-    f = jtu.tree_map(lambda a: per_row("alpha", a, shape, axes), f)
+    per_row_of = lambda path, a: per_row(jtu.keystr(path)[1:], a, shape, axes)
+    f = jtu.tree_map_with_path(per_row_of, f)
     if where is not None:
         where = _like_scores("where", where, scores.shape)
         if where.dtype != bool:
@@ -149,8 +147,7 @@ def check(scores, f, reference, axis, where, temperature, axis_name) -> Call:
                 "`reference` has a negative or NaN entry; a measure is >= 0 "
                 "everywhere, and 0 excludes a class."
             )
-    options = unit, axes, axis_name, mode()
-    return Call(scores, f, reference, where, temperature, *options)
+    return Call(scores, f, reference, where, temperature, unit, axes, axis_name)
 
 
 def operator(fn: Fn) -> Fn:
@@ -169,7 +166,7 @@ def operator(fn: Fn) -> Fn:
 
 def check_reference(reference: Any, f: AbstractDivergence):
     """Raises for a measure that is missing, and for a name that there is not."""
-    if reference is None and not isinstance(f, KL):
+    if reference is None and not f.scale_free:
         raise TypeError(
             f'`reference` is missing; for {written(f)} it matters: "unit" (as in '
             'entmax and sparsemax), "uniform" (1 / number of classes), or an array. '

@@ -7,18 +7,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._types import check_number, is_known
-from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
 from ._call import Axis, Call, check, Divergence, operator, per_row, Reference
-from ._divergence import AbstractDivergence
-from ._root import below, ratio
+from ._divergence import AbstractDivergence, drift, has_numbers
+from ._root import below, ratio, row_sum
 
 
 FAR = 64  # scores further apart lose digits to each other
-
-
-def total(rows: Array) -> Array:
-    return jnp.sum(rows, -1, keepdims=True)
 
 
 @jax.custom_jvp
@@ -30,8 +25,8 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
     far above all others, the largest of these, whose digits it would swallow.
     """
     present, eps = scores != -jnp.inf, jnp.finfo(scores.dtype).eps
-    top = f.link(cap / jnp.where(present, q, 1)) + 0 * total(cap)
-    left = lambda bound: 1 - cap * total((scores > bound).astype(scores.dtype))
+    top = f.link(cap / jnp.where(present, q, 1)) + 0 * row_sum(cap)
+    left = lambda bound: 1 - cap * row_sum((scores > bound).astype(scores.dtype))
     most = lambda a: jnp.max(a, -1, keepdims=True)
 
     def improve(carry):
@@ -57,13 +52,13 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
 def below_cap(f, y, q, cap, top, mass) -> Array:
     """The s with sum_j min(q_j u(s + y_j), cap) = mass, for y <= 0."""
     present = y != -jnp.inf
-    Q = total(jnp.where(present, q, 0)) / mass
+    Q = row_sum(jnp.where(present, q, 0)) / mass
 
     def sums(s):
         free = s + y < top
         u, curvature = f.pair(jnp.where(free, s + y, top))
-        S = total(jnp.where(present, jnp.where(free, q * u, cap), 0)) / mass
-        return S, total(jnp.where(present & free, q * curvature, 0)) / mass
+        S = row_sum(jnp.where(present, jnp.where(free, q * u, cap), 0)) / mass
+        return S, row_sum(jnp.where(present & free, q * curvature, 0)) / mass
 
     # All classes alike and no cap, or all at the cap.
     low = f.link(1 / jnp.where(Q > 0, Q, 1))
@@ -80,10 +75,10 @@ def _(primals, tangents):
     weights = jnp.where(free, q * f.curvature(u), 0)
     change = weights * dscores + jnp.where(free, u * dq, 0)
     change = change + jnp.where(capped, dcap, 0)
-    if isinstance(f, TracedAlpha):
-        change = change + jnp.where(free, q * f.drift(u) * df.alpha, 0)
-    W = total(weights)
-    return (s, m), (-total(change) / jnp.where(W > 0, W, 1), jnp.zeros_like(m))
+    if has_numbers(f):
+        change = change + jnp.where(free, q * drift(f, df, u), 0)
+    W = row_sum(weights)
+    return (s, m), (-row_sum(change) / jnp.where(W > 0, W, 1), jnp.zeros_like(m))
 
 
 def _ratios(f, s, y, q, cap):

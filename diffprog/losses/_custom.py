@@ -13,14 +13,7 @@ from jaxtyping import Array
 from .._types import came
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
-from ._targets import check_outputs
-
-
-def _no_conjugate():
-    return TypeError(
-        "A loss given as a function carries no conjugate: use one of `dp.losses`, such "
-        "as `dp.losses.Huber()`, or `GaussNewton` instead of `ProxLinear`."
-    )
+from ._targets import check_floats
 
 
 class Custom(AbstractLoss):
@@ -28,10 +21,9 @@ class Custom(AbstractLoss):
 
     fn: Callable
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = False
 
     def __call__(self, outputs: Array, targets: Any):
-        check_outputs(outputs)
+        check_floats(outputs)
         losses = self.fn(outputs, targets)
         if jnp.shape(losses) != outputs.shape[:1]:
             raise ValueError(
@@ -77,18 +69,6 @@ class Custom(AbstractLoss):
             values[:, 0] < -noise,
             V * root[:, None],
         )
-
-    def conjugate(self, alpha: Array, targets: Any):
-        raise _no_conjugate()
-
-    def dual_projection(self, alpha: Array, targets: Any):
-        raise _no_conjugate()
-
-    def conjugate_prox(self, vector: Array, tau: Any, targets: Any):
-        raise _no_conjugate()
-
-    def block_update(self, alpha: Array, z: Array, K: Array, c: Any, targets: Any):
-        raise _no_conjugate()
 
 
 def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:

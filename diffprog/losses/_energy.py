@@ -26,11 +26,11 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from .._types import check_count, check_function, check_kind, shapes
 from ._call import Divergence
-from ._divergence import AbstractDivergence, KL
+from ._divergence import AbstractDivergence
 from ._generated import as_divergence
 from ._operators import f_softargmax
 from ._root import conjugate, ratio
-from ._smooth import offset, smooth_max
+from ._smooth import entropy_shift, smooth_max
 
 
 MAX_LISTED = 2**20
@@ -199,15 +199,16 @@ def minmin_objective(
     _check_options(f, num_samples, mass, max_ratio)
 
     def objective(params, x, y, key=None) -> tuple[Array, Normalization]:
-        t = _scalar("log_partition", log_partition(params, x))
-        g = _scalar("energy", energy(params, x, y))
+        t = _one_float("log_partition", log_partition(params, x))
+        g = _one_float("energy", energy(params, x, y))
         dtype = g.dtype if jnp.finfo(g.dtype).bits >= 32 else jnp.dtype("float32")
         others, q = _draw(sampler, x, key, num_samples, dtype)
         scores = _energies(energy, params, x, others)
         at = jtu.tree_map(lambda a: jnp.asarray(a, dtype), f)
         v = scores.astype(dtype) - t.astype(dtype)
         terms, ratios, Q = _dual_terms(at, v, mass, max_ratio)
-        value = t.astype(dtype) - g.astype(dtype) + jnp.sum(q * terms) + offset(at, Q)
+        value = t.astype(dtype) - g.astype(dtype) + jnp.sum(q * terms)
+        value = value + entropy_shift(at, Q)
         ratios = lax.stop_gradient(ratios)
         mean = jnp.sum(q * ratios)
         variance = jnp.sum(q * (ratios - mean) ** 2)
@@ -221,7 +222,7 @@ def _dual_terms(f: AbstractDivergence, v: Array, mass, max_ratio):
     Q, most = jnp.asarray(mass, v.dtype), jnp.asarray(max_ratio, v.dtype)
     present = v != -jnp.inf
     v = jnp.where(present, v, 0)
-    if isinstance(f, KL):  # Q e^v = e^(v + ln Q), whatever Q is
+    if f.scale_free:  # Q e^v = e^(v + ln Q), whatever Q is
         v, Q = v + jnp.log(Q), jnp.ones_like(Q)
     w, top = v - f.origin, f.link(most / Q)
     inside = jnp.minimum(w, top)
@@ -258,7 +259,7 @@ def exact_objective(
     _check_options(f, 1, mass, 1.0)
 
     def objective(params, x, y) -> tuple[Array, Array]:
-        g = _scalar("energy", energy(params, x, y))
+        g = _one_float("energy", energy(params, x, y))
         scores = _energies(energy, params, x, enumeration.candidates)
         q = enumeration.probabilities(scores.dtype) * jnp.asarray(mass, scores.dtype)
         value = smooth_max(scores, f, q) - g
@@ -286,10 +287,10 @@ def _draw(sampler, x, key, num_samples: int, dtype) -> tuple[PyTree, Array]:
 
 
 def _energies(energy: Callable, params, x, others) -> Array:
-    return jax.vmap(lambda y: _scalar("energy", energy(params, x, y)))(others)
+    return jax.vmap(lambda y: _one_float("energy", energy(params, x, y)))(others)
 
 
-def _scalar(name: str, value) -> Array:
+def _one_float(name: str, value) -> Array:
     value = jnp.asarray(value)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(

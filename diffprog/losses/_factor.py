@@ -133,6 +133,12 @@ def diagonal_factor(gradient: Array, weights: Array, least: Array) -> ScaledFact
     return ScaledFactor(rho, remainder, never(gradient), scale)
 
 
+def class_hessian_mv(w: Array, vector: Array) -> Array:
+    """(diag(w) - w w' / W) v, with classes on the last axis."""
+    W = jnp.sum(w, -1, keepdims=True)
+    return w * (vector - row_dot(w, vector) / jnp.where(W > 0, W, 1))
+
+
 def class_factor(gradient: Array, w: Array) -> ScaledFactor:
     r"""Of $H = \operatorname{diag}(w) - w w^\top / W$, with classes on the last axis.
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .._capture import check_held, Frozen
+from .._capture import Frozen
+from .._changes import check_held
 from .._types import came, noted
 from ._divergence import AbstractDivergence
 
@@ -23,6 +24,7 @@ class Generated(AbstractDivergence):
     convex_ratio: ClassVar[bool] = False
     origin: ClassVar[float] = 0.0
     lift: ClassVar[float] = 0.0
+    support_known: ClassVar[bool] = False
 
     def __repr__(self):
         return f"generator({getattr(self.fn, '__name__', self.fn)})"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._factor import example_dot, row_dot
-from ._loss import AbstractLoss
+from ._loss import AbstractDualLoss
 
 
 class Inside(NamedTuple):
@@ -76,7 +76,7 @@ class AbstractDomain(eqx.Module):
         """The largest multiple of a step that does not leave the domain."""
 
 
-class AbstractBoundedLoss(AbstractLoss):
+class AbstractBoundedLoss(AbstractDualLoss):
     """A loss with kinks, in itself or in its gradient, whose gradients are bounded.
 
     They fill the domain of the conjugate, whose interior
@@ -182,7 +182,7 @@ class Box(AbstractDomain):
     def longest(self, at, step):
         below, above = self._slacks(at.alpha)
         positive = (below, step.alpha), (above, -step.alpha), *zip(at.x, step.x)
-        return jnp.min(jnp.stack([ratio(a, b) for a, b in positive]))
+        return jnp.min(jnp.stack([largest_multiple(a, b) for a, b in positive]))
 
 
 class Ball(AbstractDomain):
@@ -235,10 +235,10 @@ class Ball(AbstractDomain):
         away = jnp.where(square > 0, square, 1)
         a = jnp.where(b > 0, left / jnp.where(b > 0, b + root, 1), (root - b) / away)
         a = jnp.where(square > 0, a, jnp.inf)
-        return jnp.minimum(jnp.min(a), jnp.min(ratio(at.x[0], step.x[0])))
+        return jnp.minimum(jnp.min(a), jnp.min(largest_multiple(at.x[0], step.x[0])))
 
 
-def ratio(a: Array, b: Array) -> Array:
+def largest_multiple(a: Array, b: Array) -> Array:
     """The largest multiple of b that keeps a >= 0."""
     return jnp.where(b < 0, a / jnp.where(b < 0, -b, 1), jnp.inf)
 

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._alpha import TracedAlpha
 from ._bracket import bracketed_root
-from ._divergence import AbstractDivergence, ChiSquare, KL
+from ._divergence import AbstractDivergence, drift, has_numbers
 from ._root import below, ratio
 
 
@@ -43,7 +42,7 @@ def totals(values: Vector, ids: Ids) -> Vector:
     return sums[ids]
 
 
-def largest(values: Vector, ids: Ids) -> Vector:
+def maxima(values: Vector, ids: Ids) -> Vector:
     """The largest value in the block of every member."""
     n = values.shape[0]
     return jax.ops.segment_max(values, ids, n, indices_are_sorted=True)[ids]
@@ -60,8 +59,8 @@ def before(values: Vector) -> Vector:
 @jax.custom_jvp
 def offsets(f: AbstractDivergence, y: Vector, q: Vector, ids: Ids) -> Vector:
     """The s of every block with sum q u(s + y) = 1."""
-    if isinstance(f, KL):
-        return -jnp.log(totals(q * jnp.exp(y), ids))
+    if f.closed_root is not None:
+        return f.closed_root(lambda a: totals(a, ids), q, y)
     Q = totals(q, ids)
 
     def sums(s):
@@ -80,15 +79,15 @@ def _(primals, tangents):
     u = ratio(f, s + y)
     weights = q * f.curvature(u)
     change = weights * dy + u * dq
-    if isinstance(f, TracedAlpha):
-        change = change + q * f.drift(u) * df.alpha
+    if has_numbers(f):
+        change = change + q * drift(f, df, u)
     W = totals(weights, ids)
     return s, -totals(change, ids) / jnp.where(W > 0, W, 1)
 
 
 def block_ratios(f, losses: Vector, sigma: Vector, nu, ids: Ids):
     """The ratios n q_i of given blocks, and nu v_i + nu origin. Differentiable."""
-    m = lax.stop_gradient(largest(losses, ids))
+    m = lax.stop_gradient(maxima(losses, ids))
     y = below(losses, m) / nu
     q = 1 / (losses.shape[0] * totals(sigma, ids))
     s = offsets(f, y, q, ids)
@@ -100,17 +99,10 @@ def block_ratios(f, losses: Vector, sigma: Vector, nu, ids: Ids):
 
 def blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Ids:
     """The block of every loss; losses and sigma grow. No block has sigma(B) = 0."""
-    if isinstance(f, KL):
-        # v = ln sum_B e^z - ln sigma(B) - ln n, which is infinite where sigma is 0.
-        parts = below(losses, losses[-1]) / nu, sigma
-        first = pool(lambda a, b: a - jnp.log(b), jnp.logaddexp, parts)
-    elif isinstance(f, ChiSquare):
-        # v = mean of z + 1 - n sigma over B
-        n = losses.shape[0]
-        parts = below(losses, losses[-1]) / nu - n * sigma, jnp.ones_like(sigma)
-        first = pool(lambda a, b: a / b, jnp.add, parts)
+    if f.closed_blocks is not None:
+        first = pool(*f.closed_blocks(below(losses, losses[-1]) / nu, sigma))
     else:
-        first = split(f, losses, sigma, nu)
+        first = split_blocks(f, losses, sigma, nu)
     # Members whose sigma is 0 may join the first ones whose sigma is not: v stays.
     return numbers((first & (before(sigma) > 0)).at[0].set(True))
 
@@ -149,7 +141,7 @@ def pool(level, add, parts: tuple[Vector, Vector]) -> Flags:
     return jnp.zeros(n, bool).at[starts].set(True, mode="drop")
 
 
-def split(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
+def split_blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
     """Where the blocks begin, from one block that is split until nothing is left.
 
     With the offset of a block, sigma less q summed up over its first k members must not
@@ -169,7 +161,7 @@ def split(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Flags:
         start = lax.cummax(jnp.where(first, index, 0))
         excess = jnp.where(may_begin & ~first, sums - sums[start], -jnp.inf)
         noise = 8 * eps * (totals(sigma, ids) + jnp.max(jnp.abs(sums)))
-        cut = excess >= jnp.maximum(largest(excess, ids), 0) - noise
+        cut = excess >= jnp.maximum(maxima(excess, ids), 0) - noise
         return first | cut, jnp.any(cut)
 
     start = index == 0, jnp.asarray(n > 1)

@@ -21,21 +21,14 @@ from ._factor import AbstractFactor
 class AbstractLoss(AbstractCounted):
     r"""A loss of the outputs of a model: `loss(outputs, targets)`, one per example.
 
-    Of its conjugate $l^*(\alpha) = \sup_u \langle \alpha, u \rangle - l(u)$ the dual
-    methods ask, with one vector alpha of the shape of the outputs for every example.
-
     - `smooth`: whether the gradient is continuous and the Hessian tells how it changes.
         Of these Huber's and sparse losses have a Hessian that jumps. Where it is false,
         a Gauss-Newton step is a gradient step in some directions, or in all.
-
-    - `has_conjugate`: whether it has `conjugate`, `dual_projection`, `conjugate_prox`,
-        `prox` and `block_update`; else these raise `TypeError`.
 
     To use a function of one's own: [`diffprog.losses.as_loss`][].
     """
 
     smooth: eqx.AbstractClassVar[bool]
-    has_conjugate: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def __call__(
@@ -79,6 +72,15 @@ class AbstractLoss(AbstractCounted):
         **Returns:** a [`diffprog.losses.AbstractFactor`][]: products with R and R',
         where $H = R R^\top$ and $g = R \rho + e$.
         """
+
+
+class AbstractDualLoss(AbstractLoss):
+    r"""A convex loss whose conjugate is known, as far as the dual solvers ask for it.
+
+    $$l^*(\alpha) = \sup_u \langle \alpha, u \rangle - l(u),$$
+
+    with one vector alpha of the shape of the outputs for every example.
+    """
 
     @abc.abstractmethod
     def conjugate(

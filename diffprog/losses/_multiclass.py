@@ -9,25 +9,18 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from .._types import Number, number
-from ._alpha import TracedAlpha
-from ._block import majorized, newton
-from ._call import (
-    Call,
-    check,
-    check_reference,
-    check_temperature,
-    Divergence,
-    Reference,
-    Setup,
-)
-from ._divergence import ChiSquare, KL
-from ._factor import class_factor, flat_factor, row_dot
-from ._generated import as_divergence, Generated
+from ._block import majorized_block, newton_block
+from ._call import Call, check, check_reference, check_temperature, Reference, Setup
+from ._divergence import AbstractDivergence
+from ._factor import class_factor, class_hessian_mv, flat_factor
+from ._families import ChiSquare, KL
+from ._fenchel_young import check_at_zero, check_smoothing, f_loss
+from ._generated import as_divergence
 from ._hessian import solution
 from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
-from ._loss import AbstractLoss, per_example, total, where_inside
-from ._operators import check_at_zero, check_smoothing, f_loss, f_softargmax
-from ._root import below, Classes, difference, largest, weighted
+from ._loss import AbstractDualLoss, per_example, total, where_inside
+from ._operators import f_softargmax
+from ._root import below, difference, Evaluation, largest, row_sum, weighted
 from ._simplex import proximal
 from ._targets import (
     check_classes,
@@ -46,39 +39,30 @@ from ._targets import (
 )
 
 
-def _sum(rows: Array) -> Array:
-    return jnp.sum(rows, -1, keepdims=True)
-
-
 def _less(p: Array, y: Array, labels: bool) -> Array:
     """p - y. For a label 1 - p is the sum of all others, which has more digits."""
     if not labels:
         return p - y
-    return jnp.where(y > 0, -_sum(jnp.where(y > 0, 0, p)), p - y)
+    return jnp.where(y > 0, -row_sum(jnp.where(y > 0, 0, p)), p - y)
 
 
-def _softmax(outputs: Array) -> tuple[Array, Array, Array]:
+def _softmax_parts(outputs: Array) -> tuple[Array, Array, Array]:
     """The softmax of every row, its largest output, and the logsumexp less that.
 
     Where all classes are excluded there are zeros, and a logsumexp of -inf.
     """
-    m = largest(outputs, Classes())
+    m = largest(outputs, Evaluation())
     e = jnp.exp(below(outputs, m))
-    total = _sum(e)
+    total = row_sum(e)
     present = total != 0  # NaN is
     total = jnp.where(present, total, 1)
     return e / total, m, jnp.where(present, jnp.log(total), -jnp.inf)
 
 
-def _class_hessian_mv(w: Array, vector: Array) -> Array:
-    W = _sum(w)
-    return w * (vector - row_dot(w, vector) / jnp.where(W > 0, W, 1))
-
-
 def _on_simplex(p: Array, present: Array, mass: Array, values: Array) -> Array:
     """The sum over rows of their values, infinite unless p is in mass times simplex."""
     below = jnp.max(jnp.where(present, -p, jnp.abs(p)), -1, keepdims=True)
-    excess = jnp.maximum(below, jnp.abs(_sum(p) - mass))
+    excess = jnp.maximum(below, jnp.abs(row_sum(p) - mass))
     return total(where_inside(excess, jnp.maximum(mass, 1), values))
 
 
@@ -99,8 +83,7 @@ class FLoss(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
-    f: Divergence
+    f: AbstractDivergence = eqx.field(converter=as_divergence)
     reference: Reference = None
     temperature: Number = number(1.0)
     smoothing: float = eqx.field(static=True, default=0.0)
@@ -108,9 +91,7 @@ class FLoss(AbstractBoundedLoss):
 
     def __check_init__(self):
         check_ignored(self.ignore_label)
-        f = as_divergence(self.f)
-        object.__setattr__(self, "f", f)
-        check_reference(self.reference, f)
+        check_reference(self.reference, self.f)
         check_temperature(self.temperature)
         check_smoothing(self.smoothing)
 
@@ -167,7 +148,7 @@ class FLoss(AbstractBoundedLoss):
         return self._derivatives(outputs, targets)[0]
 
     def hessian_mv(self, outputs, targets, vector):
-        return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
+        return class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
 
     def factor(self, outputs, targets):
         return class_factor(*self._derivatives(outputs, targets))
@@ -188,7 +169,7 @@ class FLoss(AbstractBoundedLoss):
         positive = jnp.maximum(p, floor)
         q = jnp.where(present, q, 1)
         f = lambda p: s.f.value(jnp.where(present, p, q).astype(q.dtype) / q)
-        values = s.beta * _sum(q * jnp.where(p == y, 0, f(positive) - f(y)))
+        values = s.beta * row_sum(q * jnp.where(p == y, 0, f(positive) - f(y)))
         return _on_simplex(p, present, row, values.astype(alpha.dtype))
 
     def dual_projection(self, alpha, targets):
@@ -208,9 +189,7 @@ class FLoss(AbstractBoundedLoss):
         return _less(row * p.astype(y.dtype), y, exact)
 
     def domain(self, outputs, targets):
-        # Of a traced alpha and of the user's own f nobody knows.
-        f = as_divergence(self.f)
-        if not f.sparse or isinstance(f, TracedAlpha | Generated):
+        if not (self.f.sparse and self.f.support_known):
             return None
         call = self._check(outputs)
         y, row = self._targets(call, targets)
@@ -218,7 +197,7 @@ class FLoss(AbstractBoundedLoss):
         q = jnp.where(present, q, 1)
         present = present & (row > 0) & within_reach(outputs)
         kept = jnp.where(present, q, 0)
-        mass = _sum(kept)
+        mass = row_sum(kept)
         return simplex(
             y,
             kept / jnp.where(mass > 0, mass, 1),
@@ -228,10 +207,10 @@ class FLoss(AbstractBoundedLoss):
         )
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
-class SoftmaxCrossEntropy(AbstractLoss):
+class SoftmaxCrossEntropy(AbstractDualLoss):
     r"""$-\sum_j y_j \ln p_j$ of the softmax p, for labels or probabilities y.
 
     Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
@@ -242,7 +221,6 @@ class SoftmaxCrossEntropy(AbstractLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
     ignore_label: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -254,8 +232,8 @@ class SoftmaxCrossEntropy(AbstractLoss):
             where = counting(targets, self.ignore_label)
             return total(f_loss(outputs, targets, KL(), where=where))
         check_within(WEIGHTS, outputs, targets)
-        (_, m, z), y = _softmax(outputs), like(outputs, targets)
-        losses = _sum(weighted(y, difference(m, outputs))) + _sum(y) * z
+        (_, m, z), y = _softmax_parts(outputs), like(outputs, targets)
+        losses = row_sum(weighted(y, difference(m, outputs))) + row_sum(y) * z
         return total(jnp.where(z == -jnp.inf, 0, losses))
 
     def count(self, outputs, targets):
@@ -272,7 +250,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
             return one_hot(outputs, targets, self.ignore_label)
         check_within(WEIGHTS, outputs, targets)
         y = like(outputs, targets)
-        return y, _sum(y)
+        return y, row_sum(y)
 
     def gradient(self, outputs, targets):
         return self._derivatives(outputs, targets)[0]
@@ -280,12 +258,12 @@ class SoftmaxCrossEntropy(AbstractLoss):
     def _derivatives(self, outputs, targets):
         """The gradient and the weights of the Hessian."""
         y, mass = self._targets(outputs, targets)
-        p, _, z = _softmax(heard(outputs, targets, self.ignore_label))
+        p, _, z = _softmax_parts(heard(outputs, targets, self.ignore_label))
         g = _less(mass * p, y, is_labels(targets))
         return jnp.where(z == -jnp.inf, 0, g), mass * p
 
     def hessian_mv(self, outputs, targets, vector):
-        return _class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
+        return class_hessian_mv(self._derivatives(outputs, targets)[1], vector)
 
     def factor(self, outputs, targets):
         return class_factor(*self._derivatives(outputs, targets))
@@ -294,7 +272,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
         y, mass = self._targets(alpha, targets)
         p = alpha + y
         q = jnp.maximum(p, 0)
-        values = _sum(xlogy(q, q)) - xlogy(mass, mass)
+        values = row_sum(xlogy(q, q)) - xlogy(mass, mass)
         return _on_simplex(p, jnp.ones_like(p, bool), mass, values)
 
     def dual_projection(self, alpha, targets):
@@ -310,7 +288,7 @@ class SoftmaxCrossEntropy(AbstractLoss):
         return _less(mass * p, y, is_labels(targets))
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 class Hinge(AbstractBoundedLoss):
@@ -326,7 +304,6 @@ class Hinge(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
     ignore_label: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -346,7 +323,7 @@ class Hinge(AbstractBoundedLoss):
         """
         own, row = one_hot(outputs, labels, self.ignore_label)
         outputs = heard(outputs, labels, self.ignore_label)
-        label = _sum(jnp.where(own > 0, outputs, 0))
+        label = row_sum(jnp.where(own > 0, outputs, 0))
         margins = jnp.where(own > 0, 0, difference(outputs, label) + 1)
         excluded = (outputs == -jnp.inf) & (own == 0)
         return own, row, jnp.where(excluded, -jnp.inf, margins)
@@ -379,7 +356,7 @@ class Hinge(AbstractBoundedLoss):
             return total(where_inside(jnp.abs(b - 0.5) - 0.5, 1.0, -b))
         own, row = one_hot(alpha, targets, self.ignore_label)
         p = alpha + own
-        values = -_sum(jnp.where(own > 0, 0, alpha))
+        values = -row_sum(jnp.where(own > 0, 0, alpha))
         return _on_simplex(p, jnp.ones_like(p, bool), row, values)
 
     def dual_projection(self, alpha, targets):
@@ -405,9 +382,9 @@ class Hinge(AbstractBoundedLoss):
             return interval(jnp.minimum(-y, 0), jnp.maximum(-y, 0), y)
         own, row = one_hot(outputs, targets, self.ignore_label)
         present = (row > 0) & within_reach(outputs)
-        even = 1 / jnp.maximum(_sum(present.astype(own.dtype)), 1)
+        even = 1 / jnp.maximum(row_sum(present.astype(own.dtype)), 1)
         even = jnp.where(present, even, 0)
         return simplex(own, even, present, lambda p: own - 1, jnp.zeros_like)
 
     def block_update(self, alpha, z, K, c, targets):
-        return majorized(self, alpha, z, K, c, targets)
+        return majorized_block(self, alpha, z, K, c, targets)

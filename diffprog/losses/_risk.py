@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._types import check_positive, is_known
-from ._alpha import TracedAlpha
 from ._call import Divergence
-from ._divergence import AbstractDivergence
+from ._divergence import AbstractDivergence, has_numbers
 from ._generated import as_divergence
 from ._isotonic import block_ratios, blocks
 from ._root import weighted
@@ -198,9 +197,9 @@ def _(primals, tangents):
     q, levels = _weights(f, losses, sigma, nu)
     change = jnp.sum(q * dlosses) - _divergence(f, losses, q) * dnu
     change = change + jnp.sum(jnp.where(jnp.isinf(levels), 0, levels) * dsigma)
-    if isinstance(f, TracedAlpha):
-        by_alpha = jax.jvp(lambda f: _divergence(f, losses, q), (f,), (df,))[1]
-        change = change - nu * by_alpha
+    if has_numbers(f):
+        by_f = jax.jvp(lambda f: _divergence(f, losses, q), (f,), (df,))[1]
+        change = change - nu * by_f
     return _height(f, losses, q, nu), change
 
 

@@ -19,9 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._alpha import Power, TracedAlpha
-from ._divergence import AbstractDivergence, KL
-from ._kernel import applies, choose, Mode, shares, sigmas
+from ._divergence import AbstractDivergence, drift, has_numbers
 
 
 Rows = Float[Array, "*batch classes"]
@@ -31,15 +29,18 @@ MAX_EVALUATIONS = 16  # 9 are the most that were ever seen where f''' <= 0
 MAX_SAFEGUARDED = 128
 
 
-class Classes(NamedTuple):
-    """Where the classes of a row are: on this device, or over an axis of a mesh."""
+def row_sum(rows: Array) -> Array:
+    return jnp.sum(rows, -1, keepdims=True)
 
-    axis_name: str | None = None
-    few: bool = False  # most have no mass: then the means of chunks say nothing
-    kernel: Mode = "off"  # whether a program for the GPU may do a whole row
+
+class Evaluation(NamedTuple):
+    """How sums over the classes of a row are taken, and where the solver begins."""
+
+    axis_name: str | None = None  # of a mesh over whose devices the classes are split
+    sparse: bool = False  # few have any mass: it begins from the largest scores alone
 
     def sum(self, rows: Array) -> Array:
-        total = jnp.sum(rows, -1, keepdims=True)
+        total = row_sum(rows)
         return lax.psum(total, self.axis_name) if self.axis_name else total
 
     def max(self, rows: Array) -> Array:
@@ -80,7 +81,7 @@ def tops(scores: Rows) -> Array:
     return jnp.concatenate([jnp.max(head, -1), jnp.max(tail, -1, keepdims=True)], -1)
 
 
-def largest(scores: Rows, classes: Classes) -> Row:
+def largest(scores: Rows, classes: Evaluation) -> Row:
     """The largest score of each row; 0 where all classes are excluded. Constant."""
     # The warm start needs the largest of every chunk too: one pass for both.
     m = classes.max(tops(lax.stop_gradient(scores)))
@@ -139,8 +140,8 @@ def _(primals, tangents):
     (f, w), (df, dw) = primals, tangents
     u = ratio(f, w)
     du = f.curvature(u) * dw
-    if isinstance(f, TracedAlpha):
-        du = du + f.drift(u) * df.alpha
+    if has_numbers(f):
+        du = du + drift(f, df, u)
     return u, du
 
 
@@ -155,14 +156,14 @@ def _(primals, tangents):
     (f, w), (df, dw) = primals, tangents
     u = ratio(f, w)
     change = u * dw
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         _, dorigin = jax.jvp(lambda f: f.origin, (f,), (df,))
         change = change + u * dorigin - lowered_change(f, df, u)
     return conjugate(f, w), change
 
 
-def lowered_change(f: TracedAlpha, df: TracedAlpha, u: Array) -> Array:
-    """The change of f(u) - lift with alpha: 0 where both are f(0)."""
+def lowered_change(f: AbstractDivergence, df: AbstractDivergence, u: Array) -> Array:
+    """The change of f(u) - lift with the fields of f: 0 where both are f(0)."""
     return jax.jvp(lambda f: f.value(u) - f.lift, (f,), (df,))[1]
 
 
@@ -178,29 +179,19 @@ def _(primals, tangents):
     finite = jnp.isfinite(f.link(u))
     slope = f.link(jnp.where(finite, u, 1)) + f.origin
     change = jnp.where(finite, slope, 0) * du
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         change = change + jax.jvp(lambda f: f.value(u), (f,), (df,))[1]
     return cost(f, u), change
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
+def root(classes: Evaluation, f: AbstractDivergence, problem: Problem) -> Row:
     """The sigma of every row."""
-
-    def default(*problem):
-        sigma = solve(classes, f, Problem(*problem))[0]
-        if f.convex_ratio is True:
-            return sigma
-        up = 2 * jnp.finfo(sigma.dtype).eps * jnp.abs(sigma)
-        return sigma + jnp.where(f.convex_ratio, 0, up)  # S >= 1: see `settled`
-
-    if not on_chip(classes, f, problem):
-        return default(*problem)
-
-    def kernel(scores, q, Q, m, **options):
-        return sigmas(f, scores, q, **options)
-
-    return choose(classes.kernel, kernel, default, *problem)
+    sigma, _ = root_and_count(classes, f, problem)
+    if f.convex_ratio is True:
+        return sigma
+    up = 2 * jnp.finfo(sigma.dtype).eps * jnp.abs(sigma)
+    return sigma + jnp.where(f.convex_ratio, 0, up)  # S >= 1: see `settled`
 
 
 @root.defjvp
@@ -210,23 +201,18 @@ def _(classes, primals, tangents):
     u = ratio(f, sigma + below(problem.scores, problem.m))
     weights = problem.q * f.curvature(u)
     change = weights * d.scores + u * d.q
-    if isinstance(f, TracedAlpha):
-        change = change + problem.q * f.drift(u) * df.alpha
+    if has_numbers(f):
+        change = change + problem.q * drift(f, df, u)
     W = classes.sum(weights)
     return sigma, -classes.sum(change) / jnp.where(W > 0, W, 1)
 
 
-def probabilities(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
+def probabilities(classes: Evaluation, f: AbstractDivergence, problem: Problem) -> Rows:
     """q u(theta - tau)."""
-    by = on_chip_probabilities if on_chip(classes, f, problem) else from_root
-    return by(classes, f, problem)
-
-
-def from_root(classes: Classes, f: AbstractDivergence, problem: Problem) -> Rows:
     return settled(classes, f, problem, root(classes, f, problem))
 
 
-def settled(classes: Classes, f: AbstractDivergence, problem: Problem, sigma: Row):
+def settled(classes: Evaluation, f: AbstractDivergence, problem: Problem, sigma: Row):
     """q u, corrected where it may rise steeply at the edge of its support.
 
     There one class is right to eps^(1/(alpha-1)) only, and with it the mass S. From a
@@ -245,31 +231,8 @@ def settled(classes: Classes, f: AbstractDivergence, problem: Problem, sigma: Ro
     return p + lax.stop_gradient(jnp.where(W > 0, better - rough, 0))
 
 
-def on_chip(classes: Classes, f: AbstractDivergence, problem: Problem) -> bool:
-    """Whether a program for the GPU may do a whole row."""
-    whole = classes.axis_name is None
-    return whole and applies(classes.kernel, f, problem.scores, problem.q)
-
-
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def on_chip_probabilities(classes, f, problem: Problem) -> Rows:
-    def kernel(scores, q, Q, m, **options):
-        return shares(f, scores, q, **options)
-
-    def default(*problem):
-        return from_root(classes._replace(kernel="off"), f, Problem(*problem))
-
-    return choose(classes.kernel, kernel, default, *problem)
-
-
-@on_chip_probabilities.defjvp
-def _(classes, primals, tangents):
-    # Derivatives need sigma: the kernel finds that alone.
-    return jax.jvp(ft.partial(from_root, classes), primals, tangents)
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def height(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
+def height(classes: Evaluation, f: AbstractDivergence, problem: Problem) -> Row:
     """softmax_f - m + lift Q: tau - m + sum_j q_j (f*(theta_j - tau) + lift).
 
     The error of tau enters by its square only.
@@ -289,7 +252,7 @@ def _(classes, primals, tangents):
     u, inside = ratio(f, w), w > -jnp.inf
     p = settled(classes, f, problem, sigma)
     change = p * d.scores + jnp.where(inside, conjugate(f, w) * d.q, 0)
-    if isinstance(f, TracedAlpha):
+    if has_numbers(f):
         lowered = jnp.where(inside, lowered_change(f, df, u), 0)
         change = change - problem.q * lowered
     return height(classes, f, problem), classes.sum(change)
@@ -298,23 +261,23 @@ def _(classes, primals, tangents):
 # The solver -----------------------------------------------------------------------
 
 
-def sums(classes: Classes, f: AbstractDivergence, w: Rows, q) -> tuple[Row, Row]:
+def sums(classes: Evaluation, f: AbstractDivergence, w: Rows, q) -> tuple[Row, Row]:
     """S and dS/dsigma."""
-    if isinstance(f, Power) and f.by_logarithm:
+    if f.both is not None:
         # Of two sums XLA would store the powers in between.
         q = jnp.expand_dims(q, -2) if jnp.ndim(q) else q
-        both = classes.sum(q * f.powers(w))
+        both = classes.sum(q * f.both(w))
         return both[..., 0, :], both[..., 1, :]
     u, curvature = f.pair(w)
     return classes.sum(q * u), classes.sum(q * curvature)
 
 
-def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
+def root_and_count(classes: Evaluation, f: AbstractDivergence, problem: Problem):
     """The sigma of every row, and how often the sums over its classes were taken."""
     scores, q, Q, m = problem
     y = below(scores, m)  # -inf .. 0
-    if isinstance(f, KL):
-        sigma = -jnp.log(classes.sum(q * jnp.exp(y)))
+    if f.closed_root is not None:
+        sigma = f.closed_root(classes.sum, q, y)
         count = jnp.ones((), jnp.int32)
     else:
         low, high = bracket(classes, f, problem)
@@ -325,7 +288,7 @@ def solve(classes: Classes, f: AbstractDivergence, problem: Problem):
     return jnp.where(jnp.isinf(sigma) & (m == 0), 0, sigma), count
 
 
-def bracket(classes: Classes, f: AbstractDivergence, problem: Problem):
+def bracket(classes: Evaluation, f: AbstractDivergence, problem: Problem):
     """A sigma where S <= 1, and one where S >= 1."""
     scores, q, Q, m = problem
     if same_for_all(q):
@@ -336,21 +299,6 @@ def bracket(classes: Classes, f: AbstractDivergence, problem: Problem):
         high = -classes.max(jnp.where(excluded, -jnp.inf, reach))
     # Numbers that vary with the data, for `shard_map`.
     return f.link(1 / jnp.where(Q > 0, Q, 1)), high + 0 * Q
-
-
-def bisect(classes: Classes, f: AbstractDivergence, problem: Problem) -> Row:
-    """The sigma of every row by halving its bracket: slow, and true for every f."""
-    y = below(problem.scores, problem.m)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) / 2
-        S, _ = sums(classes, f, middle + y, problem.q)
-        return jnp.where(S < 1, middle, low), jnp.where(S < 1, high, middle)
-
-    steps = jnp.finfo(y.dtype).nmant + 16
-    low, high = lax.fori_loop(0, steps, halve, bracket(classes, f, problem))
-    return (low + high) / 2
 
 
 def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
@@ -401,7 +349,7 @@ def warm_start(classes, f, problem: Problem, high: Row) -> Row:
     if parts is None or not same_for_all(q):
         return high
     top = below(tops(scores), m)
-    if classes.few:
+    if classes.sparse:
         few, weights = top, q
     else:
         head, _ = parts

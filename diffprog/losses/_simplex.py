@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._bracket import bracketed_root
-from ._divergence import AbstractDivergence, ChiSquare, KL, wright_omega
+from ._divergence import AbstractDivergence
 from ._root import below
 
 
@@ -70,28 +70,11 @@ def proximal(
 
 def one_class(f: AbstractDivergence, q: Array, s: Array, tau: Array):
     """p = q u with tau w + q u = s, where w = f'(u) - origin; and dp/ds. For p <= 1."""
-    if isinstance(f, KL):
-        p = scaled_omega(s, tau, q)
-        return p, p / (p + tau)
-    if isinstance(f, ChiSquare):
-        share = q / (tau + q)
-        return share * jnp.maximum(s, 0), jnp.where(s > 0, share, 0)
+    if f.closed_share is not None:
+        return f.closed_share(q, s, tau)
     u = one_ratio(f, q, s, tau)
     curvature = q * f.curvature(u)
     return q * u, curvature / (tau + curvature)
-
-
-@jax.jit
-def scaled_omega(s: Array, tau: Array, q: Array) -> Array:
-    """The p with tau ln(p / q) + p = s."""
-    t = s / tau + jnp.log(q / tau)
-    least = jnp.log(jnp.finfo(s.dtype).tiny)
-    p = tau * jnp.where(t > least, wright_omega(jnp.maximum(t, least)), 0)
-    # What was lost in t.
-    inside = p > 0
-    safe = jnp.where(inside, p, 1)
-    error = tau * jnp.log(safe / q) + safe - s
-    return jnp.where(inside, jnp.maximum(p - p * error / (p + tau), 0), 0)
 
 
 def one_ratio(f: AbstractDivergence, q: Array, s: Array, tau: Array) -> Array:

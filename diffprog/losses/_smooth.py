@@ -9,7 +9,7 @@ from ._divergence import AbstractDivergence
 from ._root import height
 
 
-def offset(f: AbstractDivergence, Q: Array) -> Array:
+def entropy_shift(f: AbstractDivergence, Q: Array) -> Array:
     """f(0) (Q - 1) - lift Q; where f(0) is infinite, without its first term."""
     at_zero = jnp.asarray(f.at_zero, Q.dtype)
     at_zero = jnp.where(jnp.isfinite(at_zero), at_zero, 0)
@@ -30,5 +30,5 @@ def smooth_max(scores, f, reference=None, *, where=None, temperature=1.0) -> Arr
 def _smooth_max(call: Call) -> Array:
     s = call.set_up()
     Q = s.problem.Q
-    value = s.problem.m + height(s.classes, s.f, s.problem) + offset(s.f, Q)
+    value = s.problem.m + height(s.classes, s.f, s.problem) + entropy_shift(s.f, Q)
     return call.row(jnp.where(Q > 0, s.beta * value, -jnp.inf))

@@ -9,18 +9,12 @@ from jax.scipy.special import xlog1py, xlogy
 from jaxtyping import Array
 
 from .._types import check_positive, Number, number
-from ._block import majorized, newton, quadratic
-from ._factor import (
-    diagonal_factor,
-    example_dot,
-    flat_factor,
-    never,
-    ScaledFactor,
-)
+from ._block import majorized_block, newton_block, squared_block
+from ._factor import diagonal_factor, example_dot, flat_factor, never, ScaledFactor
+from ._families import scaled_omega
 from ._interior import AbstractBoundedLoss, Ball, interval
-from ._loss import AbstractLoss, per_example, total, where_inside
+from ._loss import AbstractDualLoss, per_example, total, where_inside
 from ._root import weighted
-from ._simplex import scaled_omega
 from ._targets import check_alike, check_within, COUNTS, like, SIGNS, within
 
 
@@ -29,11 +23,10 @@ def _least(gradient):
     return jnp.finfo(gradient.dtype).eps * jnp.abs(gradient)
 
 
-class Squared(AbstractLoss):
+class Squared(AbstractDualLoss):
     r"""$\frac12 \|u - y\|^2$."""
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total((outputs - like(outputs, targets)) ** 2 / 2)
@@ -63,7 +56,7 @@ class Squared(AbstractLoss):
         return (vector - tau * like(vector, targets)) / (1 + tau)
 
     def block_update(self, alpha, z, K, c, targets):
-        return quadratic(alpha, z, K, c, like(alpha, targets))
+        return squared_block(alpha, z, K, c, like(alpha, targets))
 
 
 @jax.custom_jvp
@@ -75,11 +68,10 @@ def _softplus(x: Array) -> Array:
 _softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 
 
-class Logistic(AbstractLoss):
+class Logistic(AbstractDualLoss):
     r"""$\ln(1 + e^{-y u})$ for targets y = 1 or -1, summed over the outputs."""
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         y, one = within(SIGNS, outputs, targets)
@@ -121,7 +113,7 @@ class Logistic(AbstractLoss):
         return -y * jnp.where(x > 0.5, 1 - b, b)
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 class Huber(AbstractBoundedLoss):
@@ -131,7 +123,6 @@ class Huber(AbstractBoundedLoss):
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
     delta: Number = number(1.0)
 
     def __check_init__(self):
@@ -178,14 +169,13 @@ class Huber(AbstractBoundedLoss):
         return interval(-bound, bound, y, 1.0)
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 class Absolute(AbstractBoundedLoss):
     r"""$\sum_j |u_j - y_j|$. Its gradient is 0 where $u_j = y_j$."""
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(jnp.abs(outputs - like(outputs, targets)))
@@ -219,7 +209,7 @@ class Absolute(AbstractBoundedLoss):
         return interval(-jnp.ones_like(y), jnp.ones_like(y), y)
 
     def block_update(self, alpha, z, K, c, targets):
-        return majorized(self, alpha, z, K, c, targets)
+        return majorized_block(self, alpha, z, K, c, targets)
 
 
 def _unit(vector: Array) -> tuple[Array, Array]:
@@ -254,7 +244,6 @@ class Euclidean(AbstractBoundedLoss):
     r"""$\|u - y\|_2$ over all outputs of an example. Its gradient is 0 at u = y."""
 
     smooth: ClassVar[bool] = False
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         return total(_length(outputs - like(outputs, targets)))
@@ -290,17 +279,16 @@ class Euclidean(AbstractBoundedLoss):
         return Ball(like(outputs, targets))
 
     def block_update(self, alpha, z, K, c, targets):
-        return majorized(self, alpha, z, K, c, targets)
+        return majorized_block(self, alpha, z, K, c, targets)
 
 
-class Poisson(AbstractLoss):
+class Poisson(AbstractDualLoss):
     r"""$e^u - y u$ for counts $y \ge 0$, summed over the outputs: u is a log-rate.
 
     The negative log-likelihood without the constant $\ln y!$.
     """
 
     smooth: ClassVar[bool] = True
-    has_conjugate: ClassVar[bool] = True
 
     def __call__(self, outputs, targets):
         y, one = within(COUNTS, outputs, targets)
@@ -335,7 +323,7 @@ class Poisson(AbstractLoss):
         return scaled_omega(vector + y, tau, jnp.ones_like(tau)) - y
 
     def block_update(self, alpha, z, K, c, targets):
-        return newton(self, alpha, z, K, c, targets)
+        return newton_block(self, alpha, z, K, c, targets)
 
 
 @jax.jit

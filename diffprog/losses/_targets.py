@@ -21,7 +21,7 @@ from ._call import Axis, batch_shape
 SLACK = 1e-2  # of a sum of probabilities: they may have been rounded to 8 bits
 
 
-def check_outputs(outputs: Any):
+def check_floats(outputs: Any):
     """Raises for what is no array of floats whose first axis counts examples."""
     expected = "an array of floats whose first axis is the example is expected"
     if not isinstance(outputs, jax.Array | np.ndarray) or outputs.ndim == 0:
@@ -55,7 +55,7 @@ WEIGHTS = Domain(lambda y: (y >= 0) & (y < np.inf), "weights are finite and >= 0
 
 def check_alike(outputs: Any, targets: Any):
     """Raises for what is no real number for every output."""
-    check_outputs(outputs)
+    check_floats(outputs)
     targets = as_array(targets)
     if outputs.shape != targets.shape:
         raise ValueError(
@@ -134,7 +134,7 @@ def check_targets(targets: Any, shape: tuple, axes: tuple[int, ...]) -> bool:
 
 def check_classes(outputs: Any, targets: Any):
     """Raises for outputs without an axis of classes, and for labels of one class."""
-    check_outputs(outputs)
+    check_floats(outputs)
     targets = as_array(targets)
     if outputs.ndim < 2:
         raise ValueError(

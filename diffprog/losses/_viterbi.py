@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._call import check_temperature, Divergence
-from ._divergence import KL
+from ._families import KL
 from ._generated import as_divergence
 from ._operators import f_softargmax
 from ._smooth import smooth_max
@@ -64,7 +64,7 @@ def soft_viterbi(
     Prediction and Attention", 2018, arXiv 1802.03676.
     """
     check_temperature(temperature, "; for the limit 0 use `viterbi`")
-    potentials, first, last, mask = _check(potentials, start, final, mask)
+    potentials, first, last, mask = _check_moves(potentials, start, final, mask)
     name = reference if reference is None or isinstance(reference, str) else ARRAY
     dtype = potentials.dtype
     q = jnp.asarray(reference, dtype) if name is ARRAY else None
@@ -74,11 +74,11 @@ def soft_viterbi(
 
 @ft.partial(jax.jit, static_argnums=0)
 def _soft_viterbi(name, f, q, beta, first, last, potentials, mask) -> Array:
-    v = _values(name, f, q, beta, first, potentials, mask)[-1]
-    return _largest(name, f, q, beta, _add(last, v)[None])[0]
+    v = _values_to_go(name, f, q, beta, first, potentials, mask)[-1]
+    return _smooth_best(name, f, q, beta, _plus(last, v)[None])[0]
 
 
-def _largest(name, f, q, beta, scores: Array) -> Array:
+def _smooth_best(name, f, q, beta, scores: Array) -> Array:
     return smooth_max(scores, f, _measure(name, q, scores), temperature=beta)
 
 
@@ -87,28 +87,28 @@ def _measure(name, q, scores: Array):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _values(name, f, q, beta, start, potentials, mask) -> Array:
+def _values_to_go(name, f, q, beta, start, potentials, mask) -> Array:
     """v_{-1}, ..., v_{T-1}, shape `(T + 1, S)`."""
 
     def move(v, stage):
         theta, real = stage
-        v = jnp.where(real, _largest(name, f, q, beta, _arrive(theta, v)), v)
+        v = jnp.where(real, _smooth_best(name, f, q, beta, _arrive(theta, v)), v)
         return v, v
 
     _, vs = lax.scan(move, start, (potentials, mask))
     return jnp.concatenate([start[None], vs])
 
 
-@_values.defjvp
+@_values_to_go.defjvp
 def _(name, primals, tangents):
     # dv_t = direct_t + Q_t dv_{t-1}. All that is not linear stays outside the loop:
     # in a second derivative `lax.scan` forgets the rules of what is inside.
     f, q, beta, start, potentials, mask = primals
     *moved, dstart, dpotentials, _ = tangents
-    vs = _values(name, *primals)
+    vs = _values_to_go(name, *primals)
 
     def direct(f, q, beta, potentials):
-        return _largest(name, f, q, beta, _arrive(potentials, vs[:-1, None]))
+        return _smooth_best(name, f, q, beta, _arrive(potentials, vs[:-1, None]))
 
     ds = jax.jvp(direct, (f, q, beta, potentials), (*moved, dpotentials))[1]
     scores = _arrive(potentials, vs[:-1, None])
@@ -138,7 +138,7 @@ def viterbi(
     **Returns:** its score, and its T + 1 states; a move that is skipped stays where it
     is. Of equal paths it is the one of lower states at the end.
     """
-    return _viterbi(*_check(potentials, start, final, mask))
+    return _viterbi(*_check_moves(potentials, start, final, mask))
 
 
 @jax.jit
@@ -162,17 +162,17 @@ def _viterbi(potentials, first, last, mask) -> tuple[Array, Array]:
 
 def _arrive(theta: Array, v: Array) -> Array:
     """theta_ij + v_j."""
-    return _add(theta, jnp.broadcast_to(v, theta.shape))
+    return _plus(theta, jnp.broadcast_to(v, theta.shape))
 
 
-def _add(a: Array, b: Array) -> Array:
+def _plus(a: Array, b: Array) -> Array:
     """a + b, where -inf stays -inf and passes no derivative on."""
     possible = (a != -jnp.inf) & (b != -jnp.inf)  # as NaN is
     total = jnp.where(possible, a, 0) + jnp.where(possible, b, 0)
     return jnp.where(possible, total, -jnp.inf)
 
 
-def _check(potentials, start, final, mask) -> tuple[Array, Array, Array, Array]:
+def _check_moves(potentials, start, final, mask) -> tuple[Array, Array, Array, Array]:
     potentials = jnp.asarray(potentials)
     shape = potentials.shape
     if potentials.ndim != 3 or shape[1] != shape[2] or shape[1] == 0:

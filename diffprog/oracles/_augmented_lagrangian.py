@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from .._tree import add, all_finite, norm, scale, vdot, where
 from .._types import check_count
-from ._model_solver import AbstractModelSolver, bounded, fenchel, Found, unbounded
+from ._model_solver import AbstractModelSolver, bounded, dual, fenchel, Found, unbounded
 from ._solvers import conjugate_gradients
 from .base import Linearization
 
@@ -141,7 +141,7 @@ class Smoothed(NamedTuple):
     damping: Array
 
     def gradients(self, alpha: Array, s: Array, z: Array) -> Array:
-        return self.at.loss.conjugate_prox(alpha + z / s, 1 / s, self.at.targets)
+        return dual(self.at).conjugate_prox(alpha + z / s, 1 / s, self.at.targets)
 
     def value(self, alpha: Array, s: Array, z: Array, a: Array, square: Array):
         """At a step with |d|^2 = square, where the gradients are a."""

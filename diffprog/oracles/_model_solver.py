@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._tree import vdot
+from ..losses import AbstractDualLoss
 from ..losses._loss import total
 from .base import Linearization
 
@@ -50,9 +51,20 @@ def reached(at: Linearization, damping: Array, gap: Array, found: Found) -> Arra
     return found.gap <= gap * (at.value - P + found.gap) + at.rounding()
 
 
+def dual(at: Linearization) -> AbstractDualLoss:
+    """The loss, where it has a conjugate. Raises for others."""
+    if not isinstance(at.loss, AbstractDualLoss):
+        raise TypeError(
+            "The loss carries no conjugate, as none does that is given as a function: "
+            "use one of `dp.losses`, such as `dp.losses.Huber()`, or `GaussNewton` "
+            "instead of `ProxLinear`."
+        )
+    return at.loss
+
+
 def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
     """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>), `losses` being l_i(z_i)."""
-    both = losses + at.loss.conjugate(alpha, at.targets)
+    both = losses + dual(at).conjugate(alpha, at.targets)
     inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
     return at.weight * jnp.sum(both - total(inner))
 

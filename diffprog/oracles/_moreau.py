@@ -13,6 +13,7 @@ from .._network import Network, Stage
 from .._result import RESULTS
 from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._types import check_kind, check_positive, Number, number
+from ..losses import AbstractDualLoss
 from ._gram import is_linear
 from ._rules import AbstractRule, is_boundary, run_network, with_rule
 from .base import AbstractOracle, Linearization, Proposal
@@ -272,7 +273,9 @@ def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:
     if isinstance(rule, ChainRule):
         return t * at.cotangent
 
-    if at.loss.has_conjugate:  # grad env(t l)(u) = t prox_{l* / t}(u / t)
+    if isinstance(
+        at.loss, AbstractDualLoss
+    ):  # grad env(t l)(u) = t prox_{l* / t}(u / t)
         return t * at.loss.conjugate_prox(at.outputs / t, 1 / t, at.targets)
 
     def one(outputs, targets):

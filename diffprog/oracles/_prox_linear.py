@@ -29,6 +29,7 @@ from ._interior_point import domain_of, InteriorPoint, sizes
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
+    dual,
     fenchel,
     Found,
     model,
@@ -164,7 +165,7 @@ class CoordinateAscent(AbstractModelSolver):
             alpha, z = state
             pick = lambda a: lax.dynamic_slice_in_dim(a, i, 1)
             old, targets = pick(alpha), jtu.tree_map(pick, at.targets)
-            new = at.loss.block_update(old, pick(z), pick(blocks), c, targets)
+            new = dual(at).block_update(old, pick(z), pick(blocks), c, targets)
             z = z - matmul((new - old).reshape(k), rows[i]).reshape(shape) / c
             return lax.dynamic_update_slice_in_dim(alpha, new, i, 0), z
 
@@ -206,7 +207,7 @@ class ProximalGradient(AbstractModelSolver):
 
         def advance(state):
             alpha, z, y, zy, theta = state
-            new = at.loss.conjugate_prox(y + tau * zy, tau, at.targets)
+            new = dual(at).conjugate_prox(y + tau * zy, tau, at.targets)
             backward = jnp.vdot(y - new, new - alpha) > 0
             theta = jnp.where(backward, 1, theta)
             after = (1 + jnp.sqrt(1 + 4 * theta**2)) / 2

@@ -355,9 +355,11 @@ class Auto(AbstractSolver):
     """`Cholesky` where it is cheap, else conjugate gradients.
 
     Cheap means that the estimated work is at most that of 50 products of conjugate
-    gradients. With `max_steps`, `rtol`, `warm_start` and `unroll` as in
-    [`diffprog.oracles.CG`][], whose vectors are kept in the space of the outputs with
-    `in_outputs`, or where that is 50 times smaller and there is no warm start.
+    gradients.
+
+    - `max_steps`, `rtol`, `warm_start`, `unroll`: as in [`diffprog.oracles.CG`][].
+    - `in_outputs`: whether its vectors are kept in the space of the outputs, also where
+        that is less than 50 times smaller, or there is a warm start.
     """
 
     max_steps: int = eqx.field(static=True, default=10)

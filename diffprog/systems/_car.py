@@ -10,7 +10,10 @@ from ._types import Scalar, Time
 
 
 class AbstractCar(eqx.Module):
-    """A vehicle in the plane. Its state begins with the position (x, y)."""
+    """A vehicle in the plane. Its state begins with the position (x, y).
+
+    - `length`, `width`: outer dimensions [m].
+    """
 
     length: eqx.AbstractVar[Scalar]
     width: eqx.AbstractVar[Scalar]

@@ -25,13 +25,15 @@ class Track(eqx.Module):
 
     All three lines share one parameter s, the length of the polyline through the
     waypoints of the center line, which is close to arc length [m]. The first waypoint
-    has s = 0. A closed track takes s modulo `length`, an open one stops at `length`.
+    has s = 0.
 
-    All points are relative to `origin` [m], and so are the states of a car on the
-    track: on the map they lie at `track.origin + point`, which takes float64. The
-    origin is (0, 0), unless a coordinate of the first point is beyond 1000 m, as in map
-    projections, where float32 is off by up to half a meter. Then it is the first point,
-    rounded to meters.
+    - `length`, `closed`: a closed track takes s modulo its length, others stop there.
+    - `origin`: the point [m] that all points are relative to, and the states of a car
+        on the track: on the map they lie at `track.origin + point`, which takes
+        float64. It is (0, 0), unless a coordinate of the first point is beyond 1000 m,
+        as in map projections, where float32 is off by up to half a meter. Then it is
+        the first point, rounded to meters.
+    - `knots`, `coefficients`, `first`, `halvings`: the splines; not to be relied on.
 
     A border that is further from the center than the radius of a corner would run
     backwards there. The radius is that of the fitted line, which may be sharper than
@@ -40,11 +42,9 @@ class Track(eqx.Module):
     tapers before and after the corner; `half_widths` says where it is. Where less than
     half of the distance would be left, at a row or between rows, that is an error.
 
-    Make one by [`from_waypoints`][diffprog.systems.Track.from_waypoints],
-    [`from_borders`][diffprog.systems.Track.from_borders],
-    [`from_csv`][diffprog.systems.Track.from_csv],
-    [`from_json`][diffprog.systems.Track.from_json] or take a ready one: `oval`,
-    `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`, `simple` (miniature).
+    Make one by `from_waypoints`, `from_borders`, `from_csv` or `from_json`, or take a
+    ready one: `oval`, `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`,
+    `simple` (miniature).
 
     The constructors fit the splines in numpy, once; they are data, not differentiated.
     Every method takes one s or an array of them and follows the dtype of an array.
