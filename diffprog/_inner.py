@@ -18,13 +18,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from ._cg import solve_cg
 from ._jacobian import products
 from ._linalg import matmul, solve_positive, symmetrize
-from ._tree import add, scale, vdot, where
+from ._loops import repeat
+from ._tree import add, scale, vary
 from ._types import check_count, check_numbers, check_positive, Number, number
 
 
@@ -37,8 +38,12 @@ class Subproblem(NamedTuple):
     fitted: bool = False
     gamma: Any = 1.0
 
+    def start(self) -> PyTree:
+        """phi(z), where it is needed."""
+        return self.fn(self.x) if self.fitted else None
+
     def residual(self, p: PyTree, p0: PyTree) -> PyTree:
-        """c."""
+        """c: the message, plus p - phi(z) where the output is fitted."""
         return add(add(p, p0, -1), self.message) if self.fitted else self.message
 
     def gradient(self, y: PyTree, p0: PyTree) -> PyTree:
@@ -95,7 +100,7 @@ class InnerGradient(AbstractInner):
         def step(y):
             return add(y, scale(-self.stepsize, problem.gradient(y, p0)))
 
-        return scale(-1, repeat(step, first, self.num_steps - 1, self.unroll))
+        return scale(-1, repeat(step, first, self.num_steps - 1, unroll=self.unroll))
 
 
 class InnerGaussNewton(AbstractInner):
@@ -128,26 +133,23 @@ class InnerGaussNewton(AbstractInner):
         check_numbers(self, "rtol")
 
     def solve(self, problem):
-        if not problem.fitted:
-            p0 = None
-            plain = lambda y: add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
-            step = plain
-        else:
-            p0 = problem.fn(problem.x)
-            step = lambda y: self._step(problem, p0, y)
+        p0 = problem.start()
+        one = self._gauss_newton_step if problem.fitted else self._gradient_step
+        step = lambda y: one(problem, p0, y)
         zero = jtu.tree_map(jnp.zeros_like, problem.x)
-        return scale(-1, repeat(step, zero, self.num_steps, self.unroll))
+        return scale(-1, repeat(step, zero, self.num_steps, unroll=self.unroll))
 
-    def _step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+    def _gradient_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+        return add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
+
+    def _gauss_newton_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
         run = lambda y: (problem.fn(y), None)
         p, mv, pull, _ = products(run, add(problem.x, y))
         b = add(mv(y), problem.residual(p, p0), -1)  # J y - c
-        if min(_size(y), _size(p)) <= self.max_dense:
-            return _dense_fit(mv, pull, y, b, problem.gamma)
+        if min(tree_size(y), tree_size(p)) <= self.max_dense:
+            return regularized_fit(mv, pull, y, b, problem.gamma)
         product = lambda d: add(pull(mv(d)), scale(problem.gamma, d))
-        return conjugate_gradients(
-            product, pull(b), self.max_cg, self.rtol, self.unroll
-        )
+        return solve_cg(product, pull(b), self.max_cg, self.rtol, self.unroll)
 
 
 class InnerNewton(AbstractInner):
@@ -178,74 +180,35 @@ class InnerNewton(AbstractInner):
         check_numbers(self, "rtol")
 
     def solve(self, problem):
-        p0 = problem.fn(problem.x) if problem.fitted else None
+        p0 = problem.start()
 
         def step(y):
             gradient = lambda y: problem.gradient(y, p0)
-            if _size(y) <= self.max_dense:
+            if tree_size(y) <= self.max_dense:
                 flat, unravel = ravel_pytree(y)
                 vector = lambda v: ravel_pytree(gradient(unravel(v)))[0]
                 twice = lambda v: (vector(v), vector(v))
                 H, g = jax.jacfwd(twice, has_aux=True)(flat)
                 return unravel(flat - _solve(H, g))
             g, product = jax.linearize(gradient, y)
-            options = (self.max_cg, self.rtol, self.unroll)
-            return add(y, conjugate_gradients(product, g, *options), -1)
+            return add(y, solve_cg(product, g, self.max_cg, self.rtol, self.unroll), -1)
 
         zero = jtu.tree_map(jnp.zeros_like, problem.x)
-        return scale(-1, repeat(step, zero, self.num_steps, self.unroll))
+        return scale(-1, repeat(step, zero, self.num_steps, unroll=self.unroll))
 
 
-def conjugate_gradients(
-    product: Callable, b: PyTree, max_steps: int, rtol: Any, unroll: bool
+def regularized_fit(
+    mv: Callable, pull: Callable, x: PyTree, b: PyTree, gamma: Any
 ) -> PyTree:
-    """Solves `product(d) = b` from 0; NaN where a curvature is not positive."""
-
-    def step(carry):
-        d, r, p, rr = carry
-        Ap = product(p)
-        curvature = vdot(p, Ap)
-        a = jnp.where(
-            curvature > 0, rr / jnp.where(curvature > 0, curvature, 1), jnp.nan
-        )
-        d, r = add(d, scale(a, p)), add(r, scale(-a, Ap))
-        new = vdot(r, r)
-        return d, r, add(r, scale(new / rr, p)), new
-
-    rr = vdot(b, b)
-    target = (rtol**2 * rr).astype(rr.dtype)
-    go_on = lambda carry: carry[3] > target  # not where it is NaN
-    carry = (jtu.tree_map(jnp.zeros_like, b), b, b, rr)
-    if unroll:
-        for _ in range(max_steps):
-            carry = where(go_on(carry), step(carry), carry)
-    else:
-        on = lambda carry: (carry[0] < max_steps) & go_on(carry[1])
-        more = lambda carry: (carry[0] + 1, step(carry[1]))
-        carry = lax.while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
-    return jtu.tree_map(lambda d: jnp.where(jnp.isfinite(rr), d, jnp.nan), carry[0])
-
-
-def repeat(step: Callable, y: PyTree, count: int, unroll: bool) -> PyTree:
-    """`y = step(y)`, `count` times."""
-    if unroll or count == 1:
-        for _ in range(count):
-            y = step(y)
-        return y
-    return lax.fori_loop(0, count, lambda _, y: step(y), y) if count else y
-
-
-def _dense_fit(mv: Callable, pull: Callable, y: PyTree, b: PyTree, gamma: Any):
-    """(J'J + gamma I)^-1 J'b, by the smaller of J'J and J J'."""
-    flat_y, unravel_y = ravel_pytree(y)
+    """(J'J + gamma I)^-1 J'b for x like this, by the smaller of J'J and J J'."""
+    flat_x, unravel_x = ravel_pytree(x)
     flat_b, unravel_b = ravel_pytree(b)
-    if flat_y.size <= flat_b.size:
-        columns = jax.vmap(lambda e: ravel_pytree(mv(unravel_y(e)))[0])
-        J = columns(jnp.eye(flat_y.size, dtype=flat_y.dtype)).T
-        return unravel_y(_solve(_ridge(matmul(J.T, J), gamma), matmul(J.T, flat_b)))
-    rows = jax.vmap(lambda e: ravel_pytree(pull(unravel_b(e)))[0])
-    J = rows(jnp.eye(flat_b.size, dtype=flat_b.dtype))
-    return unravel_y(matmul(J.T, _solve(_ridge(matmul(J, J.T), gamma), flat_b)))
+    by, own, other = pull, flat_b, unravel_b
+    if flat_x.size <= flat_b.size:
+        by, own, other = mv, flat_x, unravel_x
+    unit = vary(jnp.eye(own.size, dtype=own.dtype), like=(x, b))
+    J = jax.vmap(lambda e: ravel_pytree(by(other(e)))[0])(unit)
+    return unravel_x(ridge(J.T if by is mv else J, flat_b, gamma))
 
 
 def ridge(X: Array, b: Array, gamma: Any) -> Array:
@@ -267,5 +230,5 @@ def _solve(matrix: Array, b: Array) -> Array:
     return jnp.where(positive, x.reshape(b.shape), jnp.nan)
 
 
-def _size(tree: PyTree) -> int:
+def tree_size(tree: PyTree) -> int:
     return sum(a.size for a in jtu.tree_leaves(tree))

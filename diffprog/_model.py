@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
@@ -25,8 +26,21 @@ def is_parameter(leaf) -> bool:
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
-    """The arrays of a model, and the rest."""
+class Parts(NamedTuple):
+    """A model taken apart: its arrays, and the rest, which is code."""
+
+    arrays: PyTree
+    rest: Frozen
+
+    def joined(self) -> tuple[PyTree, Callable]:
+        """The parameters, and the model as a function of them."""
+        params, constants = eqx.partition(self.arrays, is_parameter)
+        others = eqx.combine(constants, self.rest.tree())
+        return params, lambda params: eqx.combine(params, others)
+
+
+def split(model: PyTree, predict: Callable | None) -> Parts:
+    """The parts of a model with parameters to train."""
     if isinstance(model, type):
         raise TypeError(f"The model is {came(model)}; a model made of it is expected.")
     if predict is None and not callable(model):
@@ -37,7 +51,7 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
             f"The model is {what}, which cannot be called: give "
             f"`dp.value_and_direction` a `predict`{f':{NNX}' if of_nnx else such}"
         )
-    leaves = jtu.tree_leaves_with_path(model)
+    leaves, treedef = jtu.tree_flatten_with_path(model)
     if not any(is_parameter(leaf) for _, leaf in leaves):
         raise TypeError(
             "The model has no floating array, so there is nothing to train. With Flax "
@@ -59,8 +73,9 @@ def split(model: PyTree, predict: Callable | None) -> tuple[PyTree, Frozen]:
                     "parameters are floating: convert it with `.astype(float)`, or "
                     "keep it out of the parameters."
                 )
-    arrays, rest = eqx.partition(model, is_array)
-    return arrays, Frozen(rest)
+    arrays = [leaf if is_array(leaf) else None for _, leaf in leaves]
+    rest = [None if is_array(leaf) else leaf for _, leaf in leaves]
+    return Parts(treedef.unflatten(arrays), Frozen(treedef.unflatten(rest)))
 
 
 def check_batch(key: Any, **batch: PyTree):
@@ -103,6 +118,41 @@ def explained(model: Callable, inputs: PyTree) -> Callable:
             return model(x, key=keys[0]) if keys else model(x)
 
     return call
+
+
+def runner(
+    predict: Callable | None, inputs: PyTree, model_state: PyTree, key: Any
+) -> Callable:
+    """`model -> outputs, model_state`."""
+
+    def run(model):
+        if predict is None:
+            if model_state is not None:
+                raise ValueError(
+                    "The model has a state: give `dp.value_and_direction` a `predict` "
+                    "that takes `state=` and returns the outputs and the new state."
+                )
+            check_examples(inputs)
+            if key is None:
+                return jax.vmap(explained(model, inputs))(inputs), None
+            keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])
+            return jax.vmap(explained(model, inputs))(inputs, keys), None
+        options = {} if key is None else {"key": key}
+        if model_state is not None:
+            # Built anew for each trace: Flax NNX forbids to change older variables.
+            options["state"] = jtu.tree_map(lambda leaf: leaf, model_state)
+        with noted(lambda: raised_in_predict(options)):
+            outputs = predict(model, inputs, **options)
+        if model_state is None:
+            return outputs, None
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise TypeError(
+                f"`predict` returned {came(outputs)}; with a state of the model it "
+                "returns two things, the outputs and the new state."
+            )
+        return outputs
+
+    return run
 
 
 def _about_state(model: Callable) -> str:

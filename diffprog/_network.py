@@ -8,13 +8,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._capture import Frozen
 from ._changes import can_change
 from ._door import door
 from ._flax import found_in
+from ._loops import scan
 from ._types import came, noted, shapes
 
 
@@ -138,7 +138,7 @@ class Network(eqx.Module):
                 return fn(eqx.combine(arrays, rest), carry, *row)
 
             _check_constant(body, carry, (arrays, *rows))
-            carry, outs[i] = lax.scan(body, carry, (arrays, *rows), reverse=reverse)
+            carry, outs[i] = scan(body, carry, (arrays, *rows), reverse=reverse)
         return carry, tuple(outs)
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
@@ -181,6 +181,27 @@ Network.__init__.__doc__ = """**Arguments:**
 **Raises:** `TypeError` for something that cannot be called, `ValueError` if there is no
 layer or no parameter.
 """
+
+
+def split_rows(net: Network, heads: list[int]) -> tuple[Network, Network]:
+    """The network before its head, and the head: so many stages of each run."""
+    body, head = [], []
+    for stack, rows in zip(net.stacks, heads, strict=True):
+        body += _rows(stack, 0, stack.size - rows)
+        head += _rows(stack, stack.size - rows, stack.size)
+    part = lambda stacks: eqx.tree_at(lambda net: net.stacks, net, tuple(stacks))
+    return part(body), part(head)
+
+
+def _rows(stack: Stack, start: int, stop: int) -> list[Stack]:
+    if start == stop:
+        return []
+    if stop - start == stack.size:
+        return [stack]
+    if stop - start == 1:
+        return [Stack(stack.row(start), 1)]
+    some = lambda a: a[start:stop] if eqx.is_array(a) else a
+    return [Stack(jtu.tree_map(some, stack.stage), stop - start)]
 
 
 def has_parameters(layer: Any) -> bool:

@@ -7,11 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._capture import Frozen
 from ._door import door
+from ._loops import scan
 from ._tree import vary
 from ._types import came, check_function, noted, shapes
 
@@ -161,7 +161,7 @@ def _run_cell(arrays, frozen: Frozen, start: PyTree, xs: PyTree, all_states: boo
             )
         return new, new if all_states else None
 
-    return lax.scan(step, start, xs)
+    return scan(step, start, xs)
 
 
 def _like(state: PyTree) -> str:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._capture import Frozen
@@ -25,6 +24,7 @@ from ._layer_constants import (
     SmoothRelu,
     unwrapped,
 )
+from ._loops import scan
 from ._network import has_parameters, Network
 from ._tree import cast, norm, scale, where, working_dtype
 from ._types import check_count, check_key, is_number
@@ -243,7 +243,7 @@ def _jacobian_norm(fn: Callable, arrays, frozen: Frozen, key, num_steps) -> Arra
         v = where(size > 0, scale(1 / jnp.where(size > 0, size, 1), back), v)
         return v, norm(image)
 
-    _, norms = lax.scan(step, scale(1 / norm(first), first), length=num_steps)
+    _, norms = scan(step, scale(1 / norm(first), first), length=num_steps)
     return norms[-1]
 
 

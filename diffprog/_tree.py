@@ -18,6 +18,16 @@ def where(condition, if_true: PyTree, if_false: PyTree) -> PyTree:
     return jtu.tree_map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
+def no(like: Array) -> Array:
+    """False, varying like this array inside `shard_map`."""
+    return jnp.zeros_like(like, bool)
+
+
+def yes(like: Array) -> Array:
+    """True, varying like this array inside `shard_map`."""
+    return jnp.ones_like(like, bool)
+
+
 def all_finite(*trees: PyTree) -> Array:
     """Whether every entry of every leaf is finite."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(trees)]

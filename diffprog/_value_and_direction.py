@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -16,11 +14,9 @@ from ._door import door
 from ._model import (
     check_apart,
     check_batch,
-    check_examples,
-    explained,
     first_half_twice,
-    is_parameter,
-    raised_in_predict,
+    Parts,
+    runner,
     split,
 )
 from ._reduction import check_reduction, Reduction
@@ -29,18 +25,27 @@ from ._tree import (
     all_finite,
     cast,
     cast_like,
+    no,
     norm,
     scale,
     vdot,
     where,
     working_dtype,
 )
-from ._types import came, check_kind, noted
+from ._types import came, check_kind
 from .losses import AbstractLoss, as_loss
-from .oracles._damping import AbstractDamping, as_damping, DampingState, OUTCOMES
+from .oracles._damping import (
+    AbstractDamping,
+    as_damping,
+    compare,
+    DampingState,
+    outcome_of,
+)
 from .oracles.base import (
     AbstractOracle,
     check_outputs,
+    check_proposal,
+    Layers,
     Linearization,
     linearize,
     Proposal,
@@ -128,9 +133,9 @@ class ValueAndDirection(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, PyTree]:
         """`value, direction`, or `(value, aux), direction` with `has_aux`."""
-        arrays, frozen = self._split(model, inputs, targets, key)
-        args = self, arrays, frozen, inputs, targets, key
-        value, aux, outputs, replaced, direction = _call(*args)
+        parts = self._split(model, inputs, targets, key)
+        found = _call(self, parts, inputs, targets, key)
+        value, aux, outputs, replaced, direction = found
         _check_targets(self.loss, outputs, targets)
         if isinstance(replaced, Tracer) or not jnp.all(replaced):
             result = aux.result if isinstance(aux, DirectionAux) else aux
@@ -144,8 +149,7 @@ class ValueAndDirection(eqx.Module):
         With a `model_state` (running means, say) `predict` is given it as `state=`, and
         returns the outputs and the new one.
         """
-        arrays, frozen = split(model, self.predict)
-        return _init(self, arrays, frozen, model_state)
+        return _init(self, split(model, self.predict), model_state)
 
     def step(
         self,
@@ -164,18 +168,17 @@ class ValueAndDirection(eqx.Module):
         """
         if not isinstance(state, DirectionState):
             raise TypeError(f"`state` is {came(state)}; start with `init(model)`.")
-        arrays, frozen = self._split(model, inputs, targets, key, state.model_state)
-        found = _step(self, arrays, frozen, state, inputs, targets, key)
+        parts = self._split(model, inputs, targets, key, state.model_state)
+        found = _step(self, parts, state, inputs, targets, key)
         _check_targets(self.loss, found[0][1].outputs, targets)
         return found
 
-    def _split(self, model, inputs, targets, key, model_state=None):
-        arrays, frozen = split(model, self.predict)
+    def _split(self, model, inputs, targets, key, model_state=None) -> Parts:
+        parts = split(model, self.predict)
         check_batch(key, inputs=inputs, targets=targets)
         if self.check:
-            options = (inputs, model_state, key)
-            check_apart(_outputs(self, arrays, frozen, *options))
-        return arrays, frozen
+            check_apart(_outputs(self, parts, inputs, model_state, key))
+        return parts
 
 
 def value_and_direction(
@@ -255,50 +258,6 @@ def value_and_direction(
     )
 
 
-# The model -----------------------------------------------------------------------
-
-
-def _predictor(vd: ValueAndDirection, arrays, frozen, inputs, model_state, key):
-    """`params -> outputs, model_state`, and the parameters."""
-    params, constants = eqx.partition(jtu.tree_map(jnp.asarray, arrays), is_parameter)
-    rest = eqx.combine(constants, frozen.tree())
-    run = _runner(vd, inputs, model_state, key)
-    return lambda params: run(eqx.combine(params, rest)), params
-
-
-def _runner(vd: ValueAndDirection, inputs, model_state, key) -> Callable:
-    """`model -> outputs, model_state`."""
-
-    def run(model):
-        if vd.predict is None:
-            if model_state is not None:
-                raise ValueError(
-                    "The model has a state: give `dp.value_and_direction` a `predict` "
-                    "that takes `state=` and returns the outputs and the new state."
-                )
-            check_examples(inputs)
-            if key is None:
-                return jax.vmap(explained(model, inputs))(inputs), None
-            keys = jr.split(key, jtu.tree_leaves(inputs)[0].shape[0])
-            return jax.vmap(explained(model, inputs))(inputs, keys), None
-        options = {} if key is None else {"key": key}
-        if model_state is not None:
-            # Built anew for each trace: Flax NNX forbids to change older variables.
-            options["state"] = jtu.tree_map(lambda leaf: leaf, model_state)
-        with noted(lambda: raised_in_predict(options)):
-            outputs = vd.predict(model, inputs, **options)
-        if model_state is None:
-            return outputs, None
-        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
-            raise TypeError(
-                f"`predict` returned {came(outputs)}; with a state of the model it "
-                "returns two things, the outputs and the new state."
-            )
-        return outputs
-
-    return run
-
-
 # The compiled part ----------------------------------------------------------------
 
 
@@ -306,8 +265,7 @@ def _damping_of(vd: ValueAndDirection) -> AbstractDamping | None:
     return None if vd.oracle.damping is None else as_damping(vd.oracle.damping)
 
 
-def _begin(vd, arrays, frozen, model_state) -> DirectionState:
-    _, params = _predictor(vd, arrays, frozen, None, None, None)
+def _begin(vd: ValueAndDirection, params: PyTree, model_state) -> DirectionState:
     rule, damping, dtype = _damping_of(vd), None, working_dtype(params)
     if rule is not None:
         convert = lambda a: jnp.asarray(a).astype(dtype)
@@ -315,32 +273,24 @@ def _begin(vd, arrays, frozen, model_state) -> DirectionState:
     return DirectionState(damping, vd.oracle.init(cast(params, dtype)), model_state)
 
 
-@door
-def _outputs(vd, arrays, frozen, inputs, model_state, key):
-    """The outputs for a batch, and for one whose second half is its first again."""
-    found = []
-    for batch in (inputs, jtu.tree_map(first_half_twice, inputs)):
-        predict, params = _predictor(vd, arrays, frozen, batch, model_state, key)
-        found.append(predict(params)[0])
-        check_outputs(found[-1], batch)
-    return tuple(found)
-
-
-def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key, adapt):
-    predict, params = _predictor(vd, arrays, frozen, inputs, state.model_state, key)
-    model = eqx.combine(jtu.tree_map(jnp.asarray, arrays), frozen.tree())
-    run = _runner(vd, inputs, state.model_state, key)
-    at, model_state = linearize(
-        predict,
-        params,
-        vd.loss,
-        targets,
-        model,
+def _linearized(vd: ValueAndDirection, params, build, inputs, targets, state, key):
+    """The linearization at `build(params)`, and the new state of the model."""
+    run = runner(vd.predict, inputs, state, key)
+    layers = Layers(
+        build(params),
         inputs,
-        vd.reduction,
+        with_params=lambda w: build(cast_like(w, params)),
         apply=lambda model: run(model)[0],
         mapped=vd.predict is None and key is None,
     )
+    predict = lambda w: run(build(w))
+    batch = targets, inputs
+    return linearize(predict, params, vd.loss, *batch, vd.reduction, layers)
+
+
+def _advance(vd: ValueAndDirection, params, build, state, inputs, targets, key, adapt):
+    batch = inputs, targets
+    at, model_state = _linearized(vd, params, build, *batch, state.model_state, key)
     rule, gradient = _damping_of(vd), norm(at.gradient)
     damping = jnp.zeros_like(gradient)
     if rule is not None:
@@ -348,6 +298,7 @@ def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key,
     dtype = at.value.dtype
     memory = cast(state.memory, dtype)
     proposal = vd.oracle.propose(at, damping, memory, key)
+    check_proposal(vd.oracle, proposal, at.params)
     # The step as it will be made: what is too small for the parameters is no part.
     rounded = cast(cast_like(proposal.step, params), dtype)
     proposal = dataclasses.replace(proposal, step=rounded)
@@ -356,9 +307,9 @@ def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key,
     slope = vdot(at.gradient, proposal.step)
     ratio, keep, next_damping = jnp.full_like(slope, jnp.nan), ok, state.damping
     if adapt and rule is not None:
-        outcome = _outcome(ok)
+        outcome = outcome_of(ok)
         if rule.follows_ratio:
-            ratio, outcome, after = _compare(at, proposal, ok)
+            ratio, outcome, after = compare(at, proposal, ok)
             lost = ok & ~jnp.isfinite(after)
             result = RESULTS.where(lost, RESULTS.nonfinite_rollout, result)
             keep = ok & ~lost & rule.keep(outcome)
@@ -366,10 +317,7 @@ def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key,
         next_damping = rule.update(next_damping, given, outcome)
     direction = scale(-1, proposal.step)
     if vd.scale == "gradient":
-        unit = proposal.unit
-        if jtu.tree_structure(unit) != jtu.tree_structure(direction):
-            unit = jtu.tree_map(lambda _: proposal.unit, direction)
-        direction = jtu.tree_map(scale, unit, direction)
+        direction = jtu.tree_map(scale, proposal.unit, direction)
     zeros = jtu.tree_map(jnp.zeros_like, at.params)
     instead = where(_replaced(vd, at.value, gradient, result), at.gradient, zeros)
     direction = cast_like(where(keep, direction, instead), params)
@@ -388,28 +336,6 @@ def _advance(vd: ValueAndDirection, arrays, frozen, state, inputs, targets, key,
     return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
 
 
-def _compare(
-    at: Linearization, proposal: Proposal, ok
-) -> tuple[Array, OUTCOMES, Array]:
-    """The true decrease of h over the predicted one, what that says of the step, and
-    the loss after it.
-    """
-    step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, at.params))
-    after = at.value_at(jtu.tree_map(jnp.add, at.params, step))
-    predicted, noise = proposal.decrease, at.rounding()
-    ratio = (at.value - after) / jnp.where(predicted > noise, predicted, jnp.nan)
-    ratio = jnp.where(ok, ratio, jnp.nan)
-    # A gap above the noise: it is the solver that found nothing, not the model.
-    lost = (jnp.abs(predicted) <= noise) & ~(proposal.gap > noise)
-    unclear = ok & lost & (after <= at.value + noise)
-    outcome = _outcome(jnp.isfinite(ratio) & (ratio > 0))
-    return ratio, OUTCOMES.where(unclear, OUTCOMES.unclear, outcome), after
-
-
-def _outcome(good: Bool[Array, ""]) -> OUTCOMES:
-    return OUTCOMES.where(good, OUTCOMES.accepted, OUTCOMES.rejected)
-
-
 def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
     # The gradient itself is not looked at: not every oracle needs it.
     good = proposal.result == RESULTS.successful
@@ -424,27 +350,38 @@ def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
 def _replaced(vd, value: Array, gradient: Array, result: RESULTS) -> Bool[Array, ""]:
     """Whether the gradient takes the place of a direction that cannot be trusted."""
     if not vd.fallback:
-        return jnp.isnan(value) & False
+        return no(value)
     return (result != RESULTS.successful) & jnp.isfinite(value) & jnp.isfinite(gradient)
 
 
 @door
-def _init(vd, arrays, frozen, model_state) -> DirectionState:
-    return _begin(vd, arrays, frozen, model_state)
+def _init(vd, parts: Parts, model_state) -> DirectionState:
+    return _begin(vd, parts.joined()[0], model_state)
 
 
 @door
-def _step(vd, arrays, frozen, state, inputs, targets, key):
-    return _advance(vd, arrays, frozen, state, inputs, targets, key, True)
+def _outputs(vd, parts: Parts, inputs, model_state, key):
+    """The outputs for a batch, and for one whose second half is its first again."""
+    (params, build), found = parts.joined(), []
+    for batch in (inputs, jtu.tree_map(first_half_twice, inputs)):
+        outputs, _ = runner(vd.predict, batch, model_state, key)(build(params))
+        check_outputs(outputs, batch)
+        found.append(outputs)
+    return tuple(found)
 
 
 @door
-def _call(vd, arrays, frozen, inputs, targets, key):
+def _step(vd, parts: Parts, state, inputs, targets, key):
+    return _advance(vd, *parts.joined(), state, inputs, targets, key, True)
+
+
+@door
+def _call(vd, parts: Parts, inputs, targets, key):
     """A step without memory; what nobody asks for is not computed."""
-    state = _begin(vd, arrays, frozen, None)
-    (value, aux), direction, _ = _advance(
-        vd, arrays, frozen, state, inputs, targets, key, False
-    )
+    params, build = parts.joined()
+    state = _begin(vd, params, None)
+    args = params, build, state, inputs, targets, key
+    (value, aux), direction, _ = _advance(vd, *args, False)
     replaced = _replaced(vd, value, aux.gradient, aux.result)
     good = replaced | (aux.result == RESULTS.successful)
     direction = jtu.tree_map(lambda d: jnp.where(good, d, jnp.nan), direction)

@@ -1,6 +1,7 @@
 """Many problems in one call equal the same problems one by one."""
 
 import dataclasses
+import functools as ft
 import re
 from typing import Any
 
@@ -22,8 +23,7 @@ def batch(size=5):
     return problem, x0s, jnp.stack([us] * size)
 
 
-def agree(a, b, atol=1e-9):
-    jtu.tree_map(lambda x, y: np.testing.assert_allclose(x, y, 1e-9, atol), a, b)
+close = ft.partial(helpers.close, rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def test_a_batch_equals_its_problems(fast_loops, one_by_one):
     problem, x0s, uss = batch()
     solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, fast_loops=fast_loops)
     assert solution.history == {}
-    agree(solution.us, one_by_one.us)
-    agree(solution.policy, one_by_one.policy)
-    agree(solution.stats["num_steps"], one_by_one.stats["num_steps"])
+    close(solution.us, one_by_one.us)
+    close(solution.policy, one_by_one.policy)
+    close(solution.stats["num_steps"], one_by_one.stats["num_steps"])
     assert jnp.all(solution.result == dp.RESULTS.successful)
 
 
@@ -49,7 +49,7 @@ def test_batches_of_a_size_that_does_not_divide(one_by_one, capsys):
     solution = dp.solve_batch(
         problem, dp.ILQR(), x0s, uss, batch_size=2, history=True, verbose=True
     )
-    agree(solution, one_by_one)
+    close(solution, one_by_one)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("batch 1 of 3: 2 problems, 2 successful, ")
@@ -78,7 +78,7 @@ def test_a_function_receives_the_figures_and_jit_works():
     plain = solve(x0s)
     assert [f["problems"] for f in figures] == [3, 2]
     assert figures[0]["iterations"] == 1 and figures[0]["seconds"] > 0
-    agree(jax.jit(solve)(x0s), plain)
+    close(jax.jit(solve)(x0s), plain)
     assert len(figures) == 2
 
 
@@ -95,7 +95,7 @@ def test_a_batch_starts_from_the_state_of_another():
     state = eqx.tree_at(lambda state: state.damping, first.state, dampings)
     damped = solve(uss, state)
     np.testing.assert_array_equal(damped.history["damping"][:, 0], dampings)
-    agree(damped.cost, first.cost, 1e-8)
+    close(damped.cost, first.cost)
 
 
 @pytest.mark.parametrize("fast_loops", [None, False])
@@ -105,7 +105,7 @@ def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
     solution = dp.solve_batch(problem, dp.ILQR(), x0s, uss, fast_loops=fast_loops)
     good = np.asarray(solution.result == dp.RESULTS.successful)
     np.testing.assert_array_equal(good, [True, True, False, True, True])
-    agree(solution.us[good], one_by_one.us[good])
+    close(solution.us[good], one_by_one.us[good])
     code = jtu.tree_map(lambda leaf: leaf[2], solution.result)
     assert code == dp.RESULTS.nonfinite_rollout
     np.testing.assert_array_equal(solution.us[2], uss[2])
@@ -140,7 +140,7 @@ def test_problems_with_numbers_of_their_own(axes):
     rows = jnp.moveaxis(masses, 1, 0) if axes == "last" else masses
     for i in (0, 4):
         alone = dp.solve(problem(rows[i]), dp.ILQR(), x0s[i], uss[i])
-        agree(solution[i].us, alone.us)
+        close(solution[i].us, alone.us)
     assert np.ptp(solution.cost) > 0.1
 
 
@@ -166,7 +166,7 @@ def test_numbers_that_can_be_read_both_ways_are_asked_about():
         call(problem(weights=weights))
     shared = call(problem(weights=weights), in_axes=None)
     each = dp.solve(problem(weights=weights), dp.ILQR(), x0s[1], uss[1])
-    agree(shared[1].us, each.us)
+    close(shared[1].us, each.us)
     rotations = jnp.stack([jnp.eye(2)] * 2)
     with pytest.raises(ValueError, match="returned a state") as caught:
         call(problem(weights=weights), in_axes=0)  # the one rotation has two rows
@@ -174,7 +174,7 @@ def test_numbers_that_can_be_read_both_ways_are_asked_about():
     assert rows in caught.value.__notes__[-1]
     own = call(problem(weights=weights, rotation=rotations), in_axes=0)
     one = dp.solve(problem(weights=5.0), dp.ILQR(), x0s[1], uss[1])
-    agree(own[1].us, one.us)
+    close(own[1].us, one.us)
     assert jnp.all(call(problem(weights=3.0)).success)  # the table alone: not asked
 
 
@@ -215,7 +215,7 @@ def test_arrays_that_functions_hold_are_asked_about(holder):
     with pytest.raises(ValueError, match=held):
         dp.solve_batch(problem, dp.ILQR(), x0s, uss)
     shared = dp.solve_batch(problem, dp.ILQR(), x0s, uss, in_axes=None)
-    agree(shared[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
+    close(shared[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
 
 
 LISTS = {
@@ -258,7 +258,7 @@ def test_the_axis_that_is_advised_gives_each_problem_its_own():
         is_leaf=lambda a: a is None,
     )  # fmt: skip
     own = dp.solve_batch(problem(weights), dp.ILQR(), x0s, uss, in_axes=axes)
-    agree(own[1].us, dp.solve(problem(5.0), dp.ILQR(), x0s[1], uss[1]).us)
+    close(own[1].us, dp.solve(problem(5.0), dp.ILQR(), x0s[1], uss[1]).us)
 
 
 def test_a_list_that_functions_hold_is_asked_about():
@@ -286,7 +286,7 @@ def test_numbers_that_have_one_reading_are_not_asked_about():
     _, x0s, uss = batch(2)
     problem = dp.ControlProblem.from_system(Indexed(), 12)
     found = dp.solve_batch(problem, dp.ILQR(), x0s, uss)
-    agree(found[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
+    close(found[1].us, dp.solve(problem, dp.ILQR(), x0s[1], uss[1]).us)
 
 
 def test_tables_of_numpy_do_not_hide_what_is_asked_about():
@@ -317,7 +317,7 @@ def test_a_system_without_numbers():
     solution = dp.solve_batch(
         problem, dp.ILQR(), jnp.ones((2, 1)), jnp.zeros((2, 3, 1))
     )
-    agree(solution.cost, jnp.full(2, 0.25))  # the sum is -3 / 4: 3 / 16 + 1 / 16
+    close(solution.cost, jnp.full(2, 0.25))  # the sum is -3 / 4: 3 / 16 + 1 / 16
 
 
 def test_wrong_axes():

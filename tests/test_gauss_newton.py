@@ -33,7 +33,7 @@ from diffprog.oracles import (
     RandomSubspace,
 )
 from diffprog.oracles._gram import gram
-from diffprog.oracles.base import linearize
+from diffprog.oracles.base import Layers, linearize
 
 from . import helpers
 
@@ -133,9 +133,9 @@ def at(name, dtype=None, net=None):
         net, inputs, targets = jax.tree.map(cast, (net, inputs, targets))
     predict = lambda params: (jax.vmap(net.with_params(params))(inputs), None)
     loss = dp.losses.as_loss(loss)
-    return linearize(
-        predict, net.params, loss, targets, net, inputs, "mean", mapped=True
-    )[0]
+    apply = lambda net: jax.vmap(net)(inputs)
+    layers = Layers(net, inputs, net.with_params, apply, mapped=True)
+    return linearize(predict, net.params, loss, targets, inputs, "mean", layers)[0]
 
 
 close = ft.partial(helpers.close, rtol=1e-10)
@@ -267,7 +267,7 @@ def random_dual(seed, damping, count):
     predict = lambda W: jnp.tanh(inputs @ W.T)
     loss = SoftmaxCrossEntropy()
     put = lambda params: (predict(params), None)
-    lin = linearize(put, W, loss, labels, None, inputs, "mean")[0]
+    lin = linearize(put, W, loss, labels, inputs, "mean")[0]
     step = DualCG(count, 0.0).solve(lin, damping, None, None).step
     return jnp.vdot(lin.gradient, step), jnp.linalg.norm(lin.gradient)
 
@@ -328,9 +328,10 @@ def test_the_layerwise_gram_matrix(stack):
     factor = here.loss.factor(here.outputs, here.targets)
     solver = Cholesky(batch_size=7)
     with_model = solver.whitened(here, factor)
-    without = dataclasses.replace(here, mapped=False)
+    without = dataclasses.replace(here, layers=None)
     close(with_model, solver.whitened(without, factor))
-    close(gram(here, factor), with_model)
+    assert here.layers
+    close(gram(here.layers, here, factor), with_model)
     unit = jnp.eye(M * K).reshape(-1, M, K)
     row = lambda e: ravel_pytree(here.transpose_mv(factor.mv(e)))[0]
     rows = jax.jit(jax.vmap(row))(unit)
@@ -496,8 +497,9 @@ def test_auto_is_dense_where_that_is_cheap():
     def choice(model, rows, **options):
         predict = lambda params: (jnp.ones((rows, 256)), None)
         params = eqx.filter(wide, eqx.is_inexact_array)
-        others = Squared(), jnp.ones((rows, 256)), model, None, "mean"
-        return Auto(**options).choose(linearize(predict, params, *others)[0])
+        others = Squared(), jnp.ones((rows, 256)), None, "mean"
+        layers = Layers(model, None, model, model, mapped=True)
+        return Auto(**options).choose(linearize(predict, params, *others, layers)[0])
 
     assert isinstance(choice(dp.Network([wide]), 16), CG)
     assert isinstance(choice(wide, 1), CG)
@@ -545,6 +547,14 @@ def test_losses_that_are_not_convex():
         vd = dp.value_and_direction(bad, GaussNewton(1e-3, solver))
         with pytest.raises(dp.SolveError, match="not positive definite"):
             vd(network(), INPUTS, LABELS)
+
+
+def test_a_gradient_that_is_not_finite_where_the_loss_is():
+    norm = lambda w, x: 1 + jnp.sqrt(jnp.sum(w**2)) * x[:, :1]  # 0/0 at w = 0
+    for solver in (CG(5), CG(5, warm_start=0.9), CG(5, in_outputs=True), DualCG(5)):
+        vd = dp.value_and_direction(Squared(), GaussNewton(1.0, solver), norm)
+        with pytest.raises(dp.SolveError, match="A derivative is not finite"):
+            vd(jnp.zeros(3), INPUTS, jnp.zeros((len(INPUTS), 1)))
 
 
 @pytest.mark.parametrize("oracle", [GaussNewton, DualGaussNewton, Gradient])

@@ -500,6 +500,7 @@ NOT_DRAWN = {
     "Constant": "what a number stands for",
     "DampingState": "what is returned",
     "Found": "what is returned",
+    "Layers": "what is returned",
     "Linearization": "what is returned",
     "OUTCOMES": "what is returned",
     "Proposal": "what is returned",

@@ -87,9 +87,7 @@ def close_costs(actual, desired, *parts, rtol=1e-12):
 def equal(actual, desired, rtol=1e-12):
     """All numbers of two solutions, and that there are any."""
     assert np.any(actual.us)
-    actual, desired = jax.tree.leaves(actual), jax.tree.leaves(desired)
-    for a, b in zip(actual, desired, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+    helpers.close(actual, desired, rtol)
 
 
 # Known solutions.

@@ -63,7 +63,7 @@ def linear(loss, f, J, targets):
     """The linearization of f + J d at d = 0."""
     predict = lambda d: (f + jnp.tensordot(J, d, 1, precision="highest"), None)
     zero = jnp.zeros(J.shape[-1], f.dtype)
-    return linearize(predict, zero, loss, targets, None, f, "mean")[0]
+    return linearize(predict, zero, loss, targets, f, "mean")[0]
 
 
 @eqx.filter_jit

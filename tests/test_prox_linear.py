@@ -171,7 +171,7 @@ def test_converged_coordinate_ascent_is_the_dense_step():
     # gap below 0 all passes are made.
     net = network()
     predict = lambda params: (jax.vmap(net.with_params(params))(INPUTS), None)
-    others = Squared(), REAL, net, INPUTS, "mean"
+    others = Squared(), REAL, INPUTS, "mean"
     solver = CoordinateAscent(max_steps=3000)
     find = lambda: solver.minimize(
         linearize(predict, net.params, *others)[0], jnp.asarray(0.1), jnp.asarray(-1.0)

@@ -36,7 +36,9 @@ FLOORS = {
     "_tree": 1,
     "_chain": 2,
     "_jacobian": 2,
-    "_inner": 3,
+    "_loops": 2,
+    "_cg": 3,
+    "_inner": 4,
     "_model": 2,
     "_layer_constants": 2,
     "_door": 2,
@@ -78,8 +80,8 @@ LOSSES = [
 ]
 # Inside the oracles.
 ORACLES = [
-    ["base", "_damping"],
-    ["_gram", "_model_solver", "_rules"],
+    ["base"],
+    ["_damping", "_gram", "_model_solver", "_rules"],
     ["_solvers", "_inverses"],
     ["_augmented_lagrangian", "_interior_point"],
     ["_gradient", "_gauss_newton", "_moreau", "_prox_linear", "_target_propagation"],
@@ -147,11 +149,8 @@ def escapes(path):
 
 # What is too long today, and how long: a number may shrink, and no name may be added.
 TOO_LONG = {
-    "_value_and_direction.py": 456,
-    "oracles/_target_propagation.py": 430,
     "_loop.py: step": 63,
     "_loop.py: _pass": 64,
-    "oracles/_prox_linear.py: minimize": 62,
 }
 BLOCKS = ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef
 

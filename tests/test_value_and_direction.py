@@ -653,6 +653,28 @@ def test_wrong_definitions(unchecked):
         make(Squared(), Gradient(), outputs)(MODEL, INPUTS, TARGETS)
 
 
+class Careless(dp.oracles.AbstractOracle):
+    """An oracle whose answer is given."""
+
+    answer: Any
+    damping: ClassVar[None] = None
+
+    def init(self, params):
+        return None
+
+    def propose(self, at, damping, memory, key):
+        return self.answer(at.gradient)
+
+
+def test_wrong_answers_of_an_oracle_of_ones_own(unchecked):
+    call = lambda answer: dp.value_and_direction(Squared(), Careless(answer))
+    with pytest.raises(TypeError, match="`Careless.propose` returned"):
+        call(lambda g: g)(MODEL, INPUTS, TARGETS)
+    first = lambda g: dp.oracles.Proposal(g.layers[0], jnp.asarray(1.0))
+    with pytest.raises(ValueError, match="`Careless.propose` returned a step of shape"):
+        call(first)(MODEL, INPUTS, TARGETS)
+
+
 # Layers that know their derivative backward only -------------------------------------
 
 

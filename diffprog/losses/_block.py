@@ -143,7 +143,7 @@ def _newton_door(problem: BlockProblem, simple: Array) -> Array:
     v = problem.value(s)
     s = jnp.where(rows(jnp.isfinite(v)), s, 0)
     v = jnp.where(jnp.isfinite(v), v, jnp.inf)
-    begin = jnp.zeros((), jnp.int32), s, v, jnp.full_like(c, jnp.inf), c != c
+    begin = jnp.zeros((), jnp.int32), s, v, jnp.full_like(c, jnp.inf), jnp.isnan(c)
     s = lax.while_loop(unfinished, improve, begin)[1]
 
     best, least = simple, problem.dual(simple)

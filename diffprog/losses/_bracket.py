@@ -45,7 +45,7 @@ def bracketed_root(
         return i + 1, jnp.where(done, s, new), low, high, error, done
 
     far = jnp.full_like(start, jnp.inf)
-    begin = jnp.zeros((), jnp.int32), start, low, high, far, start != start
+    begin = jnp.zeros((), jnp.int32), start, low, high, far, jnp.isnan(start)
     return lax.while_loop(unfinished, improve, begin)[1]
 
 

@@ -332,7 +332,7 @@ def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
         stuck = ~jnp.isfinite(new)
         return i + 1, jnp.where(stuck, sigma, new), bounds, done | stuck
 
-    start = jnp.zeros((), jnp.int32), sigma, None if safe else bounds, sigma != sigma
+    start = jnp.zeros((), jnp.int32), sigma, None if safe else bounds, jnp.isnan(sigma)
     count, sigma, _, _ = lax.while_loop(unfinished, step, start)
     return sigma, count
 

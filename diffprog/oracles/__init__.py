@@ -53,6 +53,7 @@ from ._solvers import (
 from ._target_propagation import TargetPropagation as TargetPropagation
 from .base import (
     AbstractOracle as AbstractOracle,
+    Layers as Layers,
     Linearization as Linearization,
     Proposal as Proposal,
 )

@@ -19,10 +19,19 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._tree import add, all_finite, norm, scale, vdot, where
+from .._cg import conjugate_gradients
+from .._loops import while_loop
+from .._tree import add, all_finite, norm, scale, vdot, where, yes
 from .._types import check_count
-from ._model_solver import AbstractModelSolver, bounded, dual, fenchel, Found, unbounded
-from ._solvers import conjugate_gradients
+from ._model_solver import (
+    AbstractModelSolver,
+    bounded,
+    dual,
+    fenchel,
+    Found,
+    halved,
+    unbounded,
+)
 from .base import Linearization
 
 
@@ -90,9 +99,8 @@ class AugmentedLagrangian(AbstractModelSolver):
             best, D = where(new.P <= best.P, new, best), jnp.fmax(D, new.D)
             return count + used, new, best, D, moves, moves | moved
 
-        true = seen.P == seen.P
-        start = zero, seen, seen, seen.D, true, true
-        count, _, best, D, *_ = lax.while_loop(unfinished, step, start)
+        start = zero, seen, seen, seen.D, yes(seen.P), yes(seen.P)
+        count, _, best, D, *_ = while_loop(unfinished, step, start)
         left = best.P - D
         found = Found(best.d, best.z, left, count, jnp.isfinite(left))
         return unbounded(given, found)
@@ -176,7 +184,7 @@ class Smoothed(NamedTuple):
         target = jnp.maximum(
             FORCING * norm(r), jnp.sqrt(2 * self.damping * SHARE * rest)
         )
-        v, _, count, _ = conjugate_gradients(product, zero, r, target, limit, False)
+        v, *_, count, _ = conjugate_gradients(product, zero, r, target**2, limit)
         u, slope = at.mv(v), vdot(seen.G, v)
         dd, dv, vv = vdot(d, d), vdot(d, v), vdot(v, v)
 
@@ -188,10 +196,8 @@ class Smoothed(NamedTuple):
             falls = value <= seen.value + 1e-4 * t * slope
             # It is convex: where it still falls there it has fallen, rounded or not.
             ahead = at.weight * jnp.vdot(a, u) + self.damping * (dv + t * vv)
-            return ~falls & (ahead > 0) & (t > SHORTEST)
+            return ~falls & (ahead > 0)
 
-        t = lax.while_loop(too_long, lambda t: t / 2, jnp.ones_like(slope))
-        moved = t > SHORTEST
-        t = jnp.where(moved, t, 0)
+        t = halved(too_long, jnp.ones_like(slope), SHORTEST)
         new = self.look(seen.alpha, seen.s, add(d, v, t), z + t * u)
-        return new, count + 1, moved
+        return new, count + 1, t > 0

@@ -5,10 +5,12 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from .._tree import where
 from .._types import check_numbers, check_positive, Number, number
+from .base import Linearization, Proposal
 
 
 class DampingState(eqx.Module):
@@ -30,6 +32,28 @@ class OUTCOMES(eqx.Enumeration):
     unclear = (
         "Both decreases, predicted and true, are lost in the rounding of the loss."
     )
+
+
+def compare(
+    at: Linearization, proposal: Proposal, ok: Bool[Array, ""]
+) -> tuple[Array, OUTCOMES, Array]:
+    """The true decrease of h over the predicted one, what that says of the step, and
+    the loss after it.
+    """
+    step = where(ok, proposal.step, jtu.tree_map(jnp.zeros_like, at.params))
+    after = at.value_at(jtu.tree_map(jnp.add, at.params, step))
+    predicted, noise = proposal.decrease, at.rounding()
+    ratio = (at.value - after) / jnp.where(predicted > noise, predicted, jnp.nan)
+    ratio = jnp.where(ok, ratio, jnp.nan)
+    # A gap above the noise: it is the solver that found nothing, not the model.
+    lost = (jnp.abs(predicted) <= noise) & ~(proposal.gap > noise)
+    unclear = ok & lost & (after <= at.value + noise)
+    outcome = outcome_of(jnp.isfinite(ratio) & (ratio > 0))
+    return ratio, OUTCOMES.where(unclear, OUTCOMES.unclear, outcome), after
+
+
+def outcome_of(good: Bool[Array, ""]) -> OUTCOMES:
+    return OUTCOMES.where(good, OUTCOMES.accepted, OUTCOMES.rejected)
 
 
 class AbstractDamping(eqx.Module):

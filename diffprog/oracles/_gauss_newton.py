@@ -55,8 +55,7 @@ class GaussNewton(AbstractOracle):
         return _init(self.solver, params)
 
     def propose(self, at, damping, memory, key):
-        options = (self.solver, self.scale_model, self.metric)
-        return _propose(at, damping, memory, key, *options)
+        return _propose(self, at, damping, memory, key)
 
 
 class DualGaussNewton(AbstractOracle):
@@ -92,8 +91,7 @@ class DualGaussNewton(AbstractOracle):
         return _init(self.solver, params)
 
     def propose(self, at, damping, memory, key):
-        options = (self.solver, self.scale_model, self.metric)
-        return _propose(at, damping, memory, key, *options)
+        return _propose(self, at, damping, memory, key)
 
 
 def _is_warm(solver: AbstractSolver) -> bool:
@@ -105,14 +103,13 @@ def _init(solver: AbstractSolver, params: PyTree) -> PyTree:
 
 
 def _propose(
+    oracle: GaussNewton | DualGaussNewton,
     at: Linearization,
     damping: Array,
     memory: PyTree,
     key: Any,
-    solver: AbstractSolver,
-    scale_model: bool,
-    metric: PyTree,
 ) -> Proposal:
+    solver, metric = oracle.solver, oracle.metric
     structure = jtu.tree_structure(at.params)
     if metric is not None and jtu.tree_structure(metric) != structure:
         raise ValueError(
@@ -131,7 +128,7 @@ def _propose(
     else:
         curvature = -2 * (at.model_decrease(step) + slope)
         factor = jnp.ones_like(slope)
-        if scale_model:
+        if oracle.scale_model:
             total = curvature + damping * length2
             factor = jnp.where(total > 0, -slope / jnp.where(total > 0, total, 1), 1)
         step = scale(factor, step)
@@ -142,15 +139,14 @@ def _propose(
     result = RESULTS.where(
         solved.negative_curvature, RESULTS.factorization_failed, RESULTS.successful
     )
-    return Proposal(
-        step, decrease, damping, solved.gap, solved.num_inner, result, memory
-    )
+    found = solved.gap, solved.num_inner
+    return Proposal(step, decrease, damping, *found, result, memory)
 
 
 def _scaled(at: Linearization, roots: PyTree) -> Linearization:
     """In the parameters v with w = v / roots."""
     divide = lambda tree: jtu.tree_map(jnp.divide, tree, roots)
-    at = dataclasses.replace(at, mapped=False)  # layers do not know of the scaling
+    at = dataclasses.replace(at, layers=None)  # these do not know of the scaling
     return eqx.tree_at(
         lambda at: (at.gradient, at.mv, at.transpose_mv),
         at,

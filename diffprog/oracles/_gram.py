@@ -7,23 +7,27 @@ For z = W a + b the block of the examples i and j and the columns s and t of R i
 with + 1 where there is a bias: nothing has the size of the parameters.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._linalg import matmul
 from .._network import has_parameters, Network, Stage
 from .._tree import cast
-from .base import Linearization
+from .base import Layers, Linearization
 
 
-def is_dense(net: Network) -> bool:
-    """Whether all parameters are those of dense layers."""
-    layers = [layer for stack in net.stacks for layer in stack.stage.layers]
-    return all(is_linear(layer) for layer in layers if has_parameters(layer))
+def dense(layers: Layers | None) -> Layers | None:
+    """These of a network, if all its parameters are those of dense layers."""
+    if layers is None or not (layers.mapped and isinstance(layers.model, Network)):
+        return None
+    found = [layer for stack in layers.model.stacks for layer in _linear(stack.stage)]
+    return layers if all(map(is_linear, found)) else None
 
 
 def gram_flops(net: Network, m: int, k: int) -> float:
@@ -49,42 +53,39 @@ def is_linear(layer) -> bool:
     )
 
 
-def gram(at: Linearization, factor) -> Array:
+def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
-    net: Network = at.model
-    m = at.outputs.shape[0]
-
-    def outputs(shifts):
-        def run(x, shifts):
-            return net.scan(_run, x, shifts)
-
-        return jax.vmap(run)(at.inputs, shifts)
-
-    zeros = jax.tree_util.tree_map(
-        lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(
-            lambda x: jax.vmap(lambda x: net.scan(_shapes, x)[1])(x), at.inputs
-        ),
-    )
+    net, inputs = layers.model, layers.inputs
+    m, dtype = at.outputs.shape[0], at.outputs.dtype
+    batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
+    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], inputs)
+    zeros = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    outputs = lambda shifts: batch(_run)(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
-    unit = jnp.eye(rows, dtype=at.outputs.dtype).reshape(rows, 1, *factor.rho.shape[1:])
+    unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
     columns = jnp.broadcast_to(unit, (rows, *factor.rho.shape))
     # (rows, m, [stages,] out)
     S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
-    S, activations = cast((S, activations), at.outputs.dtype)
-    total = jnp.zeros((m, rows, m, rows), at.outputs.dtype)
-    for stack, s, a in zip(net.stacks, S, activations, strict=True):
-        biased = [layer.use_bias for layer in _linear(stack.stage)]
-        for bias, s, a in zip(biased, s, a, strict=True):
-            s = jnp.moveaxis(s.reshape(rows, m, stack.size, -1), 2, 0)
-            a = jnp.moveaxis(a.reshape(m, stack.size, -1), 1, 0)
-            for s, a in zip(s, a, strict=True):
-                s = jnp.swapaxes(s, 0, 1).reshape(m * rows, -1)
-                inner = matmul(a, a.T) + (1 if bias else 0)
-                outer = matmul(s, s.T).reshape(m, rows, m, rows)
+    S, activations = cast((S, activations), dtype)
+    total = jnp.zeros((m, rows, m, rows), dtype)
+    for stack, S_stack, A_stack in zip(net.stacks, S, activations, strict=True):
+        dense = _linear(stack.stage)
+        for layer, S_layer, A_layer in zip(dense, S_stack, A_stack, strict=True):
+            for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
+                inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
+                outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
                 total = total + inner[:, None, :, None] * outer
     return total.reshape(m * rows, m * rows)
+
+
+def _stages(S: Array, A: Array, size: int, m: int) -> Iterator[tuple[Array, Array]]:
+    """Sensitivities (m rows, out) and activations (m, in) of each of equal layers."""
+    S = S.reshape(S.shape[0], m, size, -1)
+    A = A.reshape(m, size, -1)
+    for t in range(size):
+        S_t = jnp.swapaxes(S[:, :, t], 0, 1)
+        yield S_t.reshape(-1, S.shape[-1]), A[:, t]
 
 
 def _run(stage: Stage, x, shifts):
@@ -100,6 +101,7 @@ def _run(stage: Stage, x, shifts):
 
 
 def _shapes(stage: Stage, x):
+    """The output of a stage, and those of its dense layers."""
     found = []
     for layer in stage.layers:
         x = layer(x)

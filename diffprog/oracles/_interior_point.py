@@ -23,6 +23,7 @@ from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
+from .._loops import while_loop
 from .._tree import add, all_finite, Layout, scale, vdot, where
 from .._types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
@@ -103,7 +104,7 @@ class InteriorPoint(AbstractModelSolver):
         e = jnp.zeros(B.shape[-1], B.dtype)
         seen, zero = reduced.look(e, domain.start(at.outputs)), jnp.zeros((), jnp.int32)
         start = zero, seen, seen, zero, finite(seen)
-        count, _, best, _, _ = lax.while_loop(unfinished, step, start)
+        count, _, best, _, _ = while_loop(unfinished, step, start)
         # The gap anew: that of the step itself, not of its coordinates.
         d, alpha = lift(best.e), best.inside.alpha
         z = at.outputs + at.mv(d)

@@ -15,15 +15,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.flatten_util import ravel_pytree
-from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, PyTree
 
+from .._cg import solve_cg
+from .._inner import regularized_fit, tree_size
 from .._jacobian import products
 from .._linalg import matmul, solve_positive
 from .._network import has_parameters, Stage
 from .._recurrent import Recurrent, RNNCell
-from .._tree import cast, vary, working_dtype
+from .._tree import add, cast, working_dtype
 from ._rules import RuleBoundary
 
 
@@ -124,6 +124,12 @@ class Loop(NamedTuple):
     recurrent: Recurrent
     after: tuple[Callable, ...]
 
+    def output(self, states: PyTree) -> PyTree:
+        """The output of the layer, from all states of its recurrent part."""
+        if not self.recurrent.sequence:
+            states = jtu.tree_map(lambda a: a[-1], states)
+        return compose(self.after)(states)
+
 
 def view(layer: Any) -> Dense | Loop | None:
     """What the layer is, if it is one of these."""
@@ -165,6 +171,12 @@ def compose(functions: tuple[Callable, ...]) -> Callable:
     return composed
 
 
+def as_loop(layer: Callable) -> Loop:
+    loop = view(layer)
+    assert isinstance(loop, Loop)
+    return loop
+
+
 def cell_activation(cell: Any) -> Activation | None:
     """That of a plain cell, if it is known."""
     return activation_of(cell.activation) if isinstance(cell, RNNCell) else None
@@ -194,19 +206,8 @@ def gauss_newton(fn: Callable, x: PyTree, message: PyTree, r: Any) -> PyTree:
     run = lambda x: (fn(eqx.combine(x, others)), None)
     y, A, At, _ = products(run, x)
     x, y = cast((x, y), working_dtype(message))
-    flat_x, unravel_x = ravel_pytree(x)
-    flat_y, unravel_y = ravel_pytree(y)
-    if min(flat_x.size, flat_y.size) > DENSE:
-        damp = lambda v, Av: jtu.tree_map(lambda a, b: r * a + b, v, Av)
-        rtol = float(jnp.finfo(flat_x.dtype).eps) ** 0.75
-        b = At(message)
-        start = vary(jtu.tree_map(jnp.zeros_like, b), like=b)
-        return cg(lambda v: damp(v, At(A(v))), b, start, tol=rtol)[0]
-    flat = lambda tree: ravel_pytree(tree)[0]
-    if flat_x.size <= flat_y.size:
-        unit = vary(jnp.eye(flat_x.size, dtype=flat_x.dtype), like=x)
-        matrix = jax.vmap(lambda e: flat(A(unravel_x(e))))(unit).T
-    else:
-        unit = vary(jnp.eye(flat_y.size, dtype=flat_y.dtype), like=y)
-        matrix = jax.vmap(lambda e: flat(At(unravel_y(e))))(unit)
-    return unravel_x(matmul(regularized_inverse(matrix, r), flat(message)))
+    if min(tree_size(x), tree_size(y)) <= DENSE:
+        return regularized_fit(A, At, x, message, r)
+    b, product = At(message), lambda v: add(At(A(v)), v, r)
+    rtol = float(jnp.finfo(working_dtype(b)).eps) ** 0.75
+    return solve_cg(product, b, 10 * tree_size(b), rtol)

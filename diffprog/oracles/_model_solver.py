@@ -2,12 +2,14 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._loops import while_loop
 from .._tree import vdot
 from ..losses import AbstractDualLoss
 from ..losses._loss import total
@@ -67,6 +69,13 @@ def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
     both = losses + dual(at).conjugate(alpha, at.targets)
     inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
     return at.weight * jnp.sum(both - total(inner))
+
+
+def halved(too_long: Callable, t: Array, shortest: float = 1e-9) -> Array:
+    """The first of t, t/2, t/4 ... that is not too long; 0 where that is too short."""
+    unfinished = lambda t: too_long(t) & (t > shortest)
+    t = while_loop(unfinished, lambda t: t / 2, t)
+    return jnp.where(t > shortest, t, 0)
 
 
 def bounded(at: Linearization) -> Linearization:

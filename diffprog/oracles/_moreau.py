@@ -15,7 +15,7 @@ from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._types import check_kind, check_positive, Number, number
 from ..losses import AbstractDualLoss
 from ._gram import is_linear
-from ._rules import AbstractRule, is_boundary, run_network, with_rule
+from ._rules import AbstractRule, inside, is_boundary, run_network, with_rule
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -247,24 +247,24 @@ class MoreauBackprop(AbstractOracle):
 
 def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
     """The outputs as a function of the parameters; backward they follow the rule."""
-    if isinstance(at.model, Network):
-        if not at.mapped:
+    layers, model = inside(at), inside(at).model
+    if isinstance(model, Network):
+        if not layers.mapped:
             raise ValueError(
                 "`MoreauBackprop` runs the layers of a `dp.Network` itself: leave out "
                 "`predict` and `key`, or mark the layers of another model with "
                 "`dp.rule_boundary`."
             )
-        run = lambda params: run_network(at.model_with(params), rule, at.inputs)
-        return lambda params: run(params).astype(at.outputs.dtype)
-    apply = at.apply
-    marked = any(map(is_boundary, jtu.tree_leaves(at.model, is_leaf=is_boundary)))
-    if apply is None or not marked:
+        run = lambda model: run_network(model, rule, layers.inputs)
+    elif any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
+        run = lambda model: layers.apply(with_rule(model, rule))
+    else:
         raise TypeError(
-            f"The model is a {type(at.model).__name__} without layers that a rule "
+            f"The model is a {type(model).__name__} without layers that a rule "
             "could follow: make it a `dp.Network(layers)`, or mark its layers with "
             "`dp.rule_boundary(layer)`."
         )
-    return lambda params: apply(with_rule(at.model_with(params), rule))
+    return lambda params: run(layers.with_params(params)).astype(at.outputs.dtype)
 
 
 def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:

@@ -8,16 +8,17 @@ with d = -c J' alpha / damping, K = J J' and the linearized outputs z = f + J d.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
+from .._loops import for_each, repeat, while_loop
 from .._result import RESULTS
 from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
@@ -32,12 +33,30 @@ from ._model_solver import (
     dual,
     fenchel,
     Found,
+    halved,
     model,
     reached,
     unbounded,
 )
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 from .base import AbstractOracle, Linearization, Proposal
+
+
+class Point(NamedTuple):
+    """A step of the model, and what is known there.
+
+    - `d`, `z`, `alpha`: the step, the linearized outputs, and the dual variable.
+    - `g`, `G`: the gradient of the losses at z, and that of P at d.
+    - `P`, `left`: the model, and P - D.
+    """
+
+    d: PyTree
+    z: Array
+    alpha: Array
+    g: Array
+    G: PyTree
+    P: Array
+    left: Array
 
 
 class NewtonSteps(AbstractModelSolver):
@@ -64,67 +83,48 @@ class NewtonSteps(AbstractModelSolver):
             )
 
     def minimize(self, at, damping, gap):
-        solver = self.solver
-        solver = solver.choose(at) if isinstance(solver, Auto) else solver
-
-        def look(d, z):
-            """The gradient of the losses at z, that of P at d, and P(d) - D."""
+        def look(d, z, alpha, P):
             g = at.loss.gradient(z, at.targets)
             G = add(scale(at.weight, at.transpose_mv(g)), d, damping)
-            return g, G, vdot(G, G) / (2 * damping)
+            return Point(d, z, alpha, g, G, P, vdot(G, G) / (2 * damping))
 
         def unfinished(carry):
-            count, _, _, _, P, (_, _, left), good = carry
-            return (
-                (count < self.max_steps) & good & (left > gap * (at.value - P + left))
-            )
+            count, here, good = carry
+            far = here.left > gap * (at.value - here.P + here.left)
+            return (count < self.max_steps) & good & far
 
         def step(carry):
-            count, d, z, alpha, P, (g, G, _), _ = carry
-            here = dataclasses.replace(at, outputs=z, cotangent=g, gradient=G)
-            if isinstance(solver, Cholesky):
-                a, bad = solver.dual(here, damping, alpha)
-                v = scale(-1, at.transpose_mv(a))
-                change = a * (damping / at.weight)
-            else:
-                v, _, _, bad, _ = dataclasses.replace(solver, in_outputs=False).solve(
-                    here, damping, None, None
-                )
-                change = jnp.zeros_like(alpha)  # of no use without an exact solution
-            u, slope = at.mv(v), vdot(G, v)
+            count, here, _ = carry
+            v, change, bad = self._newton(at, damping, here)
+            u, slope = at.mv(v), vdot(here.G, v)
+            noise = 4 * jnp.finfo(u.dtype).eps * jnp.abs(here.P)
+            value = lambda t: model(at, damping, add(here.d, v, t), here.z + t * u)
+            short = lambda t: value(t) <= here.P + 1e-4 * t * slope + noise
+            t = halved(lambda t: ~short(t), jnp.ones_like(slope))
+            new = add(here.d, v, t), here.z + t * u, here.alpha + t * change
+            good = (slope < 0) & (t > 0) & ~bad & jnp.isfinite(value(t))
+            return count + 1, look(*new, value(t)), good
 
-            def too_long(trial):
-                t, P_new = trial
-                short = P_new <= P + 1e-4 * t * slope + 4 * eps * jnp.abs(P)
-                return ~short & (t > 1e-9)
-
-            def value(t):
-                return model(at, damping, add(d, v, t), z + t * u)
-
-            def halve(trial):
-                t = trial[0] / 2
-                return t, value(t)
-
-            eps, one = jnp.finfo(z.dtype).eps, jnp.ones_like(P)
-            t, P = lax.while_loop(too_long, halve, (one, value(one)))
-            d, z, alpha = add(d, v, t), z + t * u, alpha + t * change
-            good = (slope < 0) & (t > 1e-9) & ~bad & jnp.isfinite(P)
-            return count + 1, d, z, alpha, P, look(d, z), good
-
-        d = jtu.tree_map(jnp.zeros_like, at.params)
-        z, zero = at.outputs, jnp.zeros((), jnp.int32)
-        start = (
-            zero,
-            d,
-            z,
-            jnp.zeros_like(z),
-            at.value,
-            look(d, z),
-            at.value == at.value,
-        )
-        count, d, z, _, _, (_, _, left), good = lax.while_loop(unfinished, step, start)
+        zero, z = jtu.tree_map(jnp.zeros_like, at.params), at.outputs
+        first = look(zero, z, jnp.zeros_like(z), at.value)
+        start = jnp.zeros((), jnp.int32), first, jnp.isfinite(at.value)
+        count, end, good = while_loop(unfinished, step, start)
         # At rounding no step is found any more; that is no failure.
-        return Found(d, z, left, count, good | (count > 1))
+        return Found(end.d, end.z, end.left, count, good | (count > 1))
+
+    def _newton(self, at: Linearization, damping: Array, here: Point):
+        """Newton's step, what it adds to alpha, and whether there is none."""
+        at = dataclasses.replace(at, outputs=here.z, cotangent=here.g, gradient=here.G)
+        solver = (
+            self.solver.choose(at) if isinstance(self.solver, Auto) else self.solver
+        )
+        if isinstance(solver, Cholesky):
+            a, bad = solver.dual(at, damping, here.alpha)
+            return scale(-1, at.transpose_mv(a)), a * (damping / at.weight), bad
+        solver = dataclasses.replace(solver, in_outputs=False)
+        solved = solver.solve(at, damping, None, None)
+        no_change = jnp.zeros_like(here.alpha)  # of no use without an exact solution
+        return solved.step, no_change, solved.negative_curvature
 
 
 class CoordinateAscent(AbstractModelSolver):
@@ -170,7 +170,7 @@ class CoordinateAscent(AbstractModelSolver):
             return lax.dynamic_update_slice_in_dim(alpha, new, i, 0), z
 
         def all_examples(state):
-            alpha, _ = lax.fori_loop(0, m, example, state)
+            alpha, _ = for_each(m, example, state)
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
@@ -202,7 +202,7 @@ class ProximalGradient(AbstractModelSolver):
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
         v = at.cotangent + jnp.finfo(c.dtype).tiny
         unit = lambda v: v / jnp.sqrt(jnp.vdot(v, v))
-        v = lax.fori_loop(0, 20, lambda _, v: unit(K(v)), unit(v))
+        v = repeat(lambda v: unit(K(v)), unit(v), 20)
         tau = c / (1.2 * jnp.vdot(v, K(v)))
 
         def advance(state):
@@ -261,7 +261,7 @@ def ascend(
     alpha, z, *_ = state
     P, D = judge(at, damping, alpha, z)
     start = (jnp.zeros((), jnp.int32), state, (P, alpha, z), D)
-    count, _, (P, alpha, z), D = lax.while_loop(unfinished, more, start)
+    count, _, (P, alpha, z), D = while_loop(unfinished, more, start)
     step = scale(-at.weight / damping, at.transpose_mv(alpha))
     return Found(step, z, P - D, count, jnp.isfinite(P - D))
 
@@ -320,13 +320,8 @@ class ProxLinear(AbstractOracle):
 
         def shortened(d, u, t):
             """t, halved until the convex model falls along d, or 0; u = J d."""
-
-            def bad(t):
-                P = model(at, damping, scale(t, d), at.outputs + t * u)
-                return (P >= at.value) & (t > 1e-9)
-
-            t = lax.while_loop(bad, lambda t: t / 2, t)
-            return jnp.where(t > 1e-9, t, 0)
+            P = lambda t: model(at, damping, scale(t, d), at.outputs + t * u)
+            return halved(lambda t: P(t) >= at.value, t)
 
         # Where the steps of the solver did not suffice, its point may lie beyond all
         # descent; along minus the gradient a smooth loss always falls.

@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._network import Network
 from .._tree import cast, cast_like, working_dtype
 from .._types import came
+from .base import Layers, Linearization
 
 
 class AbstractRule(eqx.Module):
@@ -132,6 +133,13 @@ def with_rule(model: PyTree, rule: AbstractRule) -> PyTree:
         return RuleBoundary(node.layer, rule, memory)
 
     return jtu.tree_map(mark, model, is_leaf=is_boundary)
+
+
+def inside(at: Linearization) -> Layers:
+    """The model itself, for oracles that cannot do without it."""
+    if at.layers is None:
+        raise TypeError("The oracle asks for layers, and there are products alone.")
+    return at.layers
 
 
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:

@@ -6,7 +6,6 @@ $\alpha = g + H J d$, one vector of outputs per example.
 """
 
 import abc
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,11 +16,11 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, PyTree
 
+from .._cg import conjugate_gradients
 from .._linalg import matmul
-from .._network import Network
-from .._tree import add, all_finite, norm, scale, vdot, where
+from .._tree import add, all_finite, norm, scale
 from .._types import check_count, check_numbers, Number, number
-from ._gram import gram, gram_flops, is_dense
+from ._gram import dense, gram, gram_flops
 from .base import Linearization
 
 
@@ -51,51 +50,6 @@ class AbstractSolver(eqx.Module):
         self, at: Linearization, damping: Array, start: PyTree | None, key: Any
     ) -> Solved:
         """The step, from `start` if that is of use."""
-
-
-def repeat(step: Callable, carry: PyTree, go_on: Callable, limit: Any, unroll: bool):
-    """`carry = step(carry)` while `go_on(carry)`, at most `limit` times.
-
-    Unrolled it is written out: convolutions in loops are slow on the CPU.
-    """
-    if unroll:
-        for _ in range(limit):
-            carry = where(go_on(carry), step(carry), carry)
-        return carry
-    on = lambda carry: (carry[0] < limit) & go_on(carry[1])
-    more = lambda carry: (carry[0] + 1, step(carry[1]))
-    return lax.while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
-
-
-def ratio(a: Array, b: Array) -> Array:
-    """a / b, and 0 where b is 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def conjugate_gradients(
-    product: Callable, d: PyTree, r: PyTree, target: Array, limit: Any, unroll: bool
-) -> tuple[PyTree, Array, Array, Array]:
-    """From d, where the residual is r, until its norm is at most `target`.
-
-    Returns d, the square of the norm, iterations, and whether the curvature was not
-    positive.
-    """
-
-    def step(carry):
-        d, r, p, rr, count, _ = carry
-        Ap = product(p)
-        curvature = vdot(p, Ap)
-        bad = curvature <= 0
-        a = jnp.where(bad, 0, ratio(rr, curvature))
-        d, r = add(d, p, a), add(r, Ap, -a)
-        new = vdot(r, r)
-        return d, r, add(r, p, ratio(new, rr)), new, count + 1, bad
-
-    rr, zero = vdot(r, r), jnp.zeros((), jnp.int32)
-    go_on = lambda carry: (carry[3] > target**2) & ~carry[5]
-    carry = (d, r, r, rr, zero, rr < 0)
-    d, _, _, rr, count, bad = repeat(step, carry, go_on, limit, unroll)
-    return d, rr, count, bad
 
 
 class CG(AbstractSolver):
@@ -140,37 +94,33 @@ class CG(AbstractSolver):
             d = scale(self.warm_start, start)
             r = add(r, product(d), -1)
         target = self.rtol * norm(at.gradient)
-        d, rr, count, bad = conjugate_gradients(
-            product, d, r, target, self.max_steps, self.unroll
-        )
+        end = conjugate_gradients(product, d, r, target**2, self.max_steps, self.unroll)
         # P(d) - D(alpha) = |r|^2 / (2 lambda) for alpha = g + H J d.
-        return Solved(d, rr / (2 * damping), count, bad, not starts)
+        return Solved(end.x, end.rr / (2 * damping), end.steps, end.bad, not starts)
 
     def _outputs(self, at: Linearization, damping, start) -> Solved:
-        # d = J' u; the inner product of J' a and J' b is a' K b.
-        K = lambda v: at.mv(at.transpose_mv(v))
+        # d = J' u; the inner product of J' a and J' b is a' K b: u stands beside K u.
+        def measure(r):
+            Kr = at.mv(at.transpose_mv(r))
+            return (r, Kr), jnp.vdot(r, Kr)
+
+        def product(pair):
+            p, Kp = pair
+            return damping * p + at.weight * at.hessian_mv(Kp)
+
         r = -at.weight * at.cotangent
-        Kr = K(r)
-
-        def step(carry):
-            u, r, Kr, p, Kp, rr, count, _ = carry
-            Mp = damping * p + at.weight * at.hessian_mv(Kp)
-            curvature = jnp.vdot(Kp, Mp)
-            bad = curvature <= 0
-            a = jnp.where(bad, 0, ratio(rr, curvature))
-            u, r = u + a * p, r - a * Mp
-            Kr = K(r)
-            new = jnp.vdot(r, Kr)
-            b = ratio(new, rr)
-            return u, r, Kr, r + b * p, Kr + b * Kp, new, count + 1, bad
-
-        rr, zero = jnp.vdot(r, Kr), jnp.zeros((), jnp.int32)
-        target = (self.rtol * norm(at.gradient)) ** 2
-        go_on = lambda carry: (carry[5] > target) & ~carry[7]
-        carry = (jnp.zeros_like(r), r, Kr, r, Kr, rr, zero, rr != rr)
-        carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
-        u, *_, rr, count, bad = carry
-        return Solved(at.transpose_mv(u), rr / (2 * damping), count, bad, True)
+        end = conjugate_gradients(
+            product,
+            (jnp.zeros_like(r), jnp.zeros_like(r)),
+            r,
+            (self.rtol * norm(at.gradient)) ** 2,
+            self.max_steps,
+            self.unroll,
+            inner=lambda pair, Mp: jnp.vdot(pair[1], Mp),
+            measure=measure,
+        )
+        d = at.transpose_mv(end.x[0])
+        return Solved(d, end.rr / (2 * damping), end.steps, end.bad, True)
 
 
 class DualCG(AbstractSolver):
@@ -206,29 +156,25 @@ class DualCG(AbstractSolver):
         def measure(s):
             Hs = at.hessian_mv(s)
             z = Hs if self.euclidean else s
-            return z, jnp.vdot(z, Hs), jnp.vdot(s, Hs)
-
-        def step(carry):
-            beta, s, p, rr, _, count, _ = carry
-            w = mu * p + K(at.hessian_mv(p))
-            curvature = jnp.vdot(p, at.hessian_mv(w))
-            bad = curvature <= 0
-            a = jnp.where(bad, 0, ratio(rr, curvature))
-            beta, s = beta + a * p, s - a * w
-            z, new, left = measure(s)
-            return beta, s, z + ratio(new, rr) * p, new, left, count + 1, bad
+            return z, jnp.vdot(z, Hs)
 
         s = -K(at.cotangent)
-        z, rr, left = measure(s)
-        target = self.rtol**2 * rr
-        go_on = lambda carry: (carry[3] > target) & ~carry[6]
-        carry = (jnp.zeros_like(s), s, z, rr, left, jnp.zeros((), jnp.int32), rr < 0)
-        carry = repeat(step, carry, go_on, self.max_steps, self.unroll)
-        beta, _, _, _, left, count, bad = carry
+        end = conjugate_gradients(
+            lambda p: mu * p + K(at.hessian_mv(p)),
+            jnp.zeros_like(s),
+            s,
+            self.rtol**2 * measure(s)[1],
+            self.max_steps,
+            self.unroll,
+            inner=lambda p, w: jnp.vdot(p, at.hessian_mv(w)),
+            measure=measure,
+        )
+        beta, s = end.x, end.r
         alpha = at.cotangent + at.hessian_mv(beta)
         d = scale(-1 / mu, at.transpose_mv(alpha))
         # P(d) - D(alpha) = c/2 (J d - beta)' H (J d - beta), and J d - beta = s / mu.
-        return Solved(d, at.weight * left / (2 * mu**2), count, bad, False)
+        gap = at.weight * jnp.vdot(s, at.hessian_mv(s)) / (2 * mu**2)
+        return Solved(d, gap, end.steps, end.bad, False)
 
 
 class Cholesky(AbstractSolver):
@@ -289,8 +235,9 @@ class Cholesky(AbstractSolver):
 
     def whitened(self, at: Linearization, factor) -> Array:
         """R' K R."""
-        if _layerwise(at):
-            return gram(at, factor)
+        layers = dense(at.layers)
+        if layers is not None:
+            return gram(layers, at, factor)
 
         def column(e):
             v = factor.mv(e.reshape(factor.rho.shape))
@@ -380,9 +327,8 @@ class Auto(AbstractSolver):
         m, q = at.outputs.shape[0], at.outputs.size
         size = sum(a.size for a in jtu.tree_leaves(at.params))
         product = 8 * m * size  # where an example uses each parameter once
-        build = float(q * product)
-        if _layerwise(at):
-            build = gram_flops(at.model, m, q // m)
+        layers = dense(at.layers)
+        build = gram_flops(layers.model, m, q // m) if layers else float(q * product)
         if build + q**3 / 3 <= 50 * product:
             return Cholesky()
         small = self.in_outputs or (50 * q < size and not self.warm_start)
@@ -393,8 +339,3 @@ class Auto(AbstractSolver):
             in_outputs=small,
             unroll=self.unroll,
         )
-
-
-def _layerwise(at: Linearization) -> bool:
-    """Whether the layers tell the Gram matrix."""
-    return at.mapped and isinstance(at.model, Network) and is_dense(at.model)

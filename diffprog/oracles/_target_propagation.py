@@ -7,15 +7,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import PyTree
 
 from .._linalg import matmul
-from .._network import Network, Stack
-from .._tree import cast, cast_like, vary, vdot, widened, working_dtype
+from .._loops import scan
+from .._network import Network, split_rows
+from .._tree import cast, cast_like, vdot, widened, working_dtype
 from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
+    as_loop,
     cell_activation,
     compose,
     Dense,
@@ -24,7 +25,7 @@ from ._inverses import (
     regularized_inverse,
     view,
 )
-from ._rules import AbstractRule, follow, is_boundary, prepared, with_rule
+from ._rules import AbstractRule, follow, inside, is_boundary, prepared, with_rule
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -126,9 +127,9 @@ class TargetPropagation(AbstractOracle):
     def propose(self, at, damping, memory, key):
         numbers = (self.stepsize, self.regularization, self.eps)
         rule = _Targets(*numbers, self.inverse == "difference", self.local)
-        run = _run_network if isinstance(at.model, Network) else _run_marked
+        run = _run_network if isinstance(inside(at).model, Network) else _run_marked
         outputs, factors = run(self, at, rule)
-        _, pull = jax.vjp(outputs, at.params)
+        _, pull = jax.vjp(lambda w: outputs(w).astype(at.outputs.dtype), at.params)
         (message,) = pull(at.weight * at.cotangent)
         step = jtu.tree_map(lambda f, g: (-f * g).astype(g.dtype), factors, message)
         slope = vdot(at.gradient, step)
@@ -140,10 +141,11 @@ class TargetPropagation(AbstractOracle):
 
 def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
     """`params -> outputs`, and the factor of each parameter."""
-    if not any(map(is_boundary, jtu.tree_leaves(at.model, is_leaf=is_boundary))):
+    layers, model = inside(at), inside(at).model
+    if not any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
         raise TypeError(
             f"Target propagation needs to know the layers of the model, and it is a "
-            f"{type(at.model).__name__}: give a `dp.Network(layers)`, or mark layers "
+            f"{type(model).__name__}: give a `dp.Network(layers)`, or mark layers "
             "inside the model with `dp.rule_boundary(layer)`."
         )
     if oracle.head is not None:
@@ -151,7 +153,8 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
             f"`head` is {oracle.head}, which counts the stages of a `dp.Network`; here "
             "leave it out, and do not mark the layers that end the model."
         )
-    outputs = lambda params: at.apply(with_rule(at.model_with(params), rule))
+    run = lambda model: layers.apply(with_rule(model, rule))
+    outputs = lambda params: run(layers.with_params(params))
 
     def factor(node):
         value = oracle.stepsize if is_boundary(node) else 1.0
@@ -161,14 +164,13 @@ def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
 
 
 def _run_network(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
-    net: Network = at.model
+    layers, net = inside(at), inside(at).model
     heads = _head_rows(net, oracle.head)
 
     def outputs(params):
-        whole = at.model_with(params)
-        model = _Ruled(*_split(whole, heads), rule, at.mapped)
-        found = model(at.inputs) if at.mapped else at.apply(model)
-        return found.astype(at.outputs.dtype)
+        whole = layers.with_params(params)
+        model = _Ruled(*split_rows(whole, heads), rule, layers.mapped)
+        return model(layers.inputs) if layers.mapped else layers.apply(model)
 
     def factor(stack, rows):
         here = jnp.arange(stack.size) < stack.size - rows
@@ -193,27 +195,6 @@ def _head_rows(net: Network, head: int | None) -> list[int]:
         rows.insert(0, min(left, stack.size))
         left -= rows[0]
     return rows
-
-
-def _split(net: Network, heads: list[int]) -> tuple[Network, Network]:
-    """The network before its head, and the head."""
-    body, head = [], []
-    for stack, rows in zip(net.stacks, heads, strict=True):
-        body += _rows(stack, 0, stack.size - rows)
-        head += _rows(stack, stack.size - rows, stack.size)
-    part = lambda stacks: eqx.tree_at(lambda net: net.stacks, net, tuple(stacks))
-    return part(body), part(head)
-
-
-def _rows(stack: Stack, start: int, stop: int) -> list[Stack]:
-    if start == stop:
-        return []
-    if stop - start == stack.size:
-        return [stack]
-    if stop - start == 1:
-        return [Stack(stack.row(start), 1)]
-    some = lambda a: a[start:stop] if eqx.is_array(a) else a
-    return [Stack(jtu.tree_map(some, stack.stage), stop - start)]
 
 
 class _Ruled(eqx.Module):
@@ -300,15 +281,15 @@ class _Targets(AbstractRule):
 
         def run(params, floats):
             """h_0, all later states, and the output."""
-            loop = _as_loop(eqx.combine(params, rest))
+            loop = as_loop(eqx.combine(params, rest))
 
             def one(x):
                 start, states = loop.recurrent.states(compose(loop.before)(x))
-                return start, states, _after(loop, states)
+                return start, states, loop.output(states)
 
             return each(one)(eqx.combine(floats, others))
 
-        back = lambda *args: self._steps(_as_loop(layer), memory, *args)
+        back = lambda *args: self._steps(as_loop(layer), memory, *args)
         if not self.local:
             (_, states, y), pull = _wide_vjp(run, message, params, floats)
             to_start, to_states, to_x, _, _ = each(back)(x, states, message)
@@ -320,7 +301,7 @@ class _Targets(AbstractRule):
         to_start, to_states, to_x, xs, previous = each(back)(x, states, message)
 
         def steps(params):
-            recurrent = _as_loop(eqx.combine(params, rest)).recurrent
+            recurrent = as_loop(eqx.combine(params, rest)).recurrent
             return each(recurrent.start)(xs), each(jax.vmap(recurrent.cell))(
                 xs, previous
             )
@@ -336,7 +317,7 @@ class _Targets(AbstractRule):
         join = lambda a, b: jnp.concatenate([a[None], b[:-1]])
         previous = jtu.tree_map(join, start, states)
         # The message to the output, as one to every state.
-        loss = _pull(lambda states: _after(loop, states), states, message)
+        loss = _pull(loop.output, states, message)
         cell, activation = recurrent.cell, cell_activation(recurrent.cell)
 
         def step(message, row):
@@ -350,8 +331,7 @@ class _Targets(AbstractRule):
 
         rows = (xs, previous, states, loss)
         zeros = jtu.tree_map(lambda a: jnp.zeros_like(a[0]), loss)
-        zeros = vary(zeros, like=rows)
-        to_start, to_states = lax.scan(step, zeros, rows, reverse=True)
+        to_start, to_states = scan(step, zeros, rows, reverse=True)
 
         def to_input(x, h, h_next, message):
             if activation:
@@ -400,19 +380,6 @@ class _Both(AbstractRule):
             layer.layer, memory, x[0], targets, adjoint, batched
         )
         return _Twice(to_params), (to_x, adjoint)
-
-
-def _as_loop(layer: Callable) -> Loop:
-    loop = view(layer)
-    assert isinstance(loop, Loop)
-    return loop
-
-
-def _after(loop: Loop, states: PyTree) -> PyTree:
-    """The output of the layer, from all states of its recurrent part."""
-    if not loop.recurrent.sequence:
-        states = jtu.tree_map(lambda a: a[-1], states)
-    return compose(loop.after)(states)
 
 
 def _pull(fn: Callable, x: PyTree, message: PyTree) -> PyTree:

@@ -22,6 +22,22 @@ from ..losses import AbstractLoss
 EPSILONS = 8
 
 
+class Layers(eqx.Module):
+    """The model as the user gave it, for oracles that look at its layers.
+
+    - `model`, `inputs`: of the call.
+    - `with_params`: the model with other parameters, in the dtypes of its own.
+    - `apply`: the outputs as a function of such a model.
+    - `mapped`: whether these are `jax.vmap(model)(inputs)`.
+    """
+
+    model: Any
+    inputs: PyTree
+    with_params: Callable
+    apply: Callable
+    mapped: bool = eqx.field(static=True)
+
+
 class Linearization(eqx.Module):
     r"""A loss of a model on one batch, $h(w) = c \sum_i \ell_i(f_i(w))$, linearized.
 
@@ -35,12 +51,11 @@ class Linearization(eqx.Module):
     - `mv`, `transpose_mv`: products with the Jacobian of the outputs: J d, like
         `outputs`, for d like `params`; and J' v, the other way round.
     - `loss`, `targets`: an [`diffprog.losses.AbstractLoss`][] and its second argument.
-    - `model`, `inputs`: as the user gave them, for oracles that look inside.
-    - `predict`: the outputs as a function of the parameters.
     - `weight`: c.
-    - `apply`: the outputs as a function of the model, for oracles that change layers.
-    - `mapped`: whether they are those of `jax.vmap(model)(inputs)`.
+    - `predict`: the outputs as a function of the parameters.
     - `eps`: the rounding of the outputs, and one like `params` of the parameters.
+    - `layers`: the model itself, an [`diffprog.oracles.Layers`][]; or `None`, and
+        oracles know it by its products alone.
 
     The model runs in its own dtypes. All arrays here, and those that go into these
     functions and come out of them, are float32, or float64 where the model has it.
@@ -55,18 +70,10 @@ class Linearization(eqx.Module):
     transpose_mv: Callable
     loss: AbstractLoss
     targets: PyTree
-    model: Any
-    inputs: PyTree
-    predict: Callable
     weight: float | Array
-    apply: Any = None
-    mapped: bool = eqx.field(static=True, default=False)
-    eps: tuple[float, PyTree] = (0.0, None)
-
-    def model_with(self, params: PyTree) -> Any:
-        """The model with other parameters, in the dtypes of its own."""
-        own, rest = eqx.partition(self.model, eqx.is_inexact_array)
-        return eqx.combine(cast_like(params, own), rest)
+    predict: Callable
+    eps: tuple[float, PyTree]
+    layers: Layers | None = None
 
     def hessian_mv(self, v: Array) -> Array:
         """H v, with the block-diagonal Hessian of the losses in the outputs."""
@@ -109,11 +116,9 @@ def linearize(
     params: PyTree,
     loss: AbstractLoss,
     targets: PyTree,
-    model: Any,
     inputs: PyTree,
     reduction: str,
-    apply: Callable | None = None,
-    mapped: bool = False,
+    layers: Layers | None = None,
 ) -> tuple[Linearization, PyTree]:
     """The linearization, and what else `predict` returns."""
 
@@ -139,13 +144,10 @@ def linearize(
         transpose_mv=transpose_mv,
         loss=loss,
         targets=targets,
-        model=model,
-        inputs=inputs,
-        predict=lambda w: predict(cast_like(w, params))[0].astype(dtype),
         weight=c,
-        apply=None if apply is None else lambda model: apply(model).astype(dtype),
-        mapped=mapped,
+        predict=lambda w: predict(cast_like(w, params))[0].astype(dtype),
         eps=(eps(found), jtu.tree_map(eps, params)),
+        layers=layers,
     ), aux
 
 
@@ -229,7 +231,7 @@ class Proposal(eqx.Module):
     - `step`: the change of the parameters, at full length.
     - `decrease`: how much the model of the oracle, without its damping term, falls.
     - `unit`: what the step is multiplied with to tend to minus the gradient: a number,
-        or a pytree like the step.
+        or a pytree that the step begins with.
     - `gap`: the duality gap of the problem that was solved; NaN if there is none.
     - `num_inner`: inner iterations.
     - `result`: `successful`, or why the step cannot be trusted.
@@ -238,11 +240,25 @@ class Proposal(eqx.Module):
 
     step: PyTree
     decrease: Float[Array, ""]
-    unit: Any = 1.0
+    unit: PyTree = 1.0
     gap: Any = float("nan")
     num_inner: Int[Array, ""] | int = 0
     result: RESULTS = eqx.field(default_factory=lambda: RESULTS.successful)
     memory: PyTree = None
+
+
+def check_proposal(oracle: Any, proposal: Any, params: PyTree):
+    """Raises for what is no proposal, or has a step that is not like parameters."""
+    name = f"`{type(oracle).__name__}.propose` returned"
+    if not isinstance(proposal, Proposal):
+        raise TypeError(
+            f"{name} {came(proposal)}; a `dp.oracles.Proposal` is expected."
+        )
+    if shapes(proposal.step) != shapes(params):
+        raise ValueError(
+            f"{name} a step of shape {shapes(proposal.step):.200}; one like the "
+            f"parameters, {shapes(params):.200}, is expected."
+        )
 
 
 class AbstractOracle(eqx.Module):

@@ -1,0 +1,59 @@
+"""Loops that also run inside `shard_map`, whatever their carries start from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from ._tree import vary, where
+
+
+def scan(
+    fn: Callable,
+    carry: PyTree,
+    rows: PyTree = None,
+    *,
+    length: int | None = None,
+    reverse: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """`lax.scan`."""
+    carry = vary(carry, like=(carry, rows))
+    return lax.scan(fn, carry, rows, length=length, reverse=reverse)
+
+
+def while_loop(
+    unfinished: Callable, step: Callable, carry: PyTree, like: PyTree = None
+) -> PyTree:
+    """`lax.while_loop`; `like` is what the functions capture."""
+    return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
+
+
+def for_each(number: int, step: Callable, carry: PyTree) -> PyTree:
+    """`carry = step(i, carry)` for every i below this number."""
+    return lax.fori_loop(0, number, step, vary(carry, like=carry))
+
+
+def repeat(
+    step: Callable,
+    carry: PyTree,
+    limit: Any,
+    *,
+    go_on: Callable | None = None,
+    unroll: bool = False,
+) -> PyTree:
+    """`carry = step(carry)`, `limit` times; less often where `go_on(carry)` is false.
+
+    Unrolled it is written out: convolutions in loops are slow on the CPU.
+    """
+    if go_on is None and not unroll and limit > 1:
+        return for_each(limit, lambda _, carry: step(carry), carry)
+    if go_on is None or unroll:
+        for _ in range(limit):
+            new = step(carry)
+            carry = new if go_on is None else where(go_on(carry), new, carry)
+        return carry
+    on = lambda counted: (counted[0] < limit) & go_on(counted[1])
+    more = lambda counted: (counted[0] + 1, step(counted[1]))
+    return while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
