@@ -1,6 +1,6 @@
 """What the fast loops, the small kernels and their limits bring.
 
-    .venv/bin/python docs/programs/kernels.py
+    .venv/bin/python -m benchmarks.kernels
 
 Processor time, the calls of a row in turns, the medians of their rounds. The variants
 change a constant of the library and clear JAX's caches. They are no options for users.
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffprog as dp
-from benchmarks import ours, timing
-from benchmarks.problems import PROBLEMS
 from diffprog import _fast_loops, _linalg
 from diffprog._lqr import riccati
+
+from . import ours, timing
+from .problems import PROBLEMS
 
 
 SIZES = [(2, 1), (4, 2), (8, 3), (12, 4), (14, 5), (16, 8), (32, 16)]

@@ -82,7 +82,8 @@ from ._value_and_direction import (
 from .oracles._rules import rule_boundary as rule_boundary
 
 
-from . import losses as losses, optim as optim, oracles as oracles  # isort: skip
+from . import extend as extend, losses as losses  # isort: skip
+from . import optim as optim, oracles as oracles  # isort: skip
 from . import plot as plot, systems as systems  # isort: skip  (import this door)
 
 

@@ -150,9 +150,6 @@ def contents(value) -> dict[str, Any]:
         return dict(function=value.func, args=value.args, keywords=value.keywords)
     if callable(value) and hasattr(value, "__wrapped__"):
         return dict(function=getattr(value, "__wrapped__"))  # noqa: B009
-    if is_record(value) and not is_record(value, frozen=True):  # Flax has more inside
-        names = [f.name for f in dataclasses.fields(value)]  # pyright: ignore
-        return {name: getattr(value, name) for name in names}
     return _in_object(value)
 
 

@@ -1,13 +1,13 @@
-import functools as ft
-
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 
-# float32 products of some accelerators drop to 10 bits unless told otherwise.
-matmul = ft.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+def matmul(a: Array, b: Array) -> Array:
+    """The product in full precision: that of accelerators drops to 10 bits else."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
 
 # Up to this size a Cholesky factorization is written out as scalar operations, which
 # XLA fuses into the loop around it; a LAPACK call would cost more than the arithmetic.

@@ -217,12 +217,38 @@ def gradient(chain):
     return jax.jit(jax.grad(objective(problem, x0)))
 
 
-def dense(outputs, total, w):
-    """Gradient, Gauss-Newton matrix and Hessian of total(outputs(w)) at a vector w."""
-    J, H = jax.jacfwd(outputs)(w), jax.hessian(total)(outputs(w))
-    twice = lambda w: 2 * (jax.grad(lambda w: total(outputs(w)))(w),)
-    hessian, gradient = jax.jacfwd(twice, has_aux=True)(w)
-    return gradient, J.T @ H @ J, hessian
+class Dense(eqx.Module):
+    """total(outputs(w)) at a vector: its value h, J of the outputs, g and H in them."""
+
+    h: jax.Array
+    J: jax.Array
+    g: jax.Array
+    H: jax.Array
+
+    @property
+    def gradient(self):
+        return self.J.T @ self.g
+
+    @property
+    def gauss_newton(self):
+        return self.J.T @ self.H @ self.J
+
+    def decrease(self, step):
+        """Of the model without damping."""
+        return -self.gradient @ step - step @ self.gauss_newton @ step / 2
+
+    def step(self, damping):
+        return damped_step(self.gauss_newton, self.gradient, damping)
+
+
+def dense(outputs, total, w) -> Dense:
+    out = outputs(w)
+    g, H = jax.grad(total)(out), jax.hessian(total)(out)
+    return Dense(total(out), jax.jacfwd(outputs)(w), g, H)
+
+
+def damped_step(matrix, gradient, damping):
+    return -jnp.linalg.solve(matrix + damping * jnp.eye(len(gradient)), gradient)
 
 
 def dense_step(problem, method, x0, us):
@@ -232,10 +258,11 @@ def dense_step(problem, method, x0, us):
     @jax.jit
     def step(damping):
         outputs, total = _outputs(problem, x0, unravel, flat)
-        gradient, gauss_newton, hessian = dense(outputs, total, flat)
-        matrix = hessian if type(method) is dp.Newton else gauss_newton
-        identity = jnp.eye(len(flat), dtype=flat.dtype)
-        return -jnp.linalg.solve(matrix + damping * identity, gradient)
+        d = dense(outputs, total, flat)
+        if type(method) is not dp.Newton:
+            return d.step(damping)
+        hessian = jax.hessian(lambda w: total(outputs(w)))(flat)
+        return damped_step(hessian, d.gradient, damping)
 
     return step
 

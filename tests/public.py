@@ -37,7 +37,7 @@ from diffprog import plot
 
 MODULES = {
     "": dp, "losses.": dp.losses, "oracles.": dp.oracles, "optim.": dp.optim,
-    "plot.": plot,
+    "plot.": plot, "extend.": dp.extend,
 }  # fmt: skip
 # Methods that users call, or that decide a result.
 METHODS = """

@@ -120,27 +120,28 @@ def test_compiling_does_not_grow_with_equal_blocks():
 
 
 def dense(net, loss, targets):
-    """The gradient, the Gauss-Newton matrix and the Hessian of the mean loss."""
+    """The mean loss as matrices, and its Hessian."""
     flat, unravel = ravel_pytree(net.params)
     outputs = lambda w: jax.vmap(net.with_params(unravel(w)))(INPUTS).ravel()
     mean = lambda o: loss(o.reshape(6, 2), targets).mean()
-    return helpers.dense(outputs, mean, flat)
+    hessian = jax.hessian(lambda w: mean(outputs(w)))(flat)
+    return helpers.dense(outputs, mean, flat), hessian
 
 
 @pytest.mark.costly
 @every_network
 def test_layerwise_directions_are_the_dense_ones(name):
     net, loss = NETWORKS[name](), dp.losses.SoftmaxCrossEntropy()
-    gradient, G, H = jax.jit(lambda: dense(net, loss, LABELS))()
-    eye = jnp.eye(gradient.size)
+    d, H = jax.jit(lambda: dense(net, loss, LABELS))()
+    eye = jnp.eye(d.gradient.size)
     problem = dp.NetworkProblem(net, loss, LABELS)
     convex = 0.2 + abs(float(jnp.linalg.eigvalsh(H)[0]))  # with this damping
     for method, matrix, damping in (
         (dp.Gradient(), 0 * eye, 0.1),
-        (dp.GaussNewton(), G, 0.1),
+        (dp.GaussNewton(), d.gauss_newton, 0.1),
         (dp.Newton(), H, convex),
     ):
-        desired = -jnp.linalg.solve(matrix + damping * eye, gradient)
+        desired = helpers.damped_step(matrix, d.gradient, damping)
         du, _ = dp.direction(problem, method, INPUTS, net.params, damping=damping)
         np.testing.assert_allclose(ravel_pytree(du)[0], desired, rtol=0, atol=1e-12)
 

@@ -62,7 +62,8 @@ FLOORS = {
     "oracles": 9,
     "optim": 10,
     "_value_and_direction": 10,
-    "__init__": 11,
+    "extend": 11,
+    "__init__": 12,
 }
 # Inside the losses.
 LOSSES = [

@@ -6,7 +6,6 @@ $$\min_a\; l^*(a) - \langle a, z \rangle
 At the solution a is the gradient of l at $u = z - K (a - \alpha) / c$.
 """
 
-import functools as ft
 from typing import NamedTuple
 
 import jax
@@ -16,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._door import door
+from .._linalg import matmul
 from ._factor import batched_mv
 from ._loss import AbstractDualLoss, per_example, spread
 
 
 MAX_NEWTON = 50
 MAX_HALVINGS = 30
-_matmul = ft.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 Matrices = Float[Array, "examples k k"]
 
 
@@ -98,8 +97,8 @@ class BlockProblem(NamedTuple):
         basis = jnp.broadcast_to(jnp.eye(k, dtype=s.dtype)[:, None], (k, n, k))
         columns = jax.vmap(factor.mv)(basis.reshape(k, *s.shape))
         R = jnp.moveaxis(columns.reshape(k, n, k), 0, 2)
-        KR = _matmul(self.K, R)
-        S = shifted(_matmul(jnp.matrix_transpose(R), KR), self.c)
+        KR = matmul(self.K, R)
+        S = shifted(matmul(jnp.matrix_transpose(R), KR), self.c)
         g = factor.mv(factor.rho)
         g = g if factor.remainder is None else g + factor.remainder
         r = g - self.alpha - s
@@ -117,11 +116,11 @@ def newton_block(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     if K.shape[1] == 1:
         return simple
     c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    return _newton_door(BlockProblem(loss, alpha, z, K, c, targets), simple)
+    return _newton(BlockProblem(loss, alpha, z, K, c, targets), simple)
 
 
 @door
-def _newton_door(problem: BlockProblem, simple: Array) -> Array:
+def _newton(problem: BlockProblem, simple: Array) -> Array:
     loss, alpha, _, _, c, targets = problem
     eps, rows = jnp.finfo(alpha.dtype).eps, problem.rows
 

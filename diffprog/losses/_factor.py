@@ -48,14 +48,19 @@ class AbstractFactor(eqx.Module):
 
 
 class ScaledFactor(AbstractFactor):
-    """R = diag(scale) (I - s s'), for unit vectors s; without s it is diagonal."""
+    """R = diag(scale) (I - s s'), for unit vectors s; without s it is diagonal.
+
+    - `rho`, `remainder`, `negative_curvature`: those of every factor.
+    - `scale`, `s`: of the shape of the outputs.
+    - `by_rows`: whether the s are unit vectors along the last axis, else of an example.
+    """
 
     rho: Float[Array, "examples ..."]
     remainder: Float[Array, "examples ..."] | None
     negative_curvature: Bool[Array, " examples"]
     scale: Float[Array, "examples ..."]
     s: Float[Array, "examples ..."] | None = None
-    by_rows: bool = eqx.field(static=True, default=True)  # else by examples
+    by_rows: bool = eqx.field(static=True, default=True)
 
     def _project(self, vector):
         if self.s is None:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffprog as dp
-from diffprog._result import NAMES
 
 
 DIRECTIONS = (dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP())
@@ -48,7 +47,8 @@ def solve(direction, search, horizon, dtype=None):
 
 
 def result(solution):
-    return NAMES[int(solution.result._value)]
+    """Its name, from `Solution: successful` and the like."""
+    return repr(solution).splitlines()[0].split()[-1]
 
 
 def all_pairs(horizon):

@@ -10,7 +10,6 @@ import jax
 import diffprog as dp
 from benchmarks import ours, timing
 from benchmarks.problems import PROBLEMS, UNSEEN
-from diffprog._result import NAMES
 
 
 def counts(solver):
@@ -21,7 +20,7 @@ def counts(solver):
 def newton(problem):
     solve = jax.jit(ours.solver(problem, dp.Newton()))
     solution = solve(*ours.start(problem))
-    result = NAMES[int(solution.result._value)]
+    result = repr(solution).splitlines()[0].split()[-1]
     return f"{int(solution.stats['num_steps']):6}  {result}"
 
 

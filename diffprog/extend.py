@@ -1,0 +1,32 @@
+"""For those who write a direction, a roll-out, a search, a loss or an oracle.
+
+The abstract classes stand beside their members: `dp.AbstractDirection`,
+`dp.losses.AbstractLoss` and others. Here are the functions and records that ours are
+made of. The contract is a weaker one: what stands here may change in any minor version,
+with a note in the changelog.
+"""
+
+from ._direction.base import (
+    feedforward as feedforward,
+    gradients as gradients,
+    linear_quadratic as linear_quadratic,
+)
+from ._expand import adjoints as adjoints
+from ._linalg import matmul as matmul
+from ._rollout import run as run, simulate as simulate, vectorize as vectorize
+from ._tree import norm as norm, vdot as vdot
+from ._types import number as number
+from .losses._block import (
+    majorized_block as majorized_block,
+    newton_block as newton_block,
+)
+from .losses._factor import (
+    class_factor as class_factor,
+    diagonal_factor as diagonal_factor,
+    flat_factor as flat_factor,
+    ScaledFactor as ScaledFactor,
+)
+from .losses._loss import per_example as per_example, total as total
+from .losses._targets import like as like
+from .oracles._inverses import view as view
+from .oracles._rules import run_network as run_network, with_rule as with_rule
