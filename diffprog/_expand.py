@@ -35,10 +35,14 @@ from ._types import Stacks, Tensors
 
 
 class AbstractModel(eqx.Module):
-    """F and W of every stage, V of the last state: what a Riccati recursion takes."""
+    """F and W of every stage, V of the last state: what a Riccati recursion takes.
+
+    - `V`: that of the last state.
+    - `is_checked`: whether the expansion says where F or W is not finite.
+    """
 
     V: eqx.AbstractVar[Float[Array, "_ _"]]
-    is_checked: eqx.AbstractClassVar[bool]  # known to be finite, or said not to be
+    is_checked: eqx.AbstractClassVar[bool]
 
     @property
     @abc.abstractmethod
@@ -63,8 +67,9 @@ class AbstractModel(eqx.Module):
 class Stored(AbstractModel):
     """F and W as arrays. Of a Hessian only the symmetric part counts.
 
-    `symmetric` holds those known to be symmetric once more: as long as they are the
-    ones of the model, nothing is to be done.
+    - `V`, `F`, `W`: of the last state, and of every stage.
+    - `symmetric`: W once more if it is known to be symmetric: as long as it is that of
+        the model, nothing is to be done.
     """
 
     V: Float[Array, "_ _"]
@@ -90,7 +95,12 @@ class Stored(AbstractModel):
 
 
 class WithTensors(AbstractModel):
-    """Also the second derivatives of f, weighted by p: the Hessian of h + p'f (DDP)."""
+    """Also the second derivatives of f, weighted by p: the Hessian of h + p'f (DDP).
+
+    - `V`, `F`, `W`: as in `Stored`.
+    - `tensors`: second derivatives of f in (x, u), `(T, n, n + m, n + m)`.
+    - `symmetric`: W and the tensors once more, if they are known to be symmetric.
+    """
 
     V: Float[Array, "_ _"]
     F: Stacks
@@ -129,6 +139,9 @@ class Recomputed(AbstractModel):
 
     In a loop that is compiled as one function, writing and reading them costs as much
     as computing them.
+
+    - `V`: that of the last state.
+    - `second_order`: whether W has the second derivatives of p'f, as in DDP.
     """
 
     V: Float[Array, "_ _"]
