@@ -7,6 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ._types import check_one_number
+
 
 Reduction = Literal["mean", "sum"]
 
@@ -34,6 +36,7 @@ def weight(
     if reduction == "sum":
         return 1.0
     number = loss.count(outputs, targets)
+    check_one_number(f"{type(loss).__name__}.count", number)
     if isinstance(number, int):
         return 1 / max(number, 1)
     return 1 / jnp.maximum(number, 1).astype(outputs.dtype)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 from diffprog import losses, optim
 from diffprog.losses import (
+    AbstractDivergence,
     Alpha,
     ChiSquare,
     f_loss,
@@ -502,6 +503,67 @@ def test_supervised_losses():
 
 def set_up(theta, f, q):
     return check(jnp.asarray(theta), f, q, -1, None, 1.0, None).set_up()
+
+
+class Scaled(AbstractDivergence):
+    """f(u) = c (u ln u - u + 1), with derivatives in c."""
+
+    c: jax.Array
+    sparse: ClassVar[bool] = False
+    convex_ratio: ClassVar[bool] = True
+    origin: ClassVar[float] = 0.0
+
+    @property
+    def at_zero(self):
+        return self.c
+
+    @property
+    def lift(self):
+        return self.c
+
+    def value(self, u):
+        return self.c * (jax.scipy.special.xlogy(u, u) - u + 1)
+
+    def link(self, u):
+        return self.c * jnp.log(u)
+
+    def pair(self, w):
+        u = jnp.exp(w / self.c)
+        return u, self.curvature(u)
+
+    def curvature(self, u):
+        return u / self.c
+
+    def conjugate(self, w):
+        return self.c * jnp.exp(w / self.c)
+
+    def mean_step(self, S, Q):
+        return S * jnp.log(S)
+
+
+def test_fields_of_a_divergence_have_derivatives():
+    # c KL at temperature 1 is KL at temperature c.
+    theta, labels = jnp.asarray(THETA), jnp.arange(4)
+    sigma = losses.spectrum("superquantile", K, 0.5)
+
+    def every(f, c):
+        options: Any = dict(reference="uniform", temperature=c)
+        return (
+            f_softargmax(theta, f, **options),
+            f_softmax(theta, f, **options),
+            f_loss(theta, labels, f, smoothing=0.1, **options),
+            losses.capped_f_softargmax(theta, f, cap=0.4, **options),
+            losses.spectral_weights(theta[3], sigma, f=f, smoothing=c),
+            losses.spectral_risk(theta[3], sigma, f=f, smoothing=c),
+        )
+
+    @jax.jit
+    def changes(c):
+        own = lambda c: every(Scaled(c), 1.0)  # pyright: ignore
+        return [jax.jvp(fn, [c], [1.0]) for fn in (own, lambda c: every(KL(), c))]
+
+    for found, expected in zip(*map(jax.tree.leaves, changes(jnp.asarray(1.7)))):
+        close(found, expected, 1e-11)
 
 
 def bisect(classes, f, problem):

@@ -12,13 +12,17 @@ is v_0: next to these points v itself has lost its digits in float32.
 """
 
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
+
+from .._types import came, counted, noted
 
 
 class AbstractDivergence(eqx.Module):
@@ -91,6 +95,29 @@ class AbstractDivergence(eqx.Module):
         Divided by -dS/dtau it is Newton's step for f'(S / Q) = f'(1 / Q), where S is
         the mass of all classes and Q that of their reference.
         """
+
+
+@ft.lru_cache(maxsize=256)
+def check_answers(structure: Any):
+    """Raises where a method of a divergence does not answer entry by entry."""
+    number, some = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in ((), (3,)))
+    shapes = lambda tree: jtu.tree_map(jnp.shape, tree)
+
+    def ask(f, u):
+        for name in ("value", "link", "pair", "curvature", "conjugate", "mean_step"):
+            method = f"`{type(f).__name__}.{name}`"
+            given = (u, u) if name == "mean_step" else (u,)
+            with noted(lambda: f"{method} was given {counted(len(given), 'array')}."):
+                found = getattr(f, name)(*given)
+            two = name == "pair"
+            if shapes(found) != shapes((u, u) if two else u):
+                raise ValueError(
+                    f"{method} returned {came(found)} for shape (3,); "
+                    f"{'two arrays' if two else 'an array'} of that shape is "
+                    "expected: a generator answers for every entry by itself."
+                )
+
+    jax.eval_shape(ask, structure.unflatten([number] * structure.num_leaves), some)
 
 
 def has_numbers(f: AbstractDivergence) -> bool:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 from jaxtyping import Array
@@ -13,7 +14,7 @@ from jaxtyping import Array
 from .._capture import Frozen
 from .._changes import check_held
 from .._types import came, noted
-from ._divergence import AbstractDivergence
+from ._divergence import AbstractDivergence, check_answers
 
 
 class Generated(AbstractDivergence):
@@ -128,4 +129,5 @@ def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:
     if not isinstance(f, AbstractDivergence):
         return generator(f)
     check_held(f)
+    check_answers(jtu.tree_structure(f))
     return f

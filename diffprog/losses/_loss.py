@@ -6,6 +6,7 @@ tokens say.
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from .._reduction import AbstractCounted
-from .._types import is_known
+from .._types import came, is_known
 from ._factor import AbstractFactor
 
 
@@ -173,6 +174,27 @@ class AbstractDualLoss(AbstractLoss):
         tau = per_example("tau", tau, vector)
         alpha = self.conjugate_prox(vector / tau, 1 / tau.ravel(), targets)
         return jnp.where(jnp.isinf(vector), vector, vector - tau * alpha)
+
+
+def answered(loss: AbstractLoss, method: str, found: Any, shape: tuple) -> Array:
+    """What a method of a loss returned. Raises for what is no array of this shape."""
+    if not eqx.is_array(found) or found.shape != shape:
+        raise ValueError(
+            f"`{type(loss).__name__}.{method}` returned {came(found)}; an array of "
+            f"shape {shape} is expected."
+        )
+    return found
+
+
+def factor_of(loss: AbstractLoss, outputs: Array, targets: Any) -> AbstractFactor:
+    """The factor of a loss. Raises where it returned something else."""
+    found = loss.factor(outputs, targets)
+    if not isinstance(found, AbstractFactor):
+        raise TypeError(
+            f"`{type(loss).__name__}.factor` returned {came(found)}; a "
+            "`dp.losses.AbstractFactor` is expected."
+        )
+    return found
 
 
 def spread(numbers: Array, outputs: Array) -> Array:

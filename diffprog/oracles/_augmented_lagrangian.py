@@ -26,10 +26,10 @@ from .._types import check_count
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
-    dual,
     fenchel,
     Found,
     halved,
+    prox,
     unbounded,
 )
 from .base import Linearization
@@ -149,7 +149,7 @@ class Smoothed(NamedTuple):
     damping: Array
 
     def gradients(self, alpha: Array, s: Array, z: Array) -> Array:
-        return dual(self.at).conjugate_prox(alpha + z / s, 1 / s, self.at.targets)
+        return prox(self.at, alpha + z / s, 1 / s)
 
     def value(self, alpha: Array, s: Array, z: Array, a: Array, square: Array):
         """At a step with |d|^2 = square, where the gradients are a."""

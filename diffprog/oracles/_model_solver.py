@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from .._loops import while_loop
 from .._tree import vdot
 from ..losses import AbstractDualLoss
-from ..losses._loss import total
+from ..losses._loss import answered, total
 from .base import Linearization
 
 
@@ -66,9 +66,16 @@ def dual(at: Linearization) -> AbstractDualLoss:
 
 def fenchel(at: Linearization, losses: Array, z: Array, alpha: Array) -> Array:
     """c sum_i (l_i(z_i) + l_i*(alpha_i) - <alpha_i, z_i>), `losses` being l_i(z_i)."""
-    both = losses + dual(at).conjugate(alpha, at.targets)
+    conjugates = dual(at).conjugate(alpha, at.targets)
+    both = losses + answered(at.loss, "conjugate", conjugates, losses.shape)
     inner = jnp.where(jnp.isinf(z), 0, alpha * z)  # what is excluded has no alpha
     return at.weight * jnp.sum(both - total(inner))
+
+
+def prox(at: Linearization, vector: Array, tau: Array) -> Array:
+    """The proximal operator of the conjugates."""
+    found = dual(at).conjugate_prox(vector, tau, at.targets)
+    return answered(at.loss, "conjugate_prox", found, vector.shape)
 
 
 def halved(too_long: Callable, t: Array, shortest: float = 1e-9) -> Array:

@@ -23,6 +23,7 @@ from .._result import RESULTS
 from .._tree import add, scale, vdot, where
 from .._types import came, check_count, check_kind, check_positive, Number, number
 from ..losses import Squared
+from ..losses._loss import answered
 from ..losses._root import difference
 from ._augmented_lagrangian import AugmentedLagrangian
 from ._damping import check_damping
@@ -35,6 +36,7 @@ from ._model_solver import (
     Found,
     halved,
     model,
+    prox,
     reached,
     unbounded,
 )
@@ -166,6 +168,7 @@ class CoordinateAscent(AbstractModelSolver):
             pick = lambda a: lax.dynamic_slice_in_dim(a, i, 1)
             old, targets = pick(alpha), jtu.tree_map(pick, at.targets)
             new = dual(at).block_update(old, pick(z), pick(blocks), c, targets)
+            new = answered(at.loss, "block_update", new, old.shape)
             z = z - matmul((new - old).reshape(k), rows[i]).reshape(shape) / c
             return lax.dynamic_update_slice_in_dim(alpha, new, i, 0), z
 
@@ -207,7 +210,7 @@ class ProximalGradient(AbstractModelSolver):
 
         def advance(state):
             alpha, z, y, zy, theta = state
-            new = dual(at).conjugate_prox(y + tau * zy, tau, at.targets)
+            new = prox(at, y + tau * zy, tau)
             backward = jnp.vdot(y - new, new - alpha) > 0
             theta = jnp.where(backward, 1, theta)
             after = (1 + jnp.sqrt(1 + 4 * theta**2)) / 2

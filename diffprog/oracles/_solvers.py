@@ -20,6 +20,7 @@ from .._cg import conjugate_gradients
 from .._linalg import matmul
 from .._tree import add, all_finite, norm, scale
 from .._types import check_count, check_numbers, Number, number
+from ..losses._loss import factor_of
 from ._gram import dense, gram, gram_flops
 from .base import Linearization
 
@@ -215,7 +216,7 @@ class Cholesky(AbstractSolver):
 
         With `shift` the gradient is that of the losses less J' times it.
         """
-        mu, factor = damping / at.weight, at.loss.factor(at.outputs, at.targets)
+        mu, factor = damping / at.weight, factor_of(at.loss, at.outputs, at.targets)
         rho, e = factor.rho, factor.remainder
         if shift is not None:
             e = -shift if e is None else e - shift

@@ -16,6 +16,7 @@ from .._result import RESULTS
 from .._tree import cast, cast_like, vdot, working_dtype
 from .._types import came, shapes
 from ..losses import AbstractLoss
+from ..losses._loss import answered
 
 
 # So many roundings are allowed for before a change of the loss means something.
@@ -77,7 +78,8 @@ class Linearization(eqx.Module):
 
     def hessian_mv(self, v: Array) -> Array:
         """H v, with the block-diagonal Hessian of the losses in the outputs."""
-        return self.loss.hessian_mv(self.outputs, self.targets, v)
+        Hv = self.loss.hessian_mv(self.outputs, self.targets, v)
+        return answered(self.loss, "hessian_mv", Hv, v.shape)
 
     def value_at(self, params: PyTree) -> Float[Array, ""]:
         """h at other parameters, on the same batch and with the same key."""
@@ -134,6 +136,7 @@ def linearize(
     losses = _losses(loss, outputs, targets, inputs)
     c = weight(loss, outputs, targets, reduction)
     cotangent = loss.gradient(outputs, targets)
+    cotangent = answered(loss, "gradient", cotangent, outputs.shape)
     return Linearization(
         params=cast(params, dtype),
         outputs=outputs,
@@ -195,7 +198,8 @@ def rows(tree: PyTree) -> int | None:
 def _losses(loss: AbstractLoss, outputs: Array, targets: PyTree, inputs: PyTree):
     """The losses; where they fail, says who did not give a row for every example."""
     try:
-        return loss(outputs, targets)
+        losses = loss(outputs, targets)
+        return answered(loss, "__call__", losses, outputs.shape[:1])
     except Exception as error:
         found, asked, wanted = outputs.shape[0], rows(inputs), rows(targets)
         if wanted is None or wanted == found:
