@@ -19,6 +19,7 @@ from ._capture import put_together, Taken
 from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._fast_loops import Loops, scan
+from ._loops import chained
 from ._tree import all_finite, float_dtype, Layout, strong, vary
 from ._types import Rows
 
@@ -41,7 +42,7 @@ class VectorChain(eqx.Module):
     """A chain whose states and controls are vectors: what the recursions run on.
 
     Data that have a row per stage are tuples with one stacked array per segment.
-    `scan` and `map` are the only loops over stages in this library.
+    `scan` and `map` are the only loops over its stages.
     """
 
     segments: tuple[Segment, ...]
@@ -71,18 +72,16 @@ class VectorChain(eqx.Module):
 
         A segment of one stage is called directly, so its carry may change shape.
         """
-        outs: list[Any] = [None] * len(self.segments)
-        order = range(len(self.segments))
-        for i in reversed(order) if reverse else order:
-            rows, segment = tuple(d[i] for d in data), self.segments[i]
-            if segment.horizon == 1:
-                row = jtu.tree_map(lambda a: a[0], rows)
-                carry, out = fn(segment, carry, *row)
-                outs[i] = jtu.tree_map(lambda a: a[None], out)
-            else:
-                body = lambda c, row, segment=segment: fn(segment, c, *row)
-                carry, outs[i] = scan(body, carry, rows, reverse, self.loops)
-        return carry, tuple(outs)
+
+        def run(segment, carry, *rows):
+            if segment.horizon > 1:
+                body = lambda carry, row: fn(segment, carry, *row)
+                return scan(body, carry, rows, reverse, self.loops)
+            row = jtu.tree_map(lambda a: a[0], rows)
+            carry, out = fn(segment, carry, *row)
+            return carry, jtu.tree_map(lambda a: a[None], out)
+
+        return chained(run, self.segments, carry, data, reverse)
 
     def map(self, fn: Callable, *data: tuple) -> tuple:
         """`out = fn(segment, *row)` at every stage: all at once, or one by one."""
