@@ -299,10 +299,8 @@ class Solver(eqx.Module):
             [TEST, SEARCH, SEARCH, END, FALLBACK],
             END,
         )
-        first = p.first_nonfinite
-        if sweep.first_nonfinite is not None:
-            first = sweep.first_nonfinite
-            purpose = jnp.where(first > self.chain.horizon, purpose, END)
+        first = jnp.minimum(p.first_nonfinite, sweep.first_nonfinite)
+        purpose = jnp.where(first > self.chain.horizon, purpose, END)
         decrement = jnp.where(positive, sweep.decrement, p.decrement)
         return Passes(
             purpose=purpose.astype(jnp.int32),
