@@ -16,7 +16,7 @@ from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
 from ._search.base import SearchState, Trial, Verdict
-from ._tree import vary, where
+from ._tree import no, vary, where
 from ._types import Stacks
 
 
@@ -126,7 +126,7 @@ class Solver(eqx.Module):
             first_cost=cost,
             gradient=number(jnp.nan),
             decrement=number(jnp.inf),
-            minimum=~finite & False,
+            minimum=no(finite),
             history=jnp.full(
                 ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
             ),
@@ -360,7 +360,7 @@ class Solver(eqx.Module):
                 state,
                 (jnp.where(falls, 1, LEAVE) * state.stepsize, state.trials + 1),
             )
-            left = Verdict(falls, falls & False, ~falls & (shorter.stepsize < LEAST))
+            left = Verdict(falls, no(falls), ~falls & (shorter.stepsize < LEAST))
             state, verdict = where(leaving, (shorter, left), judged)
             nonfinite = jnp.minimum(nonfinite, trial.first_nonfinite)
             return state, verdict, trial, num_rollouts + 1, nonfinite
