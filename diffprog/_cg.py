@@ -10,19 +10,14 @@ from ._tree import add, vdot
 
 
 class CGState(NamedTuple):
-    """Where conjugate gradients are.
-
-    - `x`, `r`: a solution, and b - A x.
-    - `p`, `rr`: the next direction, and the square of r.
-    - `steps`, `bad`: how many, and whether a curvature p'Ap was not positive.
-    """
+    """Where conjugate gradients are."""
 
     x: PyTree
-    r: PyTree
-    p: PyTree
-    rr: Float[Array, ""]
+    r: PyTree  # b - A x
+    p: PyTree  # the next direction
+    rr: Float[Array, ""]  # the square of r
     steps: Int[Array, ""]
-    bad: Bool[Array, ""]
+    bad: Bool[Array, ""]  # whether a curvature p'Ap was not positive
 
 
 def conjugate_gradients(

@@ -11,7 +11,8 @@ Then (1, x') = F (1, x, u), the stage costs (1, x, u)' W (1, x, u) / 2, and the
 cost-to-go is (1, x)' V (1, x) / 2.
 """
 
-from typing import Any
+import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -33,32 +34,143 @@ from ._tree import strong
 from ._types import Stacks, Tensors
 
 
-class Model(eqx.Module):
-    """F and W of every stage, V of the last state; second derivatives of f for DDP.
+class AbstractModel(eqx.Module):
+    """F and W of every stage, V of the last state: what a Riccati recursion takes.
 
-    Without F and W the backward pass differentiates, stage by stage. Of a Hessian only
-    the symmetric part counts. `symmetric` holds those that are known to be symmetric
-    once more: as long as they are the ones of the model nothing is to be done.
+    - `V`: that of the last state.
+    - `is_checked`: whether the expansion says where F or W is not finite.
     """
 
-    F: Stacks | None
-    W: Stacks | None
+    V: eqx.AbstractVar[Float[Array, "_ _"]]
+    is_checked: eqx.AbstractClassVar[bool]
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> tuple[tuple, ...]:
+        """The data with a row per stage that `stage` takes."""
+
+    @abc.abstractmethod
+    def stage(
+        self, segment: Segment, p: Array, x: Array, u: Array, t: Array, *row: Array
+    ) -> tuple[Array, Array]:
+        """F and W of a stage, where p is the gradient of the cost-to-go after it."""
+
+    @abc.abstractmethod
+    def dynamics(self, chain: VectorChain, trajectory: VectorTrajectory) -> Stacks:
+        """F of every stage."""
+
+    @abc.abstractmethod
+    def stored(self, chain: VectorChain, trajectory: VectorTrajectory) -> "Stored":
+        """The same model with all F and W at hand."""
+
+
+class Stored(AbstractModel):
+    """F and W as arrays. Of a Hessian only the symmetric part counts.
+
+    - `V`, `F`, `W`: of the last state, and of every stage.
+    - `symmetric`: W once more if it is known to be symmetric: as long as it is that of
+        the model, nothing is to be done.
+    """
+
     V: Float[Array, "_ _"]
-    tensors: Tensors | None = None
+    F: Stacks
+    W: Stacks
     symmetric: PyTree = None
 
-    def hessians(self, chain: VectorChain) -> tuple[Any, Array, Any]:
-        """W, V and the second derivatives, symmetric."""
-        known = [id(a) for a in jtu.tree_leaves(self.symmetric)]
-        half = lambda _, a: symmetrize(a)
+    is_checked: ClassVar[bool] = True
 
-        def stages(part):
-            if part is None or all(id(a) in known for a in part):
-                return part
-            return chain.map(half, part)
+    @property
+    def rows(self):
+        return self.F, self.W
 
-        V = self.V if id(self.V) in known else symmetrize(self.V)
-        return stages(self.W), V, stages(self.tensors)
+    def stage(self, segment, p, x, u, t, *row):
+        F, W = row
+        return F, W if _is_known(self.symmetric, self.W) else symmetrize(W)
+
+    def dynamics(self, chain, trajectory):
+        return self.F
+
+    def stored(self, chain, trajectory):
+        return self
+
+
+class WithTensors(AbstractModel):
+    """Also the second derivatives of f, weighted by p: the Hessian of h + p'f (DDP).
+
+    - `V`, `F`, `W`: as in `Stored`.
+    - `tensors`: second derivatives of f in (x, u), `(T, n, n + m, n + m)`.
+    - `symmetric`: W and the tensors once more, if they are known to be symmetric.
+    """
+
+    V: Float[Array, "_ _"]
+    F: Stacks
+    W: Stacks
+    tensors: Tensors
+    symmetric: PyTree = None
+
+    is_checked: ClassVar[bool] = True
+
+    @property
+    def rows(self):
+        return self.F, self.W, self.tensors
+
+    def stage(self, segment, p, x, u, t, *row):
+        F, W, tensor = row
+        hessian = jnp.einsum("i,ijk->jk", p, tensor, precision="highest")
+        W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+        known = _is_known(self.symmetric, (self.W, self.tensors))
+        return F, W if known else symmetrize(W)
+
+    def dynamics(self, chain, trajectory):
+        return self.F
+
+    def stored(self, chain, trajectory):
+        raise ValueError(SEQUENTIAL)
+
+
+def _is_known(symmetric: PyTree, hessians: PyTree) -> bool:
+    """Whether they are the very same arrays."""
+    known, leaves = map(jtu.tree_leaves, (symmetric, hessians))
+    return [id(a) for a in known] == [id(a) for a in leaves]
+
+
+class Recomputed(AbstractModel):
+    """F and W found again by each pass, with the second derivatives of p'f or without.
+
+    In a loop that is compiled as one function, writing and reading them costs as much
+    as computing them.
+
+    - `V`: that of the last state.
+    - `second_order`: whether W has the second derivatives of p'f, as in DDP.
+    """
+
+    V: Float[Array, "_ _"]
+    second_order: bool = eqx.field(static=True)
+
+    is_checked: ClassVar[bool] = False
+
+    @property
+    def rows(self):
+        return ()
+
+    def stage(self, segment, p, x, u, t, *row):
+        weight = (p,) if self.second_order else ()
+        return linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+
+    def dynamics(self, chain, trajectory):
+        return chain.map(linear, trajectory.xs, trajectory.us, chain.ts)
+
+    def stored(self, chain, trajectory):
+        if self.second_order:
+            raise ValueError(SEQUENTIAL)
+        W = chain.map(curved, trajectory.xs, trajectory.us, chain.ts)
+        return Stored(self.V, self.dynamics(chain, trajectory), W, symmetric=W)
+
+
+SEQUENTIAL = (
+    "Parts of this model come out of the recursion itself, as in DDP, which is "
+    "therefore sequential: use `dp.Riccati()`."
+)
 
 
 def affine(c: Array, AB: Array) -> Array:

@@ -17,7 +17,7 @@ from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
 from ._search.base import check_judged, check_memory, SearchState, Trial, Verdict
-from ._tree import vary, where
+from ._tree import no, vary, where
 from ._types import Stacks
 
 
@@ -138,7 +138,7 @@ class Solver(eqx.Module):
             first_cost=cost,
             gradient=number(jnp.nan),
             decrement=number(jnp.inf),
-            minimum=~finite & False,
+            minimum=no(finite),
             history=jnp.full(
                 ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
             ),
@@ -312,10 +312,8 @@ class Solver(eqx.Module):
             [TEST, SEARCH, SEARCH, END, FALLBACK],
             END,
         )
-        first = p.first_nonfinite
-        if sweep.first_nonfinite is not None:
-            first = sweep.first_nonfinite
-            purpose = jnp.where(first > self.chain.horizon, purpose, END)
+        first = jnp.minimum(p.first_nonfinite, sweep.first_nonfinite)
+        purpose = jnp.where(first > self.chain.horizon, purpose, END)
         decrement = jnp.where(positive, promised, p.decrement)
         return Passes(
             purpose=purpose.astype(jnp.int32),
@@ -376,7 +374,7 @@ class Solver(eqx.Module):
                 state,
                 (jnp.where(falls, 1, LEAVE) * state.stepsize, state.trials + 1),
             )
-            left = Verdict(falls, falls & False, ~falls & (shorter.stepsize < LEAST))
+            left = Verdict(falls, no(falls), ~falls & (shorter.stepsize < LEAST))
             state, verdict = where(leaving, (shorter, left), judged)
             nonfinite = jnp.minimum(nonfinite, trial.first_nonfinite)
             return state, verdict, trial, num_rollouts + 1, nonfinite

@@ -1,6 +1,6 @@
 """Loops that also run inside `shard_map`, whatever their carries start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,17 +10,19 @@ from jaxtyping import PyTree
 from ._tree import vary, where
 
 
-def scan(
-    fn: Callable,
-    carry: PyTree,
-    rows: PyTree = None,
-    *,
-    length: int | None = None,
-    reverse: bool = False,
-) -> tuple[PyTree, PyTree]:
+def chained(
+    run: Callable, parts: Sequence, carry: PyTree, data: tuple, reverse: bool
+) -> tuple[PyTree, tuple]:
+    """`carry, out = run(part, carry, *row)` from part to part of a chain."""
+    outs: list[Any] = [None] * len(parts)
+    for i in reversed(range(len(parts))) if reverse else range(len(parts)):
+        carry, outs[i] = run(parts[i], carry, *(column[i] for column in data))
+    return carry, tuple(outs)
+
+
+def scan(fn: Callable, carry: PyTree, rows: PyTree = None, **options: Any):
     """`lax.scan`."""
-    carry = vary(carry, like=(carry, rows))
-    return lax.scan(fn, carry, rows, length=length, reverse=reverse)
+    return lax.scan(fn, vary(carry, like=(carry, rows)), rows, **options)
 
 
 def while_loop(
@@ -30,9 +32,9 @@ def while_loop(
     return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
 
 
-def for_each(number: int, step: Callable, carry: PyTree) -> PyTree:
+def for_each(number: int, step: Callable, carry: PyTree, like: PyTree = None) -> PyTree:
     """`carry = step(i, carry)` for every i below this number."""
-    return lax.fori_loop(0, number, step, vary(carry, like=carry))
+    return lax.fori_loop(0, number, step, vary(carry, like=(carry, like)))
 
 
 def repeat(

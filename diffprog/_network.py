@@ -14,7 +14,7 @@ from ._capture import Frozen
 from ._changes import can_change
 from ._door import door
 from ._flax import found_in
-from ._loops import scan
+from ._loops import chained, scan
 from ._types import came, noted, shapes
 
 
@@ -124,22 +124,20 @@ class Network(eqx.Module):
         `data` and the outs are tuples arranged like `params`; `stage` is a function of
         one example.
         """
-        outs: list[Any] = [None] * len(self.stacks)
-        order = range(len(self.stacks))
-        for i in reversed(order) if reverse else order:
-            stack, rows = self.stacks[i], tuple(d[i] for d in data)
+
+        def run(stack, carry, *rows):
             if stack.size == 1:
-                carry, outs[i] = fn(stack.stage, carry, *rows)
-                continue
+                return fn(stack.stage, carry, *rows)
             arrays, rest = eqx.partition(stack.stage, eqx.is_array)
 
-            def body(carry, row, rest=rest):
+            def body(carry, row):
                 arrays, *row = row
                 return fn(eqx.combine(arrays, rest), carry, *row)
 
             _check_constant(body, carry, (arrays, *rows))
-            carry, outs[i] = scan(body, carry, (arrays, *rows), reverse=reverse)
-        return carry, tuple(outs)
+            return scan(body, carry, (arrays, *rows), reverse=reverse)
+
+        return chained(run, self.stacks, carry, data, reverse)
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
         """The output for one example. A `key` is split among the layers."""

@@ -1,7 +1,7 @@
 """Chains of vectors, traced once: what every recursion of the library runs on."""
 
+import functools as ft
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +14,14 @@ from jax.core import eval_jaxpr, Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._calls import about_state, call, check_dtype, scalar
 from ._capture import put_together, Taken
 from ._chain import AbstractChain, ControlProblem, Phase
 from ._door import door
 from ._fast_loops import Loops, scan
+from ._loops import chained
 from ._tree import all_finite, float_dtype, Layout, strong, vary
-from ._types import noted, Rows, shapes
+from ._types import Rows
 
 
 class Segment(eqx.Module):
@@ -40,13 +42,18 @@ class VectorChain(eqx.Module):
     """A chain whose states and controls are vectors: what the recursions run on.
 
     Data that have a row per stage are tuples with one stacked array per segment.
-    `scan` and `map` are the only loops over stages in this library.
+    `scan` and `map` are the only loops over its stages.
     """
 
     segments: tuple[Segment, ...]
     terminal_cost: Callable = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     loops: Loops = eqx.field(static=True, default="plain")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether finding derivatives again costs no more than reading them."""
+        return self.loops == "fused"
 
     @property
     def horizon(self) -> int:
@@ -65,18 +72,16 @@ class VectorChain(eqx.Module):
 
         A segment of one stage is called directly, so its carry may change shape.
         """
-        outs: list[Any] = [None] * len(self.segments)
-        order = range(len(self.segments))
-        for i in reversed(order) if reverse else order:
-            rows, segment = tuple(d[i] for d in data), self.segments[i]
-            if segment.horizon == 1:
-                row = jtu.tree_map(lambda a: a[0], rows)
-                carry, out = fn(segment, carry, *row)
-                outs[i] = jtu.tree_map(lambda a: a[None], out)
-            else:
-                body = lambda c, row, segment=segment: fn(segment, c, *row)
-                carry, outs[i] = scan(body, carry, rows, reverse, self.loops)
-        return carry, tuple(outs)
+
+        def run(segment, carry, *rows):
+            if segment.horizon > 1:
+                body = lambda carry, row: fn(segment, carry, *row)
+                return scan(body, carry, rows, reverse, self.loops)
+            row = jtu.tree_map(lambda a: a[0], rows)
+            carry, out = fn(segment, carry, *row)
+            return carry, jtu.tree_map(lambda a: a[None], out)
+
+        return chained(run, self.segments, carry, data, reverse)
 
     def map(self, fn: Callable, *data: tuple) -> tuple:
         """`out = fn(segment, *row)` at every stage: all at once, or one by one."""
@@ -157,10 +162,10 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     if isinstance(problem, ControlProblem):
         _check_next(x_layouts[-1], x_layouts[0])
     terminal = _traced(
-        lambda x: _scalar(
+        lambda x: scalar(
             "terminal_cost",
             problem.terminal_cost,
-            _call("terminal_cost", problem.terminal_cost, x_layouts[-1].unravel(x)),
+            call("terminal_cost", problem.terminal_cost, x_layouts[-1].unravel(x)),
             dtype,
         ),
         zeros(x_layouts[-1]),
@@ -189,50 +194,6 @@ def _traced(fn: Callable, *examples: Array) -> Callable:
     return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
 
 
-# What JAX raises where a traced number is the index of a list or a NumPy array.
-_ASKED = (
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
-
-
-def _call(name: str, fn: Callable, x: PyTree, *rest: Any):
-    """A function of the user; an error inside it says what it was given."""
-
-    def note():
-        given = f"`{name}` was given x of shape {shapes(x):.200}"
-        if rest:
-            given += f" and u of shape {shapes(rest[0]):.200}"
-        advice = _about_state(x)
-        if rest and _is_number(rest[0]):
-            advice += (
-                " u is a number, as `us` has one number per stage: for an array of one "
-                "give `us[:, None]`."
-            )
-        if isinstance(sys.exception(), _ASKED):
-            advice += (
-                " A list or a NumPy array takes no traced index, such as `t`: make the "
-                "table an array of JAX, `jnp.asarray(table)`."
-            )
-        return given + "." + advice
-
-    with noted(note):
-        return fn(x, *rest)
-
-
-def _is_number(tree: PyTree) -> bool:
-    return jtu.treedef_is_leaf(jtu.tree_structure(tree)) and np.ndim(tree) == 0
-
-
-def _about_state(x: PyTree) -> str:
-    """What is to be said of a state that may have been meant for an array."""
-    if isinstance(x, list) and not any(map(np.ndim, jtu.tree_leaves(x))):
-        return " `x0` is a list of numbers: for an array give `jnp.asarray(x0)`."
-    if _is_number(x):
-        return " `x0` is a number: for an array of one give `jnp.asarray([x0])`."
-    return ""
-
-
 def _trace(
     phase: Phase, start: int, x_layout: Layout, u_layout: Layout, zeros: Callable
 ):
@@ -241,14 +202,14 @@ def _trace(
     def dynamics(x, u, t):
         nonlocal next_layout
         args = x_layout.unravel(x), u_layout.unravel(u), t
-        new = _call("dynamics", phase.dynamics, *args)
+        new = call("dynamics", phase.dynamics, *args)
         next_layout = _next_layout(new, phase, x_layout)
         return next_layout.ravel(new)
 
     def cost(x, u, t):
         args = x_layout.unravel(x), u_layout.unravel(u), t
-        value = _call("cost", phase.cost, *args)
-        return _scalar("cost", phase.cost, value, dtype)
+        value = call("cost", phase.cost, *args)
+        return scalar("cost", phase.cost, value, dtype)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
     segment = Segment(
@@ -258,7 +219,7 @@ def _trace(
 
 
 def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:
-    _check_dtype("dynamics", phase.dynamics, x, before.dtype)
+    check_dtype("dynamics", phase.dynamics, x, before.dtype)
     layout = Layout.of(x, before.dtype)
     if phase.horizon > 1:
         _check_next(layout, before)
@@ -270,35 +231,8 @@ def _check_next(layout: Layout, before: Layout):
         raise ValueError(
             f"`dynamics` returned a state with the shapes {layout.describe()}; the "
             f"state it was given has {before.describe()}, and both must agree."
-            + _about_state(before.structs())
+            + about_state(before.structs())
         )
-
-
-def _check_dtype(name: str, fn: Callable, tree: PyTree, dtype):
-    for path, leaf in jtu.tree_leaves_with_path(tree):
-        leaf = jnp.asarray(leaf)
-        if leaf.dtype != dtype and not leaf.weak_type:
-            held = [
-                a for a in Taken(fn).numbers if getattr(a, "dtype", None) == leaf.dtype
-            ]
-            held = held and f"; it holds a {leaf.dtype} of shape {jnp.shape(held[0])}"
-            raise TypeError(
-                f"`{name}` returned {leaf.dtype}{jtu.keystr(path)} where x0 and us are "
-                f"{dtype} (a weakly typed one, such as `jnp.asarray(0.1)`, follows the "
-                f"other){held or ''}: give the arrays inside the problem the dtype of "
-                "x0, or make them Python floats, which follow it."
-            )
-
-
-def _scalar(name: str, fn: Callable, value, dtype) -> Float[Array, ""]:
-    if len(jtu.tree_leaves(value)) != 1 or jnp.shape(jtu.tree_leaves(value)[0]) != ():
-        came = jtu.tree_map(jnp.shape, value)
-        raise ValueError(
-            f"`{name}` returned something of shape {came}; a cost is one scalar: sum "
-            "it up, or index the entry that is meant."
-        )
-    _check_dtype(name, fn, value, dtype)
-    return jnp.asarray(jtu.tree_leaves(value)[0]).astype(dtype)
 
 
 class Trajectory(eqx.Module):
@@ -355,7 +289,7 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
     T = chain.horizon
     when = lambda flag, t: jnp.min(jnp.where(flag, T + 1, t).astype(jnp.int32))
     stages = [when(flag, t) for flag, t in zip(flags, chain.ts, strict=True)]
-    return jnp.min(jnp.stack([*stages, when(last, T)]))
+    return ft.reduce(jnp.minimum, [*stages, when(last, T)])
 
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:

@@ -1,3 +1,5 @@
+import functools as ft
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,17 +30,17 @@ def yes(like: Array) -> Array:
 
 def all_finite(*trees: PyTree) -> Array:
     """Whether every entry of every leaf is finite."""
-    leaves = jtu.tree_leaves(trees)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(trees)]
+    return ft.reduce(operator.and_, finite)
 
 
 def norm(*trees: PyTree) -> Array:
     """The Euclidean norm of all entries together."""
     leaves = jtu.tree_leaves(trees)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    largest = ft.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)) for leaf in leaves])
     scale = jnp.where(largest > 0, largest, 1)  # squares neither over- nor underflow
-    squares = jnp.stack([jnp.sum((leaf / scale) ** 2) for leaf in leaves])
-    return scale * jnp.sqrt(jnp.sum(squares))
+    squares = [jnp.sum((leaf / scale) ** 2) for leaf in leaves]
+    return scale * jnp.sqrt(ft.reduce(operator.add, squares))
 
 
 def vary(tree: PyTree, like: PyTree) -> PyTree:

@@ -11,7 +11,13 @@ from ._direction.base import (
     gradients as gradients,
     linear_quadratic as linear_quadratic,
 )
-from ._expand import adjoints as adjoints
+from ._expand import (
+    AbstractModel as AbstractModel,
+    adjoints as adjoints,
+    Recomputed as Recomputed,
+    Stored as Stored,
+    WithTensors as WithTensors,
+)
 from ._linalg import matmul as matmul
 from ._rollout import run as run, simulate as simulate, vectorize as vectorize
 from ._tree import norm as norm, vdot as vdot

@@ -1,5 +1,7 @@
 import functools as ft
+from typing import ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -8,6 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
+from diffprog._direction.base import linear_quadratic
+from diffprog._expand import Recomputed, Stored
 
 from . import helpers
 from .helpers import BIASED, DIRECTIONS, name, SECOND_ORDER
@@ -174,3 +178,69 @@ def test_indefinite_stage_raises_when_concrete_and_is_nan_when_traced():
     du, result = dp.direction(saddle, dp.ILQR(), x0, us, damping=10.0)
     np.testing.assert_allclose(du, 2 / (10 - 2), rtol=1e-14)
     assert result == dp.RESULTS.successful
+
+
+class Follower(dp.AbstractDirection):
+    """The pattern of iLQR, as a user would write it."""
+
+    rollout: ClassVar[dp.AbstractRollout] = dp.Feedback()
+
+    def expand(self, chain, trajectory):
+        return linear_quadratic(chain, trajectory)
+
+    def backward(self, chain, trajectory, model, damping):
+        return dp.Riccati().backward(chain, trajectory, model, damping)
+
+
+def test_a_direction_of_a_user_gets_the_fast_path_unasked(monkeypatch):
+    """Its model is found again by each pass in loops that are one function."""
+    problem, x0, us = helpers.spring()
+    expected = dp.solve(problem, dp.ILQR(), x0, us)
+    kinds, expand = [], Follower.expand
+    record = lambda *args: (e := expand(*args), kinds.append(type(e.model)))[0]
+    monkeypatch.setattr(Follower, "expand", record)
+    solution = dp.solve(problem, Follower(), x0, us, fast_loops=True)
+    close(solution.us, expected.us, 1e-12)
+    assert kinds == [Recomputed, Stored]  # on the CPU, and elsewhere
+
+
+def affine_model(F, W, V):
+    """The chain and trajectory of zeros whose local model has gaps c in F."""
+    T, m = len(F), W.shape[1] - V.shape[0]
+    A, B = F[:, 1:, 1 : len(V)], F[:, 1:, len(V) :]
+    dynamics = lambda x, u, t: A[t] @ x + B[t] @ u
+    cost = lambda x, u, t: 0.0 * jnp.sum(u)
+    problem = dp.ControlProblem(dynamics, cost, lambda x: 0.0 * x[0], T)
+    return helpers.vectors(problem, jnp.zeros(len(V) - 1), jnp.zeros((T, m)))
+
+
+def test_gaps_of_the_dynamics_live_in_the_model(getkey):
+    """With c in F gains, controls, slope and curvature are those of the LQR problem."""
+    lqr = helpers.random_lqr(getkey(), T=6, n=3, m=2)
+    F, W, V = lqr.blocks()
+    model, damping = Stored(V, (F,), (W,)), jnp.asarray(0.3)
+    chain, trajectory = affine_model(F, W, V)
+    sweeps = [
+        riccati.backward(chain, trajectory, model, damping)
+        for riccati in (dp.Riccati(), dp.ParallelRiccati())
+    ]
+    R = lqr.R + damping * jnp.eye(2)[None]
+    damped = eqx.tree_at(lambda lqr: lqr.R, lqr, R)
+    exact = dp.solve_lqr(damped, jnp.zeros(3))
+    _, (vs,) = dp.LinearRollout().roll(
+        chain, trajectory, model, sweeps[0].gains, jnp.ones(())
+    )
+    close(vs, exact.us, 1e-12)
+    P, p, c = exact.value.P[1:], exact.value.p[1:], lqr.c
+    h = lqr.r + jnp.einsum("tij,ti->tj", lqr.B, p + jnp.einsum("tij,tj->ti", P, c))
+    G = R + jnp.einsum("tki,tkl,tlj->tij", lqr.B, P, lqr.B)
+    for sweep in sweeps:
+        gains = jnp.concatenate([exact.policy.k[:, :, None], exact.policy.K], 2)
+        close(sweep.gains, (gains,), 1e-10)
+        k = exact.policy.k
+        slope, curvature = jnp.sum(h * k), jnp.einsum("ti,tij,tj->", k, G, k)
+        np.testing.assert_allclose(sweep.slope, slope, rtol=1e-10)
+        np.testing.assert_allclose(sweep.curvature, curvature, rtol=1e-10)
+        squares = jnp.sum(k**2)
+        promised = slope**2 / 2 / (curvature - damping * squares)
+        np.testing.assert_allclose(sweep.decrement, promised, rtol=1e-9)

@@ -46,6 +46,7 @@ FLOORS = {
     "_network": 3,
     "_recurrent": 3,
     "losses": 3,
+    "_calls": 2,
     "_rollout": 3,
     "_network_problem": 4,
     "_smoothness": 4,
@@ -149,7 +150,6 @@ def escapes(path):
 
 # What is too long today, and how long: a number may shrink, and no name may be added.
 TOO_LONG = {
-    "_rollout.py": 438,
     "_loop.py: step": 63,
     "_loop.py: _pass": 64,
 }

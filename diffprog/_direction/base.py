@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from .._expand import adjoints, curved, linear, Model, terminal
+from .._expand import (
+    adjoints,
+    curved,
+    linear,
+    Recomputed,
+    second_derivatives,
+    Stored,
+    terminal,
+    WithTensors,
+)
 from .._lqr import Sweep
-from .._rollout import first_false, VectorChain, VectorTrajectory
+from .._rollout import first_false, Segment, VectorChain, VectorTrajectory
 from .._tree import all_finite, norm
-from .._types import AbstractPart, check_answer, Rows, shapes, Stacks, Tensors
+from .._types import AbstractPart, check_answer, Rows, shapes, Stacks
 from .rollouts import AbstractRollout
 
 
@@ -104,55 +113,53 @@ def swept(
 def linear_quadratic(
     chain: VectorChain,
     trajectory: VectorTrajectory,
+    *,
     weights: Rows | None = None,
-    tensors: Tensors | None = None,
+    second_order: bool = False,
+    stored: bool = False,
 ) -> Expansion:
     """Linear dynamics and quadratic costs: the model that a Riccati recursion takes.
 
-    With `weights` (a row w_t per stage) the Hessians are those of h_t + w_t' f_t;
-    `tensors` are second derivatives of f_t, for weights that the recursion knows.
+    With `weights` (a row w_t per stage) the Hessians are those of h_t + w_t' f_t; with
+    `second_order` the weights are the gradients p_{t+1} that the recursion itself
+    finds. The model has all its F and W at hand where they are `stored`, or given
+    weights ask for it; else they may be found again by each pass, where that is faster.
     """
+    data = (trajectory.xs, trajectory.us, chain.ts)
+    V, T = terminal(chain, trajectory.final), jnp.int32(chain.horizon)
+    if chain.recomputes and weights is None and not stored:
+        norms = chain.map(cost_gradient, *data)
+        first = jnp.where(all_finite(V), T + 1, T)
+        return Expansion(Recomputed(V, second_order), norm(norms, V[0]), first)
 
     def stage(segment, x, u, t, *weight):
         F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+        more = (second_derivatives(segment, x, u, t),) if second_order else ()
         # A costate passes what is not finite down to all earlier W: look at the
         # gradient (q_t, r_t) of the cost first.
-        return F, W, norm(W[0]), all_finite(F, W[0]), all_finite(W)
+        source, second = all_finite(F, W[0]), all_finite(W, *more)
+        return (F, W, *more), norm(W[0]), source, second
 
     weighted = () if weights is None else (weights,)
-    data = (trajectory.xs, trajectory.us, chain.ts, *weighted)
-    F, W, norms, source, second = zip(*chain.map(stage, *data), strict=True)
-    V = terminal(chain, trajectory.final)
-    if tensors is not None:
-        finite = chain.map(lambda _, tensor: all_finite(tensor), tensors)
-        second = tuple(a & b for a, b in zip(second, finite, strict=True))
+    rows = zip(*chain.map(stage, *data, *weighted), strict=True)
+    blocks, norms, source, second = rows
     first = first_false(chain, source, all_finite(V[0]))
     late = first_false(chain, second, all_finite(V))
-    first = jnp.where(first > chain.horizon, late, first)
-    model = Model(F, W, V, tensors, symmetric=(W, V, tensors))
-    return Expansion(model, norm(norms, V[0]), first)
+    F, W, *tensors = zip(*blocks, strict=True)
+    kind = WithTensors if tensors else Stored
+    model = kind(V, F, W, *tensors, symmetric=(W, *tensors))
+    return Expansion(model, norm(norms, V[0]), jnp.where(first > T, late, first))
 
 
-def deferred(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
-    """The expansion whose F and W the backward pass finds itself.
-
-    For roll-outs that follow the true dynamics. In a loop that is compiled as one
-    function, writing and reading F and W costs as much as computing them.
-    """
-    of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
-    norms = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
-    V = terminal(chain, trajectory.final)
-    T = jnp.int32(chain.horizon)
-    first = jnp.where(all_finite(V), T + 1, T)
-    model = Model(None, None, V, symmetric=V)
-    return Expansion(model, norm(norms, V[0]), first)
+def cost_gradient(segment: Segment, x: Array, u: Array, t: Array) -> Array:
+    """The norm of the gradient of a stage's cost."""
+    return norm(jax.grad(segment.cost, (0, 1))(x, u, t))
 
 
 def gradients(chain: VectorChain, trajectory: VectorTrajectory) -> Expansion:
     """The gradient of the objective in every control: the model of first order."""
     _, lams, found = adjoints(chain, trajectory)
-    of_stage = lambda s, x, u, t: norm(jax.grad(s.cost, (0, 1))(x, u, t))
-    costs = chain.map(of_stage, trajectory.xs, trajectory.us, chain.ts)
+    costs = chain.map(cost_gradient, trajectory.xs, trajectory.us, chain.ts)
     last = jax.grad(chain.terminal_cost)(trajectory.final)
     # What is not finite travels down from its stage: the last one is the source.
     late = lambda _, t, *row: jnp.where(all_finite(row), -1, t)

@@ -1,8 +1,7 @@
 from typing import ClassVar
 
-from .._expand import second_derivatives
 from .._lqr import Riccati
-from .base import AbstractDirection, deferred, linear_quadratic
+from .base import AbstractDirection, linear_quadratic
 from .rollouts import AbstractRollout, Feedback
 
 
@@ -22,11 +21,7 @@ class DDP(AbstractDirection):
     rollout: ClassVar[AbstractRollout] = Feedback()
 
     def expand(self, chain, trajectory):
-        if chain.loops == "fused":
-            return deferred(chain, trajectory)
-        data = (trajectory.xs, trajectory.us, chain.ts)
-        tensors = chain.map(second_derivatives, *data)
-        return linear_quadratic(chain, trajectory, tensors=tensors)
+        return linear_quadratic(chain, trajectory, second_order=True)
 
     def backward(self, chain, trajectory, model, damping):
-        return Riccati().backward(chain, trajectory, model, damping, second_order=True)
+        return Riccati().backward(chain, trajectory, model, damping)

@@ -28,7 +28,7 @@ class GaussNewton(AbstractDirection):
         check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")
 
     def expand(self, chain, trajectory):
-        return linear_quadratic(chain, trajectory)
+        return linear_quadratic(chain, trajectory, stored=True)  # trials read F
 
     def backward(self, chain, trajectory, model, damping):
         return self.riccati.backward(chain, trajectory, model, damping)

@@ -33,7 +33,7 @@ class Gradient(AbstractDirection):
         return Sweep(
             feedforward(trajectory, tuple(-g / penalty for g in model)),
             slope,
-            -slope,
+            -slope,  # the penalty's, penalty k'k
             gradient**2 / 2,
             gradient,
             jnp.isfinite(gradient),

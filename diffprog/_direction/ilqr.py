@@ -2,7 +2,7 @@ from typing import ClassVar
 
 from .._lqr import AbstractRiccati, Riccati
 from .._types import check_kind
-from .base import AbstractDirection, deferred, linear_quadratic
+from .base import AbstractDirection, linear_quadratic
 from .rollouts import AbstractRollout, Feedback
 
 
@@ -28,8 +28,6 @@ class ILQR(AbstractDirection):
         check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")
 
     def expand(self, chain, trajectory):
-        if chain.loops == "fused" and isinstance(self.riccati, Riccati):
-            return deferred(chain, trajectory)
         return linear_quadratic(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):

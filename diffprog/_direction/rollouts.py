@@ -38,12 +38,13 @@ class Feedback(AbstractRollout):
 
 
 class LinearRollout(AbstractRollout):
-    """v = s k + K y along the linear model, y' = A y + B v from y = 0."""
+    """v = s k + K y along the linear model, y' = c + A y + B v from y = 0."""
 
     def roll(self, chain, trajectory, model, gains, stepsize):
         def control(segment, x_new, y, u, gains, F):
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
-            return u + v, matmul(F[1:, 1:], jnp.concatenate([y, v])), v
+            return u + v, F[1:, 0] + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
 
-        x0, data = trajectory.xs[0][0], (trajectory.us, gains, model.F)
+        x0, F = trajectory.xs[0][0], model.dynamics(chain, trajectory)
+        data = (trajectory.us, gains, F)
         return simulate(chain, control, x0, jnp.zeros_like(x0), *data)

@@ -1,4 +1,5 @@
 import abc
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -7,13 +8,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._chain import check_horizon
-from .._expand import affine, Model, quadratic
-from .._fast_loops import Loops
+from .._expand import AbstractModel, affine, quadratic
 from .._linalg import matmul, solve_positive, symmetrize
 from .._result import RESULTS
 from .._rollout import Segment, VectorChain, VectorTrajectory
 from .._tree import Layout, norm
 from .._types import AbstractPart, Rows, Stacks
+
+
+NEVER = np.int32(np.iinfo(np.int32).max)  # no stage
 
 
 def bellman(
@@ -22,16 +25,19 @@ def bellman(
     """One stage of the backward pass, in the blocks of `_expand`, from the product V F.
 
     Minimizes (1, x, u)' Z (1, x, u) / 2 + damping u'u / 2 over u, Z = W + F' V F:
-    u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], and whether the
-    minimum exists. Where it does not, k has negative curvature and K is 0; both are 0
-    if V is not `valid`.
+    u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], the terms h'k,
+    k'Gk and k'k of the change along k, and whether the minimum exists. Where it does
+    not, k has negative curvature and K is 0; both are 0 if V is not `valid`.
     """
     Z = W + matmul(F.T, VF)
     u = Z.shape[0] - m
-    G = Z[u:, u:] + damping * jnp.eye(m, dtype=Z.dtype)  # R + damping I + B'PB
+    G = Z[u:, u:]  # R + B'PB
     H = Z[u:, :u]  # [h H]: h = r + B'(p + Pc), H = B'PA + M'
-    gains, positive = solve_positive(G, -H, valid)  # [k K] = -inv(G) [h H]
-    return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, positive
+    damped = G + damping * jnp.eye(m, dtype=Z.dtype)
+    gains, positive = solve_positive(damped, -H, valid)  # [k K] = -inv(damped) [h H]
+    k = gains[:, 0]
+    change = matmul(jnp.stack([H[:, 0], matmul(G, k), k]), k)
+    return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, change, positive
 
 
 class Sweep(eqx.Module):
@@ -44,8 +50,8 @@ class Sweep(eqx.Module):
         convergence is judged by it.
     - `gradient`: norm of the gradient of the objective in the controls.
     - `positive`: whether every stage had a minimum.
-    - `first_nonfinite`: stage of a second derivative that is not finite, else T + 1;
-        `None` where the pass takes no derivatives.
+    - `first_nonfinite`: first stage from which the pass finds no finite numbers; a
+        large one, the default, if there is none.
     """
 
     gains: Stacks
@@ -54,38 +60,31 @@ class Sweep(eqx.Module):
     decrement: Float[Array, ""]
     gradient: Float[Array, ""]
     positive: Bool[Array, ""]
-    first_nonfinite: Int[Array, ""] | None = None
-
-
-def decrement(slope: Array, damping: Array, squares: Array, gradient: Array) -> Array:
-    """The decrease that the model without damping promises along the direction.
-
-    The model along a step size s is s slope + s^2 c / 2 with c = -slope - damping k'k,
-    least at -slope^2 / (2 c). Without damping that is -slope / 2, and a large damping
-    cannot pass off a short step as convergence. 0 only where the gradient is.
-    """
-    curvature = -slope - damping * squares
-    promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
-    return jnp.where(gradient == 0, 0.0, promised)
+    first_nonfinite: Int[Array | np.number, ""] = NEVER
 
 
 def summarize(
     gains: Stacks,
     gradients: Rows,
-    slope: Array,
+    change: Sequence[Array] | Float[Array, "3"],
     damping: Array,
     positive: Array,
-    first_nonfinite: Array | None = None,
+    first_nonfinite: Array | np.number = NEVER,
 ) -> Sweep:
-    """The `Sweep` of gains that minimize the damped model, exactly."""
-    gradient = norm(gradients)
-    squares = norm([g[:, :, 0] for g in gains]) ** 2
+    """The `Sweep` of gains, from the sums of what `bellman` says of the `change`.
+
+    The model without damping, s h'k + s^2 k'Gk / 2 in sum, promises a decrease of
+    (h'k)^2 / (2 k'Gk): so a large damping cannot pass off a short step as convergence.
+    A step that leads nowhere promises nothing.
+    """
+    slope, curvature, squares = change
+    promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
     return Sweep(
         gains=gains,
         slope=slope,
-        curvature=-slope,  # sum of k'Gk, because Gk = -h
-        decrement=decrement(slope, damping, squares, gradient),
-        gradient=gradient,
+        curvature=curvature + damping * squares,
+        decrement=jnp.where(slope == 0, 0.0, promised),
+        gradient=norm(gradients),
         positive=positive & jnp.isfinite(slope),
         first_nonfinite=first_nonfinite,
     )
@@ -335,24 +334,27 @@ class LQRSolution(eqx.Module):
 class AbstractRiccati(AbstractPart):
     """How the Riccati recursion of a linear-quadratic model is run.
 
-    All work on the blocks of `_expand`; [k K] are the gains of a stage.
+    All work on the blocks of `_expand`; [k K] are the gains of a stage. `scan`, like
+    `lax.scan` with all arguments by position, is the loop to take from stage to stage.
+
+    - `sequential`: whether it goes from stage to stage; else all are taken at once.
     """
+
+    sequential: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def backward(
         self,
         chain: VectorChain,
         trajectory: VectorTrajectory,
-        model: Model,
+        model: AbstractModel,
         damping: Float[Array, ""],
     ) -> Sweep:
         """The backward pass of a direction, over all segments of the chain."""
 
     @abc.abstractmethod
     def values(
-        self,
-        lqr: LQR,
-        loops: Loops,
+        self, lqr: LQR, scan: Callable
     ) -> tuple[Value, Float[Array, "T m n"], Float[Array, "T m"]]:
         """Costs-to-go, K and k of every stage; NaN before a stage without minimum."""
 
@@ -363,6 +365,6 @@ class AbstractRiccati(AbstractPart):
         K: Float[Array, "T m n"],
         k: Float[Array, "T m"],
         x0: Array,
-        loops: Loops,
+        scan: Callable,
     ) -> tuple[Float[Array, "states _"], Float[Array, "T _"]]:
         """States and controls of x' = A x + B u + c, u = K x + k."""

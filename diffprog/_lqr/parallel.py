@@ -20,6 +20,7 @@ every stage, all at once, improves it. Why that is sound, whatever the first pol
 """
 
 import functools as ft
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -28,9 +29,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array
 
-from .._fast_loops import FastLoopsError
 from .._linalg import matmul, symmetrize
-from .._tree import vary
+from .._loops import for_each, scan, while_loop
 from .base import AbstractRiccati, bellman, summarize, Value
 
 
@@ -79,7 +79,7 @@ def evaluate(F: Array, W: Array, V: Array, gains: Array) -> Array:
     return lax.associative_scan(jax.vmap(combine), (Phi, N), reverse=True)[1]
 
 
-def improve(F: Array, W: Array, after: Array, m: int) -> tuple[Array, Array, Array]:
+def improve(F: Array, W: Array, after: Array, m: int) -> tuple[Array, ...]:
     """A Bellman step at every stage, from V after it."""
     zero = jnp.zeros((), F.dtype)
     step = lambda F, W, V: bellman(F, W, matmul(V, F), m, zero)
@@ -102,12 +102,12 @@ def first_gains(F: Array, W: Array, V: Array) -> Array:
 
     def step(_, carry):
         after = shift(carry[0], V)
-        _, gains, positive = improve(F, W, after, m)
+        _, gains, _, positive = improve(F, W, after, m)
         gains = jnp.where(positive[:, None, None], gains, 0)
         return jax.vmap(pull_back)(*jax.vmap(close)(F, W, gains), after), gains
 
     start = jnp.broadcast_to(guess, (T, n, n)), jnp.zeros_like(W[:, n:, :n])
-    return lax.fori_loop(0, min(LOOKAHEAD, T), step, vary(start, (F, W, V)))[1]
+    return for_each(min(LOOKAHEAD, T), step, start, like=(F, W, V))[1]
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -120,7 +120,7 @@ def policy_iteration(limit: int, F: Array, W: Array, V: Array) -> Array:
         i, gains, _, was_close, _ = carry
         Vs = evaluate(F, W, V, gains)
         after = shift(Vs, V)
-        before, gains, positive = improve(F, W, after, m)
+        before, gains, _, positive = improve(F, W, after, m)
         # Vs - before = (change of gains)' G (change of gains); all terms that add up
         # to Vs, without their signs, say how large rounding may make it.
         terms = jax.vmap(close)(jnp.abs(F), jnp.abs(W), jnp.abs(gains))
@@ -137,8 +137,7 @@ def policy_iteration(limit: int, F: Array, W: Array, V: Array) -> Array:
 
     no, Vs = jnp.asarray(False), jnp.zeros_like(W[:, : len(V), : len(V)])
     start = jnp.asarray(0), first_gains(F, W, V), Vs, no, no
-    start = vary(start, (F, W, V))
-    _, _, Vs, found, _ = lax.while_loop(unfinished, iterate, start)
+    _, _, Vs, found, _ = while_loop(unfinished, iterate, start, like=(F, W, V))
     return jnp.where(found, Vs, jnp.nan)
 
 
@@ -148,7 +147,7 @@ def _(limit, primals, tangents):
     # because the gains are themselves functions of V.
     F, W, V = primals
     Vs = policy_iteration(limit, F, W, V)
-    _, gains, _ = improve(F, W, shift(Vs, V), W.shape[1] - V.shape[0])
+    _, gains, *_ = improve(F, W, shift(Vs, V), W.shape[1] - V.shape[0])
     evaluated = lambda F, W, V: evaluate(F, W, V, gains)
     return Vs, jax.jvp(evaluated, primals, tangents)[1]
 
@@ -174,7 +173,7 @@ def by_chunks(fn, carry, stages, idle, chunk, reverse=False):
 
     parts = tuple(map(split, stages, idle))
     body = lambda carry, part: fn(carry, *part)
-    carry, out = lax.scan(body, carry, parts, reverse=reverse)
+    carry, out = scan(body, carry, parts, reverse=reverse)
     return carry, jtu.tree_map(join, out)
 
 
@@ -220,6 +219,8 @@ class ParallelRiccati(AbstractRiccati):
     chunk: int | None = eqx.field(static=True, default=None)
     max_policies: int = eqx.field(static=True, default=64)
 
+    sequential: ClassVar[bool] = False
+
     def __check_init__(self):
         chunk = 1 if self.chunk is None else self.chunk
         for name, number in (("chunk", chunk), ("max_policies", self.max_policies)):
@@ -229,57 +230,52 @@ class ParallelRiccati(AbstractRiccati):
                 )
 
     def backward(self, chain, trajectory, model, damping):
-        if model.F is None or model.W is None or model.tensors is not None:
-            raise ValueError(
-                "Parts of this model come out of the recursion itself, as in DDP, "
-                "which is therefore sequential: use `dp.Riccati()`."
-            )
-        Ws, V, _ = model.hessians(chain)
+        model = model.stored(chain, trajectory)
+        V = symmetrize(model.V)
         lam, rows = V[0], []
-        for F, W, u in zip(model.F[::-1], Ws[::-1], trajectory.us[::-1]):
+        for F, W, u in zip(model.F[::-1], model.W[::-1], trajectory.us[::-1]):
             m, n = u.shape[1], W.shape[1] - u.shape[1]
+            W = symmetrize(W)
             lam, gradients = self.adjoint(F, W[:, 0], lam, m)
             penalty = jnp.pad(damping * jnp.eye(m, dtype=W.dtype), ((n, 0), (n, 0)))
-            Vs, gains, positive = self.recursion(F, W + penalty[None], V, m)
-            rows.append((gains, gradients, positive))
+            Vs, gains, change, positive = self.recursion(F, W + penalty[None], V, m)
+            rows.append((gains, gradients, change, positive))
             V = Vs[0]
-        gains, gradients, positive = zip(*rows[::-1])
+        gains, gradients, changes, positive = zip(*rows[::-1])
         positive = jnp.all(jnp.stack(positive))
-        return summarize(gains, gradients, V[0, 0], damping, positive)
+        slope, curvature, squares = jnp.sum(jnp.stack(changes), 0)
+        change = slope, curvature - damping * squares, squares  # W held the damping
+        return summarize(gains, gradients, change, damping, positive)
 
-    def values(self, lqr, loops):
-        if loops == "forced":
-            raise FastLoopsError(
-                "`fast_loops=True` is not possible with `dp.ParallelRiccati`, which "
-                "takes all stages at once: use `dp.Riccati()`."
-            )
+    def values(self, lqr, scan):
         F, W, V = lqr.blocks()
-        Vs, gains, positive = self.recursion(F, W, V, lqr.B.shape[2])
+        Vs, gains, _, positive = self.recursion(F, W, V, lqr.B.shape[2])
         Vs, gains = [jnp.where(positive, a, jnp.nan) for a in (Vs, gains)]
         Vs = jnp.concatenate([Vs, V[None]])
         value = Value(Vs[:, 1:, 1:], Vs[:, 0, 1:], Vs[:, 0, 0] / 2)
         return value, gains[:, :, 1:], gains[:, :, 0]
 
     def recursion(self, F, W, V, m):
-        """V before every stage, gains, and whether all stages have a minimum."""
+        """V before every stage, gains, what they change, and if all have a minimum."""
 
         def part(V, F, W):
             after = V[None]
             if F.shape[0] > 1:
                 after = shift(policy_iteration(self.max_policies, F, W, V), V)
-            before, gains, positive = improve(F, W, after.at[:, 0, 0].set(0), m)
-            return before[0], (before, gains, positive)
+            rows = improve(F, W, after.at[:, 0, 0].set(0), m)
+            return rows[0][0], rows
 
         # x' = x at the cost u'u / 2
         controls = jnp.arange(W.shape[1]) >= W.shape[1] - m
         idle = jnp.eye(*F.shape[1:], dtype=F.dtype), jnp.diag(controls.astype(F.dtype))
         _, rows = by_chunks(part, V, (F, W), idle, self.chunk, reverse=True)
-        Vs, gains, positive = rows
+        Vs, gains, changes, positive = rows
         # Up to here the first entry of V is what the stage adds to the constant.
         constants = V[0, 0] + lax.cumsum(Vs[:, 0, 0], reverse=True)
-        return Vs.at[:, 0, 0].set(constants), gains, jnp.all(positive)
+        Vs = Vs.at[:, 0, 0].set(constants)
+        return Vs, gains, jnp.sum(changes, 0), jnp.all(positive)
 
-    def rollout(self, lqr, K, k, x0, loops):
+    def rollout(self, lqr, K, k, x0, scan):
         (F, _, _), gains = lqr.blocks(), jnp.concatenate([k[:, :, None], K], 2)
 
         def part(x, F, gains):

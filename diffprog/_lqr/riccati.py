@@ -1,18 +1,21 @@
+import functools as ft
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._door import door
-from .._expand import curved, linear
-from .._fast_loops import compiled, Loops, scan
+from .._fast_loops import compiled, FastLoopsError, Loops, scan
 from .._linalg import matmul, solve_positive, symmetrize
 from .._result import explain, RESULTS, throw_unless_successful
-from .._tree import all_finite, Layout, vary
+from .._tree import Layout, vary
 from .base import (
     AbstractRiccati,
     bellman,
     float_array,
     LQR,
     LQRSolution,
+    NEVER,
     Policy,
     summarize,
     Value,
@@ -29,55 +32,43 @@ class Riccati(AbstractRiccati):
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
     """
 
-    def backward(self, chain, trajectory, model, damping, second_order=False):
+    sequential: ClassVar[bool] = True
+
+    def backward(self, chain, trajectory, model, damping):
         """The backward pass from the last V; the adjoint rides along for the gradient.
 
-        With `second_order` the Hessian of p_{t+1}' f_t is added to every stage (DDP),
-        from the second derivatives in the model if it has them.
+        A pass without a minimum leaves a direction of negative curvature at the last
+        stage that has none.
         """
 
-        def stage(segment, carry, x, u, t, *stored):
+        def stage(segment, carry, x, u, t, *row):
             # The costate lam is one more row below V.
-            rows, positive, first = carry
-            p = rows[0, 1:]
-            if model.F is None:
-                weight = (p,) if second_order else ()
-                F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
-            else:
-                F, W, *tensor = stored
-                if tensor:
-                    hessian = jnp.einsum("i,ijk->jk", p, *tensor, precision="highest")
-                    W = W + jnp.pad(hessian, ((1, 0), (1, 0)))
+            rows, total, positive, first = carry
+            F, W = model.stage(segment, rows[0, 1:], x, u, t, *row)
             product = matmul(rows, F)
-            # A pass without a minimum leaves a direction of negative curvature at the
-            # last stage that has none.
             terms = F, W, product[:-1], len(u), damping, positive
-            V, gains, minimum = bellman(*terms)
+            V, gains, change, positive = bellman(*terms)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
-            if model.F is None:
+            if not model.is_checked:
                 # What is not finite in F or W spreads to V, so that V tells where they
                 # are not: from a stage that failed the pass goes on with V = 0.
-                finite = all_finite(jnp.sum(V, 0))
-                first = jnp.where(finite, first, t)
-                minimum = minimum & finite
-                rows = jnp.where(minimum, rows, 0)
-            return (rows, minimum, first), (gains, lam[len(V) :])
+                finite = jnp.all(jnp.isfinite(jnp.sum(V, 0)))
+                first, positive = jnp.where(finite, first, t), positive & finite
+                rows = jnp.where(positive, rows, 0)
+            return (rows, total + change, positive, first), (gains, lam[len(V) :])
 
-        W, V, tensors = model.hessians(chain)
-        end = jnp.concatenate([V, V[:1]])
-        stored = [a for a in (model.F, W, tensors) if a is not None]
-        data = (trajectory.xs, trajectory.us, chain.ts, *stored)
-        first = None
-        if model.F is None:
-            first = jnp.full_like(chain.ts[0][0], chain.horizon + 1)
-        start = vary((end, jnp.isfinite(end[0, 0]), first), like=trajectory)
-        (V, positive, first), rows = chain.scan(stage, start, *data, reverse=True)
+        V = symmetrize(model.V)
+        last, finite = jnp.concatenate([V, V[:1]]), jnp.isfinite(V[0, 0])
+        start = last, jnp.zeros(3, V.dtype), finite, jnp.asarray(NEVER)
+        start = vary(start, like=trajectory)
+        data = (trajectory.xs, trajectory.us, chain.ts, *model.rows)
+        (_, *sums), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
-        # Where c = 0, V[0, 0] is the sum of h'k.
-        return summarize(gains, gradients, V[0, 0], damping, positive, first)
+        change, positive, first = sums
+        return summarize(gains, gradients, change, damping, positive, first)
 
-    def values(self, lqr, loops):
+    def values(self, lqr, scan):
         """`bellman` with the terms of a stage apart.
 
         The blocks would have to be copied together first, and loops over n columns are
@@ -99,18 +90,18 @@ class Riccati(AbstractRiccati):
             return value, (value, K, k)
 
         last = symmetrize(lqr.Q_final), lqr.q_final, jnp.zeros_like(lqr.q_final[0])
-        _, (values, K, k) = scan(stage, last, lqr.stages, True, loops)
+        _, (values, K, k) = scan(stage, last, lqr.stages, True)
         join = lambda rows, last: jnp.concatenate([rows, last[None]])
         return Value(*map(join, values, last)), K, k
 
-    def rollout(self, lqr, K, k, x0, loops):
+    def rollout(self, lqr, K, k, x0, scan):
         def stage(x, row):
             A, B, c, K, k = row
             u = matmul(K, x) + k
             return matmul(A, x) + matmul(B, u) + c, (x, u)
 
         rows = (lqr.A, lqr.B, lqr.c, K, k)
-        last, (xs, us) = scan(stage, x0, rows, False, loops)
+        last, (xs, us) = scan(stage, x0, rows, False)
         return jnp.concatenate([xs, last[None]]), us
 
 
@@ -120,8 +111,9 @@ def _solved(
     n = lqr.B.shape[1]
     if x0.shape != (n,):
         raise ValueError(f"`x0` has shape {x0.shape}; ({n},) is expected.")
-    value, K, k = method.values(lqr, loops)
-    xs, us = method.rollout(lqr, K, k, x0, loops)
+    loop = ft.partial(scan, loops=loops)
+    value, K, k = method.values(lqr, loop)
+    xs, us = method.rollout(lqr, K, k, x0, loop)
     policy = Policy(
         K=K,
         k=k,
@@ -185,6 +177,11 @@ def solve_lqr(
         raise TypeError(
             f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
             "`dp.ParallelRiccati()` is expected."
+        )
+    if fast_loops and not method.sequential:
+        raise FastLoopsError(
+            f"`fast_loops=True` is not possible with `{type(method).__name__}`, which "
+            "takes all stages at once: use `dp.Riccati()`."
         )
     x0 = float_array("x0", x0, lqr.A)
     solution = _solve_lqr(lqr, x0, method, fast_loops)

@@ -20,9 +20,9 @@ from .base import (
 class AdaptiveDamping(AbstractSearch):
     r"""Full steps of a regularized model; a rejected step raises the damping.
 
-    Accepts when $J(\text{trial}) - J \le \frac12 \text{slope}$, the least value of the
-    damped model; else multiplies $1/\nu$ by `decrease`. An accepted damping is
-    remembered relative to the norm of the costs' gradient,
+    Accepts when $J(\text{trial}) - J \le \text{slope} + \frac12 \text{curvature}$, the
+    least value of the damped model; else multiplies $1/\nu$ by `decrease`. An accepted
+    damping is remembered relative to the norm of the costs' gradient,
     $\nu = \text{scale} \cdot \|\nabla h\|$, and divided by `increase` for the next
     iteration: the scaling for which global and local rates are known. A damping below
     `min_damping` counts as 0, one above `max_damping` ends the solve. Every trial costs
@@ -64,7 +64,7 @@ class AdaptiveDamping(AbstractSearch):
         return SearchState(one, damping, state.scale, zero)
 
     def step(self, state, trial):
-        accept = trial.decreases(trial.slope / 2)
+        accept = trial.decreases(trial.change(state.stepsize))
         trials, flat = state.trials + 1, trial.cost_gradient == 0
         scale = state.damping / jnp.where(flat, 1, trial.cost_gradient)
         accepted = SearchState(state.stepsize, state.damping, scale, trials)

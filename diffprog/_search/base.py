@@ -32,8 +32,7 @@ class Trial(eqx.Module):
     """What a search knows of a trial point.
 
     - `cost`, `trial_cost`: at the iterate and at the trial point.
-    - `slope`, `curvature`: of the direction, damping included: at a step size s the
-        model changes by s slope + s^2 curvature / 2.
+    - `slope`, `curvature`: of the direction, damping included.
     - `cost_gradient`: norm of the costs' gradient in all states and controls.
     """
 
@@ -42,6 +41,10 @@ class Trial(eqx.Module):
     slope: Float[Array, ""]
     curvature: Float[Array, ""]
     cost_gradient: Float[Array, ""]
+
+    def change(self, stepsize: Float[Numbers, ""]) -> Float[Numbers, ""]:
+        """How the model changes: s slope + s^2 curvature / 2 at the step size s."""
+        return stepsize * (self.slope + stepsize * self.curvature / 2)
 
     def decreases(self, change: Float[Numbers, ""]) -> Bool[Array, ""]:
         """Whether the cost changed by `change` or less, up to its rounding error."""

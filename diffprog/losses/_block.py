@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-from jax import lax
 from jaxtyping import Array, Float
 
 from .._door import door
 from .._linalg import matmul
+from .._loops import while_loop
 from ._factor import batched_mv
 from ._loss import AbstractDualLoss, per_example, spread
 
@@ -143,7 +143,7 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
     s = jnp.where(rows(jnp.isfinite(v)), s, 0)
     v = jnp.where(jnp.isfinite(v), v, jnp.inf)
     begin = jnp.zeros((), jnp.int32), s, v, jnp.full_like(c, jnp.inf), jnp.isnan(c)
-    s = lax.while_loop(unfinished, improve, begin)[1]
+    s = while_loop(unfinished, improve, begin)[1]
 
     best, least = simple, problem.dual(simple)
     gradient = loss.gradient(problem.outputs(s), targets)
@@ -173,7 +173,7 @@ def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, A
 
     # Nothing is less than NaN: the first trial is at 1.
     first = jnp.zeros((), jnp.int32), jnp.full_like(old, 2), jnp.full_like(old, jnp.nan)
-    _, t, new = lax.while_loop(unfinished, halve, first)
+    _, t, new = while_loop(unfinished, halve, first)
     return t, jnp.where(fails(t, new), jnp.inf, new)
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
+
+from .._loops import while_loop
 
 
 MAX_BRACKETED = 128
@@ -46,7 +47,7 @@ def bracketed_root(
 
     far = jnp.full_like(start, jnp.inf)
     begin = jnp.zeros((), jnp.int32), start, low, high, far, jnp.isnan(start)
-    return lax.while_loop(unfinished, improve, begin)[1]
+    return while_loop(unfinished, improve, begin)[1]
 
 
 def between(low: Array, high: Array) -> Array:

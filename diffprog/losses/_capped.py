@@ -6,6 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._loops import while_loop
 from .._types import check_number, is_known
 from ._bracket import bracketed_root
 from ._call import Axis, Call, check, Divergence, operator, per_row, Reference
@@ -46,7 +47,7 @@ def offset(f: AbstractDivergence, scores: Array, q: Array, cap: Array):
     none = jnp.full_like(cap, jnp.inf) + 0 * top[..., :1]
     zero = jnp.zeros_like(none)
     start = none, none, zero, zero, jnp.any(cap > 0)
-    return lax.while_loop(lambda carry: carry[-1], improve, start)[2:4]
+    return while_loop(lambda carry: carry[-1], improve, start)[2:4]
 
 
 def below_cap(f, y, q, cap, top, mass) -> Array:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
+from .._loops import repeat
 from ._divergence import AbstractDivergence
 
 
@@ -333,7 +333,7 @@ def wright_omega(x: Array, at_least_one: bool = False) -> Array:
     443: Solution of the transcendental equation w e^w = x", 1973.
     """
 
-    def improve(_, w):
+    def improve(w):
         r = x - w - jnp.log(w)
         b = 2 * (1 + w) * (1 + w + 2 / 3 * r)
         return w + w * r * (b - r) / ((1 + w) * (b - 2 * r))
@@ -342,13 +342,13 @@ def wright_omega(x: Array, at_least_one: bool = False) -> Array:
     limit = 100 / jnp.finfo(x.dtype).eps
     beyond, x = jnp.maximum(x - limit, 0), jnp.minimum(x, limit)
     if at_least_one:
-        w = improve(0, x - 4.2 * (x - 1) / (x + 7.5))
-        return beyond + (w if x.dtype == jnp.float32 else improve(0, w))
+        w = improve(x - 4.2 * (x - 1) / (x + 7.5))
+        return beyond + (w if x.dtype == jnp.float32 else improve(w))
     z = jnp.exp(jnp.minimum(x, 1))
     low = z * (1 + 4 / 3 * z) / (1 + 7 / 3 * z + 5 / 6 * z * z)
     w = jnp.where(x > 1, x - 4.2 * (x - 1) / (jnp.maximum(x, 1) + 7.5), low)
     # A loop, because XLA on the CPU would compute w anew for each of its uses.
-    return beyond + lax.fori_loop(0, 2, improve, w)
+    return beyond + repeat(improve, w, 2)
 
 
 @jax.jit

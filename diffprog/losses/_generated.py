@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from .._capture import Frozen
 from .._changes import check_held
+from .._loops import repeat
 from .._types import came, noted
 from ._divergence import AbstractDivergence, check_answers
 
@@ -53,7 +53,7 @@ class Generated(AbstractDivergence):
 
     def pair(self, w):
         # f' grows with ln u: halve until the digits end.
-        def halve(_, bounds):
+        def halve(bounds):
             low, high = bounds
             middle = (low + high) / 2
             above = self.link(jnp.exp(middle)) > w
@@ -61,7 +61,7 @@ class Generated(AbstractDivergence):
 
         reach = jnp.full_like(w, self.REACH)
         steps = 8 + jnp.finfo(w.dtype).nmant
-        low, high = lax.fori_loop(0, steps, halve, (-reach, reach))
+        low, high = repeat(halve, (-reach, reach), steps)
         u = jnp.where(low > -reach, jnp.exp((low + high) / 2), 0)
         u = jnp.where(jnp.isnan(w), w, u)
         return u, self.curvature(u)

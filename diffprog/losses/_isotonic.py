@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._loops import for_each, while_loop
 from ._bracket import bracketed_root
 from ._divergence import AbstractDivergence, drift, has_numbers
 from ._root import below, ratio
@@ -136,7 +137,7 @@ def pool(level, add, parts: tuple[Vector, Vector]) -> Flags:
 
     one = jnp.ones((), index.dtype)
     carry = one, one - 1, jnp.zeros_like(index), a, b
-    _, top, starts, _, _ = lax.fori_loop(0, 2 * n - 1, step, carry)
+    _, top, starts, _, _ = for_each(2 * n - 1, step, carry)
     starts = jnp.where(index <= top, starts, n)
     return jnp.zeros(n, bool).at[starts].set(True, mode="drop")
 
@@ -165,4 +166,4 @@ def split_blocks(f: AbstractDivergence, losses: Vector, sigma: Vector, nu) -> Fl
         return first | cut, jnp.any(cut)
 
     start = index == 0, jnp.asarray(n > 1)
-    return lax.while_loop(lambda carry: carry[1], refine, start)[0]
+    return while_loop(lambda carry: carry[1], refine, start)[0]

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._loops import while_loop
 from ._divergence import AbstractDivergence, drift, has_numbers
 
 
@@ -333,7 +334,7 @@ def newton(classes, f, y, q, Q, bounds, sigma) -> tuple[Row, Array]:
         return i + 1, jnp.where(stuck, sigma, new), bounds, done | stuck
 
     start = jnp.zeros((), jnp.int32), sigma, None if safe else bounds, jnp.isnan(sigma)
-    count, sigma, _, _ = lax.while_loop(unfinished, step, start)
+    count, sigma, _, _ = while_loop(unfinished, step, start)
     return sigma, count
 
 

@@ -11,9 +11,9 @@ where scores are x / tau.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
+from .._loops import while_loop
 from ._bracket import bracketed_root
 from ._divergence import AbstractDivergence
 from ._root import below
@@ -114,5 +114,5 @@ def one_ratio(f: AbstractDivergence, q: Array, s: Array, tau: Array) -> Array:
     start = jnp.where(low > 0, low, high)
     start = jnp.where(zero, 1 / q, start)
     begin = jnp.zeros((), jnp.int32), start, low, high, zero
-    u = lax.while_loop(unfinished, improve, begin)[1]
+    u = while_loop(unfinished, improve, begin)[1]
     return jnp.where(zero, 0, u)

@@ -8,6 +8,7 @@ from jax import lax
 from jax.scipy.special import xlog1py, xlogy
 from jaxtyping import Array
 
+from .._loops import repeat
 from .._types import check_positive, Number, number
 from ._block import majorized_block, newton_block, squared_block
 from ._factor import diagonal_factor, example_dot, flat_factor, never, ScaledFactor
@@ -339,11 +340,11 @@ def _binary_prox(x: Array, tau: Array) -> Array:
     log = jnp.log(2 * jnp.where(positive, half, 1))
     theta = jnp.minimum(jnp.where(positive, log, x / tau), 0)
 
-    def improve(_, theta):
+    def improve(theta):
         b = jax.nn.sigmoid(theta)
         return theta - (tau * theta + b - x) / (tau + b * (1 - b))
 
-    theta = lax.fori_loop(0, 6, improve, theta)
+    theta = repeat(improve, theta, 6)
     b = jax.nn.sigmoid(theta)
     # What was lost in theta.
     safe = jnp.where(b > 0, b, 0.5)

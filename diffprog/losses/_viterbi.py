@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from .._loops import scan
 from ._call import check_temperature, Divergence
 from ._families import KL
 from ._generated import as_divergence
@@ -95,7 +95,7 @@ def _values_to_go(name, f, q, beta, start, potentials, mask) -> Array:
         v = jnp.where(real, _smooth_best(name, f, q, beta, _arrive(theta, v)), v)
         return v, v
 
-    _, vs = lax.scan(move, start, (potentials, mask))
+    _, vs = scan(move, start, (potentials, mask))
     return jnp.concatenate([start[None], vs])
 
 
@@ -120,7 +120,7 @@ def _(name, primals, tangents):
         dv = jnp.where(real, d + Q @ dv, dv)
         return dv, dv
 
-    _, dvs = lax.scan(move, dstart, (ds, Q, mask))
+    _, dvs = scan(move, dstart, (ds, Q, mask))
     return vs, jnp.concatenate([dstart[None], dvs])
 
 
@@ -154,9 +154,9 @@ def _viterbi(potentials, first, last, mask) -> tuple[Array, Array]:
     def back(state, origin):
         return origin[state], state
 
-    v, origins = lax.scan(move, first, (potentials, mask))
+    v, origins = scan(move, first, (potentials, mask))
     v = v + last
-    origin, path = lax.scan(back, jnp.argmax(v), origins, reverse=True)
+    origin, path = scan(back, jnp.argmax(v), origins, reverse=True)
     return jnp.max(v), jnp.concatenate([origin[None], path])
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from .._linalg import matmul
 from .._loops import while_loop
-from .._tree import add, all_finite, Layout, scale, vdot, where
+from .._tree import add, all_finite, cast_like, Layout, scale, vdot, where
 from .._types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
@@ -213,8 +213,7 @@ def coordinates(
     dtype = at.outputs.dtype
     if n <= q:
         layout = Layout.of(at.params, dtype)
-        like = lambda a, b: a.astype(b.dtype)
-        lift = lambda e: jtu.tree_map(like, layout.unravel(e), at.params)
+        lift = lambda e: cast_like(layout.unravel(e), at.params)
         unit = jnp.eye(n, dtype=dtype)
         columns = lax.map(lambda e: at.mv(lift(e)), unit, batch_size=batch_size)
         return jnp.moveaxis(columns, 0, -1), lift

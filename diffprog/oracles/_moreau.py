@@ -15,7 +15,14 @@ from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._types import AbstractPart, check_kind, check_positive, Number, number
 from ..losses import AbstractDualLoss
 from ._gram import is_linear
-from ._rules import AbstractRule, inside, is_boundary, run_network, with_rule
+from ._rules import (
+    AbstractRule,
+    inside,
+    is_boundary,
+    run_network,
+    with_rule,
+    zero_tangent,
+)
 from .base import AbstractOracle, Linearization, Proposal
 
 
@@ -119,7 +126,7 @@ class LayerRules(AbstractRule):
             to_params = self._to_params(layer, params, rest, x, message, batched)
         moving, fixed = eqx.partition(x, eqx.is_inexact_array)
         if not jtu.tree_leaves(moving):
-            return to_params, jtu.tree_map(_no_tangent, x)
+            return to_params, jtu.tree_map(zero_tangent, x)
 
         def one(moving, fixed, message):
             fn = lambda moving: layer(eqx.combine(moving, fixed))
@@ -127,7 +134,7 @@ class LayerRules(AbstractRule):
 
         pull = jax.vmap(one) if batched else one
         to_x = pull(moving, fixed, message)
-        return to_params, eqx.combine(to_x, jtu.tree_map(_no_tangent, fixed))
+        return to_params, eqx.combine(to_x, jtu.tree_map(zero_tangent, fixed))
 
     def _to_params(self, layer, params, rest, x, message, batched):
         rule = self.weights
@@ -158,10 +165,6 @@ def _linear_inverse(layer, params, x: Array, message: Array, gamma: Any) -> PyTr
     if not layer.use_bias:
         return eqx.tree_at(lambda p: p.weight, params, V)
     return eqx.tree_at(lambda p: (p.weight, p.bias), params, (V[:, :-1], V[:, -1]))
-
-
-def _no_tangent(leaf: Array) -> Any:
-    return jnp.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 
 class MoreauBackprop(AbstractOracle):

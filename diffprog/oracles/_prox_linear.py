@@ -45,20 +45,15 @@ from .base import AbstractOracle, Linearization, Proposal
 
 
 class Point(NamedTuple):
-    """A step of the model, and what is known there.
-
-    - `d`, `z`, `alpha`: the step, the linearized outputs, and the dual variable.
-    - `g`, `G`: the gradient of the losses at z, and that of P at d.
-    - `P`, `left`: the model, and P - D.
-    """
+    """A step d, the outputs z and a dual variable, and what is known there."""
 
     d: PyTree
     z: Array
     alpha: Array
-    g: Array
-    G: PyTree
+    g: Array  # the gradient of the losses at z
+    G: PyTree  # that of P at d
     P: Array
-    left: Array
+    left: Array  # P - D
 
 
 class NewtonSteps(AbstractModelSolver):

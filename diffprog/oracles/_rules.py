@@ -62,7 +62,7 @@ def follow(
         dtype = working_dtype(params, x, message)
         memory, message = cast((memory, message), dtype)
         to_params, to_x = rule.backward(layer, memory, x, message, batched)
-        zero = lambda tree: jtu.tree_map(_zero_tangent, tree)
+        zero = lambda tree: jtu.tree_map(zero_tangent, tree)
         to_x = eqx.combine(
             to_x, zero(eqx.filter(x, eqx.is_inexact_array, inverse=True))
         )
@@ -73,7 +73,7 @@ def follow(
     return run(params, constants, rule, memory, x)
 
 
-def _zero_tangent(leaf: Any) -> Any:
+def zero_tangent(leaf: Any) -> Any:
     if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return jnp.zeros_like(leaf)
     return jnp.zeros(jnp.shape(leaf), jax.dtypes.float0)
