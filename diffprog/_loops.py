@@ -32,9 +32,9 @@ def while_loop(
     return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
 
 
-def for_each(number: int, step: Callable, carry: PyTree) -> PyTree:
+def for_each(number: int, step: Callable, carry: PyTree, like: PyTree = None) -> PyTree:
     """`carry = step(i, carry)` for every i below this number."""
-    return lax.fori_loop(0, number, step, vary(carry, like=carry))
+    return lax.fori_loop(0, number, step, vary(carry, like=(carry, like)))
 
 
 def repeat(

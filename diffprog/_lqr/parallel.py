@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array
 
 from .._linalg import matmul, symmetrize
-from .._tree import vary
+from .._loops import for_each, scan, while_loop
 from .base import AbstractRiccati, bellman, summarize, Value
 
 
@@ -107,7 +107,7 @@ def first_gains(F: Array, W: Array, V: Array) -> Array:
         return jax.vmap(pull_back)(*jax.vmap(close)(F, W, gains), after), gains
 
     start = jnp.broadcast_to(guess, (T, n, n)), jnp.zeros_like(W[:, n:, :n])
-    return lax.fori_loop(0, min(LOOKAHEAD, T), step, vary(start, (F, W, V)))[1]
+    return for_each(min(LOOKAHEAD, T), step, start, like=(F, W, V))[1]
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -137,8 +137,7 @@ def policy_iteration(limit: int, F: Array, W: Array, V: Array) -> Array:
 
     no, Vs = jnp.asarray(False), jnp.zeros_like(W[:, : len(V), : len(V)])
     start = jnp.asarray(0), first_gains(F, W, V), Vs, no, no
-    start = vary(start, (F, W, V))
-    _, _, Vs, found, _ = lax.while_loop(unfinished, iterate, start)
+    _, _, Vs, found, _ = while_loop(unfinished, iterate, start, like=(F, W, V))
     return jnp.where(found, Vs, jnp.nan)
 
 
@@ -174,7 +173,7 @@ def by_chunks(fn, carry, stages, idle, chunk, reverse=False):
 
     parts = tuple(map(split, stages, idle))
     body = lambda carry, part: fn(carry, *part)
-    carry, out = lax.scan(body, carry, parts, reverse=reverse)
+    carry, out = scan(body, carry, parts, reverse=reverse)
     return carry, jtu.tree_map(join, out)
 
 

@@ -117,7 +117,7 @@ class Dense(NamedTuple):
     activation: Activation | None  # None for none
 
 
-class Loop(NamedTuple):
+class RecurrentLayer(NamedTuple):
     """A recurrent layer between functions without parameters."""
 
     before: tuple[Callable, ...]
@@ -131,7 +131,7 @@ class Loop(NamedTuple):
         return compose(self.after)(states)
 
 
-def view(layer: Any) -> Dense | Loop | None:
+def view(layer: Any) -> Dense | RecurrentLayer | None:
     """What the layer is, if it is one of these."""
     parts = _parts(layer)
     places = [i for i, part in enumerate(parts) if has_parameters(part)]
@@ -140,7 +140,7 @@ def view(layer: Any) -> Dense | Loop | None:
     i = places[0]
     before, part, after = parts[:i], parts[i], parts[i + 1 :]
     if isinstance(part, Recurrent):
-        return Loop(before, part, after)
+        return RecurrentLayer(before, part, after)
     if not isinstance(part, eqx.nn.Linear) or "scalar" in (
         part.in_features,
         part.out_features,
@@ -171,10 +171,10 @@ def compose(functions: tuple[Callable, ...]) -> Callable:
     return composed
 
 
-def as_loop(layer: Callable) -> Loop:
-    loop = view(layer)
-    assert isinstance(loop, Loop)
-    return loop
+def as_recurrent(layer: Callable) -> RecurrentLayer:
+    parts = view(layer)
+    assert isinstance(parts, RecurrentLayer)
+    return parts
 
 
 def cell_activation(cell: Any) -> Activation | None:

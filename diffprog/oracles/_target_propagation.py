@@ -16,12 +16,12 @@ from .._tree import cast, cast_like, vdot, widened, working_dtype
 from .._types import came, check_number, check_positive, Number, number
 from ._inverses import (
     Activation,
-    as_loop,
+    as_recurrent,
     cell_activation,
     compose,
     Dense,
     gauss_newton,
-    Loop,
+    RecurrentLayer,
     regularized_inverse,
     view,
 )
@@ -239,7 +239,7 @@ class _Targets(AbstractRule):
         match view(layer):
             case Dense(linear=linear):
                 return inverse(linear.weight)
-            case Loop(recurrent=recurrent) if cell_activation(recurrent.cell):
+            case RecurrentLayer(recurrent=recurrent) if cell_activation(recurrent.cell):
                 cell: Any = recurrent.cell
                 return inverse(cell.hidden_weight), inverse(cell.input_weight)
         return None
@@ -253,8 +253,8 @@ class _Targets(AbstractRule):
         Without `local` an adjoint collects the messages along the chain rule.
         """
         kind = view(layer)
-        if isinstance(kind, Loop):
-            return self._loop(layer, memory, x, message, adjoint, batched)
+        if isinstance(kind, RecurrentLayer):
+            return self._recurrent(layer, memory, x, message, adjoint, batched)
         params, rest = eqx.partition(layer, eqx.is_inexact_array)
         floats, others = eqx.partition(x, eqx.is_inexact_array)
         each = jax.vmap if batched else lambda f: f
@@ -274,22 +274,22 @@ class _Targets(AbstractRule):
 
         return to_params, each(back)(x, y, message), to_x
 
-    def _loop(self, layer, memory, x, message, adjoint, batched):
+    def _recurrent(self, layer, memory, x, message, adjoint, batched):
         params, rest = eqx.partition(layer, eqx.is_inexact_array)
         floats, others = eqx.partition(x, eqx.is_inexact_array)
         each = jax.vmap if batched else lambda f: f
 
         def run(params, floats):
             """h_0, all later states, and the output."""
-            loop = as_loop(eqx.combine(params, rest))
+            parts = as_recurrent(eqx.combine(params, rest))
 
             def one(x):
-                start, states = loop.recurrent.states(compose(loop.before)(x))
-                return start, states, loop.output(states)
+                start, states = parts.recurrent.states(compose(parts.before)(x))
+                return start, states, parts.output(states)
 
             return each(one)(eqx.combine(floats, others))
 
-        back = lambda *args: self._steps(as_loop(layer), memory, *args)
+        back = lambda *args: self._steps(as_recurrent(layer), memory, *args)
         if not self.local:
             (_, states, y), pull = _wide_vjp(run, message, params, floats)
             to_start, to_states, to_x, _, _ = each(back)(x, states, message)
@@ -301,7 +301,7 @@ class _Targets(AbstractRule):
         to_start, to_states, to_x, xs, previous = each(back)(x, states, message)
 
         def steps(params):
-            recurrent = as_loop(eqx.combine(params, rest)).recurrent
+            recurrent = as_recurrent(eqx.combine(params, rest)).recurrent
             return each(recurrent.start)(xs), each(jax.vmap(recurrent.cell))(
                 xs, previous
             )
@@ -309,15 +309,15 @@ class _Targets(AbstractRule):
         _, pull = _wide_vjp(steps, message, params)
         return pull((to_start, to_states))[0], to_x, None
 
-    def _steps(self, loop: Loop, memory, x, states, message):
+    def _steps(self, parts: RecurrentLayer, memory, x, states, message):
         """For one example, the messages to h_0, to later states, and to x."""
-        recurrent, xs = loop.recurrent, compose(loop.before)(x)
+        recurrent, xs = parts.recurrent, compose(parts.before)(x)
         start = recurrent.start(xs)
         states = cast_like(states, start)
         join = lambda a, b: jnp.concatenate([a[None], b[:-1]])
         previous = jtu.tree_map(join, start, states)
         # The message to the output, as one to every state.
-        loss = _pull(loop.output, states, message)
+        loss = _pull(parts.output, states, message)
         cell, activation = recurrent.cell, cell_activation(recurrent.cell)
 
         def step(message, row):
@@ -339,7 +339,7 @@ class _Targets(AbstractRule):
             return self._generic(lambda x: cell(x, h), x, message)
 
         to_xs = jax.vmap(to_input)(xs, previous, states, to_states)
-        to_x = _pull(compose(loop.before), x, to_xs)
+        to_x = _pull(compose(parts.before), x, to_xs)
         return to_start, to_states, to_x, xs, previous
 
     def _undo(self, activation: Activation | None, y, message):
