@@ -145,6 +145,8 @@ class Solver(eqx.Module):
         widths = [1 + x.shape[1] for x in trajectory.xs]
         gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
         nan, rows = number(jnp.nan), (self.max_steps + 1) * history
+        result = RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
+        result = RESULTS.where(finite, *result)
         never = jnp.where(finite, count(self.max_steps + 1), 0)
         loop = Loop(
             trajectory=trajectory,
@@ -153,9 +155,7 @@ class Solver(eqx.Module):
             known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
             counts=Counts(count(0), count(1), count(0)),
             trouble=Trouble(trajectory.first_nonfinite, never),
-            result=RESULTS.where(
-                finite, RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
-            ),
+            result=result,
             stopping=~finite,
             done=~finite,
             first_cost=cost,
@@ -372,10 +372,8 @@ class Solver(eqx.Module):
 
         def body(trials: Trials) -> Trials:
             state = trials.search
-            stepsize: Any = state.stepsize
-            trial, _ = self.method.forward(
-                self.chain, before, expansion.model, sweep, stepsize
-            )
+            at: Any = (expansion.model, sweep, state.stepsize)
+            trial, _ = self.method.forward(self.chain, before, *at)
             finite = trial.first_nonfinite > self.chain.horizon
             cost = jnp.where(finite, trial.cost, jnp.inf)
             known = (before.cost, cost, sweep.slope, sweep.curvature)

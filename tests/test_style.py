@@ -149,8 +149,7 @@ def escapes(path):
 
 
 # What is too long today, and how long: a number may shrink, and no name may be added.
-TOO_LONG = {
-}
+TOO_LONG = {}
 BLOCKS = ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef
 
 
