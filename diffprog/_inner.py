@@ -26,7 +26,14 @@ from ._jacobian import products
 from ._linalg import matmul, solve_positive, symmetrize
 from ._loops import repeat
 from ._tree import add, scale, vary
-from ._types import check_count, check_numbers, check_positive, Number, number
+from ._types import (
+    AbstractPart,
+    check_count,
+    check_numbers,
+    check_positive,
+    Number,
+    number,
+)
 
 
 class Subproblem(NamedTuple):
@@ -52,7 +59,7 @@ class Subproblem(NamedTuple):
         return add(pull(self.residual(p, p0))[0], scale(self.gamma, y))
 
 
-class AbstractInner(eqx.Module):
+class AbstractInner(AbstractPart):
     """Solves the small problem of a layer (or stage) approximately, from y = 0.
 
     - `exact`: whether one step is the solution where the function is affine.

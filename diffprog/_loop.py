@@ -23,11 +23,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._direction import AbstractDirection, Expansion
+from ._direction.base import expanded, swept
 from ._report import HISTORY, report
 from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
 from ._search import AbstractSearch
-from ._search.base import SearchState, Trial, Verdict
+from ._search.base import check_judged, check_memory, SearchState, Trial, Verdict
 from ._tree import no, vary, where
 from ._types import Stacks
 
@@ -139,7 +140,7 @@ class Solver(eqx.Module):
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
-        memory = self.search.init(dtype)
+        memory = check_memory(self.search, "init", self.search.init(dtype), dtype)
         cast = lambda old, new: jnp.asarray(old, new.dtype)
         given = jtu.tree_map(cast, state, memory)
         widths = [1 + x.shape[1] for x in trajectory.xs]
@@ -177,7 +178,7 @@ class Solver(eqx.Module):
         before = loop.trajectory
         if not self.search.monotone:
             before = where(stop, loop.best, before)
-        expansion = self.method.expand(self.chain, before)
+        expansion = expanded(self.method, self.chain, before)
         passes = self._passes(loop, before, expansion, stop)
         accepted = passes.trials.verdict.accept
         after = where(accepted, passes.trials.last, before)
@@ -266,21 +267,15 @@ class Solver(eqx.Module):
         is no minimum, with the last damping that had one.
         """
         false, T = no(stop), self.chain.horizon
-        nan = jnp.full_like(before.cost, jnp.nan)
+        nan, inf = (jnp.full_like(before.cost, fill) for fill in (jnp.nan, jnp.inf))
         gains = jtu.tree_map(jnp.zeros_like, loop.known.gains)
         begun = self.search.begin(loop.search, expansion.cost_gradient)
+        check_memory(self.search, "begin", begun, self.chain.dtype)
         start = Purpose.where(stop, Purpose.policy, Purpose.search)
         usable = expansion.first_nonfinite > T
         passes = Passes(
             purpose=Purpose.where(usable, start, Purpose.end),
-            known=Known(
-                gains,
-                loop.known.feasible_damping,
-                nan,
-                nan,
-                jnp.full_like(nan, jnp.inf),
-                false,
-            ),
+            known=Known(gains, loop.known.feasible_damping, nan, nan, inf, false),
             trials=Trials(
                 where(stop, loop.search, begun),
                 before,
@@ -309,10 +304,10 @@ class Solver(eqx.Module):
         policy, fallback = is_for(Purpose.policy), is_for(Purpose.fallback)
         damping = jnp.where(fallback, p.known.feasible_damping, 0)
         damping = jnp.where(searching, p.trials.search.damping, damping)
-        sweep = self.method.backward(self.chain, before, expansion.model, damping)
-        positive, damped = sweep.positive, damping > 0
+        sweep = swept(self.method, self.chain, before, expansion.model, damping)
+        positive, promised, damped = sweep.positive, sweep.promised, damping > 0
         tolerance = self.atol + self.rtol * jnp.abs(before.cost)
-        small = positive & (sweep.decrement <= tolerance)
+        small = positive & (promised <= tolerance)
         suspected, refuted = small & ~(p.refuted & damped), positive & ~small
         # Where the model has no minimum the iterate may be a maximum or a saddle.
         leaving = testing & ~positive
@@ -320,6 +315,7 @@ class Solver(eqx.Module):
         ways = trying, leaving, tolerance
         trials = self._trials(p.trials, before, expansion, sweep, *ways)
         rejected = self.search.reject(trials.search)
+        check_judged(self.search, "reject", rejected, self.chain.dtype)
         state, verdict = where(
             searching & ~positive, rejected, (trials.search, trials.verdict)
         )
@@ -349,13 +345,13 @@ class Solver(eqx.Module):
                 ),
                 slope=latest(sweep.slope, known.slope),
                 gradient=sweep.gradient,
-                decrement=latest(sweep.decrement, known.decrement),
+                decrement=latest(promised, known.decrement),
                 minimum=jnp.where(damped, known.minimum, positive),
             ),
             trials=trials,
             damping=damping,
             positive=positive,
-            promised=latest(jnp.fmax(p.promised, sweep.decrement), p.promised),
+            promised=latest(jnp.fmax(p.promised, promised), p.promised),
             converged=p.converged | converged,
             refuted=p.refuted | (testing & refuted),
             first_nonfinite=first,
@@ -378,6 +374,7 @@ class Solver(eqx.Module):
             cost = jnp.where(finite, trial.cost, jnp.inf)
             known = (before.cost, cost, sweep.slope, sweep.curvature)
             judged = self.search.step(state, Trial(*known, expansion.cost_gradient))
+            check_judged(self.search, "step", judged, self.chain.dtype)
             falls = cost < before.cost - tolerance
             shorter = eqx.tree_at(
                 lambda state: (state.stepsize, state.trials),

@@ -3,17 +3,16 @@
 import abc
 from typing import Any, Literal
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._types import check_one_number
+from ._types import AbstractPart, check_one_number
 
 
 Reduction = Literal["mean", "sum"]
 
 
-class AbstractCounted(eqx.Module):
+class AbstractCounted(AbstractPart):
     """A loss that says how many examples its mean is over."""
 
     @abc.abstractmethod

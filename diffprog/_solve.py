@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ._chain import AbstractChain
 from ._changes import Same
 from ._direction import AbstractDirection
+from ._direction.base import expanded, swept
 from ._door import door, undifferentiated
 from ._fast_loops import compiled, Loops
 from ._loop import Loop, Solver
@@ -244,9 +245,9 @@ def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
     trajectory = run(chain, *vectorized.ravel(x0, us))
-    expansion = method.expand(chain, trajectory)
+    expansion = expanded(method, chain, trajectory)
     damping = jnp.asarray(damping, chain.dtype)
-    sweep = method.backward(chain, trajectory, expansion.model, damping)
+    sweep = swept(method, chain, trajectory, expansion.model, damping)
     one = jnp.ones((), chain.dtype)
     _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
     T = chain.horizon

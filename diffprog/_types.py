@@ -1,11 +1,13 @@
 import functools as ft
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, cast, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
@@ -15,6 +17,25 @@ Fn = TypeVar("Fn", bound=Callable)
 
 # A number that may be traced: a new value never compiles again.
 Number = float | Array
+
+
+class AbstractPart(eqx.Module):
+    """What users may write themselves: a class that lacks a method is told so at once.
+
+    Classes are abstract, with a name that says so, or can be instantiated.
+    """
+
+    def __init_subclass__(cls):
+        for name in dir(cls) if "Abstract" not in cls.__name__ else ():
+            method = inspect.getattr_static(cls, name)
+            if getattr(method, "__isabstractmethod__", False):
+                signature, doc = inspect.signature(method), inspect.getdoc(method) or ""
+                given = ", ".join([*signature.parameters][1:])
+                found = inspect.formatannotation(signature.return_annotation)
+                raise TypeError(
+                    f"`{cls.__name__}` has no method `{name}({given})`, which returns "
+                    f"`{re.sub(r'[a-z_.]+[.]', '', found)}`: {doc.splitlines()[0]}"
+                )
 
 
 def number(default: float) -> Any:
@@ -55,6 +76,27 @@ def counted(number: int, thing: str) -> str:
 def is_number(value: Any) -> bool:
     """Whether it is a number, or an array of them."""
     return isinstance(value, float | int | np.generic | np.ndarray | jax.Array)
+
+
+def check_answer(owner: Any, method: str, answer: Any, kind: type, **numbers: Any):
+    """Raises for what a method of a user must not return.
+
+    It is a `kind`; `numbers` are the dtypes of those of its fields that are one number.
+    """
+    name = f"`{type(owner).__name__}.{method}` returned"
+    if not isinstance(answer, kind):
+        raise TypeError(f"{name} {came(answer)}; a `{kind.__name__}` is expected.")
+    for field, dtype in numbers.items():
+        value, given = getattr(answer, field), came(getattr(answer, field))
+        if is_number(value):
+            found = jnp.result_type(value)
+            if not np.shape(value) and jnp.issubdtype(found, dtype):
+                continue
+            given = f"of shape {np.shape(value)} and dtype {found}"
+        raise TypeError(
+            f"{name} a `{kind.__name__}` whose `{field}` is {given}; one number of "
+            f"dtype {getattr(dtype, '__name__', dtype)} is expected."
+        )
 
 
 def check_number(name: str, value: Any, expected: str):

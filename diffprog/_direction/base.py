@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
 from .._expand import (
@@ -19,7 +20,7 @@ from .._expand import (
 from .._lqr import Sweep
 from .._rollout import first_false, Segment, VectorChain, VectorTrajectory
 from .._tree import all_finite, norm
-from .._types import Rows, Stacks
+from .._types import AbstractPart, check_answer, Rows, shapes, Stacks
 from .rollouts import AbstractRollout
 
 
@@ -36,7 +37,7 @@ class Expansion(eqx.Module):
     first_nonfinite: Int[Array, ""]
 
 
-class AbstractDirection(eqx.Module):
+class AbstractDirection(AbstractPart):
     """The rule that flows backward through a chain.
 
     `expand` builds a local model, `backward` turns it into gains, and `forward` rolls
@@ -70,7 +71,43 @@ class AbstractDirection(eqx.Module):
         stepsize: Float[Array, ""],
     ) -> tuple[VectorTrajectory, Rows]:
         """The trajectory of u + v at `stepsize` s, and v of every stage."""
-        return self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
+        found = self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
+        like = shapes((trajectory, trajectory.us))
+        if not isinstance(found, tuple) or shapes(found) != like:
+            raise TypeError(
+                f"`{type(self.rollout).__name__}.roll` returned {shapes(found):.200}; "
+                f"a trajectory and v of every stage, {like:.200}, are expected."
+            )
+        return found
+
+
+def expanded(
+    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory
+) -> Expansion:
+    """What `expand` returns, which must be an `Expansion`."""
+    expansion = method.expand(chain, at)
+    numbers = dict(cost_gradient=jnp.floating, first_nonfinite=jnp.integer)
+    check_answer(method, "expand", expansion, Expansion, **numbers)
+    return expansion
+
+
+def swept(
+    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory, *given: Any
+) -> Sweep:
+    """What `backward` returns, which must be a `Sweep` with gains that fit."""
+    sweep = method.backward(chain, at, *given)
+    names = "slope", "curvature", "decrement", "gradient"
+    numbers = dict.fromkeys(names, jnp.floating)
+    check_answer(method, "backward", sweep, Sweep, **numbers, positive=jnp.bool_)
+    sizes = zip(at.xs, at.us, strict=True)
+    expected = tuple((*u.shape, 1 + x.shape[1]) for x, u in sizes)
+    if jtu.tree_map(jnp.shape, sweep.gains) != expected:
+        raise ValueError(
+            f"`{type(method).__name__}.backward` returned gains of shape "
+            f"{shapes(sweep.gains):.200}; [k K] of every stage, one array for each "
+            f"segment of the chain, {expected!s:.200}, are expected."
+        )
+    return sweep
 
 
 def linear_quadratic(

@@ -1,16 +1,15 @@
 import abc
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._linalg import matmul
 from .._rollout import simulate, VectorChain, VectorTrajectory
-from .._types import Rows, Stacks
+from .._types import AbstractPart, Rows, Stacks
 
 
-class AbstractRollout(eqx.Module):
+class AbstractRollout(AbstractPart):
     """How the gains of a backward pass become a trial trajectory."""
 
     @abc.abstractmethod

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._result import RESULTS
+from .._types import AbstractPart, came, check_answer
 
 
 def check_numbers(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str]):
@@ -85,7 +86,29 @@ class Verdict(eqx.Module):
     fail: Bool[Array, ""]
 
 
-class AbstractSearch(eqx.Module):
+def check_memory(search: Any, method: str, state: Any, dtype: Any) -> SearchState:
+    """Raises for what a search of a user must not keep, where it is traced."""
+    numbers = dict(stepsize=dtype, damping=dtype, scale=dtype, trials=jnp.int32)
+    check_answer(search, method, state, SearchState, **numbers)
+    return state
+
+
+def check_judged(
+    search: Any, method: str, judged: Any, dtype: Any
+) -> tuple[SearchState, Verdict]:
+    """Raises for what a search of a user must not say of a trial."""
+    if not isinstance(judged, tuple) or len(judged) != 2:
+        raise TypeError(
+            f"`{type(search).__name__}.{method}` returned {came(judged)}; two things, "
+            "a `SearchState` and a `Verdict`, are expected."
+        )
+    check_memory(search, method, judged[0], dtype)
+    flags = dict.fromkeys(("accept", "refresh", "fail"), jnp.bool_)
+    check_answer(search, method, judged[1], Verdict, **flags)
+    return judged
+
+
+class AbstractSearch(AbstractPart):
     """Chooses step sizes and dampings, and says whether a trial point is accepted.
 
     - `monotone`: whether a higher cost is never accepted.

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._types import came, counted, noted
+from .._types import AbstractPart, came, counted, noted
 
 
-class AbstractDivergence(eqx.Module):
+class AbstractDivergence(AbstractPart):
     r"""A generator f of the divergence $D_f(p, q) = \sum_j q_j f(p_j / q_j)$.
 
     `value(u)` is f(u). Instances are passed to the operators of `diffprog.losses`.

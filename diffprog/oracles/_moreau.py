@@ -12,7 +12,7 @@ from .._inner import AbstractInner, InnerGaussNewton, InnerGradient, ridge, Subp
 from .._network import Network, Stage
 from .._result import RESULTS
 from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
-from .._types import check_kind, check_positive, Number, number
+from .._types import AbstractPart, check_kind, check_positive, Number, number
 from ..losses import AbstractDualLoss
 from ._gram import is_linear
 from ._rules import (
@@ -26,7 +26,7 @@ from ._rules import (
 from .base import AbstractOracle, Linearization, Proposal
 
 
-class AbstractMessageRule(eqx.Module):
+class AbstractMessageRule(AbstractPart):
     """How a message goes back through a function."""
 
     @abc.abstractmethod

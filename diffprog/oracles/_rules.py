@@ -12,11 +12,11 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._network import Network
 from .._tree import cast, cast_like, working_dtype
-from .._types import came
+from .._types import AbstractPart, came
 from .base import Layers, Linearization
 
 
-class AbstractRule(eqx.Module):
+class AbstractRule(AbstractPart):
     """What a layer makes of the message that comes back to it.
 
     Forward a layer is itself. Backward, `jax.grad` hands on what the rule returns: it

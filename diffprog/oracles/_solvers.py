@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 from .._cg import conjugate_gradients
 from .._linalg import matmul
 from .._tree import add, all_finite, norm, scale
-from .._types import check_count, check_numbers, Number, number
+from .._types import AbstractPart, check_count, check_numbers, Number, number
 from ..losses._loss import factor_of
 from ._gram import dense, gram, gram_flops
 from .base import Linearization
@@ -43,7 +43,7 @@ class Solved(NamedTuple):
     minimizes: bool
 
 
-class AbstractSolver(eqx.Module):
+class AbstractSolver(AbstractPart):
     """Solves the damped Gauss-Newton system of a batch, exactly or nearly."""
 
     @abc.abstractmethod

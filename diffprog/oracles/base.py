@@ -14,7 +14,7 @@ from .._jacobian import products
 from .._reduction import weight
 from .._result import RESULTS
 from .._tree import cast, cast_like, vdot, working_dtype
-from .._types import came, shapes
+from .._types import AbstractPart, came, shapes
 from ..losses import AbstractLoss
 from ..losses._loss import answered
 
@@ -265,7 +265,7 @@ def check_proposal(oracle: Any, proposal: Any, params: PyTree):
         )
 
 
-class AbstractOracle(eqx.Module):
+class AbstractOracle(AbstractPart):
     """A rule that turns a loss on a batch into a step: see `dp.value_and_direction`.
 
     - `damping`: a positive number, or an [`diffprog.oracles.AbstractDamping`][], or
