@@ -1,4 +1,17 @@
-"""The solver: an outer loop over accepted iterations, an inner one over trials."""
+"""The solver: a loop over accepted iterations, inside it one over backward passes.
+
+A pass has a purpose, and what it finds says what is next: the first row that applies.
+
+| purpose | the pass found                | next                | converged |
+| ------- | ----------------------------- | ------------------- | --------- |
+| search  | a small promise, but damped   | test                |           |
+| search  | that more damping is needed   | search              |           |
+| test    | a promise that is not small   | search, no new test |           |
+| test    | no minimum, and no way down   | fallback            | yes       |
+| policy  | no minimum                    | fallback            |           |
+| any     | a small promise               | end                 | yes       |
+| any     | else, or numbers not finite   | end                 |           |
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +22,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._direction import AbstractDirection
+from ._direction import AbstractDirection, Expansion
 from ._direction.base import expanded, swept
-from ._lqr import Sweep
 from ._report import HISTORY, report
 from ._result import RESULTS
 from ._rollout import run, VectorChain, VectorTrajectory
@@ -31,21 +43,41 @@ UNBOUNDED = 1e15
 # one before, down to the least.
 LEAVE, LEAST = 1 / 8, 1e-5
 
-# What a backward pass is for: a direction to search along; a test of the convergence
-# that a damped pass suspects; the policy at the end, without damping; the policy where
-# that has no minimum.
-SEARCH, TEST, POLICY, FALLBACK, END = range(5)
+
+class Purpose(eqx.Enumeration):
+    """What a backward pass is for."""
+
+    search = "A direction to search along."
+    test = "Without damping: the convergence that a damped pass suspects."
+    policy = "Without damping: the policy at the end."
+    fallback = "The policy, with the last damping that had a minimum."
+    end = "No pass is left."
 
 
-def promised_by(sweep: Sweep) -> Float[Array, ""]:
-    """The decrement of a sweep; infinite, so that nothing has converged, where it says
-    that the step ascends, or promises nothing although there is a gradient.
-    """
-    limits = jnp.finfo(sweep.decrement.dtype)
-    none = (sweep.decrement == 0) & (sweep.gradient**2 > limits.tiny / limits.eps)
-    return jnp.where(
-        none | (sweep.slope > 0) | (sweep.decrement < 0), jnp.inf, sweep.decrement
-    )
+class Counts(eqx.Module):
+    """What was done so far."""
+
+    steps: Int[Array, ""]
+    rollouts: Int[Array, ""]
+    backwards: Int[Array, ""]
+
+
+class Known(eqx.Module):
+    """What the passes found out about an iterate."""
+
+    gains: Stacks
+    feasible_damping: Float[Array, ""]  # the last that a search had a minimum with
+    slope: Float[Array, ""]
+    gradient: Float[Array, ""]
+    decrement: Float[Array, ""]
+    minimum: Bool[Array, ""]  # of the model without damping, at every stage
+
+
+class Trouble(eqx.Module):
+    """The latest number that was not finite."""
+
+    stage: Int[Array, ""]  # T + 1 if there was none
+    step: Int[Array, ""]
 
 
 class Loop(eqx.Module):
@@ -53,46 +85,40 @@ class Loop(eqx.Module):
 
     trajectory: VectorTrajectory
     best: VectorTrajectory
-    gains: Stacks
     search: SearchState
-    feasible_damping: Float[Array, ""]
+    known: Known
+    counts: Counts
+    trouble: Trouble
     result: RESULTS
     stopping: Bool[Array, ""]  # only the backward pass for the policy is left
     done: Bool[Array, ""]
-    num_steps: Int[Array, ""]
-    num_rollouts: Int[Array, ""]
-    num_backwards: Int[Array, ""]
-    first_nonfinite: Int[Array, ""]  # of the latest iteration that saw one
-    nonfinite_step: Int[Array, ""]  # that iteration
     first_cost: Float[Array, ""]
-    gradient: Float[Array, ""]
-    decrement: Float[Array, ""]
-    minimum: Bool[Array, ""]  # of the model without damping, at every stage
     history: Float[Array, "rows columns"]
+
+
+class Trials(eqx.Module):
+    """The trials along a direction, and what the search says of the last one."""
+
+    search: SearchState
+    last: VectorTrajectory
+    verdict: Verdict
+    rollouts: Int[Array, ""]
+    first_nonfinite: Int[Array, ""]  # the first stage of any that is not finite
 
 
 class Passes(eqx.Module):
     """The state of the loop over backward passes at one iterate."""
 
-    purpose: Int[Array, ""]
-    search: SearchState
-    gains: Stacks
+    purpose: Purpose
+    known: Known
+    trials: Trials
     damping: Float[Array, ""]
-    feasible_damping: Float[Array, ""]
-    slope: Float[Array, ""]
-    gradient: Float[Array, ""]
-    decrement: Float[Array, ""]
-    promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
     positive: Bool[Array, ""]
-    minimum: Bool[Array, ""]  # positive without damping
+    promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
     converged: Bool[Array, ""]
     refuted: Bool[Array, ""]  # a test denied the convergence
-    trials_nonfinite: Int[Array, ""]  # the first stage of a trial that is not finite
     first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
-    trial: VectorTrajectory
-    verdict: Verdict
-    num_rollouts: Int[Array, ""]
-    num_backwards: Int[Array, ""]
+    backwards: Int[Array, ""]
 
 
 class Solver(eqx.Module):
@@ -115,33 +141,26 @@ class Solver(eqx.Module):
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
         memory = check_memory(self.search, "init", self.search.init(dtype), dtype)
-        given = jtu.tree_map(
-            lambda old, new: jnp.asarray(old, new.dtype), state, memory
-        )
+        cast = lambda old, new: jnp.asarray(old, new.dtype)
+        given = jtu.tree_map(cast, state, memory)
         widths = [1 + x.shape[1] for x in trajectory.xs]
+        gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
+        nan, rows = number(jnp.nan), (self.max_steps + 1) * history
+        result = RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
+        result = RESULTS.where(finite, *result)
+        never = jnp.where(finite, count(self.max_steps + 1), 0)
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
-            gains=tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths)),
             search=where(jnp.isnan(given.stepsize), memory, given),
-            feasible_damping=number(0.0),
-            result=RESULTS.where(
-                finite, RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
-            ),
+            known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
+            counts=Counts(count(0), count(1), count(0)),
+            trouble=Trouble(trajectory.first_nonfinite, never),
+            result=result,
             stopping=~finite,
             done=~finite,
-            num_steps=count(0),
-            num_rollouts=count(1),
-            num_backwards=count(0),
-            first_nonfinite=trajectory.first_nonfinite,
-            nonfinite_step=jnp.where(finite, count(self.max_steps + 1), 0),
             first_cost=cost,
-            gradient=number(jnp.nan),
-            decrement=number(jnp.inf),
-            minimum=no(finite),
-            history=jnp.full(
-                ((self.max_steps + 1) * history, len(HISTORY)), jnp.nan, dtype
-            ),
+            history=jnp.full((rows, len(HISTORY)), jnp.nan, dtype),
         )
         return vary(loop, like=x0)
 
@@ -149,7 +168,7 @@ class Solver(eqx.Module):
         """Iterates until something stops the solve."""
         return lax.while_loop(
             lambda loop: ~loop.done,
-            lambda loop: self.step(loop, loop.num_steps >= self.max_steps),
+            lambda loop: self.step(loop, loop.counts.steps >= self.max_steps),
             loop,
         )
 
@@ -160,21 +179,48 @@ class Solver(eqx.Module):
         if not self.search.monotone:
             before = where(stop, loop.best, before)
         expansion = expanded(self.method, self.chain, before)
-        usable = expansion.first_nonfinite > self.chain.horizon
-        passes = self._passes(loop, before, expansion, stop, usable)
-        usable = passes.first_nonfinite > self.chain.horizon
+        passes = self._passes(loop, before, expansion, stop)
+        accepted = passes.trials.verdict.accept
+        after = where(accepted, passes.trials.last, before)
+        best = after
+        if not self.search.monotone:
+            best = where(after.cost < loop.best.cost, after, loop.best)
+        result, stopping, done = self._judge(loop, before, after, passes, stop)
 
-        accepted, failed = passes.verdict.accept, passes.verdict.fail
-        after = where(accepted, passes.trial, before)
+        usable = passes.first_nonfinite > self.chain.horizon
+        trials = passes.trials
+        first = jnp.where(usable, trials.first_nonfinite, passes.first_nonfinite)
+        new = Trouble(first, loop.counts.steps)
+        return Loop(
+            trajectory=after,
+            best=best,
+            search=where(trials.verdict.fail, loop.search, trials.search),
+            known=passes.known,
+            counts=Counts(
+                loop.counts.steps + accepted.astype(jnp.int32),
+                trials.rollouts,
+                passes.backwards,
+            ),
+            trouble=where(first <= self.chain.horizon, new, loop.trouble),
+            result=result,
+            stopping=stopping,
+            done=done,
+            first_cost=loop.first_cost,
+            history=self._record(loop, before, passes, stop),
+        )
+
+    def _judge(self, loop, before, after, passes: Passes, stop):
+        """The result so far; whether only the policy is left to find; whether none."""
+        verdict, horizon = passes.trials.verdict, self.chain.horizon
+        usable = passes.first_nonfinite > horizon
         noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
         quiet = passes.promised <= noise
-        stalled = (accepted | failed) & ~(after.cost < before.cost) & quiet
-        diverged = failed & ~(passes.trial.first_nonfinite > self.chain.horizon)
-        diverged = diverged & passes.positive
+        failed, falls = verdict.fail, after.cost < before.cost
+        stalled = (verdict.accept | failed) & ~falls & quiet
+        diverged = failed & ~(passes.trials.last.first_nonfinite > horizon)
         # Only a search that is not monotone leaves a better iterate behind.
         ended = passes.converged | ~usable
         worse = ended & ~stop & (loop.best.cost < before.cost)
-        well = stalled | passes.converged
         unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
         denied = stop & (loop.result == RESULTS.successful) & ~quiet
 
@@ -184,189 +230,150 @@ class Solver(eqx.Module):
             (denied, RESULTS.no_descent),
             (failed, self.search.exhausted),
             (failed & ~passes.positive, self.search.no_minimum),
-            (diverged, RESULTS.nonfinite_rollout),
+            (diverged & passes.positive, RESULTS.nonfinite_rollout),
             (unbounded, RESULTS.cost_unbounded),
-            (well, RESULTS.successful),
+            (stalled | passes.converged, RESULTS.successful),
             (worse, RESULTS.no_descent),
             (~usable, RESULTS.nonfinite_derivative),
         ):
             result = RESULTS.where(applies, code, result)
-        first = jnp.where(usable, passes.trials_nonfinite, passes.first_nonfinite)
-        seen = first <= self.chain.horizon
-
-        best = after
-        if not self.search.monotone:
-            best = where(after.cost < loop.best.cost, after, loop.best)
-        return Loop(
-            trajectory=after,
-            best=best,
-            gains=passes.gains,
-            search=where(failed, loop.search, passes.search),
-            feasible_damping=passes.feasible_damping,
-            result=result,
-            stopping=failed | stalled | worse | unbounded,
-            done=stop | (ended & ~worse),
-            num_steps=loop.num_steps + accepted.astype(jnp.int32),
-            num_rollouts=passes.num_rollouts,
-            num_backwards=passes.num_backwards,
-            first_nonfinite=jnp.where(seen, first, loop.first_nonfinite),
-            nonfinite_step=jnp.where(seen, loop.num_steps, loop.nonfinite_step),
-            first_cost=loop.first_cost,
-            gradient=passes.gradient,
-            decrement=passes.decrement,
-            minimum=passes.minimum,
-            history=self._record(loop, before, passes, stop),
-        )
+        stopping = failed | stalled | worse | unbounded
+        return result, stopping, stop | (ended & ~worse)
 
     def _record(self, loop: Loop, before: VectorTrajectory, passes: Passes, stop):
         """The history with a row about the iterate and the step from it."""
+        state, step = passes.trials.search, loop.counts.steps
         row = jnp.stack([
             before.cost,
-            jnp.where(passes.verdict.accept, passes.search.stepsize, jnp.nan),
+            jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),
             passes.damping,
-            passes.slope,
-            jnp.where(stop, 0, passes.search.trials).astype(before.cost.dtype),
-            passes.gradient,
+            passes.known.slope,
+            jnp.where(stop, 0, state.trials).astype(before.cost.dtype),
+            passes.known.gradient,
         ])  # fmt: skip
         if self.verbose:
-            report(self.verbose, loop.num_steps, row)
+            report(self.verbose, step, row)
         if not loop.history.shape[0]:
             return loop.history
         # The row of a search that failed stays.
-        written = loop.history[loop.num_steps]
+        written = loop.history[step]
         row = jnp.where(jnp.isnan(written[0]), row, written)
-        return lax.dynamic_update_index_in_dim(loop.history, row, loop.num_steps, 0)
+        return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)
 
-    def _passes(self, loop, before, expansion, stop, usable) -> Passes:
+    def _passes(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
         """Backward passes, each with its trials, until one trial is accepted.
 
         The last ones at a final iterate have no trials: without damping, and if there
         is no minimum, with the last damping that had one.
         """
-        false, T = jnp.zeros_like(stop), self.chain.horizon
+        false, T = no(stop), self.chain.horizon
+        nan, inf = (jnp.full_like(before.cost, fill) for fill in (jnp.nan, jnp.inf))
+        gains = jtu.tree_map(jnp.zeros_like, loop.known.gains)
         begun = self.search.begin(loop.search, expansion.cost_gradient)
         check_memory(self.search, "begin", begun, self.chain.dtype)
-        start = jnp.where(stop, POLICY, SEARCH)
-        nan = jnp.full_like(before.cost, jnp.nan)
+        start = Purpose.where(stop, Purpose.policy, Purpose.search)
+        usable = expansion.first_nonfinite > T
         passes = Passes(
-            purpose=jnp.where(usable, start, END).astype(jnp.int32),
-            search=where(stop, loop.search, begun),
-            gains=jtu.tree_map(jnp.zeros_like, loop.gains),
+            purpose=Purpose.where(usable, start, Purpose.end),
+            known=Known(gains, loop.known.feasible_damping, nan, nan, inf, false),
+            trials=Trials(
+                where(stop, loop.search, begun),
+                before,
+                Verdict(false, false, false),
+                loop.counts.rollouts,
+                jnp.full_like(before.first_nonfinite, T + 1),
+            ),
             damping=jnp.zeros_like(nan),
-            feasible_damping=loop.feasible_damping,
-            slope=nan,
-            gradient=nan,
-            decrement=jnp.full_like(nan, jnp.inf),
-            promised=nan,
             positive=false,
-            minimum=false,
+            promised=nan,
             converged=false,
             refuted=false,
-            trials_nonfinite=jnp.full_like(before.first_nonfinite, T + 1),
             first_nonfinite=expansion.first_nonfinite,
-            trial=before,
-            verdict=Verdict(false, false, false),
-            num_rollouts=loop.num_rollouts,
-            num_backwards=loop.num_backwards,
+            backwards=loop.counts.backwards,
         )
         return lax.while_loop(
-            lambda p: p.purpose != END,
+            lambda p: p.purpose != Purpose.end,
             lambda p: self._pass(p, before, expansion),
             passes,
         )
 
     def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
-        """One backward pass, its trials, and what comes next."""
-        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
-        searching = p.purpose == SEARCH
-        damping = jnp.where(p.purpose == FALLBACK, p.feasible_damping, 0)
-        damping = jnp.where(searching, p.search.damping, damping)
+        """One backward pass, its trials, and what comes next: a row of the table."""
+        is_for = lambda purpose: p.purpose == purpose
+        searching, testing = is_for(Purpose.search), is_for(Purpose.test)
+        policy, fallback = is_for(Purpose.policy), is_for(Purpose.fallback)
+        damping = jnp.where(fallback, p.known.feasible_damping, 0)
+        damping = jnp.where(searching, p.trials.search.damping, damping)
         sweep = swept(self.method, self.chain, before, expansion.model, damping)
-        positive, promised = sweep.positive, promised_by(sweep)
+        positive, promised, damped = sweep.positive, sweep.promised, damping > 0
+        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
         small = positive & (promised <= tolerance)
-        suspected = searching & small & ~(p.refuted & (damping > 0))
+        suspected, refuted = small & ~(p.refuted & damped), positive & ~small
         # Where the model has no minimum the iterate may be a maximum or a saddle.
-        testing = p.purpose == TEST
         leaving = testing & ~positive
         trying = leaving | (searching & positive & ~suspected)
-        state, verdict, trial, num_rollouts, nonfinite = self._trials(
-            p, before, expansion, sweep, trying, leaving, tolerance
-        )
-        state = where(leaving & ~verdict.accept, p.search, state)
-        rejected = self.search.reject(state)
+        ways = trying, leaving, tolerance
+        trials = self._trials(p.trials, before, expansion, sweep, *ways)
+        rejected = self.search.reject(trials.search)
         check_judged(self.search, "reject", rejected, self.chain.dtype)
-        state, verdict = where(searching & ~positive, rejected, (state, verdict))
-        # Where there is a minimum without damping, it alone decides.
-        refuted = testing & positive & ~small
-        confirmed = testing & ~refuted & ~verdict.accept
-        settled = (p.purpose == POLICY) | (p.purpose == FALLBACK)
-        converged = jnp.where(settled, small, confirmed | (suspected & (damping == 0)))
-        purpose = jnp.select(
-            [
-                suspected & (damping > 0),
-                searching & verdict.refresh,
-                refuted,
-                testing & verdict.accept,
-                (testing | (p.purpose == POLICY)) & ~positive,
-            ],
-            [TEST, SEARCH, SEARCH, END, FALLBACK],
-            END,
+        state, verdict = where(
+            searching & ~positive, rejected, (trials.search, trials.verdict)
         )
+        state = where(leaving & ~verdict.accept, p.trials.search, state)
+        trials = eqx.tree_at(lambda t: (t.search, t.verdict), trials, (state, verdict))
+        purpose, converged = Purpose.end, suspected
+        for applies, then, confirmed in reversed((
+            (searching & suspected & damped, Purpose.test, False),
+            (searching & verdict.refresh, Purpose.search, False),
+            (testing & refuted, Purpose.search, False),
+            (testing & ~positive & ~verdict.accept, Purpose.fallback, True),
+            (policy & ~positive, Purpose.fallback, False),
+        )):  # fmt: skip
+            purpose = Purpose.where(applies, then, purpose)
+            converged = jnp.where(applies, confirmed, converged)
         first = jnp.minimum(p.first_nonfinite, sweep.first_nonfinite)
-        purpose = jnp.where(first > self.chain.horizon, purpose, END)
-        decrement = jnp.where(positive, promised, p.decrement)
+        purpose = Purpose.where(first > self.chain.horizon, purpose, Purpose.end)
+
+        latest = lambda new, old: jnp.where(positive, new, old)
+        known = p.known
         return Passes(
-            purpose=purpose.astype(jnp.int32),
-            search=state,
-            gains=where(positive, sweep.gains, p.gains),
-            damping=damping,
-            feasible_damping=jnp.where(
-                searching & positive, damping, p.feasible_damping
+            purpose=purpose,
+            known=Known(
+                gains=where(positive, sweep.gains, known.gains),
+                feasible_damping=jnp.where(
+                    searching & positive, damping, known.feasible_damping
+                ),
+                slope=latest(sweep.slope, known.slope),
+                gradient=sweep.gradient,
+                decrement=latest(promised, known.decrement),
+                minimum=jnp.where(damped, known.minimum, positive),
             ),
-            slope=jnp.where(positive, sweep.slope, p.slope),
-            gradient=sweep.gradient,
-            decrement=decrement,
-            promised=jnp.where(positive, jnp.fmax(p.promised, decrement), p.promised),
+            trials=trials,
+            damping=damping,
             positive=positive,
-            minimum=jnp.where(damping == 0, positive, p.minimum),
+            promised=latest(jnp.fmax(p.promised, promised), p.promised),
             converged=p.converged | converged,
-            refuted=p.refuted | refuted,
-            trials_nonfinite=nonfinite,
+            refuted=p.refuted | (testing & refuted),
             first_nonfinite=first,
-            trial=trial,
-            verdict=verdict,
-            num_rollouts=num_rollouts,
-            num_backwards=p.num_backwards + 1,
+            backwards=p.backwards + 1,
         )
 
     def _trials(
-        self, passes, before, expansion, sweep: Sweep, trying, leaving, tolerance
-    ):
+        self, trials: Trials, before, expansion, sweep, trying, leaving, tolerance
+    ) -> Trials:
         """Roll-outs along one direction until the search has a verdict.
 
         When `leaving` a stationary point, until the cost falls beyond the tolerance.
         """
 
-        def decided(verdict: Verdict):
-            return verdict.accept | verdict.refresh | verdict.fail
-
-        def body(carry):
-            state, _, _, num_rollouts, nonfinite = carry
-            trial, _ = self.method.forward(
-                self.chain, before, expansion.model, sweep, state.stepsize
-            )
+        def body(trials: Trials) -> Trials:
+            state = trials.search
+            at: Any = (expansion.model, sweep, state.stepsize)
+            trial, _ = self.method.forward(self.chain, before, *at)
             finite = trial.first_nonfinite > self.chain.horizon
             cost = jnp.where(finite, trial.cost, jnp.inf)
-            judged = self.search.step(
-                state,
-                Trial(
-                    before.cost,
-                    cost,
-                    sweep.slope,
-                    sweep.curvature,
-                    expansion.cost_gradient,
-                ),
-            )
+            known = (before.cost, cost, sweep.slope, sweep.curvature)
+            judged = self.search.step(state, Trial(*known, expansion.cost_gradient))
             check_judged(self.search, "step", judged, self.chain.dtype)
             falls = cost < before.cost - tolerance
             shorter = eqx.tree_at(
@@ -376,16 +383,15 @@ class Solver(eqx.Module):
             )
             left = Verdict(falls, no(falls), ~falls & (shorter.stepsize < LEAST))
             state, verdict = where(leaving, (shorter, left), judged)
-            nonfinite = jnp.minimum(nonfinite, trial.first_nonfinite)
-            return state, verdict, trial, num_rollouts + 1, nonfinite
+            first = jnp.minimum(trials.first_nonfinite, trial.first_nonfinite)
+            return Trials(state, trial, verdict, trials.rollouts + 1, first)
 
-        false = jnp.zeros_like(trying)
-        whole = jnp.where(leaving, 1, passes.search.stepsize)
-        carry = (
-            eqx.tree_at(lambda state: state.stepsize, passes.search, whole),
-            Verdict(false, false, false),
-            passes.trial,
-            passes.num_rollouts,
-            passes.trials_nonfinite,
+        false = no(trying)
+        whole = jnp.where(leaving, 1, trials.search.stepsize)
+        start = eqx.tree_at(
+            lambda t: (t.search.stepsize, t.verdict),
+            trials,
+            (whole, Verdict(false, false, false)),
         )
-        return lax.while_loop(lambda c: trying & ~decided(c[1]), body, carry)
+        decided = lambda v: v.accept | v.refresh | v.fail
+        return lax.while_loop(lambda t: trying & ~decided(t.verdict), body, start)

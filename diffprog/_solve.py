@@ -64,20 +64,20 @@ def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
             _u=vectorized.u_layouts[i],
             _start=vectorized.chain.segments[i].start,
         )
-        for i, gains in enumerate(loop.gains)
+        for i, gains in enumerate(loop.known.gains)
     )
     ok = loop.result == RESULTS.successful
     T = vectorized.chain.horizon
     stats = dict(
-        num_steps=loop.num_steps,
-        num_rollouts=loop.num_rollouts,
-        num_backwards=loop.num_backwards,
+        num_steps=loop.counts.steps,
+        num_rollouts=loop.counts.rollouts,
+        num_backwards=loop.counts.backwards,
         max_steps=max_steps,
-        gradient=loop.gradient,
-        decrement=loop.decrement,
-        minimum=loop.minimum,
-        first_nonfinite=jnp.where(ok, T + 1, loop.first_nonfinite),
-        nonfinite_step=jnp.where(ok, max_steps + 1, loop.nonfinite_step),
+        gradient=loop.known.gradient,
+        decrement=loop.known.decrement,
+        minimum=loop.known.minimum,
+        first_nonfinite=jnp.where(ok, T + 1, loop.trouble.stage),
+        nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
     )
     return Solution(
         vectorized.states(trajectory),

@@ -44,7 +44,7 @@ class SolverState(eqx.Module):
 
     @property
     def num_steps(self) -> Int[Array, ""]:
-        return self._loop.num_steps
+        return self._loop.counts.steps
 
     @property
     def done(self) -> Bool[Array, ""]:

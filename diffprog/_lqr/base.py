@@ -48,7 +48,8 @@ class Sweep(eqx.Module):
         s slope + s^2 curvature / 2.
     - `decrement`: the decrease that the undamped model promises along the direction;
         convergence is judged by it.
-    - `gradient`: norm of the gradient of the objective in the controls.
+    - `gradient`: norm of the gradient of the objective in the controls, as far as they
+        are free to move.
     - `positive`: whether every stage had a minimum.
     - `first_nonfinite`: first stage from which the pass finds no finite numbers; a
         large one, the default, if there is none.
@@ -61,6 +62,16 @@ class Sweep(eqx.Module):
     gradient: Float[Array, ""]
     positive: Bool[Array, ""]
     first_nonfinite: Int[Array | np.number, ""] = NEVER
+
+    @property
+    def promised(self) -> Float[Array, ""]:
+        """The decrement; infinite, so that nothing has converged, where the step
+        ascends, or promises nothing although there is a gradient.
+        """
+        limits = jnp.finfo(self.decrement.dtype)
+        none = (self.decrement == 0) & (self.gradient**2 > limits.tiny / limits.eps)
+        wrong = none | (self.slope > 0) | (self.decrement < 0)
+        return jnp.where(wrong, jnp.inf, self.decrement)
 
 
 def summarize(
