@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ._chain import AbstractChain
 from ._changes import Same
 from ._direction import AbstractDirection
-from ._direction.base import expanded, swept
+from ._direction.base import check_expansion, check_sweep
 from ._door import door, undifferentiated
 from ._fast_loops import compiled, Loops
 from ._loop import Loop, Solver
@@ -245,9 +245,11 @@ def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
     trajectory = run(chain, *vectorized.ravel(x0, us))
-    expansion = expanded(method, chain, trajectory)
+    expansion = method.expand(chain, trajectory)
+    check_expansion(method, expansion)
     damping = jnp.asarray(damping, chain.dtype)
-    sweep = swept(method, chain, trajectory, expansion.model, damping)
+    sweep = method.backward(chain, trajectory, expansion.model, damping)
+    check_sweep(method, trajectory, sweep)
     one = jnp.ones((), chain.dtype)
     _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
     T = chain.horizon
