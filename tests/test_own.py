@@ -122,7 +122,7 @@ def careless(method, answer):
 
 turned = lambda gains: tuple(a.mT for a in gains)
 BAD_DIRECTIONS = [
-    ("backward", lambda s: s.gains, "returned .*; a `Sweep` is expected"),
+    ("backward", lambda s: s.gains, "returned .*; one `Sweep` is expected"),
     (
         "backward",
         replaced(gains=turned),
@@ -135,7 +135,7 @@ BAD_DIRECTIONS = [
         replaced(positive=lambda p: p.astype(float)),
         "dtype float64; .* dtype bool",
     ),
-    ("expand", lambda e: e.model, "returned .*; a `Expansion` is expected"),
+    ("expand", lambda e: e.model, "returned .*; one `Expansion` is expected"),
     ("expand", replaced(first_nonfinite=lambda f: None), "is None; one number"),
 ]
 
@@ -159,11 +159,11 @@ def test_a_rollout_answers_with_trajectory_and_changes(unchecked):
 
 
 BAD_SEARCHES = [
-    ("init", lambda s: None, "returned None; a `SearchState` is expected"),
+    ("init", lambda s: None, "returned None; one `SearchState` is"),
     ("init", replaced(damping=lambda d: d[None]), r"`damping` is of shape \(1,\)"),
     ("begin", replaced(trials=lambda t: t.astype(float)), "`trials` .* dtype int32"),
     ("step", lambda found: found[0], "returned .*; two things, a `SearchState` and a"),
-    ("step", lambda found: found[::-1], "returned .*; a `SearchState` is expected"),
+    ("step", lambda found: found[::-1], "returned .*; one `SearchState` is expected"),
     (
         "reject",
         lambda f: (f[0], replaced(fail=lambda f: f.astype(float))(f[1])),

@@ -56,7 +56,7 @@ class _Number:
     """Marks the place of a number that is data."""
 
 
-class _Constant:
+class _Constant(Fixed):
     """A number that is part of the program: equal where type and bits are."""
 
     def __init__(self, number):
@@ -68,12 +68,6 @@ class _Constant:
             self.number = number.copy()
         array = np.asarray(number)
         self.key = (type(number), array.dtype, array.shape, array.tobytes())
-
-    def __eq__(self, other):
-        return isinstance(other, _Constant) and self.key == other.key
-
-    def __hash__(self):
-        return hash(self.key)
 
 
 class _Node:
@@ -105,17 +99,11 @@ class _Node:
         return self.hash
 
 
-class _Again:
+class _Again(Fixed):
     """A thing that stands elsewhere in the tree, or around this place."""
 
     def __init__(self, node: _Node):
-        self.node = node
-
-    def __eq__(self, other):
-        return isinstance(other, _Again) and self.node.index == other.node.index
-
-    def __hash__(self):
-        return hash(self.node.index)
+        self.node, self.key = node, node.index
 
 
 def _has_numbers(part) -> bool:
@@ -381,15 +369,7 @@ class Frozen(Fixed):
         self.__name__ = getattr(tree, "__name__", type(tree).__name__)
         taken = Taken(tree, constants=True, captured=True)
         self.static, self.traced = taken.static, tuple(taken.numbers)
-
-    def _key(self):
-        return self.static, tuple(map(id, self.traced))
-
-    def __hash__(self):
-        return hash(self._key())
-
-    def __eq__(self, other):
-        return isinstance(other, Frozen) and self._key() == other._key()
+        self.key = self.static, tuple(map(id, self.traced))
 
     def __call__(self, *args):
         """What a frozen function returns."""

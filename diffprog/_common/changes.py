@@ -43,20 +43,22 @@ FIXED = PLAIN | {float, object}
 
 
 class Fixed:
-    """What never changes, whatever is in it."""
+    """What never changes: equal where the `key` is."""
+
+    key: Any
+
+    def __eq__(self, other):
+        return type(other) is type(self) and self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
 
 
 class Same(Fixed):
     """A part of the program that is looked at no further: equal if identical."""
 
     def __init__(self, value):
-        self.value = value
-
-    def __eq__(self, other):
-        return isinstance(other, Same) and self.value is other.value
-
-    def __hash__(self):
-        return id(self.value)
+        self.value, self.key = value, id(value)
 
 
 def is_data(leaf) -> bool:

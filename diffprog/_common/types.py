@@ -85,7 +85,7 @@ def check_answer(owner: Any, method: str, answer: Any, kind: type, **numbers: An
     """
     name = f"`{type(owner).__name__}.{method}` returned"
     if not isinstance(answer, kind):
-        raise TypeError(f"{name} {came(answer)}; a `{kind.__name__}` is expected.")
+        raise TypeError(f"{name} {came(answer)}; one `{kind.__name__}` is expected.")
     for field, dtype in numbers.items():
         value, given = getattr(answer, field), came(getattr(answer, field))
         if is_number(value):
@@ -94,7 +94,7 @@ def check_answer(owner: Any, method: str, answer: Any, kind: type, **numbers: An
                 continue
             given = f"of shape {np.shape(value)} and dtype {found}"
         raise TypeError(
-            f"{name} a `{kind.__name__}` whose `{field}` is {given}; one number of "
+            f"{name} one `{kind.__name__}` whose `{field}` is {given}; one number of "
             f"dtype {getattr(dtype, '__name__', dtype)} is expected."
         )
 

@@ -14,7 +14,7 @@ from .._common.jacobian import products
 from .._common.reduction import weight
 from .._common.result import RESULTS
 from .._common.tree import cast, cast_like, vdot, working_dtype
-from .._common.types import AbstractPart, came, shapes
+from .._common.types import AbstractPart, came, check_answer, shapes
 from ..losses import AbstractLoss
 from ..losses._loss import answered
 
@@ -253,15 +253,12 @@ class Proposal(eqx.Module):
 
 def check_proposal(oracle: Any, proposal: Any, params: PyTree):
     """Raises for what is no proposal, or has a step that is not like parameters."""
-    name = f"`{type(oracle).__name__}.propose` returned"
-    if not isinstance(proposal, Proposal):
-        raise TypeError(
-            f"{name} {came(proposal)}; a `dp.oracles.Proposal` is expected."
-        )
+    check_answer(oracle, "propose", proposal, Proposal)
     if shapes(proposal.step) != shapes(params):
         raise ValueError(
-            f"{name} a step of shape {shapes(proposal.step):.200}; one like the "
-            f"parameters, {shapes(params):.200}, is expected."
+            f"`{type(oracle).__name__}.propose` returned a step of shape "
+            f"{shapes(proposal.step):.200}; one like the parameters, "
+            f"{shapes(params):.200}, is expected."
         )
 
 

@@ -7,7 +7,7 @@ from ..._common.tree import where
 from ..._common.types import Number, number
 from .base import (
     AbstractSearch,
-    check_numbers,
+    check_ranges,
     FACTOR,
     GROWTH,
     NOT_NEGATIVE,
@@ -43,7 +43,7 @@ class AdaptiveDamping(AbstractSearch):
     no_minimum: ClassVar[RESULTS] = RESULTS.damping_limit
 
     def __check_init__(self):
-        check_numbers(
+        check_ranges(
             self,
             scale=NOT_NEGATIVE,
             increase=GROWTH,

@@ -9,7 +9,7 @@ from ..._common.tree import where
 from ..._common.types import Number, number
 from .base import (
     AbstractSearch,
-    check_numbers,
+    check_ranges,
     FACTOR,
     GROWTH,
     POSITIVE,
@@ -42,7 +42,7 @@ class Backtracking(AbstractSearch):
     no_minimum: ClassVar[RESULTS] = RESULTS.damping_limit
 
     def __check_init__(self):
-        check_numbers(
+        check_ranges(
             self,
             slope_fraction=(lambda value: 0 <= value < 1, "a number in [0, 1)"),
             decrease=FACTOR,

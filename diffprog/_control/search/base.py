@@ -12,7 +12,7 @@ from ..._common.result import RESULTS
 from ..._common.types import AbstractPart, came, check_answer
 
 
-def check_numbers(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str]):
+def check_ranges(owner: eqx.Module, **rules: tuple[Callable[[Any], bool], str]):
     """Raises for fields that are Python numbers and break their rule."""
     for name, (holds, accepted) in rules.items():
         value = getattr(owner, name)

@@ -6,7 +6,7 @@ from ..._common.result import RESULTS
 from ..._common.types import Number, number
 from .base import (
     AbstractSearch,
-    check_numbers,
+    check_ranges,
     NOT_NEGATIVE,
     POSITIVE,
     SearchState,
@@ -30,7 +30,7 @@ class FixedStep(AbstractSearch):
     no_minimum: ClassVar[RESULTS] = RESULTS.factorization_failed
 
     def __check_init__(self):
-        check_numbers(self, stepsize=POSITIVE, damping=NOT_NEGATIVE)
+        check_ranges(self, stepsize=POSITIVE, damping=NOT_NEGATIVE)
 
     def init(self, dtype):
         scalar = lambda value: jnp.asarray(value, dtype)
