@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._types import AbstractPart
+from .._common.types import AbstractPart
 
 
 class AbstractFactor(AbstractPart):

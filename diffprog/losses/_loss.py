@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._reduction import AbstractCounted
-from .._types import came, check_answer, is_known
+from .._common.reduction import AbstractCounted
+from .._common.types import came, check_answer, is_known
 from ._factor import AbstractFactor
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
-from .._tree import where
-from .._types import AbstractPart, check_numbers, check_positive, Number, number
-from .base import Linearization, Proposal
+from .._common.tree import where
+from .._common.types import AbstractPart, check_numbers, check_positive, Number, number
+from ._base import Linearization, Proposal
 
 
 class DampingState(eqx.Module):

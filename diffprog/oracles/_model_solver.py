@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._loops import while_loop
-from .._tree import vdot
-from .._types import AbstractPart
+from .._common.loops import while_loop
+from .._common.tree import vdot
+from .._common.types import AbstractPart
 from ..losses import AbstractDualLoss
 from ..losses._loss import answered, total
-from .base import Linearization
+from ._base import Linearization
 
 
 class Found(NamedTuple):

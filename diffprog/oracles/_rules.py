@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._network import Network
-from .._tree import cast, cast_like, working_dtype
-from .._types import AbstractPart, came
-from .base import Layers, Linearization
+from .._chain.network import Network
+from .._common.tree import cast, cast_like, working_dtype
+from .._common.types import AbstractPart, came
+from ._base import Layers, Linearization
 
 
 class AbstractRule(AbstractPart):
