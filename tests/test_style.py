@@ -9,6 +9,7 @@ import operator
 import pathlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -112,6 +113,17 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_every_room_has_a_floor():
     rooms = {place(path)[0] for path in sources()}
     assert rooms <= set(FLOORS) and len(rooms) <= 12
+
+
+def test_the_page_of_the_rooms_is_true():
+    docs = ROOT / "docs"
+    picture = runpy.run_path(str(docs / "programs" / "rooms.py"))["picture"]
+    assert picture() == (docs / "images" / "rooms.svg").read_text()
+    page = (docs / "architecture.md").read_text()
+    moved = page[page.index("| then | now |") :]
+    now = re.findall(r"`([\w/]+[.]py)`", "".join(re.findall(r"[|][^|]*[|]\n", moved)))
+    assert len(now) > 50
+    assert [path for path in now if not (ROOT / "diffprog" / path).exists()] == []
 
 
 def at(path, node) -> str:
