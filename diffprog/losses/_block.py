@@ -44,15 +44,18 @@ def largest_eigenvalue(K: Matrices) -> Float[Array, " examples"]:
     return rows if K.shape[1] == 1 else jnp.minimum(frobenius, rows)
 
 
-def majorized_block(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
-    """The step where K is replaced by a larger multiple of the identity."""
+def majorized_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
+    """The step where K is replaced by a larger multiple of the identity.
+
+    Like `newton_block` a method of losses: `block_update = majorized_block`.
+    """
     check_block(alpha, K)
     c = per_example("c", c, alpha)
     sigma = spread(largest_eigenvalue(K), alpha)
     # Where K is next to nothing: a larger multiple still, to divide by.
     t = c / jnp.maximum(sigma, jnp.finfo(c.dtype).eps * c)
     t = jnp.broadcast_to(t, (alpha.shape[0], *t.shape[1:]))
-    return loss.conjugate_prox(alpha + t * z, t.ravel(), targets)
+    return self.conjugate_prox(alpha + t * z, t.ravel(), targets)
 
 
 class BlockProblem(NamedTuple):
@@ -107,16 +110,16 @@ class BlockProblem(NamedTuple):
         return ds, self.dot(r, batched_mv(self.K, ds)) / self.c
 
 
-def newton_block(loss: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
+def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     """The exact step for a smooth loss, by Newton's method with a line search.
 
     Of its result and that of `majorized_block` the better one is taken.
     """
-    simple = majorized_block(loss, alpha, z, K, c, targets)
+    simple = majorized_block(self, alpha, z, K, c, targets)
     if K.shape[1] == 1:
         return simple
     c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    return _newton(BlockProblem(loss, alpha, z, K, c, targets), simple)
+    return _newton(BlockProblem(self, alpha, z, K, c, targets), simple)
 
 
 @door
@@ -156,9 +159,7 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
 def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, Array]:
     """The first of 1, 1/2, 1/4 ... with enough decrease, and the value there."""
     noise = 8 * jnp.finfo(s.dtype).eps * (1 + jnp.abs(old))
-
-    def fails(t, new):
-        return ~(new <= old - 1e-4 * t * decrement + noise) & ~done
+    fails = lambda t, new: ~(new <= old - 1e-4 * t * decrement + noise) & ~done
 
     def unfinished(carry):
         j, t, new = carry

@@ -213,8 +213,7 @@ class FLoss(AbstractBoundedLoss):
             lambda p: s.beta / (q * s.f.curvature(p / q)),
         )
 
-    def block_update(self, alpha, z, K, c, targets):
-        return newton_block(self, alpha, z, K, c, targets)
+    block_update = newton_block
 
 
 class SoftmaxCrossEntropy(AbstractDualLoss):
@@ -294,8 +293,7 @@ class SoftmaxCrossEntropy(AbstractDualLoss):
         p = proximal(KL(), jnp.ones_like(x), every, x, tau / scale)
         return _less(mass * p, y, is_labels(targets))
 
-    def block_update(self, alpha, z, K, c, targets):
-        return newton_block(self, alpha, z, K, c, targets)
+    block_update = newton_block
 
 
 class Hinge(AbstractBoundedLoss):
@@ -393,5 +391,4 @@ class Hinge(AbstractBoundedLoss):
         even = jnp.where(present, even, 0)
         return simplex(own, even, present, lambda p: own - 1, jnp.zeros_like)
 
-    def block_update(self, alpha, z, K, c, targets):
-        return majorized_block(self, alpha, z, K, c, targets)
+    block_update = majorized_block

@@ -24,6 +24,12 @@ def _least(gradient):
     return jnp.finfo(gradient.dtype).eps * jnp.abs(gradient)
 
 
+def _count(self: AbstractDualLoss, outputs, targets) -> int:
+    """All examples, where every output has a number for a target."""
+    check_alike(outputs, targets)
+    return outputs.shape[0]
+
+
 class Squared(AbstractDualLoss):
     r"""$\frac12 \|u - y\|^2$."""
 
@@ -32,9 +38,7 @@ class Squared(AbstractDualLoss):
     def __call__(self, outputs, targets):
         return total((outputs - like(outputs, targets)) ** 2 / 2)
 
-    def count(self, outputs, targets):
-        check_alike(outputs, targets)
-        return outputs.shape[0]
+    count = _count
 
     def gradient(self, outputs, targets):
         return outputs - like(outputs, targets)
@@ -113,8 +117,7 @@ class Logistic(AbstractDualLoss):
         b = _binary_prox(jnp.minimum(x, 1 - x), tau)
         return -y * jnp.where(x > 0.5, 1 - b, b)
 
-    def block_update(self, alpha, z, K, c, targets):
-        return newton_block(self, alpha, z, K, c, targets)
+    block_update = newton_block
 
 
 class Huber(AbstractBoundedLoss):
@@ -134,9 +137,7 @@ class Huber(AbstractBoundedLoss):
         inner = jnp.minimum(size, self.delta)
         return total(inner**2 / 2 + self.delta * (size - inner))
 
-    def count(self, outputs, targets):
-        check_alike(outputs, targets)
-        return outputs.shape[0]
+    count = _count
 
     def gradient(self, outputs, targets):
         return jnp.clip(outputs - like(outputs, targets), -self.delta, self.delta)
@@ -169,8 +170,7 @@ class Huber(AbstractBoundedLoss):
         bound = jnp.full_like(y, self.delta)
         return interval(-bound, bound, y, 1.0)
 
-    def block_update(self, alpha, z, K, c, targets):
-        return newton_block(self, alpha, z, K, c, targets)
+    block_update = newton_block
 
 
 class Absolute(AbstractBoundedLoss):
@@ -181,9 +181,7 @@ class Absolute(AbstractBoundedLoss):
     def __call__(self, outputs, targets):
         return total(jnp.abs(outputs - like(outputs, targets)))
 
-    def count(self, outputs, targets):
-        check_alike(outputs, targets)
-        return outputs.shape[0]
+    count = _count
 
     def gradient(self, outputs, targets):
         return jnp.sign(outputs - like(outputs, targets))
@@ -209,8 +207,7 @@ class Absolute(AbstractBoundedLoss):
         y = like(outputs, targets)
         return interval(-jnp.ones_like(y), jnp.ones_like(y), y)
 
-    def block_update(self, alpha, z, K, c, targets):
-        return majorized_block(self, alpha, z, K, c, targets)
+    block_update = majorized_block
 
 
 def _unit(vector: Array) -> tuple[Array, Array]:
@@ -249,9 +246,7 @@ class Euclidean(AbstractBoundedLoss):
     def __call__(self, outputs, targets):
         return total(_length(outputs - like(outputs, targets)))
 
-    def count(self, outputs, targets):
-        check_alike(outputs, targets)
-        return outputs.shape[0]
+    count = _count
 
     def gradient(self, outputs, targets):
         return _unit(outputs - like(outputs, targets))[0]
@@ -279,8 +274,7 @@ class Euclidean(AbstractBoundedLoss):
     def domain(self, outputs, targets):
         return Ball(like(outputs, targets))
 
-    def block_update(self, alpha, z, K, c, targets):
-        return majorized_block(self, alpha, z, K, c, targets)
+    block_update = majorized_block
 
 
 class Poisson(AbstractDualLoss):
@@ -323,8 +317,7 @@ class Poisson(AbstractDualLoss):
         y, tau = like(vector, targets), per_example("tau", tau, vector)
         return scaled_omega(vector + y, tau, jnp.ones_like(tau)) - y
 
-    def block_update(self, alpha, z, K, c, targets):
-        return newton_block(self, alpha, z, K, c, targets)
+    block_update = newton_block
 
 
 @jax.jit

@@ -14,6 +14,71 @@ from ._damping import check_damping
 from ._solvers import AbstractSolver, Auto, CG
 
 
+def _is_warm(solver: AbstractSolver) -> bool:
+    return isinstance(solver, Auto | CG) and solver.warm_start != 0
+
+
+def _check(self: "GaussNewton | DualGaussNewton"):
+    check_damping(self.damping)
+    check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
+
+
+def _init(self: "GaussNewton | DualGaussNewton", params: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.zeros_like, params) if _is_warm(self.solver) else None
+
+
+def _propose(
+    self: "GaussNewton | DualGaussNewton",
+    at: Linearization,
+    damping: Array,
+    memory: PyTree,
+    key: Any,
+) -> Proposal:
+    solver, metric = self.solver, self.metric
+    structure = jtu.tree_structure(at.params)
+    if metric is not None and jtu.tree_structure(metric) != structure:
+        raise ValueError(
+            f"`metric` is {came(metric)}; a pytree like the parameters, those of "
+            "`eqx.filter(model, eqx.is_inexact_array)`, with positive weights is "
+            "expected."
+        )
+    roots = jtu.tree_map(jnp.sqrt, cast(metric, at.value.dtype))
+    if metric is not None:  # w = metric^(-1/2) v
+        at = _scaled(at, roots)
+    solved = solver.solve(at, damping, memory, key)
+    step, slope = solved.step, vdot(at.gradient, solved.step)
+    length2 = vdot(step, step)
+    if solved.minimizes:  # slope = -d'(C + damping I)d
+        decrease = (damping * length2 - slope) / 2
+    else:
+        curvature = -2 * (at.model_decrease(step) + slope)
+        factor = jnp.ones_like(slope)
+        if self.scale_model:
+            total = curvature + damping * length2
+            factor = jnp.where(total > 0, -slope / jnp.where(total > 0, total, 1), 1)
+        step = scale(factor, step)
+        decrease = -factor * slope - factor**2 * curvature / 2
+    memory = step if _is_warm(solver) else None
+    if metric is not None:
+        step = jtu.tree_map(jnp.divide, step, roots)
+    bad, failed = solved.negative_curvature, RESULTS.factorization_failed
+    result = RESULTS.where(bad, failed, RESULTS.successful)
+    found = solved.gap, solved.num_inner
+    return Proposal(step, decrease, damping, *found, result, memory)
+
+
+def _scaled(at: Linearization, roots: PyTree) -> Linearization:
+    """In the parameters v with w = v / roots."""
+    divide = lambda tree: jtu.tree_map(jnp.divide, tree, roots)
+    return dataclasses.replace(
+        at,
+        gradient=divide(at.gradient),
+        mv=lambda d: at.mv(divide(d)),
+        transpose_mv=lambda v: divide(at.transpose_mv(v)),
+        layers=None,  # these do not know of the scaling
+    )
+
+
 class GaussNewton(AbstractOracle):
     r"""Gauss-Newton, also called Levenberg-Marquardt or generalized Gauss-Newton.
 
@@ -47,15 +112,7 @@ class GaussNewton(AbstractOracle):
     scale_model: bool = eqx.field(static=True, default=True)
     metric: PyTree = None
 
-    def __check_init__(self):
-        check_damping(self.damping)
-        check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
-
-    def init(self, params):
-        return _init(self.solver, params)
-
-    def propose(self, at, damping, memory, key):
-        return _propose(self, at, damping, memory, key)
+    __check_init__, init, propose = _check, _init, _propose
 
 
 class DualGaussNewton(AbstractOracle):
@@ -83,76 +140,4 @@ class DualGaussNewton(AbstractOracle):
     scale_model: bool = eqx.field(static=True, default=True)
     metric: PyTree = None
 
-    def __check_init__(self):
-        check_damping(self.damping)
-        check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
-
-    def init(self, params):
-        return _init(self.solver, params)
-
-    def propose(self, at, damping, memory, key):
-        return _propose(self, at, damping, memory, key)
-
-
-def _is_warm(solver: AbstractSolver) -> bool:
-    return isinstance(solver, Auto | CG) and solver.warm_start != 0
-
-
-def _init(solver: AbstractSolver, params: PyTree) -> PyTree:
-    return jtu.tree_map(jnp.zeros_like, params) if _is_warm(solver) else None
-
-
-def _propose(
-    oracle: GaussNewton | DualGaussNewton,
-    at: Linearization,
-    damping: Array,
-    memory: PyTree,
-    key: Any,
-) -> Proposal:
-    solver, metric = oracle.solver, oracle.metric
-    structure = jtu.tree_structure(at.params)
-    if metric is not None and jtu.tree_structure(metric) != structure:
-        raise ValueError(
-            f"`metric` is {came(metric)}; a pytree like the parameters, those of "
-            "`eqx.filter(model, eqx.is_inexact_array)`, with positive weights is "
-            "expected."
-        )
-    roots = jtu.tree_map(jnp.sqrt, cast(metric, at.value.dtype))
-    if metric is not None:  # w = metric^(-1/2) v
-        at = _scaled(at, roots)
-    solved = solver.solve(at, damping, memory, key)
-    step, slope = solved.step, vdot(at.gradient, solved.step)
-    length2 = vdot(step, step)
-    if solved.minimizes:  # slope = -d'(C + damping I)d
-        decrease = (damping * length2 - slope) / 2
-    else:
-        curvature = -2 * (at.model_decrease(step) + slope)
-        factor = jnp.ones_like(slope)
-        if oracle.scale_model:
-            total = curvature + damping * length2
-            factor = jnp.where(total > 0, -slope / jnp.where(total > 0, total, 1), 1)
-        step = scale(factor, step)
-        decrease = -factor * slope - factor**2 * curvature / 2
-    memory = step if _is_warm(solver) else None
-    if metric is not None:
-        step = jtu.tree_map(jnp.divide, step, roots)
-    result = RESULTS.where(
-        solved.negative_curvature, RESULTS.factorization_failed, RESULTS.successful
-    )
-    found = solved.gap, solved.num_inner
-    return Proposal(step, decrease, damping, *found, result, memory)
-
-
-def _scaled(at: Linearization, roots: PyTree) -> Linearization:
-    """In the parameters v with w = v / roots."""
-    divide = lambda tree: jtu.tree_map(jnp.divide, tree, roots)
-    at = dataclasses.replace(at, layers=None)  # these do not know of the scaling
-    return eqx.tree_at(
-        lambda at: (at.gradient, at.mv, at.transpose_mv),
-        at,
-        (
-            divide(at.gradient),
-            lambda d: at.mv(divide(d)),
-            lambda v: divide(at.transpose_mv(v)),
-        ),
-    )
+    __check_init__, init, propose = _check, _init, _propose
