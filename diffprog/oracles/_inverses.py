@@ -24,6 +24,7 @@ from .._common.inner import regularized_fit, tree_size
 from .._common.jacobian import products
 from .._common.linalg import matmul, solve_positive
 from .._common.tree import add, cast, working_dtype
+from ._gram import is_linear
 from ._rules import RuleBoundary
 
 
@@ -47,45 +48,36 @@ class Activation(NamedTuple):
     difference: Callable
 
 
-def _within(y, D, low, high):
-    """y moved into the range, and the change that is left of D."""
-    c = jnp.clip(y, low, high)
-    return c, jnp.clip(D + (y - c), low - c, high - c)
+def _within(low: Any, high: Any, slope: Callable, change: Callable) -> Activation:
+    """Of a function with this range: a' at a value c, and what z changes with c by d.
 
+    A change that would leave the range is cut off.
+    """
 
-def _tanh_linearized(y, D, eps):
-    c = jnp.clip(y, eps - 1, 1 - eps)
-    return D / ((1 - c) * (1 + c))
+    def moved(y, D, eps):
+        c = jnp.clip(y, low + eps, high - eps)
+        return c, jnp.clip(D + (y - c), low + eps - c, high - eps - c)
 
-
-def _tanh_difference(y, D, eps):
-    c, d = _within(y, D, eps - 1, 1 - eps)
-    return jnp.arctanh(d / (1 - c * (c + d)))
-
-
-def _sigmoid_linearized(y, D, eps):
-    c = jnp.clip(y, eps, 1 - eps)
-    return D / (c * (1 - c))
-
-
-def _sigmoid_difference(y, D, eps):
-    c, d = _within(y, D, eps, 1 - eps)
-    return jnp.log1p(d / (c * (1 - c - d)))
-
-
-def _softplus_linearized(y, D, eps):
-    return D / -jnp.expm1(-jnp.maximum(y, eps))
-
-
-def _softplus_difference(y, D, eps):
-    c, d = _within(y, D, eps, jnp.inf)
-    return jnp.log1p(jnp.expm1(d) / -jnp.expm1(-c))
+    linearized = lambda y, D, eps: D / slope(jnp.clip(y, low + eps, high - eps))
+    return Activation(linearized, lambda y, D, eps: change(*moved(y, D, eps)))
 
 
 _identity = Activation(lambda y, D, eps: D, lambda y, D, eps: D)
-_tanh = Activation(_tanh_linearized, _tanh_difference)
-_sigmoid = Activation(_sigmoid_linearized, _sigmoid_difference)
-_softplus = Activation(_softplus_linearized, _softplus_difference)
+_tanh = _within(
+    -1,
+    1,
+    lambda c: (1 - c) * (1 + c),
+    lambda c, d: jnp.arctanh(d / (1 - c * (c + d))),
+)
+_sigmoid = _within(
+    0, 1, lambda c: c * (1 - c), lambda c, d: jnp.log1p(d / (c * (1 - c - d)))
+)
+_softplus = _within(
+    0,
+    jnp.inf,
+    lambda c: -jnp.expm1(-c),
+    lambda c, d: jnp.log1p(jnp.expm1(d) / -jnp.expm1(-c)),
+)
 _relu = Activation(  # its own pseudo-inverse
     lambda y, D, eps: jnp.where(y > 0, D, 0), lambda y, D, eps: jnp.maximum(D, -y)
 )
@@ -141,10 +133,7 @@ def view(layer: Any) -> Dense | RecurrentLayer | None:
     before, part, after = parts[:i], parts[i], parts[i + 1 :]
     if isinstance(part, Recurrent):
         return RecurrentLayer(before, part, after)
-    if not isinstance(part, eqx.nn.Linear) or "scalar" in (
-        part.in_features,
-        part.out_features,
-    ):
+    if not is_linear(part):
         return None
     if not after:
         return Dense(before, part, None)
