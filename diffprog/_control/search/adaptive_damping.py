@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -53,9 +54,7 @@ class AdaptiveDamping(AbstractSearch):
         )
 
     def init(self, dtype):
-        scalar = lambda value: jnp.asarray(value, dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return SearchState(scalar(1.0), scalar(0.0), scalar(self.scale), zero)
+        return SearchState.first(dtype, scale=self.scale)
 
     def begin(self, state, cost_gradient):
         damping = state.scale / self.increase * cost_gradient
@@ -65,22 +64,20 @@ class AdaptiveDamping(AbstractSearch):
 
     def step(self, state, trial):
         accept = trial.decreases(trial.change(state.stepsize))
-        trials, flat = state.trials + 1, trial.cost_gradient == 0
+        state = replace(state, trials=state.trials + 1)
+        flat = trial.cost_gradient == 0
         scale = state.damping / jnp.where(flat, 1, trial.cost_gradient)
-        accepted = SearchState(state.stepsize, state.damping, scale, trials)
-        raised, verdict = self.reject(
-            SearchState(state.stepsize, state.damping, state.scale, trials)
-        )
-        return where(accept, accepted, raised), Verdict(
-            accept, ~accept & verdict.refresh, ~accept & verdict.fail
-        )
+        raised, verdict = self.reject(state)
+        state = where(accept, replace(state, scale=scale), raised)
+        again, fail = ~accept & verdict.refresh, ~accept & verdict.fail
+        return state, Verdict(accept, again, fail)
 
     def reject(self, state):
         damping = jnp.maximum(state.damping / self.decrease, self.min_damping)
         # Also for numbers that are NaN or do not grow: the solve must end.
         fail = ~(damping <= self.max_damping) | ~(damping > state.damping)
-        state = SearchState(state.stepsize, damping, state.scale, state.trials)
-        return state, Verdict(jnp.zeros_like(fail), ~fail, fail)
+        verdict = Verdict(jnp.zeros_like(fail), ~fail, fail)
+        return replace(state, damping=damping), verdict
 
 
 AdaptiveDamping.__init__.__doc__ = """**Arguments:**

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import equinox as eqx
@@ -54,40 +55,34 @@ class Backtracking(AbstractSearch):
         )
 
     def init(self, dtype):
-        scalar = lambda value: jnp.asarray(value, dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return SearchState(scalar(1.0), scalar(0.0), scalar(0.0), zero)
+        return SearchState.first(dtype)
 
     def begin(self, state, cost_gradient):
         stepsize = jnp.minimum(self.increase * state.stepsize, 1)
-        return SearchState(
-            stepsize, state.damping, state.scale, jnp.zeros_like(state.trials)
-        )
+        zero = jnp.zeros_like(state.trials)
+        return replace(state, stepsize=stepsize, trials=zero)
 
     def step(self, state, trial):
         s = state.stepsize
         accept = trial.decreases(self.slope_fraction * s * trial.slope)
-        trials = state.trials + 1
+        state = replace(state, trials=state.trials + 1)
         lower = state.damping / self.damping_factor
         lower = jnp.where(lower < self.min_damping, 0, lower)
-        accepted = SearchState(
-            s, jnp.where(s < 1, state.damping, lower), state.scale, trials
-        )
-        shorter = SearchState(s * self.decrease, state.damping, state.scale, trials)
-        exhausted = ~accept & (trials % self.max_trials == 0)
+        accepted = replace(state, damping=jnp.where(s < 1, state.damping, lower))
+        shorter = replace(state, stepsize=s * self.decrease)
+        exhausted = ~accept & (state.trials % self.max_trials == 0)
         raised, verdict = self.reject(shorter)
         state = where(accept, accepted, where(exhausted, raised, shorter))
-        return state, Verdict(
-            accept, exhausted & verdict.refresh, exhausted & verdict.fail
-        )
+        again, fail = exhausted & verdict.refresh, exhausted & verdict.fail
+        return state, Verdict(accept, again, fail)
 
     def reject(self, state):
         damping = jnp.maximum(state.damping * self.damping_factor, self.min_damping)
         # Also for numbers that are NaN or do not grow: the solve must end.
         fail = ~(damping <= self.max_damping) | ~(damping > state.damping)
         one = jnp.ones_like(state.stepsize)
-        state = SearchState(one, damping, state.scale, state.trials)
-        return state, Verdict(jnp.zeros_like(fail), ~fail, fail)
+        verdict = Verdict(jnp.zeros_like(fail), ~fail, fail)
+        return replace(state, stepsize=one, damping=damping), verdict
 
 
 Backtracking.__init__.__doc__ = """**Arguments:**

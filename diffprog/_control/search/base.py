@@ -67,6 +67,12 @@ class SearchState(eqx.Module):
     trials: Int[Numbers, "*batch"]
 
     @staticmethod
+    def first(dtype, stepsize: Any = 1.0, damping: Any = 0.0, scale: Any = 0.0):
+        """Before the first iteration."""
+        scalar, zero = lambda value: jnp.asarray(value, dtype), jnp.zeros((), jnp.int32)
+        return SearchState(scalar(stepsize), scalar(damping), scalar(scale), zero)
+
+    @staticmethod
     def none(dtype, batch: tuple[int, ...] = ()) -> "SearchState":
         """In the place of a memory where there is none: the same program takes both."""
         nan, zero = np.full(batch, np.nan, dtype), np.zeros(batch, np.int32)

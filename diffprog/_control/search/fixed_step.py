@@ -33,11 +33,7 @@ class FixedStep(AbstractSearch):
         check_ranges(self, stepsize=POSITIVE, damping=NOT_NEGATIVE)
 
     def init(self, dtype):
-        scalar = lambda value: jnp.asarray(value, dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return SearchState(
-            scalar(self.stepsize), scalar(self.damping), scalar(0.0), zero
-        )
+        return SearchState.first(dtype, stepsize=self.stepsize, damping=self.damping)
 
     def begin(self, state, cost_gradient):
         return self.init(state.stepsize.dtype)
