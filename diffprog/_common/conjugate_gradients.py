@@ -27,7 +27,6 @@ def conjugate_gradients(
     target: Array,
     limit: Any,
     unroll: bool = False,
-    *,
     inner: Callable = vdot,
     measure: Callable = lambda r: (r, vdot(r, r)),
 ) -> CGState:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .types import shapes
 
@@ -180,6 +180,14 @@ def vdot(a: PyTree, b: PyTree) -> Array:
     dot = lambda a, b: jnp.vdot(a, b, precision="highest")
     products = jtu.tree_leaves(jtu.tree_map(dot, a, b))
     return jnp.sum(jnp.stack(products))
+
+
+def normal_like(key: PRNGKeyArray, tree: PyTree, *rows: int) -> PyTree:
+    """Standard normal numbers, arranged like the tree, with more axes in front."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    draw = lambda key, leaf: jax.random.normal(key, (*rows, *leaf.shape), leaf.dtype)
+    return treedef.unflatten(map(draw, keys, leaves))
 
 
 def add(a: PyTree, b: PyTree, factor: Any = 1) -> PyTree:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -17,7 +16,7 @@ from .._common.capture import Frozen
 from .._common.door import door
 from .._common.jacobian import products
 from .._common.loops import scan
-from .._common.tree import cast, norm, scale, where, working_dtype
+from .._common.tree import cast, norm, normal_like, scale, where, working_dtype
 from .._common.types import check_count, check_key, is_number
 from .layer_constants import (
     find,
@@ -231,10 +230,7 @@ def _jacobian_norm(fn: Callable, arrays, frozen: Frozen, key, num_steps) -> Arra
 
     _, push, pull, _ = products(run, arrays)
     arrays = cast(arrays, working_dtype(arrays))
-    leaves, treedef = jtu.tree_flatten(arrays)
-    keys = jr.split(key, len(leaves))
-    draws = [jr.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
-    first = jtu.tree_unflatten(treedef, draws)
+    first = normal_like(key, arrays)
 
     def step(v, _):
         image = push(v)

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._common.conjugate_gradients import conjugate_gradients
 from .._common.linalg import matmul
-from .._common.tree import add, all_finite, norm, scale
+from .._common.tree import add, all_finite, norm, normal_like, scale
 from .._common.types import AbstractPart, check_count, check_numbers, Number, number
 from ..losses._loss import factor_of
 from ._base import Linearization
@@ -110,16 +110,9 @@ class CG(AbstractSolver):
             return damping * p + at.weight * at.hessian_mv(Kp)
 
         r = -at.weight * at.cotangent
-        end = conjugate_gradients(
-            product,
-            (jnp.zeros_like(r), jnp.zeros_like(r)),
-            r,
-            (self.rtol * norm(at.gradient)) ** 2,
-            self.max_steps,
-            self.unroll,
-            inner=lambda pair, Mp: jnp.vdot(pair[1], Mp),
-            measure=measure,
-        )
+        inner, zero = lambda pair, Mp: jnp.vdot(pair[1], Mp), jnp.zeros_like(r)
+        stop = (self.rtol * norm(at.gradient)) ** 2, self.max_steps, self.unroll
+        end = conjugate_gradients(product, (zero, zero), r, *stop, inner, measure)
         d = at.transpose_mv(end.x[0])
         return Solved(d, end.rr / (2 * damping), end.steps, end.bad, True)
 
@@ -160,16 +153,10 @@ class DualCG(AbstractSolver):
             return z, jnp.vdot(z, Hs)
 
         s = -K(at.cotangent)
-        end = conjugate_gradients(
-            lambda p: mu * p + K(at.hessian_mv(p)),
-            jnp.zeros_like(s),
-            s,
-            self.rtol**2 * measure(s)[1],
-            self.max_steps,
-            self.unroll,
-            inner=lambda p, w: jnp.vdot(p, at.hessian_mv(w)),
-            measure=measure,
-        )
+        product = lambda p: mu * p + K(at.hessian_mv(p))
+        inner = lambda p, w: jnp.vdot(p, at.hessian_mv(w))
+        stop = self.rtol**2 * measure(s)[1], self.max_steps, self.unroll
+        end = conjugate_gradients(product, jnp.zeros_like(s), s, *stop, inner, measure)
         beta, s = end.x, end.r
         alpha = at.cotangent + at.hessian_mv(beta)
         d = scale(-1 / mu, at.transpose_mv(alpha))
@@ -206,10 +193,8 @@ class Cholesky(AbstractSolver):
 
     def solve(self, at, damping, start, key):
         a, bad = self.dual(at, damping)
-        zero = jnp.zeros_like(damping)
-        return Solved(
-            scale(-1, at.transpose_mv(a)), zero, jnp.zeros((), jnp.int32), bad, True
-        )
+        d, zero = scale(-1, at.transpose_mv(a)), jnp.zeros_like(damping)
+        return Solved(d, zero, jnp.zeros((), jnp.int32), bad, True)
 
     def dual(self, at: Linearization, damping: Array, shift: Array | None = None):
         """a with d = -J' a, and whether a Hessian is not positive semidefinite.
@@ -272,16 +257,7 @@ class RandomSubspace(AbstractSolver):
                 "`RandomSubspace` draws directions: give the call a `key`, such as "
                 "`jax.random.key(0)`, another one each time."
             )
-        leaves, treedef = jtu.tree_flatten(at.params)
-        keys = jax.random.split(key, len(leaves))
-        V = jtu.tree_unflatten(
-            treedef,
-            [
-                jax.random.normal(k, (self.size, *leaf.shape), leaf.dtype)
-                for k, leaf in zip(keys, leaves, strict=True)
-            ],
-        )
-        return self.within(at, damping, V)
+        return self.within(at, damping, normal_like(key, at.params, self.size))
 
     def within(self, at: Linearization, damping: Array, V: PyTree) -> Solved:
         """The best step in the span of V, a pytree with a leading axis."""
@@ -333,10 +309,4 @@ class Auto(AbstractSolver):
         if build + q**3 / 3 <= 50 * product:
             return Cholesky()
         small = self.in_outputs or (50 * q < size and not self.warm_start)
-        return CG(
-            max_steps=self.max_steps,
-            rtol=self.rtol,
-            warm_start=self.warm_start,
-            in_outputs=small,
-            unroll=self.unroll,
-        )
+        return CG(self.max_steps, self.rtol, self.warm_start, small, self.unroll)
