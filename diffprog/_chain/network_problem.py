@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._common.reduction import AbstractCounted, check_reduction, Reduction, weight
-from .._common.types import came, noted
+from .._common.types import came, check_callable, check_kind, noted
 from .network import Network, Stack
 from .problem import AbstractChain, Phase
 
@@ -69,16 +69,9 @@ class NetworkProblem(AbstractChain):
         self.reduction = reduction
 
     def __check_init__(self):
-        if not isinstance(self.network, Network):
-            raise TypeError(
-                f"`network` is a {type(self.network).__name__}; a `dp.Network` is "
-                "expected: `dp.Network(layers)`."
-            )
-        if isinstance(self.loss, type) or not callable(self.loss):
-            raise TypeError(
-                f"`loss` is {came(self.loss)}; a function `loss(outputs, targets)` "
-                "with one number per example is expected."
-            )
+        check_kind("network", self.network, Network, "dp.Network(layers)")
+        expected = "a function `loss(outputs, targets)` with one number per example"
+        check_callable("loss", self.loss, expected)
         check_reduction(self.reduction)
 
     @property

@@ -13,7 +13,7 @@ from .._common.capture import Frozen
 from .._common.door import door
 from .._common.loops import scan
 from .._common.tree import vary
-from .._common.types import came, check_function, noted, shapes
+from .._common.types import check_callable, check_function, noted, shapes
 
 
 class RNNCell(eqx.Module):
@@ -100,11 +100,8 @@ class Recurrent(eqx.Module):
     sequence: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if isinstance(self.cell, type) or not callable(self.cell):
-            raise TypeError(
-                f"`cell` is {came(self.cell)}; a function `cell(x, h) -> h`, such as "
-                "`dp.RNNCell` or `eqx.nn.GRUCell`, is expected."
-            )
+        such = "such as `dp.RNNCell` or `eqx.nn.GRUCell`,"
+        check_callable("cell", self.cell, f"a function `cell(x, h) -> h`, {such}")
         leaves = jtu.tree_leaves(self.initial)
         size = lambda a: isinstance(a, int) and not isinstance(a, bool) and a > 0
         if not leaves or not all(size(a) or eqx.is_inexact_array(a) for a in leaves):

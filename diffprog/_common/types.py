@@ -64,8 +64,13 @@ def check_kind(name: str, value: Any, kind: Any, example: str):
 
 def check_function(name: str, value: Any, call: str):
     """Raises for what cannot be called, and for a class."""
+    check_callable(name, value, f"a function `{call}`")
+
+
+def check_callable(name: str, value: Any, expected: str):
+    """The same, with other words for what is expected."""
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"`{name}` is {came(value)}; a function `{call}` is expected.")
+        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
 
 
 def counted(number: int, thing: str) -> str:
@@ -149,15 +154,7 @@ def check_key(key: Any):
 
 def shapes(tree: PyTree) -> str:
     """The shapes of the arrays of a tree, in its arrangement."""
-    return str(jax.tree_util.tree_map(lambda leaf: _Shape(np.shape(leaf)), tree))
-
-
-class _Shape:
-    def __init__(self, shape):
-        self.shape = shape
-
-    def __repr__(self):
-        return f"{tuple(self.shape)}"
+    return str(jax.tree_util.tree_map(np.shape, tree))
 
 
 @contextmanager

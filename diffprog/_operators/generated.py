@@ -13,7 +13,7 @@ from jaxtyping import Array
 from .._common.capture import Frozen
 from .._common.changes import check_held
 from .._common.loops import repeat
-from .._common.types import came, noted
+from .._common.types import came, check_callable, noted
 from .divergence import AbstractDivergence, check_answers
 
 
@@ -99,11 +99,8 @@ def generator(fn: Callable) -> AbstractDivergence:
 
     **Raises:** `ValueError` if f'' is not positive somewhere between 1e-4 and 1e4.
     """
-    if isinstance(fn, type) or not callable(fn):
-        raise TypeError(
-            f"`f` is {came(fn)}; a generator such as `dp.losses.KL()` or a function of "
-            "one number is expected."
-        )
+    expected = "a generator such as `dp.losses.KL()` or a function of one number"
+    check_callable("f", fn, expected)
     name = getattr(fn, "__name__", fn)
     with noted(lambda: f"`f` is {name}, which was called with one number."):
         value = fn(jnp.ones(()))

@@ -32,7 +32,7 @@ from .._common.tree import (
     where,
     working_dtype,
 )
-from .._common.types import came, check_kind
+from .._common.types import came, check_callable, check_kind
 from ..losses import AbstractLoss, as_loss
 from ..oracles._base import (
     AbstractOracle,
@@ -238,24 +238,13 @@ def value_and_direction(
     NaN.
     """
     check_kind("oracle", oracle, AbstractOracle, "dp.oracles.GaussNewton()")
-    if isinstance(predict, type) or not (predict is None or callable(predict)):
-        raise TypeError(
-            f"`predict` is {came(predict)}; something like `lambda model, inputs: ...` "
-            "is expected."
-        )
+    if predict is not None:
+        check_callable("predict", predict, "something like `lambda model, inputs: ...`")
     if scale not in ("step", "gradient"):
         raise ValueError(f'`scale` is {scale!r}; "step" or "gradient" is expected.')
     check_reduction(reduction)
-    return ValueAndDirection(
-        as_loss(loss),
-        oracle,
-        predict,
-        scale=scale,
-        reduction=reduction,
-        has_aux=has_aux,
-        fallback=fallback,
-        check=check,
-    )
+    options = scale, reduction, has_aux, fallback, check
+    return ValueAndDirection(as_loss(loss), oracle, predict, *options)
 
 
 # The compiled part ----------------------------------------------------------------
@@ -321,17 +310,10 @@ def _advance(vd: ValueAndDirection, params, build, state, inputs, targets, key, 
     zeros = jtu.tree_map(jnp.zeros_like, at.params)
     instead = where(_replaced(vd, at.value, gradient, result), at.gradient, zeros)
     direction = cast_like(where(keep, direction, instead), params)
-    aux = DirectionAux(
-        result,
-        at.outputs,
-        gradient,
-        slope,
-        proposal.decrease,
-        ratio,
-        damping,
-        jnp.asarray(proposal.gap, slope.dtype),
-        jnp.asarray(proposal.num_inner, jnp.int32),
-    )
+    gap = jnp.asarray(proposal.gap, slope.dtype)
+    num_inner = jnp.asarray(proposal.num_inner, jnp.int32)
+    known = gradient, slope, proposal.decrease, ratio, damping, gap, num_inner
+    aux = DirectionAux(result, at.outputs, *known)
     memory = cast_like(where(ok, proposal.memory, memory), state.memory)
     return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
 
@@ -339,11 +321,8 @@ def _advance(vd: ValueAndDirection, params, build, state, inputs, targets, key, 
 def _judge(at: Linearization, proposal: Proposal) -> RESULTS:
     # The gradient itself is not looked at: not every oracle needs it.
     good = proposal.result == RESULTS.successful
-    result = RESULTS.where(
-        good & ~all_finite(proposal.step),
-        RESULTS.nonfinite_derivative,
-        proposal.result,
-    )
+    wrong = good & ~all_finite(proposal.step)
+    result = RESULTS.where(wrong, RESULTS.nonfinite_derivative, proposal.result)
     return RESULTS.where(jnp.isfinite(at.value), result, RESULTS.nonfinite_rollout)
 
 

@@ -1,6 +1,5 @@
 """A function of the user as a loss."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._common.types import came
+from .._common.types import check_callable
 from .._operators.targets import check_floats
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
@@ -63,12 +62,8 @@ class Custom(AbstractLoss):
         rho = jnp.where(inside, along / jnp.where(inside, root, 1), 0)
         left = jnp.where(inside, 0, along)
         remainder = jnp.einsum("ijk,ik->ij", V, left, precision=precision)
-        return DenseFactor(
-            rho.reshape(outputs.shape),
-            remainder.reshape(outputs.shape),
-            values[:, 0] < -noise,
-            V * root[:, None],
-        )
+        rho, remainder = (a.reshape(outputs.shape) for a in (rho, remainder))
+        return DenseFactor(rho, remainder, values[:, 0] < -noise, V * root[:, None])
 
 
 def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:
@@ -93,10 +88,10 @@ def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:
     """
     if isinstance(loss, AbstractLoss):
         return loss
-    if inspect.isclass(loss) or not callable(loss):
-        raise TypeError(
-            f"`loss` is {came(loss)}; a loss such as `dp.losses.Squared()`, or a "
-            "function of outputs and targets that returns one number per example, is "
-            "expected."
-        )
+    check_callable(
+        "loss",
+        loss,
+        "a loss such as `dp.losses.Squared()`, or a function of outputs and targets "
+        "that returns one number per example,",
+    )
     return Custom(loss)

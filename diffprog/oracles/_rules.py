@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._chain.network import Network
 from .._common.tree import cast, cast_like, working_dtype
-from .._common.types import AbstractPart, came
+from .._common.types import AbstractPart, check_callable
 from ._base import Layers, Linearization
 
 
@@ -53,8 +53,7 @@ def follow(
         layer = eqx.combine(params, constants, static)
         return jax.vmap(layer)(x) if batched else layer(x)
 
-    def forward(*args):
-        return run(*args), args
+    forward = lambda *args: (run(*args), args)
 
     def backward(args, message):
         params, constants, rule, memory, x = args
@@ -63,9 +62,8 @@ def follow(
         memory, message = cast((memory, message), dtype)
         to_params, to_x = rule.backward(layer, memory, x, message, batched)
         zero = lambda tree: jtu.tree_map(zero_tangent, tree)
-        to_x = eqx.combine(
-            to_x, zero(eqx.filter(x, eqx.is_inexact_array, inverse=True))
-        )
+        others = eqx.filter(x, eqx.is_inexact_array, inverse=True)
+        to_x = eqx.combine(to_x, zero(others))
         to_params, to_x = cast_like((to_params, to_x), (params, x))
         return to_params, zero(constants), zero(rule), zero(args[3]), to_x
 
@@ -111,11 +109,7 @@ def rule_boundary(layer: Callable) -> RuleBoundary:
     The layer keeps its meaning; under such an oracle its backward pass follows the rule
     for one example at a time, wherever it stands in the model.
     """
-    if isinstance(layer, type) or not callable(layer):
-        raise TypeError(
-            f"`layer` is {came(layer)}; a module or a function of one array is "
-            "expected."
-        )
+    check_callable("layer", layer, "a module or a function of one array")
     return RuleBoundary(layer)
 
 
