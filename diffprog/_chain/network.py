@@ -88,10 +88,8 @@ class Network(eqx.Module):
             if len(run) < MIN_RUN:
                 stacks += [Stack(stage, 1) for stage in run]
             else:
-                rows = lambda *rows: (
-                    jnp.stack(rows) if eqx.is_array(rows[0]) else rows[0]
-                )
-                stacks.append(Stack(jtu.tree_map(rows, *run), len(run)))
+                join = lambda *a: jnp.stack(a) if eqx.is_array(a[0]) else a[0]
+                stacks.append(Stack(jtu.tree_map(join, *run), len(run)))
         self.stacks = tuple(stacks)
 
     @property
@@ -238,9 +236,8 @@ def _flat(layers) -> list[Callable]:
 def _keeps_a_state(layer: Callable) -> bool:
     if isinstance(layer, eqx.nn.StatefulLayer):
         return layer.is_stateful()
-    return any(
-        not parameter and has_parameters(leaf) for _, leaf, parameter in found_in(layer)
-    )
+    others = (leaf for _, leaf, parameter in found_in(layer) if not parameter)
+    return any(map(has_parameters, others))
 
 
 def _stages(layers: list[Callable]) -> list[Stage]:
@@ -259,24 +256,16 @@ def _alike(a: Stage, b: Stage) -> bool:
     """Whether two stages differ in the numbers of their arrays only, for good."""
     if can_change((a, b)):
         return False
-    (a, rest_a), (b, rest_b) = (eqx.partition(s, eqx.is_array) for s in (a, b))
-    same = lambda x: (jnp.shape(x), jnp.result_type(x))
-    shapes = [list(map(same, jtu.tree_leaves(s))) for s in (a, b)]
-    structures = [jtu.tree_structure(s) for s in (a, b)]
-    return (
-        structures[0] == structures[1]
-        and shapes[0] == shapes[1]
-        and bool(eqx.tree_equal(rest_a, rest_b))
-    )
+    known = lambda leaf: (leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf
+    a, b = (jtu.tree_map(known, stage) for stage in (a, b))
+    return bool(eqx.tree_equal(a, b))
 
 
 def _check_constant(body: Callable, carry: PyTree, rows: PyTree):
     first = jtu.tree_map(lambda a: a[0], rows)
     after, _ = eqx.filter_eval_shape(body, carry, first)
-    shapes = lambda tree: jtu.tree_map(
-        lambda a: (jnp.shape(a), jnp.result_type(a)), tree
-    )
-    if shapes(after) != shapes(carry):
+    known = lambda a: (jnp.shape(a), jnp.result_type(a))
+    if jtu.tree_map(known, after) != jtu.tree_map(known, carry):
         show = lambda tree: [list(jnp.shape(a)) for a in jtu.tree_leaves(tree)]
         raise ValueError(
             f"Equal stages of the network map shapes {show(carry)} to {show(after)}, "

@@ -212,10 +212,8 @@ def _trace(
         return scalar("cost", phase.cost, value, dtype)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
-    segment = Segment(
-        _traced(dynamics, *examples), _traced(cost, *examples), start, phase.horizon
-    )
-    return segment, next_layout
+    traced = _traced(dynamics, *examples), _traced(cost, *examples)
+    return Segment(*traced, start, phase.horizon), next_layout
 
 
 def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:

@@ -267,9 +267,8 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = ()) -> list:
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
             outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
         elif name in ("scan", "while", "cond"):
-            outs = eqn.primitive.bind(
-                *ins, **jtu.tree_map(_rewritten, params, is_leaf=_is_program)
-            )
+            params = jtu.tree_map(_rewritten, params, is_leaf=_is_program)
+            outs = eqn.primitive.bind(*ins, **params)
         elif name in CALLS:
             (inner,) = _inner(eqn)
             outs = _run(inner.jaxpr, inner.consts, tuple(ins))

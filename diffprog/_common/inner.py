@@ -103,10 +103,7 @@ class InnerGradient(AbstractInner):
     def solve(self, problem):
         p0, pull = jax.vjp(problem.fn, problem.x)
         first = scale(-self.stepsize, pull(problem.message)[0])
-
-        def step(y):
-            return add(y, scale(-self.stepsize, problem.gradient(y, p0)))
-
+        step = lambda y: add(y, scale(-self.stepsize, problem.gradient(y, p0)))
         return scale(-1, repeat(step, first, self.num_steps - 1, unroll=self.unroll))
 
 

@@ -138,9 +138,8 @@ def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyT
     axes = {i: _axis_of(a, num_problems) for i, a in enumerate(numbers)}
     suspects = [i for i, axis in axes.items() if axis is not None]
     first = lambda a, axis: a[(slice(None),) * axis + (0,)] if axis else a[0]
-    fields = jtu.tree_leaves_with_path(
-        problem, is_leaf=lambda node: is_list(node, num_problems)
-    )
+    whole = lambda node: is_list(node, num_problems)
+    fields = jtu.tree_leaves_with_path(problem, is_leaf=whole)
     for chosen in [suspects] * (len(suspects) > 1) + [[i] for i in suspects]:
         one = [first(a, axes[i]) if i in chosen else a for i, a in enumerate(numbers)]
         if not _can_run(taken.static, one, x0, us):
@@ -207,8 +206,7 @@ def _axes_of(path: str, axis: int = 0) -> str:
     """An example of `in_axes` for one field."""
     return (
         f"`eqx.tree_at(lambda p: p{path}, jax.tree.map(lambda _: None, problem), "
-        f"{axis}, "
-        "is_leaf=lambda a: a is None)`"
+        f"{axis}, is_leaf=lambda a: a is None)`"
     )
 
 
@@ -300,9 +298,8 @@ def solve_batch(
         batch = mapped
         if batch_size < num_problems:
             rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
-            batch = jtu.tree_map(
-                lambda leaf, rows=rows: jnp.asarray(leaf)[rows], mapped
-            )
+            some = lambda leaf, rows=rows: jnp.asarray(leaf)[rows]
+            batch = jtu.tree_map(some, mapped)
         with noted(ft.partial(_note, *mapped)):
             solution = _solve_all(shared, method, batch, search, *tolerances, options)
         solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)

@@ -39,15 +39,8 @@ def tolerance(value: Any, dtype) -> Any:
 def solver_of(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
     dtype = chain.dtype
     cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
-    return Solver(
-        chain=chain,
-        method=method,
-        search=jtu.tree_map(cast, search),
-        rtol=cast(rtol),
-        atol=cast(atol),
-        max_steps=max_steps,
-        verbose=verbose,
-    )
+    search, tolerances = jtu.tree_map(cast, search), (cast(rtol), cast(atol))
+    return Solver(chain, method, search, *tolerances, max_steps, verbose)
 
 
 def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
@@ -79,16 +72,10 @@ def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
         first_nonfinite=jnp.where(ok, T + 1, loop.trouble.stage),
         nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
     )
-    return Solution(
-        vectorized.states(trajectory),
-        vectorized.controls(trajectory.us),
-        trajectory.cost,
-        vectorized.problem.join_controls(policies),
-        loop.result,
-        stats,
-        history,
-        loop.search,
-    )
+    xs, us = vectorized.states(trajectory), vectorized.controls(trajectory.us)
+    policy = vectorized.problem.join_controls(policies)
+    found = xs, us, trajectory.cost, policy, loop.result
+    return Solution(*found, stats, history, loop.search)
 
 
 @door
@@ -253,12 +240,9 @@ def _direction(problem, method, x0, us, damping):
     one = jnp.ones((), chain.dtype)
     _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
     T = chain.horizon
-    result = RESULTS.where(
-        sweep.positive, RESULTS.successful, RESULTS.factorization_failed
-    )
-    result = RESULTS.where(
-        expansion.first_nonfinite > T, result, RESULTS.nonfinite_derivative
-    )
+    failed, known = RESULTS.factorization_failed, expansion.first_nonfinite > T
+    result = RESULTS.where(sweep.positive, RESULTS.successful, failed)
+    result = RESULTS.where(known, result, RESULTS.nonfinite_derivative)
     finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
     result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
     ok = result == RESULTS.successful

@@ -241,6 +241,5 @@ def _diagnose(call: Call) -> Diagnostics:
     u, _ = s.f.pair(sigma + below(s.problem.scores, s.problem.m))
     mass = s.classes.sum(s.problem.q * u)
     support = s.classes.sum(jnp.where(u > 0, 1, jnp.zeros_like(u)))
-    return Diagnostics(
-        jnp.abs(mass - 1)[..., 0], support[..., 0].astype(jnp.int32), evaluations
-    )
+    residual, support = jnp.abs(mass - 1)[..., 0], support[..., 0].astype(jnp.int32)
+    return Diagnostics(residual, support, evaluations)

@@ -148,13 +148,8 @@ def _elementwise(
 
     def rule(layer, shape, out_shape):
         root = math.sqrt(math.prod(shape))
-        return LayerConstants.function(
-            lipschitz,
-            smoothness,
-            slope=slope,
-            value=value * root,
-            magnitude=bound * root,
-        )
+        sizes = dict(value=value * root, magnitude=bound * root)
+        return LayerConstants.function(lipschitz, smoothness, slope=slope, **sizes)
 
     return rule
 

@@ -111,10 +111,8 @@ def example_dot(a: Array, b: Array) -> Array:
 def batched_mv(matrix: Float[Array, "examples k k"], vector: Array) -> Array:
     """The product of every example, whose outputs may have any shape."""
     flat = vector.reshape(matrix.shape[:2])
-    precision = lax.Precision.HIGHEST
-    return jnp.einsum("ijk,ik->ij", matrix, flat, precision=precision).reshape(
-        vector.shape
-    )
+    product = jnp.einsum("ijk,ik->ij", matrix, flat, precision="highest")
+    return product.reshape(vector.shape)
 
 
 def never(outputs: Array) -> Bool[Array, " examples"]:

@@ -163,10 +163,8 @@ class Box(AbstractDomain):
             change = scale * project(u)
             return jnp.where(first, -total(change), change)
 
-        def transpose_mv(v):
-            return project(scale * (v - total(jnp.where(first, v, 0))))
-
-        return Root(mv, transpose_mv)
+        pulled = lambda v: v - total(jnp.where(first, v, 0))
+        return Root(mv, lambda v: project(scale * pulled(v)))
 
     def pull(self, at, lack):
         (below, above), (low, high) = self._slacks(at.alpha), lack.products
@@ -262,14 +260,12 @@ def within_reach(z: Array) -> Array:
 
 def interval(lower: Array, upper: Array, slope: Array, curvature: float = 0.0) -> Box:
     """Every alpha between two bounds; phi' = slope + curvature alpha."""
-    return Box(
-        lower,
-        upper,
-        (lower + upper) / 2,
+    first, second = (
         lambda a: slope + curvature * a,
         lambda a: jnp.full_like(a, curvature),
-        jnp.ones_like(lower, bool),
     )
+    free = jnp.ones_like(lower, bool)
+    return Box(lower, upper, (lower + upper) / 2, first, second, free)
 
 
 def simplex(

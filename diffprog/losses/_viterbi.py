@@ -151,9 +151,7 @@ def _viterbi(potentials, first, last, mask) -> tuple[Array, Array]:
         origin = jnp.where(real, jnp.argmax(scores, -1), states)
         return jnp.where(real, jnp.max(scores, -1), v), origin
 
-    def back(state, origin):
-        return origin[state], state
-
+    back = lambda state, origin: (origin[state], state)
     v, origins = scan(move, first, (potentials, mask))
     v = v + last
     origin, path = scan(back, jnp.argmax(v), origins, reverse=True)

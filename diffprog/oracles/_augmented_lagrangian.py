@@ -181,9 +181,8 @@ class Smoothed(NamedTuple):
             return add(scale(at.weight, pulled), v, self.damping)
 
         zero, r = jtu.tree_map(jnp.zeros_like, d), scale(-1, seen.G)
-        target = jnp.maximum(
-            FORCING * norm(r), jnp.sqrt(2 * self.damping * SHARE * rest)
-        )
+        least = jnp.sqrt(2 * self.damping * SHARE * rest)
+        target = jnp.maximum(FORCING * norm(r), least)
         v, *_, count, _ = conjugate_gradients(product, zero, r, target**2, limit)
         u, slope = at.mv(v), vdot(seen.G, v)
         dd, dv, vv = vdot(d, d), vdot(d, v), vdot(v, v)

@@ -81,17 +81,13 @@ class InteriorPoint(AbstractModelSolver):
             )
         B, lift = coordinates(at, self.batch_size)
         reduced = Reduced(at, damping, B, domain)
-
-        def reached(seen):
-            return seen.left <= gap * (at.value - seen.P + seen.left)
+        reached = lambda seen: seen.left <= gap * (at.value - seen.P + seen.left)
+        finite = lambda seen: all_finite(seen.e, seen.inside, seen.left)  # z: -inf
 
         def unfinished(carry):
             count, seen, _, last, good = carry
             on = (count < self.max_steps) & (count - last < PATIENCE)
             return on & good & ~reached(seen)
-
-        def finite(seen):
-            return all_finite(seen.e, seen.inside, seen.left)  # z may be -inf
 
         def step(carry):
             count, seen, best, last, _ = carry

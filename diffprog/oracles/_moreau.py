@@ -243,11 +243,8 @@ class MoreauBackprop(AbstractOracle):
         _, pull = jax.vjp(run, at.params)
         g = pull(_seed(self.seed, at, self.alpha))[0]
         step = scale(-1, g)
-        result = RESULTS.where(
-            all_finite(g) | ~all_finite(at.cotangent),
-            RESULTS.successful,
-            RESULTS.factorization_failed,
-        )
+        good = all_finite(g) | ~all_finite(at.cotangent)
+        result = RESULTS.where(good, RESULTS.successful, RESULTS.factorization_failed)
         decrease, unit = -vdot(at.gradient, step), 1 / self.alpha
         if isinstance(self.weights, InverseRule):
             unit = unit * self.weights.gamma
@@ -282,9 +279,8 @@ def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:
     if isinstance(rule, ChainRule):
         return t * at.cotangent
 
-    if isinstance(
-        at.loss, AbstractDualLoss
-    ):  # grad env(t l)(u) = t prox_{l* / t}(u / t)
+    if isinstance(at.loss, AbstractDualLoss):
+        # grad env(t l)(u) = t prox_{l* / t}(u / t)
         return t * at.loss.conjugate_prox(at.outputs / t, 1 / t, at.targets)
 
     def one(outputs, targets):

@@ -153,17 +153,13 @@ class CoordinateAscent(AbstractModelSolver):
     def minimize(self, at, damping, gap):
         given, at = at, bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
-        c, shape = damping / at.weight, at.outputs.shape
-        K = Cholesky(self.batch_size).whitened(
-            at, Squared().factor(at.outputs, at.outputs)
-        )
+        c, f, shape = damping / at.weight, at.outputs, at.outputs.shape
+        K = Cholesky(self.batch_size).whitened(at, Squared().factor(f, f))
         rows = K.reshape(m, k, m * k)
         blocks = jax.vmap(lambda i: lax.dynamic_slice_in_dim(rows[i], i * k, k, 1))
         blocks = blocks(jnp.arange(m))
 
-        linearized = lambda alpha: (
-            at.outputs - matmul(K, alpha.ravel()).reshape(shape) / c
-        )
+        linearized = lambda alpha: f - matmul(K, alpha.ravel()).reshape(shape) / c
 
         def example(i, state):
             alpha, z = state
@@ -337,21 +333,14 @@ class ProxLinear(AbstractOracle):
         d, u = where(t > 0, (d, u), (instead, at.mv(instead)))
         t = shortened(d, u, jnp.where(t > 0, t, one))
         losses = at.loss(at.outputs + t * u, at.targets)
-        result = RESULTS.where(
-            reached(at, damping, gap, found) | (not self.throw),
-            RESULTS.successful,
-            RESULTS.max_steps_reached,
-        )
+        enough = reached(at, damping, gap, found) | (not self.throw)
+        result = RESULTS.where(enough, RESULTS.successful, RESULTS.max_steps_reached)
         useless = (t == 0) & (found.gap > at.rounding())
         result = RESULTS.where(useless, RESULTS.no_descent, result)
-        return Proposal(
-            scale(t, d),
-            at.value - at.weight * jnp.sum(losses),
-            damping,
-            found.gap,
-            found.num_inner,
-            RESULTS.where(found.good, result, RESULTS.factorization_failed),
-        )
+        result = RESULTS.where(found.good, result, RESULTS.factorization_failed)
+        decrease = at.value - at.weight * jnp.sum(losses)
+        known = found.gap, found.num_inner, result
+        return Proposal(scale(t, d), decrease, damping, *known)
 
 
 class Either(AbstractModelSolver):

@@ -215,9 +215,7 @@ class _Ruled(eqx.Module):
                 return follow(_Both(rule), _Twice(stage), memory, x, self.batched), None
             return follow(rule, stage, memory, x, self.batched), None
 
-        def head(stage, x):
-            return (jax.vmap(stage) if self.batched else stage)(x), None
-
+        head = lambda stage, x: ((jax.vmap(stage) if self.batched else stage)(x), None)
         x = self.body.scan(body, (x, x) if both else x, memories)[0]
         return self.head.scan(head, x[0] if both else x)[0]
 
@@ -302,9 +300,8 @@ class _Targets(AbstractRule):
 
         def steps(params):
             recurrent = as_recurrent(eqx.combine(params, rest)).recurrent
-            return each(recurrent.start)(xs), each(jax.vmap(recurrent.cell))(
-                xs, previous
-            )
+            cells = each(jax.vmap(recurrent.cell))
+            return each(recurrent.start)(xs), cells(xs, previous)
 
         _, pull = _wide_vjp(steps, message, params)
         return pull((to_start, to_states))[0], to_x, None

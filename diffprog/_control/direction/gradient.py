@@ -30,11 +30,7 @@ class Gradient(AbstractDirection):
         penalty = jnp.where(damping > 0, damping, 1)
         gradient = norm(model)
         slope = -(gradient**2) / penalty
-        return Sweep(
-            feedforward(trajectory, tuple(-g / penalty for g in model)),
-            slope,
-            -slope,  # the penalty's, penalty k'k
-            gradient**2 / 2,
-            gradient,
-            jnp.isfinite(gradient),
-        )
+        curvature = -slope  # the penalty's, penalty k'k
+        gains = feedforward(trajectory, tuple(-g / penalty for g in model))
+        known = gradient**2 / 2, gradient, jnp.isfinite(gradient)
+        return Sweep(gains, slope, curvature, *known)

@@ -63,11 +63,5 @@ class MoreauGradient(AbstractDirection):
         _, k = chain.scan(stage, self.solver.solve(last), *data, reverse=True)
         gradient = norm(model)
         slope = jnp.minimum(vdot(model, k), 0)
-        return Sweep(
-            feedforward(trajectory, k),
-            slope,
-            -slope,
-            gradient**2 / 2,
-            gradient,
-            all_finite(k, gradient),
-        )
+        known = gradient**2 / 2, gradient, all_finite(k, gradient)
+        return Sweep(feedforward(trajectory, k), slope, -slope, *known)

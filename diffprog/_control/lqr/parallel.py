@@ -31,6 +31,7 @@ from jaxtyping import Array
 
 from ..._common.linalg import matmul, symmetrize
 from ..._common.loops import for_each, scan, while_loop
+from ..._common.types import check_count
 from .base import AbstractRiccati, bellman, summarize, Value
 
 
@@ -222,12 +223,8 @@ class ParallelRiccati(AbstractRiccati):
     sequential: ClassVar[bool] = False
 
     def __check_init__(self):
-        chunk = 1 if self.chunk is None else self.chunk
-        for name, number in (("chunk", chunk), ("max_policies", self.max_policies)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(
-                    f"`{name}` is {number!r}; an integer >= 1 is expected."
-                )
+        check_count("chunk", 1 if self.chunk is None else self.chunk)
+        check_count("max_policies", self.max_policies)
 
     def backward(self, chain, trajectory, model, damping):
         model = model.stored(chain, trajectory)
@@ -300,9 +297,8 @@ class ParallelRiccati(AbstractRiccati):
             if F.shape[0] > 1:
                 lams = affine_scan(F[:, :, :n].mT, w[:, :n], lam, reverse=True)
                 after = shift(lams, lam)
-            before, gradients = jnp.split(
-                w + jax.vmap(matmul)(after, F), [F.shape[2] - m], 1
-            )
+            rows = w + jax.vmap(matmul)(after, F)
+            before, gradients = jnp.split(rows, [F.shape[2] - m], 1)
             return before[0], gradients
 
         idle = jnp.eye(*F.shape[1:], dtype=F.dtype), jnp.zeros_like(w[0])

@@ -114,15 +114,8 @@ def _solved(
     loop = ft.partial(scan, loops=loops)
     value, K, k = method.values(lqr, loop)
     xs, us = method.rollout(lqr, K, k, x0, loop)
-    policy = Policy(
-        K=K,
-        k=k,
-        xs=jnp.zeros_like(xs[:-1]),
-        us=jnp.zeros_like(us),
-        _x=Layout.of(x0, x0.dtype),
-        _u=Layout.of(us[0], x0.dtype),
-        _start=0,
-    )
+    layouts = Layout.of(x0, x0.dtype), Layout.of(us[0], x0.dtype)
+    policy = Policy(K, k, jnp.zeros_like(xs[:-1]), jnp.zeros_like(us), *layouts, 0)
     P, p, constant = value.P[0], value.p[0], value.constant[0]
     cost = matmul(x0, matmul(P, x0)) / 2 + matmul(p, x0) + constant
     # A stage without a minimum has NaN for gains, and so has every value before it.
