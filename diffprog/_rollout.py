@@ -22,6 +22,7 @@ from ._fast_loops import Loops, scan
 from ._loops import chained
 from ._tree import all_finite, float_dtype, Layout, strong, vary
 from ._types import Rows
+from ._written import taken_back
 
 
 class Segment(eqx.Module):
@@ -368,5 +369,6 @@ def rollout(
     """
     (x0, us), _ = strong(x0, us)
     if check:
-        _check_indices(problem, x0, us)
+        with taken_back(problem):
+            _check_indices(problem, x0, us)
     return _rollout(problem, x0, us)

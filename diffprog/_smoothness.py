@@ -28,6 +28,7 @@ from ._loops import scan
 from ._network import has_parameters, Network
 from ._tree import cast, norm, scale, where, working_dtype
 from ._types import check_count, check_key, is_number
+from ._written import taken_back
 
 
 inf = math.inf
@@ -279,7 +280,9 @@ def _steps(net, radius, input_norm, input_shape, rules, joint) -> list[_Step]:
     for i, layer in enumerate(layers):
         constants = find(i, layer, rules)
         try:
-            out_shape = jax.eval_shape(layer, jax.ShapeDtypeStruct(shape, dtype)).shape
+            with taken_back(layer):
+                given = jax.ShapeDtypeStruct(shape, dtype)
+                out_shape = jax.eval_shape(layer, given).shape
         except Exception as error:
             raise ValueError(
                 f"Layer {i}, {layer!r:.100}, does not take an input of shape {shape}: "
