@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffprog as dp
-from diffprog import _fast_loops, _linalg
-from diffprog._lqr import riccati
+from diffprog._common import fast_loops, linalg
+from diffprog._control.lqr import riccati
 
 from . import ours, timing
 from .problems import PROBLEMS
@@ -50,7 +50,7 @@ def lqr(n, m, growth=1.0, dtype=float, T=100):
     return dp.LQR(*dynamics, eye(n), eye(m), Q_final=eye(n)[0]), jnp.ones(n, dtype)
 
 
-def one_pass(size, fast, module=_fast_loops, **constants):
+def one_pass(size, fast, module=fast_loops, **constants):
     with changed(module, **constants):
         return compiled(
             lambda *a: dp.solve_lqr(*a, throw=False, fast_loops=fast), *lqr(*size)
@@ -68,7 +68,7 @@ def solves():
     for problem in (PROBLEMS[i] for i in (0, 1, 3)):
         calls = []
         for fast, limit in ((True, 4095), (False, 4095), (False, 0)):
-            with changed(_fast_loops, MAX_REDUCED=limit):
+            with changed(fast_loops, MAX_REDUCED=limit):
                 solve = ours.solver(problem, dp.ILQR(), fast_loops=fast)
                 calls.append(compiled(solve, *ours.start(problem))[0])
         print("{:<12}{:10.0f}{:10.0f}{:23.0f}".format(problem.name, *medians(calls)))
@@ -92,7 +92,7 @@ def factorizations():
     row = "{:3}{:9.0f}{:13.0f}{:10.0f}{:13.0f}{:10.1f}{:13.1f}"
     for m in range(2, 9):
         kinds = [(fast, limit) for fast in (None, False) for limit in (0, 8)]
-        found = [one_pass((8, m), f, module=_linalg, UNROLLED=k) for f, k in kinds]
+        found = [one_pass((8, m), f, module=linalg, UNROLLED=k) for f, k in kinds]
         times = medians([call for call, _ in found])
         print(row.format(m, *times, found[0][1], found[1][1]))
 

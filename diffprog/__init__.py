@@ -2,14 +2,20 @@
 
 import importlib.metadata
 
-from ._batch import solve_batch as solve_batch
-from ._chain import (
+from ._chain.discretize import discretize as discretize
+from ._chain.network import Network as Network, Stage as Stage
+from ._chain.network_problem import NetworkProblem as NetworkProblem
+from ._chain.problem import (
     AbstractChain as AbstractChain,
     Chain as Chain,
     ControlProblem as ControlProblem,
     Phase as Phase,
 )
-from ._direction import (
+from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
+from ._chain.vector import rollout as rollout, Trajectory as Trajectory
+from ._common.result import RESULTS as RESULTS, SolveError as SolveError
+from ._control.batch import solve_batch as solve_batch
+from ._control.direction import (
     AbstractDirection as AbstractDirection,
     AbstractRollout as AbstractRollout,
     DDP as DDP,
@@ -22,19 +28,7 @@ from ._direction import (
     MoreauGradient as MoreauGradient,
     Newton as Newton,
 )
-from ._discretize import discretize as discretize
-from ._expand import (
-    costates as costates,
-    linearize as linearize,
-    LinearModel as LinearModel,
-    QuadraticModel as QuadraticModel,
-    quadratize as quadratize,
-)
-from ._layer_constants import (
-    LayerConstants as LayerConstants,
-    SmoothRelu as SmoothRelu,
-)
-from ._lqr import (
+from ._control.lqr import (
     AbstractRiccati as AbstractRiccati,
     LQR as LQR,
     LQRSolution as LQRSolution,
@@ -45,12 +39,14 @@ from ._lqr import (
     Sweep as Sweep,
     Value as Value,
 )
-from ._network import Network as Network, Stage as Stage
-from ._network_problem import NetworkProblem as NetworkProblem
-from ._recurrent import Recurrent as Recurrent, RNNCell as RNNCell
-from ._result import RESULTS as RESULTS, SolveError as SolveError
-from ._rollout import rollout as rollout, Trajectory as Trajectory
-from ._search import (
+from ._control.lqr.expand import (
+    costates as costates,
+    linearize as linearize,
+    LinearModel as LinearModel,
+    QuadraticModel as QuadraticModel,
+    quadratize as quadratize,
+)
+from ._control.search import (
     AbstractSearch as AbstractSearch,
     AdaptiveDamping as AdaptiveDamping,
     Backtracking as Backtracking,
@@ -59,21 +55,25 @@ from ._search import (
     Trial as Trial,
     Verdict as Verdict,
 )
-from ._smoothness import (
-    jacobian_norm as jacobian_norm,
-    smooth_relus as smooth_relus,
-    Smoothness as Smoothness,
-    smoothness as smoothness,
-)
-from ._solution import Solution as Solution
-from ._solve import direction as direction, solve as solve
-from ._stepping import (
+from ._control.solution import Solution as Solution
+from ._control.solve import direction as direction, solve as solve
+from ._control.stepping import (
     finish as finish,
     init as init,
     SolverState as SolverState,
     step as step,
 )
-from ._value_and_direction import (
+from ._training.layer_constants import (
+    LayerConstants as LayerConstants,
+    SmoothRelu as SmoothRelu,
+)
+from ._training.smoothness import (
+    jacobian_norm as jacobian_norm,
+    smooth_relus as smooth_relus,
+    Smoothness as Smoothness,
+    smoothness as smoothness,
+)
+from ._training.value_and_direction import (
     DirectionAux as DirectionAux,
     DirectionState as DirectionState,
     value_and_direction as value_and_direction,

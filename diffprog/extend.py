@@ -6,22 +6,23 @@ made of. The contract is a weaker one: what stands here may change in any minor 
 with a note in the changelog.
 """
 
-from ._direction.base import (
+from ._chain.vector import run as run, simulate as simulate, vectorize as vectorize
+from ._common.linalg import matmul as matmul
+from ._common.tree import norm as norm, vdot as vdot
+from ._common.types import number as number
+from ._control.direction.base import (
     feedforward as feedforward,
     gradients as gradients,
     linear_quadratic as linear_quadratic,
 )
-from ._expand import (
+from ._control.lqr.expand import (
     AbstractModel as AbstractModel,
     adjoints as adjoints,
     Recomputed as Recomputed,
     Stored as Stored,
     WithTensors as WithTensors,
 )
-from ._linalg import matmul as matmul
-from ._rollout import run as run, simulate as simulate, vectorize as vectorize
-from ._tree import norm as norm, vdot as vdot
-from ._types import number as number
+from ._operators.targets import like as like
 from .losses._block import (
     majorized_block as majorized_block,
     newton_block as newton_block,
@@ -33,6 +34,5 @@ from .losses._factor import (
     ScaledFactor as ScaledFactor,
 )
 from .losses._loss import per_example as per_example, total as total
-from .losses._targets import like as like
 from .oracles._inverses import view as view
 from .oracles._rules import run_network as run_network, with_rule as with_rule

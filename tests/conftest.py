@@ -77,9 +77,9 @@ def pytest_configure(config):
             if FAST_TO_COMPILE not in flags:
                 os.environ["XLA_FLAGS"] = f"{flags} {FAST_TO_COMPILE}".strip()
     if config.getoption("--plain-loops"):
-        from diffprog import _fast_loops
+        from diffprog._common import fast_loops
 
-        _fast_loops.NEWEST = (0, 0)
+        fast_loops.NEWEST = (0, 0)
     calls, trivial = config.getoption("--calls"), config.getoption("--trivial")
     selection = config.getoption("--selection")
     if calls or trivial or selection:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._rollout import run, vectorize
+from diffprog._chain.vector import run, vectorize
 
 
 DIRECTIONS = [dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP()]

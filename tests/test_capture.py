@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import diffprog as dp
-from diffprog._capture import Frozen, put_together, Taken
-from diffprog._door import door
+from diffprog._common.capture import Frozen, put_together, Taken
+from diffprog._common.door import door
 
 from . import helpers
 

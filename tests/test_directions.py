@@ -10,8 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._direction.base import linear_quadratic
-from diffprog._expand import Recomputed, Stored
+from diffprog._control.direction.base import linear_quadratic
+from diffprog._control.lqr.expand import Recomputed, Stored
 
 from . import helpers
 from .helpers import BIASED, DIRECTIONS, name, SECOND_ORDER

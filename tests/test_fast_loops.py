@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 import diffprog as dp
-from diffprog import _fast_loops
-from diffprog._fast_loops import compiled, obstacle
+from diffprog._common import fast_loops
+from diffprog._common.fast_loops import compiled, obstacle
 
 from . import helpers
 from .conftest import OLD_EMITTERS
@@ -101,11 +101,11 @@ def test_products_of_matrices_become_sums():
         # Of whole numbers, so that no order of the sum rounds.
         a, b = (jnp.asarray(rng.integers(-9, 10, s), float) for s in (a_shape, b_shape))
         dot = lax.dot_general(a, b, dimensions, precision="highest")
-        np.testing.assert_array_equal(_fast_loops._product(a, b, dimensions), dot)
+        np.testing.assert_array_equal(fast_loops._product(a, b, dimensions), dot)
 
 
 def test_every_primitive_of_the_list_compiles():
-    one = {name: getattr(lax, name) for name in _fast_loops.FUNCTIONS if name != "pow"}
+    one = {name: getattr(lax, name) for name in fast_loops.FUNCTIONS if name != "pow"}
     two = ("atan2", "nextafter", "pow")
     rest = "abs ceil floor neg round sign sqrt square".split()
 
@@ -257,7 +257,7 @@ def test_other_platforms_and_versions_take_the_ordinary_loops(monkeypatch):
         ("set_xla_metadata", None, "no `xla_metadata`"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(_fast_loops, name_, value)
+            patch.setattr(fast_loops, name_, value)
             with pytest.raises(ValueError, match=reason):
                 solve(True)
             assert not marked(lambda us: dp.rollout(problem, x0, us).cost, us)

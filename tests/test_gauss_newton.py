@@ -32,8 +32,8 @@ from diffprog.oracles import (
     Gradient,
     RandomSubspace,
 )
+from diffprog.oracles._base import Layers, linearize
 from diffprog.oracles._gram import gram
-from diffprog.oracles.base import Layers, linearize
 
 from . import helpers
 

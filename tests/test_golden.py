@@ -17,7 +17,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._rollout import run, vectorize
+from diffprog._chain.vector import run, vectorize
 
 from . import environments as env, helpers
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from diffprog._linalg import solve_positive
-from diffprog._tree import all_finite, Layout
+from diffprog._common.linalg import solve_positive
+from diffprog._common.tree import all_finite, Layout
 
 
 solve = jax.jit(solve_positive)

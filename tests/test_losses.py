@@ -12,6 +12,8 @@ import pytest
 from jax.test_util import check_grads
 
 from diffprog import losses, optim
+from diffprog._operators.call import check
+from diffprog._operators.root import below, bracket, root_and_count, sums
 from diffprog.losses import (
     AbstractDivergence,
     Alpha,
@@ -27,8 +29,6 @@ from diffprog.losses import (
     ReverseKL,
     SquaredHellinger,
 )
-from diffprog.losses._call import check
-from diffprog.losses._root import below, bracket, root_and_count, sums
 
 from .helpers import close
 

@@ -32,8 +32,8 @@ from diffprog.oracles import (
     ProximalGradient,
     ProxLinear,
 )
+from diffprog.oracles._base import linearize
 from diffprog.oracles._prox_linear import choose, Either
-from diffprog.oracles.base import linearize
 
 from . import convex, helpers
 

@@ -1,6 +1,10 @@
-"""Divergences and losses of a user that break their contract are told which."""
+"""Parts of a user that break their contract: class, method and what is due are told.
 
-from typing import ClassVar
+Numbers that cannot be known before the run never end in a success.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -10,7 +14,8 @@ import pytest
 import diffprog as dp
 from diffprog.losses import AbstractDivergence, AbstractLoss, f_softargmax
 
-from .test_extending import Arsinh, Quantile
+from . import helpers
+from .test_extending import Arsinh, Clipped, GainRatio, Quantile
 from .test_losses import Scaled
 
 
@@ -48,16 +53,17 @@ def test_numbers_of_a_divergence_fit_the_rows():
 
 
 def test_missing_methods():
-    class Half(AbstractDivergence):
-        sparse: ClassVar[bool] = False
+    told = r"`Half` has no method `conjugate\(w\)`, which returns `Array`: f"
+    with pytest.raises(TypeError, match=told):
 
-    class Quarter(AbstractLoss):
-        smooth: ClassVar[bool] = True
+        class Half(AbstractDivergence):
+            sparse: ClassVar[bool] = False
 
-    with pytest.raises(TypeError, match="class Half .*conjugate, curvature, link"):
-        Half()  # pyright: ignore
-    with pytest.raises(TypeError, match="class Quarter .*factor, gradient"):
-        Quarter()  # pyright: ignore
+    told = r"`Quarter` has no method `__call__\(outputs, targets\)`, which returns"
+    with pytest.raises(TypeError, match=told):
+
+        class Quarter(AbstractLoss):
+            smooth: ClassVar[bool] = True
 
 
 def direction(loss, oracle):
@@ -89,3 +95,144 @@ def test_a_loss_that_forgets_to_return(method):
     with pytest.raises((TypeError, ValueError), match=f"`Own.{method}` .*None; "):
         solver = dp.oracles.CG() if method == "hessian_mv" else dp.oracles.Cholesky()
         direction(loss, dp.oracles.GaussNewton(1.0, solver))
+
+
+# Control --------------------------------------------------------------------------
+
+
+def solved(method: Any = dp.GaussNewton(), search=dp.Backtracking(), **options):
+    problem, x0, us = helpers.spring()
+    return dp.solve(problem, method, x0, us, search, **options)
+
+
+def replaced(**fields):
+    """An answer whose fields are replaced."""
+    change = lambda record: {n: f(getattr(record, n)) for n, f in fields.items()}
+    return lambda record: dataclasses.replace(record, **change(record))
+
+
+def careless(method, answer):
+    """Gauss-Newton, one of whose methods answers something else."""
+
+    def changed(self, *given):
+        return answer(getattr(dp.GaussNewton(), method)(*given))
+
+    return own(dp.GaussNewton, **{method: changed})()
+
+
+turned = lambda gains: tuple(a.mT for a in gains)
+BAD_DIRECTIONS = [
+    ("backward", lambda s: s.gains, "returned .*; one `Sweep` is expected"),
+    (
+        "backward",
+        replaced(gains=turned),
+        r"gains of .*12, 1, 3\),\), are expected",
+    ),
+    ("backward", replaced(gains=lambda g: g[0]), "one array for each segment"),
+    ("backward", replaced(slope=lambda s: s[None]), r"`slope` is of shape \(1,\)"),
+    (
+        "backward",
+        replaced(positive=lambda p: p.astype(float)),
+        "dtype float64; .* dtype bool",
+    ),
+    ("expand", lambda e: e.model, "returned .*; one `Expansion` is expected"),
+    ("expand", replaced(first_nonfinite=lambda f: None), "is None; one number"),
+]
+
+
+@pytest.mark.parametrize("method, answer, message", BAD_DIRECTIONS)
+def test_a_direction_answers_with_its_records(method, answer, message, unchecked):
+    direction = careless(method, answer)
+    problem, x0, us = helpers.spring()
+    for call in (solved, lambda d: dp.direction(problem, d, x0, us)):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"`Own.{method}` .*{message}"
+        ):
+            call(direction)
+
+
+def test_a_rollout_answers_with_trajectory_and_changes(unchecked):
+    lost = own(Clipped, roll=lambda self, *given: Clipped().roll(*given)[0])()
+    method = own(dp.GaussNewton, rollout=lost)()
+    with pytest.raises(TypeError, match="(?s)`Own.roll` returned .*v of every stage"):
+        solved(method)
+
+
+BAD_SEARCHES = [
+    ("init", lambda s: None, "returned None; one `SearchState` is"),
+    ("init", replaced(damping=lambda d: d[None]), r"`damping` is of shape \(1,\)"),
+    ("begin", replaced(trials=lambda t: t.astype(float)), "`trials` .* dtype int32"),
+    ("step", lambda found: found[0], "returned .*; two things, a `SearchState` and a"),
+    ("step", lambda found: found[::-1], "returned .*; one `SearchState` is expected"),
+    (
+        "reject",
+        lambda f: (f[0], replaced(fail=lambda f: f.astype(float))(f[1])),
+        "`fail` is .* dtype bool",
+    ),
+]
+
+
+@pytest.mark.parametrize("method, answer, message", BAD_SEARCHES)
+def test_a_search_answers_with_its_records(method, answer, message, unchecked):
+    def changed(self, *given):
+        return answer(getattr(GainRatio(), method)(*given))
+
+    search = own(GainRatio, **{method: changed})()
+    with pytest.raises(TypeError, match=f"`Own.{method}` .*{message}"):
+        solved(search=search)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        replaced(gains=lambda g: tuple(-a for a in g), slope=lambda s: -s),
+        replaced(slope=lambda s: -s, decrement=lambda d: 0 * d),
+        replaced(slope=lambda s: 0 * s, decrement=lambda d: 0 * d),
+        replaced(decrement=lambda d: -d),
+        replaced(slope=lambda s: s * jnp.nan, decrement=lambda d: 0 * d),
+    ],
+    ids=["ascent", "slope", "no slope", "decrement", "nan"],
+)
+@pytest.mark.parametrize("search", helpers.SEARCHES, ids=helpers.name)
+def test_a_slope_that_is_not_negative_is_no_success(answer, search):
+    method = careless("backward", answer)
+    solution = solved(method, search, throw=False, max_steps=8)
+    assert not solution.success
+    with pytest.raises(dp.SolveError):
+        solved(method, search, max_steps=8)
+
+
+def test_what_can_change_in_a_field_is_refused_by_name():
+    class Counting(dp.AbstractDirection):
+        log: Any = eqx.field(static=True)
+
+        rollout: ClassVar[dp.AbstractRollout] = dp.Feedback()
+
+        def expand(self, chain, trajectory):
+            return dp.GaussNewton().expand(chain, trajectory)
+
+        def backward(self, chain, trajectory, model, damping):
+            return dp.GaussNewton().backward(chain, trajectory, model, damping)
+
+    assert solved(Counting((1, 2))).success
+    told = "`Counting` holds `log`, an object of type `set`: it can change"
+    with pytest.raises(TypeError, match=told):
+        solved(Counting({1, 2}))
+
+
+def test_a_direction_or_search_without_a_method():
+    told = r"`Half` has no method `backward\(chain, .*\)`, which returns `Sweep`: One"
+    with pytest.raises(TypeError, match=told):
+
+        class Half(dp.AbstractDirection):
+            rollout: ClassVar[dp.AbstractRollout] = dp.Feedback()
+
+            def expand(self, chain, trajectory):
+                return dp.GaussNewton().expand(chain, trajectory)
+
+    told = r"`Quarter` has no method `begin\(.*\)`, which returns `SearchState`: "
+    with pytest.raises(TypeError, match=told):
+
+        class Quarter(dp.AbstractSearch):
+            def init(self, dtype):
+                return dp.Backtracking().init(dtype)

@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
 import diffprog as dp
-from diffprog._expand import WithTensors
-from diffprog._lqr.parallel import combine, combine_affine
+from diffprog._control.lqr.expand import WithTensors
+from diffprog._control.lqr.parallel import combine, combine_affine
 
 from . import helpers
 from .test_lqr import close, close_costs, random_lqr, skewed

@@ -31,7 +31,7 @@ from diffprog.oracles import (
     ProximalGradient,
     ProxLinear,
 )
-from diffprog.oracles.base import linearize
+from diffprog.oracles._base import linearize
 
 
 M, K = 8, 2

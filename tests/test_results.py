@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import diffprog as dp
-from diffprog._result import NAMES
+from diffprog._common.result import NAMES
 
 from . import helpers
 from .helpers import MONOTONE, name, one_stage, SECOND_ORDER

@@ -14,7 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._layer_constants import find
+from diffprog._training.layer_constants import find
 
 
 nn = eqx.nn

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._result import NAMES
+from diffprog._common.result import NAMES
 
 from . import helpers
 from .helpers import DIRECTIONS, MONOTONE, name, SEARCHES

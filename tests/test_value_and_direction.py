@@ -714,7 +714,7 @@ def test_a_custom_vjp_gives_the_same_direction(oracle):
 
 
 def test_a_custom_vjp_under_an_oracle_that_needs_it_forward(monkeypatch):
-    monkeypatch.setattr("diffprog._jacobian.LARGEST", 100)
+    monkeypatch.setattr("diffprog._common.jacobian.LARGEST", 100)
     model = eqx.nn.MLP(3, 2, 5, 1, by_vjp, key=KEYS[2])
     vd = dp.value_and_direction(Squared(), GaussNewton(0.1, CG()))
     with pytest.raises(TypeError, match="`jax.custom_vjp`.*here it has 12 by 32"):

@@ -1,24 +1,9 @@
 """Losses and operators of f-divergences."""
 
-from ._alpha import Alpha as Alpha
-from ._bellman import (
-    arm_from_ebm as arm_from_ebm,
-    ebm_from_arm as ebm_from_arm,
-    rewards_from_logits as rewards_from_logits,
-)
-from ._capped import capped_f_softargmax as capped_f_softargmax
-from ._custom import as_loss as as_loss
-from ._divergence import AbstractDivergence as AbstractDivergence
-from ._energy import (
-    Enumeration as Enumeration,
-    exact_objective as exact_objective,
-    minmin_objective as minmin_objective,
-    Normalization as Normalization,
-    Permutations as Permutations,
-    Subsets as Subsets,
-)
-from ._factor import AbstractFactor as AbstractFactor
-from ._families import (
+from .._operators.alpha import Alpha as Alpha
+from .._operators.capped import capped_f_softargmax as capped_f_softargmax
+from .._operators.divergence import AbstractDivergence as AbstractDivergence
+from .._operators.families import (
     ChiSquare as ChiSquare,
     Jeffreys as Jeffreys,
     JensenShannon as JensenShannon,
@@ -28,12 +13,38 @@ from ._families import (
     ReverseKL as ReverseKL,
     SquaredHellinger as SquaredHellinger,
 )
-from ._fenchel_young import f_loss as f_loss
-from ._generated import generator as generator
-from ._hessian import (
+from .._operators.fenchel_young import f_loss as f_loss
+from .._operators.generated import generator as generator
+from .._operators.hessian import (
     hessian_operator as hessian_operator,
     SoftargmaxJacobian as SoftargmaxJacobian,
 )
+from .._operators.softmax import (
+    diagnose as diagnose,
+    Diagnostics as Diagnostics,
+    entmax as entmax,
+    entmax15 as entmax15,
+    f_sigmoid as f_sigmoid,
+    f_softargmax as f_softargmax,
+    f_softmax as f_softmax,
+    f_softplus as f_softplus,
+    sparsemax as sparsemax,
+)
+from ._bellman import (
+    arm_from_ebm as arm_from_ebm,
+    ebm_from_arm as ebm_from_arm,
+    rewards_from_logits as rewards_from_logits,
+)
+from ._custom import as_loss as as_loss
+from ._energy import (
+    Enumeration as Enumeration,
+    exact_objective as exact_objective,
+    minmin_objective as minmin_objective,
+    Normalization as Normalization,
+    Permutations as Permutations,
+    Subsets as Subsets,
+)
+from ._factor import AbstractFactor as AbstractFactor
 from ._interior import (
     AbstractBoundedLoss as AbstractBoundedLoss,
     AbstractDomain as AbstractDomain,
@@ -46,17 +57,6 @@ from ._multiclass import (
     FLoss as FLoss,
     Hinge as Hinge,
     SoftmaxCrossEntropy as SoftmaxCrossEntropy,
-)
-from ._operators import (
-    diagnose as diagnose,
-    Diagnostics as Diagnostics,
-    entmax as entmax,
-    entmax15 as entmax15,
-    f_sigmoid as f_sigmoid,
-    f_softargmax as f_softargmax,
-    f_softmax as f_softmax,
-    f_softplus as f_softplus,
-    sparsemax as sparsemax,
 )
 from ._risk import (
     spectral_risk as spectral_risk,

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer
 
-from .._types import came, is_known
-from ._call import Divergence
-from ._families import KL
-from ._smooth import smooth_max
-from ._targets import as_array
+from .._common.types import came, is_known
+from .._operators.call import Divergence
+from .._operators.families import KL
+from .._operators.smooth_max import smooth_max
+from .._operators.targets import as_array
 
 
 Tables = Sequence[Float[ArrayLike, "..."]]

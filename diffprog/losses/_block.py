@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float
 
-from .._door import door
-from .._linalg import matmul
-from .._loops import while_loop
+from .._common.door import door
+from .._common.linalg import matmul
+from .._common.loops import while_loop
 from ._factor import batched_mv
 from ._loss import AbstractDualLoss, per_example, spread
 

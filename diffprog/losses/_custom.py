@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._types import came
+from .._common.types import came
+from .._operators.targets import check_floats
 from ._factor import DenseFactor
 from ._loss import AbstractLoss
-from ._targets import check_floats
 
 
 class Custom(AbstractLoss):

@@ -24,13 +24,13 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from .._types import check_count, check_function, check_kind, shapes
-from ._call import Divergence
-from ._divergence import AbstractDivergence
-from ._generated import as_divergence
-from ._operators import f_softargmax
-from ._root import conjugate, ratio
-from ._smooth import entropy_shift, smooth_max
+from .._common.types import check_count, check_function, check_kind, shapes
+from .._operators.call import Divergence
+from .._operators.divergence import AbstractDivergence
+from .._operators.generated import as_divergence
+from .._operators.root import conjugate, ratio
+from .._operators.smooth_max import entropy_shift, smooth_max
+from .._operators.softmax import f_softargmax
 
 
 MAX_LISTED = 2**20

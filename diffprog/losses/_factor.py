@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._common.types import AbstractPart
 
-class AbstractFactor(eqx.Module):
+
+class AbstractFactor(AbstractPart):
     r"""The Hessian $H = R R^\top$ and the gradient $g = R \rho + e$ of every example.
 
     - `rho`: shape of the outputs.

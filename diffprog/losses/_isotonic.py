@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._loops import for_each, while_loop
-from ._bracket import bracketed_root
-from ._divergence import AbstractDivergence, drift, has_numbers
-from ._root import below, ratio
+from .._common.loops import for_each, while_loop
+from .._operators.bracket import bracketed_root
+from .._operators.divergence import AbstractDivergence, drift, has_numbers
+from .._operators.root import below, ratio
 
 
 Vector = Float[Array, " n"]

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._reduction import AbstractCounted
-from .._types import came, is_known
+from .._common.reduction import AbstractCounted
+from .._common.types import came, check_answer, is_known
 from ._factor import AbstractFactor
 
 
@@ -189,11 +189,7 @@ def answered(loss: AbstractLoss, method: str, found: Any, shape: tuple) -> Array
 def factor_of(loss: AbstractLoss, outputs: Array, targets: Any) -> AbstractFactor:
     """The factor of a loss. Raises where it returned something else."""
     found = loss.factor(outputs, targets)
-    if not isinstance(found, AbstractFactor):
-        raise TypeError(
-            f"`{type(loss).__name__}.factor` returned {came(found)}; a "
-            "`dp.losses.AbstractFactor` is expected."
-        )
+    check_answer(loss, "factor", found, AbstractFactor)
     return found
 
 

@@ -8,21 +8,24 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from .._types import Number, number
-from ._block import majorized_block, newton_block
-from ._call import Call, check, check_reference, check_temperature, Reference, Setup
-from ._divergence import AbstractDivergence
-from ._factor import class_factor, class_hessian_mv, flat_factor
-from ._families import ChiSquare, KL
-from ._fenchel_young import check_at_zero, check_smoothing, f_loss
-from ._generated import as_divergence
-from ._hessian import solution
-from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
-from ._loss import AbstractDualLoss, per_example, total, where_inside
-from ._operators import f_softargmax
-from ._root import below, difference, Evaluation, largest, row_sum, weighted
-from ._simplex import proximal
-from ._targets import (
+from .._common.types import Number, number
+from .._operators.call import (
+    Call,
+    check,
+    check_reference,
+    check_temperature,
+    Reference,
+    Setup,
+)
+from .._operators.divergence import AbstractDivergence
+from .._operators.families import ChiSquare, KL
+from .._operators.fenchel_young import check_at_zero, check_smoothing, f_loss
+from .._operators.generated import as_divergence
+from .._operators.hessian import solution
+from .._operators.root import below, difference, Evaluation, largest, row_sum, weighted
+from .._operators.simplex import proximal
+from .._operators.softmax import f_softargmax
+from .._operators.targets import (
     check_classes,
     check_ignored,
     check_probabilities,
@@ -37,6 +40,10 @@ from ._targets import (
     WEIGHTS,
     within,
 )
+from ._block import majorized_block, newton_block
+from ._factor import class_factor, class_hessian_mv, flat_factor
+from ._interior import AbstractBoundedLoss, interval, simplex, within_reach
+from ._loss import AbstractDualLoss, per_example, total, where_inside
 
 
 def _less(p: Array, y: Array, labels: bool) -> Array:

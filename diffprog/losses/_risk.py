@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import check_positive, is_known
-from ._call import Divergence
-from ._divergence import AbstractDivergence, has_numbers
-from ._generated import as_divergence
+from .._common.types import check_positive, is_known
+from .._operators.call import Divergence
+from .._operators.divergence import AbstractDivergence, has_numbers
+from .._operators.generated import as_divergence
+from .._operators.root import weighted
 from ._isotonic import block_ratios, blocks
-from ._root import weighted
 
 
 Vector = Float[Array, " n"]

@@ -8,15 +8,15 @@ from jax import lax
 from jax.scipy.special import xlog1py, xlogy
 from jaxtyping import Array
 
-from .._loops import repeat
-from .._types import check_positive, Number, number
+from .._common.loops import repeat
+from .._common.types import check_positive, Number, number
+from .._operators.families import scaled_omega
+from .._operators.root import weighted
+from .._operators.targets import check_alike, check_within, COUNTS, like, SIGNS, within
 from ._block import majorized_block, newton_block, squared_block
 from ._factor import diagonal_factor, example_dot, flat_factor, never, ScaledFactor
-from ._families import scaled_omega
 from ._interior import AbstractBoundedLoss, Ball, interval
 from ._loss import AbstractDualLoss, per_example, total, where_inside
-from ._root import weighted
-from ._targets import check_alike, check_within, COUNTS, like, SIGNS, within
 
 
 def _least(gradient):

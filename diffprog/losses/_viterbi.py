@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._loops import scan
-from ._call import check_temperature, Divergence
-from ._families import KL
-from ._generated import as_divergence
-from ._operators import f_softargmax
-from ._smooth import smooth_max
+from .._common.loops import scan
+from .._operators.call import check_temperature, Divergence
+from .._operators.families import KL
+from .._operators.generated import as_divergence
+from .._operators.smooth_max import smooth_max
+from .._operators.softmax import f_softargmax
 
 
 Potentials = Float[ArrayLike, "T S S"]

@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._door import door
-from .._types import came, check_count, check_number, check_positive, is_known
-from ..losses._call import Divergence
-from ..losses._generated import as_divergence
+from .._common.door import door
+from .._common.types import came, check_count, check_number, check_positive, is_known
+from .._operators.call import Divergence
+from .._operators.generated import as_divergence
 from ..losses._loss import AbstractLoss
 from ..losses._risk import check_spectral, Number, spectral_weights
 

@@ -1,12 +1,18 @@
 """Rules that turn a loss on a batch into a step of the parameters."""
 
-from .._inner import (
+from .._common.inner import (
     AbstractInner as AbstractInner,
     InnerGaussNewton as InnerGaussNewton,
     InnerGradient as InnerGradient,
     InnerNewton as InnerNewton,
 )
 from ._augmented_lagrangian import AugmentedLagrangian as AugmentedLagrangian
+from ._base import (
+    AbstractOracle as AbstractOracle,
+    Layers as Layers,
+    Linearization as Linearization,
+    Proposal as Proposal,
+)
 from ._damping import (
     AbstractDamping as AbstractDamping,
     Constant as Constant,
@@ -51,9 +57,3 @@ from ._solvers import (
     Solved as Solved,
 )
 from ._target_propagation import TargetPropagation as TargetPropagation
-from .base import (
-    AbstractOracle as AbstractOracle,
-    Layers as Layers,
-    Linearization as Linearization,
-    Proposal as Proposal,
-)

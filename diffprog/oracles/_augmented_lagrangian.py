@@ -19,10 +19,11 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._cg import conjugate_gradients
-from .._loops import while_loop
-from .._tree import add, all_finite, norm, scale, vdot, where, yes
-from .._types import check_count
+from .._common.conjugate_gradients import conjugate_gradients
+from .._common.loops import while_loop
+from .._common.tree import add, all_finite, norm, scale, vdot, where, yes
+from .._common.types import check_count
+from ._base import Linearization
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
@@ -32,7 +33,6 @@ from ._model_solver import (
     prox,
     unbounded,
 )
-from .base import Linearization
 
 
 FIRST = 30.0  # s at first, over what would smooth away all that the losses can fall

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
-from .._tree import where
-from .._types import check_numbers, check_positive, Number, number
-from .base import Linearization, Proposal
+from .._common.tree import where
+from .._common.types import AbstractPart, check_numbers, check_positive, Number, number
+from ._base import Linearization, Proposal
 
 
 class DampingState(eqx.Module):
@@ -56,7 +56,7 @@ def outcome_of(good: Bool[Array, ""]) -> OUTCOMES:
     return OUTCOMES.where(good, OUTCOMES.accepted, OUTCOMES.rejected)
 
 
-class AbstractDamping(eqx.Module):
+class AbstractDamping(AbstractPart):
     r"""A damping $\lambda$ that changes from step to step.
 
     The ratio is $\rho = (h(w) - h(w + d)) / \text{predicted decrease}$, on the batch

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._result import RESULTS
-from .._tree import cast, scale, vdot
-from .._types import came, check_kind, number
+from .._common.result import RESULTS
+from .._common.tree import cast, scale, vdot
+from .._common.types import came, check_kind, number
+from ._base import AbstractOracle, Linearization, Proposal
 from ._damping import check_damping
 from ._solvers import AbstractSolver, Auto, CG
-from .base import AbstractOracle, Linearization, Proposal
 
 
 class GaussNewton(AbstractOracle):

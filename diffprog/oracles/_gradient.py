@@ -2,10 +2,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._tree import scale, vdot
-from .._types import number
+from .._common.tree import scale, vdot
+from .._common.types import number
+from ._base import AbstractOracle, Proposal
 from ._damping import check_damping
-from .base import AbstractOracle, Proposal
 
 
 class Gradient(AbstractOracle):

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._linalg import matmul
-from .._network import has_parameters, Network, Stage
-from .._tree import cast
-from .base import Layers, Linearization
+from .._chain.network import has_parameters, Network, Stage
+from .._common.linalg import matmul
+from .._common.tree import cast
+from ._base import Layers, Linearization
 
 
 def dense(layers: Layers | None) -> Layers | None:

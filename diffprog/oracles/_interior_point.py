@@ -22,15 +22,15 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
-from .._linalg import matmul
-from .._loops import while_loop
-from .._tree import add, all_finite, cast_like, Layout, scale, vdot, where
-from .._types import came, check_count
+from .._common.linalg import matmul
+from .._common.loops import while_loop
+from .._common.tree import add, all_finite, cast_like, Layout, scale, vdot, where
+from .._common.types import came, check_count
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
+from ._base import Linearization
 from ._model_solver import AbstractModelSolver, fenchel, Found
 from ._solvers import Cholesky
-from .base import Linearization
 
 
 PATIENCE = 10  # steps without a smaller gap: it is lost in rounding

@@ -5,15 +5,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._loops import while_loop
-from .._tree import vdot
+from .._common.loops import while_loop
+from .._common.tree import vdot
+from .._common.types import AbstractPart
 from ..losses import AbstractDualLoss
 from ..losses._loss import answered, total
-from .base import Linearization
+from ._base import Linearization
 
 
 class Found(NamedTuple):
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     good: Array
 
 
-class AbstractModelSolver(eqx.Module):
+class AbstractModelSolver(AbstractPart):
     """Minimizes a prox-linear model until the duality gap is small."""
 
     @abc.abstractmethod

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._inner import AbstractInner, InnerGaussNewton, InnerGradient, ridge, Subproblem
-from .._network import Network, Stage
-from .._result import RESULTS
-from .._tree import all_finite, cast, scale, vdot, widened, working_dtype
-from .._types import check_kind, check_positive, Number, number
+from .._chain.network import Network, Stage
+from .._common.inner import (
+    AbstractInner,
+    InnerGaussNewton,
+    InnerGradient,
+    ridge,
+    Subproblem,
+)
+from .._common.result import RESULTS
+from .._common.tree import all_finite, cast, scale, vdot, widened, working_dtype
+from .._common.types import AbstractPart, check_kind, check_positive, Number, number
 from ..losses import AbstractDualLoss
+from ._base import AbstractOracle, Linearization, Proposal
 from ._gram import is_linear
 from ._rules import (
     AbstractRule,
@@ -23,10 +30,9 @@ from ._rules import (
     with_rule,
     zero_tangent,
 )
-from .base import AbstractOracle, Linearization, Proposal
 
 
-class AbstractMessageRule(eqx.Module):
+class AbstractMessageRule(AbstractPart):
     """How a message goes back through a function."""
 
     @abc.abstractmethod

@@ -17,15 +17,23 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._linalg import matmul
-from .._loops import for_each, repeat, while_loop
-from .._result import RESULTS
-from .._tree import add, scale, vdot, where
-from .._types import came, check_count, check_kind, check_positive, Number, number
+from .._common.linalg import matmul
+from .._common.loops import for_each, repeat, while_loop
+from .._common.result import RESULTS
+from .._common.tree import add, scale, vdot, where
+from .._common.types import (
+    came,
+    check_count,
+    check_kind,
+    check_positive,
+    Number,
+    number,
+)
+from .._operators.root import difference
 from ..losses import Squared
 from ..losses._loss import answered
-from ..losses._root import difference
 from ._augmented_lagrangian import AugmentedLagrangian
+from ._base import AbstractOracle, Linearization, Proposal
 from ._damping import check_damping
 from ._interior_point import domain_of, InteriorPoint, sizes
 from ._model_solver import (
@@ -41,7 +49,6 @@ from ._model_solver import (
     unbounded,
 )
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
-from .base import AbstractOracle, Linearization, Proposal
 
 
 class Point(NamedTuple):

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._network import Network
-from .._tree import cast, cast_like, working_dtype
-from .._types import came
-from .base import Layers, Linearization
+from .._chain.network import Network
+from .._common.tree import cast, cast_like, working_dtype
+from .._common.types import AbstractPart, came
+from ._base import Layers, Linearization
 
 
-class AbstractRule(eqx.Module):
+class AbstractRule(AbstractPart):
     """What a layer makes of the message that comes back to it.
 
     Forward a layer is itself. Backward, `jax.grad` hands on what the rule returns: it

@@ -16,13 +16,13 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, PyTree
 
-from .._cg import conjugate_gradients
-from .._linalg import matmul
-from .._tree import add, all_finite, norm, scale
-from .._types import check_count, check_numbers, Number, number
+from .._common.conjugate_gradients import conjugate_gradients
+from .._common.linalg import matmul
+from .._common.tree import add, all_finite, norm, scale
+from .._common.types import AbstractPart, check_count, check_numbers, Number, number
 from ..losses._loss import factor_of
+from ._base import Linearization
 from ._gram import dense, gram, gram_flops
-from .base import Linearization
 
 
 class Solved(NamedTuple):
@@ -43,7 +43,7 @@ class Solved(NamedTuple):
     minimizes: bool
 
 
-class AbstractSolver(eqx.Module):
+class AbstractSolver(AbstractPart):
     """Solves the damped Gauss-Newton system of a batch, exactly or nearly."""
 
     @abc.abstractmethod

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._linalg import matmul
-from .._loops import scan
-from .._network import Network, split_rows
-from .._tree import cast, cast_like, vdot, widened, working_dtype
-from .._types import came, check_number, check_positive, Number, number
+from .._chain.network import Network, split_rows
+from .._common.linalg import matmul
+from .._common.loops import scan
+from .._common.tree import cast, cast_like, vdot, widened, working_dtype
+from .._common.types import came, check_number, check_positive, Number, number
+from ._base import AbstractOracle, Linearization, Proposal
 from ._inverses import (
     Activation,
     as_recurrent,
@@ -26,7 +27,6 @@ from ._inverses import (
     view,
 )
 from ._rules import AbstractRule, follow, inside, is_boundary, prepared, with_rule
-from .base import AbstractOracle, Linearization, Proposal
 
 
 class TargetPropagation(AbstractOracle):

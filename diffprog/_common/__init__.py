@@ -1,0 +1,1 @@
+"""What every room uses: trees, results, the door, loops, linear algebra."""

@@ -1,0 +1,288 @@
+"""What is data in a tree, what never changes, and what else may change unseen.
+
+A node of a pytree holds things beside its children: the static fields of a module, the
+`aux_data` of other nodes. JAX compares these by `==` and by reference, so where one can
+change (a dict, an ordinary object, a function that captures one) a program of before
+would give the old answer. Such a node is open, and what is known never to change fixed.
+"""
+
+import dataclasses
+import functools as ft
+import sys
+import types
+import weakref
+from collections import defaultdict, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+
+# Types whose objects are the same program as long as they are the same object.
+CODE = (
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    np.ufunc,
+)
+# Closures written there may hold what they like.
+LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | set(
+    "beartype chex diffrax diffprog equinox flax haiku jax jaxlib jaxtyping lineax "
+    "numpy optax optimistix scipy typing_extensions".split()
+)
+
+NUMBERS = (float, jax.Array, np.ndarray, np.generic)
+PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
+FIXED = PLAIN | {float, object}
+
+
+class Fixed:
+    """What never changes: equal where the `key` is."""
+
+    key: Any
+    held: PyTree = None  # what a function in it may write to
+
+    def __eq__(self, other):
+        return type(other) is type(self) and self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
+
+
+class Same(Fixed):
+    """A part of the program that is looked at no further: equal if identical."""
+
+    def __init__(self, value):
+        self.value, self.key = value, id(value)
+
+
+def is_data(leaf) -> bool:
+    return type(leaf) not in PLAIN and isinstance(leaf, NUMBERS)
+
+
+def flatten_once(node) -> tuple[list, Any]:
+    return jtu.tree_flatten(node, is_leaf=lambda part: part is not node)
+
+
+CONTAINERS = tuple, list, dict, OrderedDict, defaultdict, type(None)
+_ANY = ("aux_data",)  # JAX's name, where the static fields have no known ones
+_STATIC: dict[type, tuple[str, ...]] = {}  # names of static fields
+
+
+def _static_names(node) -> tuple[str, ...]:
+    kind = type(node)
+    if kind in CONTAINERS or jtu.all_leaves([node]):
+        return ()
+    if isinstance(node, eqx.Module):
+        fields = dataclasses.fields(node)  # pyright: ignore
+        return tuple(f.name for f in fields if f.metadata.get("static"))
+    if isinstance(node, tuple) and flatten_once(node)[1].node_data()[1] is None:
+        return ()  # with names
+    is_library = _root(kind) in LIBRARIES and kind is not jtu.Partial
+    return () if is_library else _ANY
+
+
+def held_by(node) -> dict[str, Any]:
+    """What a node of a tree holds beside its children."""
+    kind = type(node)
+    names = _STATIC.get(kind)
+    if names is None:
+        names = _STATIC[kind] = _static_names(node)
+    if not names:
+        return {}
+    if names is _ANY:
+        return dict.fromkeys(names, flatten_once(node)[1].node_data()[1])
+    values = object.__getattribute__(node, "__dict__")  # past the slow one of a module
+    return {name: values[name] for name in names if name in values}
+
+
+def is_open(node) -> bool:
+    """Whether a node holds beside its children what can change."""
+    if _STATIC.get(type(node)) == ():
+        return False
+    for value in held_by(node).values():
+        if type(value) not in FIXED and not is_fixed(value):
+            return True
+    return False
+
+
+def is_fixed(value) -> bool:
+    """Whether a value is known never to change, without a closer look."""
+    kind = type(value)
+    if kind in FIXED:
+        return True
+    if kind is tuple:
+        return all(map(is_fixed, value))
+    if kind is types.FunctionType:
+        if value.__closure__ and value.__code__.co_freevars != ("__class__",):
+            return False
+        return all(map(is_fixed, _in_function(value).values()))
+    if is_record(value, frozen=True):
+        return all(map(is_fixed, attributes(value).values()))
+    return isinstance(value, (*CODE, np.dtype, np.generic, Fixed))
+
+
+def is_record(value, frozen: bool = False) -> bool:
+    """Whether it is a dataclass, or a frozen one."""
+    params = getattr(type(value), "__dataclass_params__", None)
+    return params is not None and (params.frozen or not frozen)
+
+
+def fields_of(record) -> dict[str, Any]:
+    """Those that are compared; there may be more inside, as in Flax linen."""
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+class Unassigned:
+    """Stands for the content of a cell to which nothing was assigned yet."""
+
+
+def is_wrapper(value) -> bool:
+    return callable(value) and hasattr(value, "__wrapped__")
+
+
+def contents(value) -> dict[str, Any]:
+    """What a function or an object holds, by name."""
+    if isinstance(value, types.FunctionType):
+        return _in_function(value)
+    if isinstance(value, types.MethodType):
+        return dict(function=value.__func__, owner=value.__self__)
+    if isinstance(value, ft.partial):
+        return dict(function=value.func, args=value.args, keywords=value.keywords)
+    if is_wrapper(value):
+        return dict(function=getattr(value, "__wrapped__"))  # noqa: B009
+    return attributes(value)
+
+
+def _in_function(fn: types.FunctionType) -> dict[str, Any]:
+    """Cells, defaults, and the attributes but for those that decorators leave."""
+    parts = {}
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            parts[name] = cell.cell_contents
+        except ValueError:
+            parts[name] = Unassigned
+    defaults = *enumerate(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).items()
+    parts |= {f"default {name}": value for name, value in defaults}
+    own = fn.__dict__.items()
+    return parts | {f".{name}": value for name, value in own if name[0] != "_"}
+
+
+def attributes(value) -> dict[str, Any]:
+    names = dict.fromkeys(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names |= dict.fromkeys([slots] if isinstance(slots, str) else slots)
+    own = names.keys() - {"__dict__", "__weakref__"}
+    return {n: getattr(value, n) for n in names if n in own and hasattr(value, n)}
+
+
+FUNCTIONS = types.FunctionType, types.MethodType, ft.partial
+_FIRST = weakref.WeakKeyDictionary()  # what a function captured at first
+
+
+def check_unchanged(value, frozen: Callable, traced: bool):
+    """Refuses a function that is not rebuilt and captures what it did not at first.
+
+    `jax.lax.scan` and others keep what they traced of the same function. It may change
+    what it captures itself, while it is traced.
+    """
+    if type(value) not in FUNCTIONS or is_fixed(value):
+        return
+    captured = hash(frozen(value))
+    if traced:
+        _FIRST[value] = captured
+    elif _FIRST.setdefault(value, captured) != captured:
+        name = getattr(value, "__qualname__", repr(value))
+        raise TypeError(
+            f"The function `{name}` is in a static field or a `jax.tree_util.Partial`, "
+            "and what it captures has changed: what was traced of it before would give "
+            "the old answer. Make what changes a field of the module, or the function "
+            "a field that is not static (without `static=True`), or an "
+            "`equinox.Partial`."
+        )
+
+
+def is_list(node, size: int | None) -> bool:
+    """Whether a node of a tree is a list or tuple of so many numbers."""
+    if type(node) not in (list, tuple) or len(node) != size:
+        return False
+    is_number = lambda part: isinstance(part, (int, *NUMBERS)) and np.ndim(part) == 0
+    return all(is_number(part) and not isinstance(part, bool) for part in node)
+
+
+def can_change(tree: PyTree) -> bool:
+    """Whether a node of the tree holds beside its children what can change."""
+    return any(map(is_open, jtu.tree_leaves(tree, is_leaf=is_open)))
+
+
+def check_held(tree: PyTree):
+    """Refuses nodes that hold what `jax.jit` alone would not see when it changes."""
+    for node in filter(is_open, jtu.tree_leaves(tree, is_leaf=is_open)):
+        for name, value in held_by(node).items():
+            if not is_fixed(value):
+                refuse(value, node, name)
+        check_held(flatten_once(node)[0])
+
+
+def refuse(value, holder: Any = None, name: str = ""):
+    what = "A part of what was given is" if holder is None else place(holder, name)
+    advice = (
+        "Make it a field that is not static (without `static=True`), or give a tuple "
+        "or a frozen dataclass in its place."
+        if name in held_by(holder)
+        else "Give an `equinox.Module` or a frozen dataclass in its place, or the "
+        "numbers in it. What never changes may also be a global."
+    )
+    raise TypeError(
+        f"{what} an object of type `{type(value).__name__}`: it can change without "
+        "notice, and a program that was compiled before would give the old answer. "
+        + advice
+    )
+
+
+def refuse_array(array: np.ndarray):
+    raise TypeError(f"A NumPy array of dtype {array.dtype} is no array of numbers.")
+
+
+def place(holder, name: str) -> str:
+    if isinstance(holder, types.FunctionType):
+        code = holder.__code__
+        where = f"`{holder.__qualname__}` (line {code.co_firstlineno})"
+        verb = "has as a default" if name.startswith("default ") else "captures"
+        return f"{where} {verb} `{name.removeprefix('default ')}`,"
+    if isinstance(holder, ft.partial):
+        called = getattr(holder.func, "__qualname__", holder.func)
+        return f"A `functools.partial` of `{called}` holds"
+    return f"An object of type `{type(holder).__name__}` holds `{name}`,"
+
+
+def is_of_library(holder, value) -> bool:
+    if isinstance(holder, types.FunctionType):
+        if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
+            return True
+    return _root(type(value)) in ("jax", "jaxlib", "equinox", "typing")
+
+
+def is_of_a_library(value) -> bool:
+    return _root(type(value)) in LIBRARIES
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.split(".")[0]
+
+
+@ft.cache
+def is_plain(kind: type) -> bool:
+    """Whether the attributes of an object are all that it is."""
+    try:
+        object.__new__(kind)
+    except TypeError:
+        return False
+    return True

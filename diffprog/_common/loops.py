@@ -1,0 +1,61 @@
+"""Loops that also run inside `shard_map`, whatever their carries start from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from .tree import vary, where
+
+
+def chained(
+    run: Callable, parts: Sequence, carry: PyTree, data: tuple, reverse: bool
+) -> tuple[PyTree, tuple]:
+    """`carry, out = run(part, carry, *row)` from part to part of a chain."""
+    outs: list[Any] = [None] * len(parts)
+    for i in reversed(range(len(parts))) if reverse else range(len(parts)):
+        carry, outs[i] = run(parts[i], carry, *(column[i] for column in data))
+    return carry, tuple(outs)
+
+
+def scan(fn: Callable, carry: PyTree, rows: PyTree = None, **options: Any):
+    """`lax.scan`."""
+    return lax.scan(fn, vary(carry, like=(carry, rows)), rows, **options)
+
+
+def while_loop(
+    unfinished: Callable, step: Callable, carry: PyTree, like: PyTree = None
+) -> PyTree:
+    """`lax.while_loop`; `like` is what the functions capture."""
+    return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
+
+
+def for_each(number: int, step: Callable, carry: PyTree, like: PyTree = None) -> PyTree:
+    """`carry = step(i, carry)` for every i below this number."""
+    return lax.fori_loop(0, number, step, vary(carry, like=(carry, like)))
+
+
+def repeat(
+    step: Callable,
+    carry: PyTree,
+    limit: Any,
+    *,
+    go_on: Callable | None = None,
+    unroll: bool = False,
+) -> PyTree:
+    """`carry = step(carry)`, `limit` times; less often where `go_on(carry)` is false.
+
+    Unrolled it is written out: convolutions in loops are slow on the CPU.
+    """
+    if go_on is None and not unroll and limit > 1:
+        return for_each(limit, lambda _, carry: step(carry), carry)
+    if go_on is None or unroll:
+        for _ in range(limit):
+            new = step(carry)
+            carry = new if go_on is None else where(go_on(carry), new, carry)
+        return carry
+    on = lambda counted: (counted[0] < limit) & go_on(counted[1])
+    more = lambda counted: (counted[0] + 1, step(counted[1]))
+    return while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]

@@ -1,0 +1,198 @@
+import functools as ft
+import inspect
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, cast, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+
+Fn = TypeVar("Fn", bound=Callable)
+
+# A number that may be traced: a new value never compiles again.
+Number = float | Array
+
+
+class AbstractPart(eqx.Module):
+    """What users may write themselves: a class that lacks a method is told so at once.
+
+    Classes are abstract, with a name that says so, or can be instantiated.
+    """
+
+    def __init_subclass__(cls):
+        for name in dir(cls) if "Abstract" not in cls.__name__ else ():
+            method = inspect.getattr_static(cls, name)
+            if getattr(method, "__isabstractmethod__", False):
+                signature, doc = inspect.signature(method), inspect.getdoc(method) or ""
+                given = ", ".join([*signature.parameters][1:])
+                found = inspect.formatannotation(signature.return_annotation)
+                raise TypeError(
+                    f"`{cls.__name__}` has no method `{name}({given})`, which returns "
+                    f"`{re.sub(r'[a-z_.]+[.]', '', found)}`: {doc.splitlines()[0]}"
+                )
+
+
+def number(default: float) -> Any:
+    """A field with a number; an int becomes a float, since an int would be static."""
+    to_float = lambda value: float(value) if isinstance(value, int) else value
+    return eqx.field(default=default, converter=to_float)
+
+
+def came(value: Any) -> str:
+    """What a user gave, in the words of a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}"
+    text = repr(value)
+    return text if len(text) < 200 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def check_kind(name: str, value: Any, kind: Any, example: str):
+    """Raises for what is no instance of `kind`: another object, or a class."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` is {came(value)}; something like `{example}` is expected."
+        )
+
+
+def check_function(name: str, value: Any, call: str):
+    """Raises for what cannot be called, and for a class."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"`{name}` is {came(value)}; a function `{call}` is expected.")
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, or an array of them."""
+    return isinstance(value, float | int | np.generic | np.ndarray | jax.Array)
+
+
+def check_answer(owner: Any, method: str, answer: Any, kind: type, **numbers: Any):
+    """Raises for what a method of a user must not return.
+
+    It is a `kind`; `numbers` are the dtypes of those of its fields that are one number.
+    """
+    name = f"`{type(owner).__name__}.{method}` returned"
+    if not isinstance(answer, kind):
+        raise TypeError(f"{name} {came(answer)}; one `{kind.__name__}` is expected.")
+    for field, dtype in numbers.items():
+        value, given = getattr(answer, field), came(getattr(answer, field))
+        if is_number(value):
+            found = jnp.result_type(value)
+            if not np.shape(value) and jnp.issubdtype(found, dtype):
+                continue
+            given = f"of shape {np.shape(value)} and dtype {found}"
+        raise TypeError(
+            f"{name} one `{kind.__name__}` whose `{field}` is {given}; one number of "
+            f"dtype {getattr(dtype, '__name__', dtype)} is expected."
+        )
+
+
+def check_number(name: str, value: Any, expected: str):
+    """Raises for what is no number."""
+    if not is_number(value):
+        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
+
+
+def check_one_number(name: str, value: Any, expected: str = "one number"):
+    """Raises for what is no number, and for an array of several."""
+    if not is_number(value) or np.ndim(value):
+        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
+
+
+def check_positive(name: str, value: Any, otherwise: str = ""):
+    """Raises for what is no number, and for one that is known and not positive."""
+    wrong = lambda shown: f"`{name}` is {shown}; a number > 0 is expected{otherwise}."
+    if not is_number(value):
+        raise TypeError(wrong(came(value)))
+    if is_known(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(wrong(value))
+
+
+def is_known(array: Any) -> bool:
+    """Whether its values can be looked at: not traced, and all on this machine."""
+    return not isinstance(array, Tracer) and getattr(
+        array, "is_fully_addressable", True
+    )
+
+
+def check_numbers(owner: Any, *names: str):
+    """Raises for fields that are no numbers."""
+    for name in names:
+        check_number(name, getattr(owner, name), "a number")
+
+
+def check_count(name: str, value: Any):
+    """Raises for what is no positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; a Python int >= 1 is expected.")
+
+
+def check_key(key: Any):
+    """Raises for what is no key of `jax.random`."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"`key` is {came(key)}; a key such as `jax.random.key(0)` is expected."
+        )
+
+
+def shapes(tree: PyTree) -> str:
+    """The shapes of the arrays of a tree, in its arrangement."""
+    return str(jax.tree_util.tree_map(lambda leaf: _Shape(np.shape(leaf)), tree))
+
+
+class _Shape:
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __repr__(self):
+        return f"{tuple(self.shape)}"
+
+
+@contextmanager
+def noted(note: Callable[[], str]):
+    """Adds a note to an error that code of the user raises inside."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note())
+        raise
+
+
+def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
+    """A function that says what there is instead of an option that it does not have.
+
+    `instead(name, value, known)` gets the sentence with the arguments that there are.
+    """
+
+    def decorate(fn: Fn) -> Fn:
+        own = inspect.signature(fn).parameters
+
+        @ft.wraps(fn)
+        def call(*args, **options):
+            for name in options.keys() - own.keys():
+                known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
+                said = instead(name, options[name], known)
+                raise TypeError(f"`{fn.__name__}` takes no `{name}`: {said}.")
+            return fn(*args, **options)
+
+        return cast(Fn, call)
+
+    return decorate
+
+
+# Data with a row per stage: a stacked array for every segment of a chain.
+Rows = tuple[Float[Array, "_ _"], ...]
+Stacks = tuple[Float[Array, "_ _ _"], ...]
+Tensors = tuple[Float[Array, "_ _ _ _"], ...]

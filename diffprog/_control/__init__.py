@@ -1,0 +1,1 @@
+"""Optimal control: linear-quadratic problems, directions, searches, solve."""

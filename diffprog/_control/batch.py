@@ -1,0 +1,346 @@
+import functools as ft
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from .._chain.problem import AbstractChain
+from .._chain.vector import vectorize
+from .._common.capture import put_together, Taken
+from .._common.changes import is_data, is_list
+from .._common.door import door
+from .._common.fast_loops import FastLoopsError
+from .._common.tree import strong
+from .._common.types import counted, noted, shapes, with_advice
+from .._common.written import taken_back
+from .direction import AbstractDirection
+from .report import report_batch
+from .search import AbstractSearch, Backtracking, SearchState
+from .solution import Solution
+from .solve import solve, tolerance
+
+
+@door
+def _solve_all(shared, method, mapped, search, rtol, atol, options):
+    max_steps, history, fast_loops = options
+
+    def one(arguments, fast_loops):
+        numbers, x0, us, state = arguments
+        problem = eqx.combine(numbers, shared)
+        return solve(
+            problem, method, x0, us, search, max_steps=max_steps, rtol=rtol, atol=atol,
+            state=state, history=history, fast_loops=fast_loops,
+        )  # fmt: skip
+
+    if fast_loops is not False:
+        try:
+            return lax.map(lambda a: one(a, True), mapped)
+        except FastLoopsError:
+            if fast_loops:
+                raise
+    return jax.vmap(lambda a: one(a, False))(mapped)
+
+
+class _Part:
+    """A part of the problem with the axis of its numbers; a leaf."""
+
+    def __init__(self, axis, tree):
+        self.axis, self.tree = axis, tree
+
+
+def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
+    """The numbers that differ from problem to problem, that axis first; the rest."""
+
+    def first(axis, leaf):
+        if axis is None or (axis is in_axes and not jnp.ndim(leaf)):
+            return None  # one axis for all arrays leaves out those that have none
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(
+                f"`in_axes` has {axis!r}; an axis is an int, or `None` for a number "
+                "that all problems share."
+            )
+        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+            raise ValueError(
+                f"`in_axes` has {axis} for a number of shape {jnp.shape(leaf)} in the "
+                "problem, which has no such axis."
+            )
+        return jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+
+    is_none = lambda part: part is None
+    try:
+        parts = jtu.tree_map(_Part, in_axes, problem, is_leaf=is_none)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`in_axes` is {in_axes!r:.100}, no tree like the problem: give `None`, an "
+            f"axis for all arrays in the problem, or e.g. {_axes_of('.system.mass')}."
+        ) from error
+    numbers = lambda part: jtu.tree_map(
+        lambda leaf: first(part.axis, leaf), eqx.filter(part.tree, is_data)
+    )
+    mapped = jtu.tree_map(numbers, parts)
+    if in_axes is not None and not jtu.tree_leaves(mapped):
+        raise ValueError(
+            f"`in_axes` is {in_axes!r:.100}, but no array in the problem has an axis "
+            "of problems: numbers that differ are fields of an `equinox.Module`, "
+            "stacked, such as `Pendulum(mass=jnp.linspace(0.5, 1.5, 16))`; what "
+            "holds the module is one too, since an ordinary object is shared."
+        )
+    is_shared = lambda new, old: None if new is not None else old
+    shared = jtu.tree_map(is_shared, mapped, problem, is_leaf=is_none)
+    return mapped, shared
+
+
+def _num_problems(**trees: PyTree) -> int:
+    """The length that the first axes of all leaves share."""
+    found: dict[int | None, str] = {}
+    for tree_name, tree in trees.items():
+        for path, leaf in jtu.tree_leaves_with_path(tree):
+            size = jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
+            found.setdefault(size, tree_name + jtu.keystr(path))
+    if len(found) != 1 or None in found:
+        lists = [name for name, tree in trees.items() if isinstance(tree, list)]
+        stack = "".join(f"`jnp.stack({name})` makes an array; " for name in lists)
+        advice = "`jnp.broadcast_to(us, (problems, *us.shape))`, and `x0` alike."
+        of_problem = [name for name in found.values() if name.startswith("problem")]
+        if of_problem:
+            path = of_problem[0].removeprefix("problem")
+            advice = f"`None` in a tree, or an axis for one alone: {_axes_of(path)}."
+        listed = ", ".join(
+            f"`{name}` has " + ("no axis" if size is None else counted(size, "problem"))
+            for size, name in found.items()
+        )
+        raise ValueError(
+            f"{listed or 'nothing is given'}; {stack}the first axis of `x0s`, `uss`, "
+            "`state` and what `in_axes` says of the problem is the problem, and all "
+            f"must agree. One that all problems share: {advice}"
+        )
+    return next(iter(found))  # pyright: ignore
+
+
+def _axis_of(number, num_problems: int) -> int | None:
+    """The first axis that is not of length 1, if it has a row for each problem."""
+    is_array = not isinstance(number, list | tuple)
+    shape = jnp.shape(number) if is_array else (len(number),)
+    axis = next((i for i, size in enumerate(shape) if size != 1), None)
+    return None if axis is None or shape[axis] != num_problems else axis
+
+
+def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyTree):
+    """Refuses arrays in the problem that are as good with one row per problem."""
+    taken = Taken(problem, size=num_problems)
+    numbers = taken.numbers
+    axes = {i: _axis_of(a, num_problems) for i, a in enumerate(numbers)}
+    suspects = [i for i, axis in axes.items() if axis is not None]
+    first = lambda a, axis: a[(slice(None),) * axis + (0,)] if axis else a[0]
+    fields = jtu.tree_leaves_with_path(
+        problem, is_leaf=lambda node: is_list(node, num_problems)
+    )
+    for chosen in [suspects] * (len(suspects) > 1) + [[i] for i in suspects]:
+        one = [first(a, axes[i]) if i in chosen else a for i, a in enumerate(numbers)]
+        if not _can_run(taken.static, one, x0, us):
+            continue
+        paths = [
+            jtu.keystr(p) for p, a in fields if any(a is numbers[i] for i in chosen)
+        ]
+        are_lists = [isinstance(numbers[i], list | tuple) for i in chosen]
+        _refuse_shared(num_problems, paths, are_lists, {axes[i] for i in chosen})
+
+
+def _refuse_shared(num_problems: int, paths: list, are_lists: list, axes: set):
+    """The error for fields, or for what functions hold where there are fewer paths."""
+    axis = min(axes)
+    given = f"`in_axes={axis}`" if len(axes) == 1 else "a tree of axes as `in_axes`"
+    along = f" along axis {axis}" if axes == {axis} != {0} else ""
+    rows = f"{num_problems} {'numbers' if all(are_lists) else f'rows{along}'}"
+    row = "number" if all(are_lists) else "row"
+    as_many = f"as many as there are problems, and one {row} would do for each"
+    if len(paths) < len(are_lists):
+        held = "a list" if all(are_lists) else "an array"
+        it = "it an array in a field" if any(are_lists) else "it a field"
+        raise ValueError(
+            f"The functions hold {held} of {rows}, {as_many}: make {it} of "
+            f"an `equinox.Module` and give {given} if each problem has a {row} of it, "
+            "give `in_axes=None` if all problems share it."
+        )
+    names = ", ".join(f"`problem{path}`" for path in paths)
+    verb = "have" if len(paths) > 1 else "has"
+    arrays = "make arrays of lists (`jnp.asarray`) and " if any(are_lists) else ""
+    raise ValueError(
+        f"{names} {verb} {rows}, {as_many}: {arrays}give {given} if the arrays in the "
+        f"problem have a {row} for each problem, `in_axes=None` if all problems share "
+        f"them; if only some have, a tree: {_axes_of(paths[0], axis)}."
+    )
+
+
+def _can_run(static, numbers: list, x0: PyTree, us: PyTree) -> bool:
+    """Whether the functions take numbers of these shapes, as data or as constants."""
+    structs = jax.eval_shape(lambda *trees: trees, numbers, x0, us)
+    leaves, treedef = jtu.tree_flatten(structs)
+    if _can_trace(static, tuple(leaves), treedef):
+        return True
+    try:
+        vectorize(put_together(static, numbers), x0, us)
+    except Exception:  # whatever the user's functions raise: no such reading
+        return False
+    return True
+
+
+@ft.lru_cache(maxsize=64)
+def _can_trace(static, leaves: tuple, treedef) -> bool:
+    def trace(numbers, x0, us):
+        vectorize(put_together(static, numbers), x0, us)
+
+    try:
+        jax.eval_shape(trace, *jtu.tree_unflatten(treedef, leaves))
+    except Exception:
+        return False
+    return True
+
+
+def _axes_of(path: str, axis: int = 0) -> str:
+    """An example of `in_axes` for one field."""
+    return (
+        f"`eqx.tree_at(lambda p: p{path}, jax.tree.map(lambda _: None, problem), "
+        f"{axis}, "
+        "is_leaf=lambda a: a is None)`"
+    )
+
+
+_NOT_IN_BATCH = dict(
+    throw="nothing is raised for a problem that fails: look at `solution.success`",
+    check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
+    "beyond the end of an array",
+)
+
+
+@with_advice(lambda name, _, known: _NOT_IN_BATCH.get(name, known))
+def solve_batch(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0s: PyTree,
+    uss: PyTree,
+    search: AbstractSearch = Backtracking(),
+    *,
+    in_axes: Any = ...,
+    batch_size: int | None = None,
+    max_steps: int = 256,
+    rtol: Any = None,
+    atol: Any = None,
+    state: SearchState | None = None,
+    history: bool = False,
+    verbose: bool | Callable = False,
+    fast_loops: bool | None = None,
+) -> Solution:
+    r"""Solves many problems that differ in their numbers, first states and guesses.
+
+    The solution of each is what [`diffprog.solve`][] gives. On the CPU the problems run
+    one after another, each compiled as one function, where that is possible; elsewhere
+    all of a batch run at once under `jax.vmap`, until the slowest is done.
+
+    **Arguments:**
+
+    - `problem`, `method`, `search`, `max_steps`, `rtol`, `atol`, `fast_loops`: as in
+        [`diffprog.solve`][].
+    - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
+    - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
+    - `in_axes`: which numbers differ from problem to problem: `None` for none; `0`
+        for all arrays in the problem, whose first axis then is the problem (Python
+        floats and arrays without axes are shared); or a tree of axes and `None` like
+        the problem, or like its upper part. Not given, it is `None`, but an array that
+        has as many rows as there are problems (or a list of as many numbers), and
+        would also do with one row, is refused.
+    - `batch_size`: at most so many problems at once; all unless given. It bounds the
+        memory; a last batch that is not full is filled up with copies.
+    - `state`: `solution.state` of an earlier batch.
+    - `history`: whether to record each iteration of each problem; takes
+        `problems * (max_steps + 1) * 6` numbers.
+    - `verbose`: `True` prints one line for each batch; a function receives its figures
+        by name. The cost is the average of those that are finite.
+
+    **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis.
+    Nothing is raised for a problem that fails: look at `solution.result`.
+
+    **Fails:** `ValueError` or `TypeError` at once for a wrong call.
+
+    ```python
+    masses = jnp.linspace(0.5, 1.5, 256)
+    problem = dp.ControlProblem.from_system(Pendulum(mass=masses), horizon=100)
+    solutions = dp.solve_batch(problem, dp.DDP(), x0s, uss, in_axes=0)
+    ```
+    """
+    asked = in_axes is not ...
+    numbers, shared = _apart(problem, in_axes if asked else None)
+    given = dict(x0s=x0s, uss=uss, state=state, problem=numbers)
+    num_problems = _num_problems(**given)
+    if num_problems < 1:
+        raise ValueError("`x0s` has 0 problems; at least 1 is expected.")
+    batch_size = num_problems if batch_size is None else batch_size
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"`batch_size` is {batch_size!r}; a Python int is expected.")
+    if batch_size < 1:
+        raise ValueError(
+            f"`batch_size` is {batch_size} for {counted(num_problems, 'problem')}; at "
+            "least 1 is expected."
+        )
+    options = (max_steps, bool(history), fast_loops)
+    (x0s, uss), dtype = strong(x0s, uss)
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    state = SearchState.none(dtype, (num_problems,)) if state is None else state
+    if not asked and num_problems > 1:  # of one problem both readings are the same
+        with taken_back(problem):
+            _check_shared(problem, num_problems, _first(x0s), _first(uss))
+    mapped, solutions = (numbers, x0s, uss, state), []
+    for begin in range(0, num_problems, batch_size):
+        start, size = time.perf_counter(), min(batch_size, num_problems - begin)
+        batch = mapped
+        if batch_size < num_problems:
+            rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
+            batch = jtu.tree_map(
+                lambda leaf, rows=rows: jnp.asarray(leaf)[rows], mapped
+            )
+        with noted(ft.partial(_note, *mapped)):
+            solution = _solve_all(shared, method, batch, search, *tolerances, options)
+        solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
+        if verbose and not isinstance(solution.cost, Tracer):
+            number = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"
+            _report(verbose, number, solution, start)
+        solutions.append(solution)
+    join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+    return jtu.tree_map(join, *solutions)
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda leaf: leaf[0], tree)
+
+
+def _note(numbers: PyTree, x0s: PyTree, uss: PyTree, _) -> str:
+    """What an error inside does not say."""
+    mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
+    rows = ", ".join(f"`problem{path}`" for path in mapped)
+    return (
+        "Raised in `dp.solve_batch`, where the first axis is the problem: each gets x0 "
+        f"of shape {shapes(_first(x0s)):.100} from `x0s` of shape {shapes(x0s):.100}, "
+        f"us of shape {shapes(_first(uss)):.100} from `uss` of shape "
+        f"{shapes(uss):.100}" + (rows and f", and one row of {rows}") + "."
+    )
+
+
+def _report(verbose, batch: str, solution: Solution, start: float):
+    finite = jnp.isfinite(solution.cost)
+    report_batch(
+        verbose,
+        int(jnp.sum(finite)),
+        batch=batch,
+        problems=len(solution.cost),
+        successful=int(jnp.sum(solution.success)),
+        iterations=float(jnp.mean(solution.stats["num_steps"])),
+        cost=float(jnp.mean(solution.cost, where=finite)),
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,50 @@
+import abc
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..._chain.vector import simulate, VectorChain, VectorTrajectory
+from ..._common.linalg import matmul
+from ..._common.types import AbstractPart, Rows, Stacks
+
+
+class AbstractRollout(AbstractPart):
+    """How the gains of a backward pass become a trial trajectory."""
+
+    @abc.abstractmethod
+    def roll(
+        self,
+        chain: VectorChain,
+        trajectory: VectorTrajectory,
+        model: Any,
+        gains: Stacks,
+        stepsize: Float[Array, ""],
+    ) -> tuple[VectorTrajectory, Rows]:
+        """The trajectory of u + v at `stepsize` s, and v of every stage."""
+
+
+class Feedback(AbstractRollout):
+    """v = s k + K (x_new - x), x_new being the states of the true dynamics."""
+
+    def roll(self, chain, trajectory, model, gains, stepsize):
+        def control(segment, x_new, _, x, u, gains):
+            y = segment.difference(x_new, x)
+            v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
+            return u + v, None, v
+
+        x0, data = trajectory.xs[0][0], (trajectory.xs, trajectory.us, gains)
+        return simulate(chain, control, x0, None, *data)
+
+
+class LinearRollout(AbstractRollout):
+    """v = s k + K y along the linear model, y' = c + A y + B v from y = 0."""
+
+    def roll(self, chain, trajectory, model, gains, stepsize):
+        def control(segment, x_new, y, u, gains, F):
+            v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
+            return u + v, F[1:, 0] + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
+
+        x0, F = trajectory.xs[0][0], model.dynamics(chain, trajectory)
+        data = (trajectory.us, gains, F)
+        return simulate(chain, control, x0, jnp.zeros_like(x0), *data)

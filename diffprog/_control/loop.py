@@ -1,0 +1,397 @@
+"""The solver: a loop over accepted iterations, inside it one over backward passes.
+
+A pass has a purpose, and what it finds says what is next: the first row that applies.
+
+| purpose | the pass found                | next                | converged |
+| ------- | ----------------------------- | ------------------- | --------- |
+| search  | a small promise, but damped   | test                |           |
+| search  | that more damping is needed   | search              |           |
+| test    | a promise that is not small   | search, no new test |           |
+| test    | no minimum, and no way down   | fallback            | yes       |
+| policy  | no minimum                    | fallback            |           |
+| any     | a small promise               | end                 | yes       |
+| any     | else, or numbers not finite   | end                 |           |
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .._chain.vector import run, VectorChain, VectorTrajectory
+from .._common.result import RESULTS
+from .._common.tree import no, vary, where
+from .._common.types import Stacks
+from .direction import AbstractDirection, Expansion
+from .direction.base import expanded, swept
+from .report import HISTORY, report
+from .search import AbstractSearch
+from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
+
+
+# A predicted decrease below this many roundings of the cost cannot be seen in it.
+ROUNDINGS = 64
+
+# A cost that fell below minus this many times its first size has no bound.
+UNBOUNDED = 1e15
+
+# Steps along negative curvature away from a stationary point: each so many times the
+# one before, down to the least.
+LEAVE, LEAST = 1 / 8, 1e-5
+
+
+class Purpose(eqx.Enumeration):
+    """What a backward pass is for."""
+
+    search = "A direction to search along."
+    test = "Without damping: the convergence that a damped pass suspects."
+    policy = "Without damping: the policy at the end."
+    fallback = "The policy, with the last damping that had a minimum."
+    end = "No pass is left."
+
+
+class Counts(eqx.Module):
+    """What was done so far."""
+
+    steps: Int[Array, ""]
+    rollouts: Int[Array, ""]
+    backwards: Int[Array, ""]
+
+
+class Known(eqx.Module):
+    """What the passes found out about an iterate."""
+
+    gains: Stacks
+    feasible_damping: Float[Array, ""]  # the last that a search had a minimum with
+    slope: Float[Array, ""]
+    gradient: Float[Array, ""]
+    decrement: Float[Array, ""]
+    minimum: Bool[Array, ""]  # of the model without damping, at every stage
+
+
+class Trouble(eqx.Module):
+    """The latest number that was not finite."""
+
+    stage: Int[Array, ""]  # T + 1 if there was none
+    step: Int[Array, ""]
+
+
+class Loop(eqx.Module):
+    """The state of the outer loop."""
+
+    trajectory: VectorTrajectory
+    best: VectorTrajectory
+    search: SearchState
+    known: Known
+    counts: Counts
+    trouble: Trouble
+    result: RESULTS
+    stopping: Bool[Array, ""]  # only the backward pass for the policy is left
+    done: Bool[Array, ""]
+    first_cost: Float[Array, ""]
+    history: Float[Array, "rows columns"]
+
+
+class Trials(eqx.Module):
+    """The trials along a direction, and what the search says of the last one."""
+
+    search: SearchState
+    last: VectorTrajectory
+    verdict: Verdict
+    rollouts: Int[Array, ""]
+    first_nonfinite: Int[Array, ""]  # the first stage of any that is not finite
+
+
+class Passes(eqx.Module):
+    """The state of the loop over backward passes at one iterate."""
+
+    purpose: Purpose
+    known: Known
+    trials: Trials
+    damping: Float[Array, ""]
+    positive: Bool[Array, ""]
+    promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
+    converged: Bool[Array, ""]
+    refuted: Bool[Array, ""]  # a test denied the convergence
+    first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
+    backwards: Int[Array, ""]
+
+
+class Solver(eqx.Module):
+    """What stays the same during a solve."""
+
+    chain: VectorChain
+    method: AbstractDirection
+    search: AbstractSearch
+    rtol: Any
+    atol: Any
+    max_steps: int = eqx.field(static=True)
+    verbose: bool | Callable = eqx.field(static=True)
+
+    def init(self, x0, us, state: SearchState, history: bool) -> Loop:
+        chain, dtype = self.chain, self.chain.dtype
+        number = lambda value: jnp.asarray(value, dtype)
+        count = lambda value: jnp.asarray(value, jnp.int32)
+        trajectory = run(chain, x0, us)
+        finite = trajectory.first_nonfinite > chain.horizon
+        cost = jnp.where(finite, trajectory.cost, jnp.inf)
+        trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
+        memory = check_memory(self.search, "init", self.search.init(dtype), dtype)
+        cast = lambda old, new: jnp.asarray(old, new.dtype)
+        given = jtu.tree_map(cast, state, memory)
+        widths = [1 + x.shape[1] for x in trajectory.xs]
+        gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
+        nan, rows = number(jnp.nan), (self.max_steps + 1) * history
+        result = RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
+        result = RESULTS.where(finite, *result)
+        never = jnp.where(finite, count(self.max_steps + 1), 0)
+        loop = Loop(
+            trajectory=trajectory,
+            best=trajectory,
+            search=where(jnp.isnan(given.stepsize), memory, given),
+            known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
+            counts=Counts(count(0), count(1), count(0)),
+            trouble=Trouble(trajectory.first_nonfinite, never),
+            result=result,
+            stopping=~finite,
+            done=~finite,
+            first_cost=cost,
+            history=jnp.full((rows, len(HISTORY)), jnp.nan, dtype),
+        )
+        return vary(loop, like=x0)
+
+    def run(self, loop: Loop) -> Loop:
+        """Iterates until something stops the solve."""
+        return lax.while_loop(
+            lambda loop: ~loop.done,
+            lambda loop: self.step(loop, loop.counts.steps >= self.max_steps),
+            loop,
+        )
+
+    def step(self, loop: Loop, stop) -> Loop:
+        """One accepted iteration; with `stop`, only the pass that gives the policy."""
+        stop = stop | loop.stopping
+        before = loop.trajectory
+        if not self.search.monotone:
+            before = where(stop, loop.best, before)
+        expansion = expanded(self.method, self.chain, before)
+        passes = self._passes(loop, before, expansion, stop)
+        accepted = passes.trials.verdict.accept
+        after = where(accepted, passes.trials.last, before)
+        best = after
+        if not self.search.monotone:
+            best = where(after.cost < loop.best.cost, after, loop.best)
+        result, stopping, done = self._judge(loop, before, after, passes, stop)
+
+        usable = passes.first_nonfinite > self.chain.horizon
+        trials = passes.trials
+        first = jnp.where(usable, trials.first_nonfinite, passes.first_nonfinite)
+        new = Trouble(first, loop.counts.steps)
+        return Loop(
+            trajectory=after,
+            best=best,
+            search=where(trials.verdict.fail, loop.search, trials.search),
+            known=passes.known,
+            counts=Counts(
+                loop.counts.steps + accepted.astype(jnp.int32),
+                trials.rollouts,
+                passes.backwards,
+            ),
+            trouble=where(first <= self.chain.horizon, new, loop.trouble),
+            result=result,
+            stopping=stopping,
+            done=done,
+            first_cost=loop.first_cost,
+            history=self._record(loop, before, passes, stop),
+        )
+
+    def _judge(self, loop, before, after, passes: Passes, stop):
+        """The result so far; whether only the policy is left to find; whether none."""
+        verdict, horizon = passes.trials.verdict, self.chain.horizon
+        usable = passes.first_nonfinite > horizon
+        noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
+        quiet = passes.promised <= noise
+        failed, falls = verdict.fail, after.cost < before.cost
+        stalled = (verdict.accept | failed) & ~falls & quiet
+        diverged = failed & ~(passes.trials.last.first_nonfinite > horizon)
+        # Only a search that is not monotone leaves a better iterate behind.
+        ended = passes.converged | ~usable
+        worse = ended & ~stop & (loop.best.cost < before.cost)
+        unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
+        denied = stop & (loop.result == RESULTS.successful) & ~quiet
+
+        result = RESULTS.max_steps_reached
+        for applies, code in (  # the last one that applies counts
+            (stop, loop.result),
+            (denied, RESULTS.no_descent),
+            (failed, self.search.exhausted),
+            (failed & ~passes.positive, self.search.no_minimum),
+            (diverged & passes.positive, RESULTS.nonfinite_rollout),
+            (unbounded, RESULTS.cost_unbounded),
+            (stalled | passes.converged, RESULTS.successful),
+            (worse, RESULTS.no_descent),
+            (~usable, RESULTS.nonfinite_derivative),
+        ):
+            result = RESULTS.where(applies, code, result)
+        stopping = failed | stalled | worse | unbounded
+        return result, stopping, stop | (ended & ~worse)
+
+    def _record(self, loop: Loop, before: VectorTrajectory, passes: Passes, stop):
+        """The history with a row about the iterate and the step from it."""
+        state, step = passes.trials.search, loop.counts.steps
+        row = jnp.stack([
+            before.cost,
+            jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),
+            passes.damping,
+            passes.known.slope,
+            jnp.where(stop, 0, state.trials).astype(before.cost.dtype),
+            passes.known.gradient,
+        ])  # fmt: skip
+        if self.verbose:
+            report(self.verbose, step, row)
+        if not loop.history.shape[0]:
+            return loop.history
+        # The row of a search that failed stays.
+        written = loop.history[step]
+        row = jnp.where(jnp.isnan(written[0]), row, written)
+        return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)
+
+    def _passes(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
+        """Backward passes, each with its trials, until one trial is accepted.
+
+        The last ones at a final iterate have no trials: without damping, and if there
+        is no minimum, with the last damping that had one.
+        """
+        false, T = no(stop), self.chain.horizon
+        nan, inf = (jnp.full_like(before.cost, fill) for fill in (jnp.nan, jnp.inf))
+        gains = jtu.tree_map(jnp.zeros_like, loop.known.gains)
+        begun = self.search.begin(loop.search, expansion.cost_gradient)
+        check_memory(self.search, "begin", begun, self.chain.dtype)
+        start = Purpose.where(stop, Purpose.policy, Purpose.search)
+        usable = expansion.first_nonfinite > T
+        passes = Passes(
+            purpose=Purpose.where(usable, start, Purpose.end),
+            known=Known(gains, loop.known.feasible_damping, nan, nan, inf, false),
+            trials=Trials(
+                where(stop, loop.search, begun),
+                before,
+                Verdict(false, false, false),
+                loop.counts.rollouts,
+                jnp.full_like(before.first_nonfinite, T + 1),
+            ),
+            damping=jnp.zeros_like(nan),
+            positive=false,
+            promised=nan,
+            converged=false,
+            refuted=false,
+            first_nonfinite=expansion.first_nonfinite,
+            backwards=loop.counts.backwards,
+        )
+        return lax.while_loop(
+            lambda p: p.purpose != Purpose.end,
+            lambda p: self._pass(p, before, expansion),
+            passes,
+        )
+
+    def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
+        """One backward pass, its trials, and what comes next: a row of the table."""
+        is_for = lambda purpose: p.purpose == purpose
+        searching, testing = is_for(Purpose.search), is_for(Purpose.test)
+        policy, fallback = is_for(Purpose.policy), is_for(Purpose.fallback)
+        damping = jnp.where(fallback, p.known.feasible_damping, 0)
+        damping = jnp.where(searching, p.trials.search.damping, damping)
+        sweep = swept(self.method, self.chain, before, expansion.model, damping)
+        positive, promised, damped = sweep.positive, sweep.promised, damping > 0
+        tolerance = self.atol + self.rtol * jnp.abs(before.cost)
+        small = positive & (promised <= tolerance)
+        suspected, refuted = small & ~(p.refuted & damped), positive & ~small
+        # Where the model has no minimum the iterate may be a maximum or a saddle.
+        leaving = testing & ~positive
+        trying = leaving | (searching & positive & ~suspected)
+        ways = trying, leaving, tolerance
+        trials = self._trials(p.trials, before, expansion, sweep, *ways)
+        rejected = self.search.reject(trials.search)
+        check_judged(self.search, "reject", rejected, self.chain.dtype)
+        state, verdict = where(
+            searching & ~positive, rejected, (trials.search, trials.verdict)
+        )
+        state = where(leaving & ~verdict.accept, p.trials.search, state)
+        trials = eqx.tree_at(lambda t: (t.search, t.verdict), trials, (state, verdict))
+        purpose, converged = Purpose.end, suspected
+        for applies, then, confirmed in reversed((
+            (searching & suspected & damped, Purpose.test, False),
+            (searching & verdict.refresh, Purpose.search, False),
+            (testing & refuted, Purpose.search, False),
+            (testing & ~positive & ~verdict.accept, Purpose.fallback, True),
+            (policy & ~positive, Purpose.fallback, False),
+        )):  # fmt: skip
+            purpose = Purpose.where(applies, then, purpose)
+            converged = jnp.where(applies, confirmed, converged)
+        first = jnp.minimum(p.first_nonfinite, sweep.first_nonfinite)
+        purpose = Purpose.where(first > self.chain.horizon, purpose, Purpose.end)
+
+        latest = lambda new, old: jnp.where(positive, new, old)
+        known = p.known
+        return Passes(
+            purpose=purpose,
+            known=Known(
+                gains=where(positive, sweep.gains, known.gains),
+                feasible_damping=jnp.where(
+                    searching & positive, damping, known.feasible_damping
+                ),
+                slope=latest(sweep.slope, known.slope),
+                gradient=sweep.gradient,
+                decrement=latest(promised, known.decrement),
+                minimum=jnp.where(damped, known.minimum, positive),
+            ),
+            trials=trials,
+            damping=damping,
+            positive=positive,
+            promised=latest(jnp.fmax(p.promised, promised), p.promised),
+            converged=p.converged | converged,
+            refuted=p.refuted | (testing & refuted),
+            first_nonfinite=first,
+            backwards=p.backwards + 1,
+        )
+
+    def _trials(
+        self, trials: Trials, before, expansion, sweep, trying, leaving, tolerance
+    ) -> Trials:
+        """Roll-outs along one direction until the search has a verdict.
+
+        When `leaving` a stationary point, until the cost falls beyond the tolerance.
+        """
+
+        def body(trials: Trials) -> Trials:
+            state = trials.search
+            at: Any = (expansion.model, sweep, state.stepsize)
+            trial, _ = self.method.forward(self.chain, before, *at)
+            finite = trial.first_nonfinite > self.chain.horizon
+            cost = jnp.where(finite, trial.cost, jnp.inf)
+            known = (before.cost, cost, sweep.slope, sweep.curvature)
+            judged = self.search.step(state, Trial(*known, expansion.cost_gradient))
+            check_judged(self.search, "step", judged, self.chain.dtype)
+            falls = cost < before.cost - tolerance
+            shorter = eqx.tree_at(
+                lambda state: (state.stepsize, state.trials),
+                state,
+                (jnp.where(falls, 1, LEAVE) * state.stepsize, state.trials + 1),
+            )
+            left = Verdict(falls, no(falls), ~falls & (shorter.stepsize < LEAST))
+            state, verdict = where(leaving, (shorter, left), judged)
+            first = jnp.minimum(trials.first_nonfinite, trial.first_nonfinite)
+            return Trials(state, trial, verdict, trials.rollouts + 1, first)
+
+        false = no(trying)
+        whole = jnp.where(leaving, 1, trials.search.stepsize)
+        start = eqx.tree_at(
+            lambda t: (t.search.stepsize, t.verdict),
+            trials,
+            (whole, Verdict(false, false, false)),
+        )
+        decided = lambda v: v.accept | v.refresh | v.fail
+        return lax.while_loop(lambda t: trying & ~decided(t.verdict), body, start)

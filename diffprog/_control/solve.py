@@ -1,0 +1,293 @@
+"""A solve in one call, and one direction."""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
+from .._chain.problem import AbstractChain
+from .._chain.vector import run, vectorize, Vectorized
+from .._common.changes import Same
+from .._common.door import door, undifferentiated
+from .._common.fast_loops import compiled, Loops
+from .._common.result import explain, RESULTS, throw_unless_successful
+from .._common.tree import all_finite, strong
+from .._common.types import check_kind, check_one_number, with_advice
+from .direction import AbstractDirection
+from .direction.base import expanded, swept
+from .loop import Loop, Solver
+from .lqr import Policy
+from .report import HISTORY
+from .search import AbstractSearch, Backtracking
+from .search.base import SearchState
+from .solution import ADVICE, explain_solution, Solution
+
+
+def tolerance(value: Any, dtype) -> Any:
+    """The tolerance given, or else an accuracy that the dtype can deliver."""
+    if value is None:
+        return 1e-9 if dtype == jnp.float64 else 1e-6
+    return _float(value)
+
+
+def solver_of(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
+    dtype = chain.dtype
+    cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
+    return Solver(
+        chain=chain,
+        method=method,
+        search=jtu.tree_map(cast, search),
+        rtol=cast(rtol),
+        atol=cast(atol),
+        max_steps=max_steps,
+        verbose=verbose,
+    )
+
+
+def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
+    trajectory, history = loop.trajectory, {}
+    if loop.history.shape[0]:
+        history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
+    policies = tuple(
+        Policy(
+            K=gains[:, :, 1:],
+            k=gains[:, :, 0],
+            xs=trajectory.xs[i],
+            us=trajectory.us[i],
+            _x=vectorized.x_layouts[i],
+            _u=vectorized.u_layouts[i],
+            _start=vectorized.chain.segments[i].start,
+        )
+        for i, gains in enumerate(loop.known.gains)
+    )
+    ok = loop.result == RESULTS.successful
+    T = vectorized.chain.horizon
+    stats = dict(
+        num_steps=loop.counts.steps,
+        num_rollouts=loop.counts.rollouts,
+        num_backwards=loop.counts.backwards,
+        max_steps=max_steps,
+        gradient=loop.known.gradient,
+        decrement=loop.known.decrement,
+        minimum=loop.known.minimum,
+        first_nonfinite=jnp.where(ok, T + 1, loop.trouble.stage),
+        nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
+    )
+    return Solution(
+        vectorized.states(trajectory),
+        vectorized.controls(trajectory.us),
+        trajectory.cost,
+        vectorized.problem.join_controls(policies),
+        loop.result,
+        stats,
+        history,
+        loop.search,
+    )
+
+
+@door
+def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solution:
+    max_steps, history, verbose, fast_loops = options
+    vectorized = vectorize(problem, x0, us)
+
+    def run(loops: Loops) -> Loop:
+        chain = dataclasses.replace(vectorized.chain, loops=loops)
+        solver = solver_of(chain, method, search, rtol, atol, max_steps, verbose.value)
+        return solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
+
+    loop = compiled(run, fast_loops)
+    return undifferentiated(solution_of(vectorized, loop, max_steps))
+
+
+def check(
+    problem: Any,
+    method: Any,
+    search: Any = Backtracking(),
+    state: Any = None,
+    max_steps: Any = 0,
+    **numbers: Any,
+):
+    """Raises for a wrong call."""
+    check_kind("problem", problem, AbstractChain, "dp.ControlProblem(...)")
+    check_kind("method", method, AbstractDirection, "dp.ILQR()")
+    check_kind("search", search, AbstractSearch, "dp.Backtracking()")
+    check_kind("state", state, SearchState | None, "solution.state")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
+    if max_steps < 0:
+        raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
+    if any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state)):
+        raise ValueError(
+            "`state` holds a batch; give the state of one solve, or `jax.vmap` over it."
+        )
+    for name, value in numbers.items():
+        if value is not None:
+            check_one_number(name, value, "one number >= 0")
+        if isinstance(value, float | int) and not value >= 0:
+            raise ValueError(f"`{name}` is {value}; a number >= 0 is expected.")
+
+
+def arguments(
+    problem, method, x0, us, search, state, rtol, atol, max_steps, *options
+) -> tuple:
+    """Those of a solve: checked, floating, with defaults; options are one of them."""
+    check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
+    (x0, us), dtype = strong(x0, us)
+    state = SearchState.none(dtype) if state is None else state
+    tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
+    return problem, method, x0, us, search, state, *tolerances, (max_steps, *options)
+
+
+def _float(value):
+    return float(value) if isinstance(value, int) else value
+
+
+_NOT_IN_SOLVE = dict(
+    check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
+    "of an array",
+    in_axes="`dp.solve_batch` solves many problems",
+    batch_size="`dp.solve_batch` solves many problems",
+)
+
+
+@with_advice(lambda name, _, known: _NOT_IN_SOLVE.get(name, known))
+def solve(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    search: AbstractSearch = Backtracking(),
+    *,
+    max_steps: int = 256,
+    rtol: Any = None,
+    atol: Any = None,
+    throw: bool = True,
+    state: SearchState | None = None,
+    history: bool = True,
+    verbose: bool | Callable = False,
+    fast_loops: bool | None = None,
+) -> Solution:
+    r"""Minimizes the cost of a chain over its controls.
+
+    $$u \leftarrow u + v(s, \nu), \quad \text{until} \quad
+    \text{predicted decrease} \le \text{atol} + \text{rtol} \, |J(u)|,$$
+
+    where the direction v of `method` has step size s and damping $\nu$ from `search`.
+    Without damping the predicted decrease is minus half the slope of the cost along v.
+
+    **Arguments:**
+
+    - `problem`: a [`diffprog.ControlProblem`][] or [`diffprog.Chain`][].
+    - `method`: the direction, such as [`diffprog.ILQR`][].
+    - `x0`: the first state, shape `(n,)` or any pytree of floating arrays.
+    - `us`: the first guess of the controls, `(T, m)` or a pytree of arrays with T rows.
+    - `search`: [`diffprog.Backtracking`][], [`diffprog.AdaptiveDamping`][] or
+        [`diffprog.FixedStep`][].
+    - `max_steps`: the most accepted iterations; a Python int.
+    - `rtol`, `atol`: tolerances; 1e-9 in float64 and 1e-6 in float32 unless given.
+    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
+        inputs are concrete; under `jit` and `vmap` look at `solution.result`.
+    - `state`: `solution.state` of an earlier solve: its step size and damping.
+    - `history`: whether to record cost, step size and more of each iteration.
+    - `verbose`: `True` prints a row for each iteration; a function receives it as named
+        arrays.
+    - `fast_loops`: `None` compiles all loops into one function on the CPU where that is
+        known to work, which is several times faster for small systems; `False` never
+        does, and `True` raises `ValueError` where it is not possible.
+
+    **Returns:** a [`diffprog.Solution`][]: the best finite iterate, in the dtype of the
+    inputs.
+
+    **Fails:** `ValueError` or `TypeError` at once for a wrong call. Results other than
+    `successful` are listed in [`diffprog.RESULTS`][].
+
+    At a maximum or a saddle the gradient is 0 as well. Where the model of `method` has
+    no minimum there (and at most 7 controls), a few steps along its negative curvature
+    are tried, and the solve goes on from one that lowers the cost; else
+    `solution.stats["minimum"]` is false.
+
+    The functions of the problem are traced once; new numbers in the problem, method,
+    search, x0 or us do not compile again. Derivatives of the solution are not
+    available yet and raise.
+
+    Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
+    Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
+    """
+    if not isinstance(verbose, bool) and not callable(verbose):
+        raise TypeError(
+            f"`verbose` is {verbose!r}; True, False or a function of named arrays is "
+            "expected."
+        )
+    options = max_steps, bool(history), Same(verbose), fast_loops
+    given = arguments(problem, method, x0, us, search, state, rtol, atol, *options)
+    return judged(_solve(*given), problem, throw)
+
+
+def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
+    """Raises for what is known to have failed, in the words of the problem."""
+    told = ft.partial(explain_solution, advice=_advice(problem))
+    return throw_unless_successful(solution.result, solution, throw, told)
+
+
+def _advice(problem: AbstractChain) -> Mapping[str, str]:
+    """In the words of the problem."""
+    return NETWORK_ADVICE if isinstance(problem, NetworkProblem) else ADVICE
+
+
+@door
+def _direction(problem, method, x0, us, damping):
+    vectorized = vectorize(problem, x0, us)
+    chain = vectorized.chain
+    trajectory = run(chain, *vectorized.ravel(x0, us))
+    expansion = expanded(method, chain, trajectory)
+    damping = jnp.asarray(damping, chain.dtype)
+    sweep = swept(method, chain, trajectory, expansion.model, damping)
+    one = jnp.ones((), chain.dtype)
+    _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
+    T = chain.horizon
+    result = RESULTS.where(
+        sweep.positive, RESULTS.successful, RESULTS.factorization_failed
+    )
+    result = RESULTS.where(
+        expansion.first_nonfinite > T, result, RESULTS.nonfinite_derivative
+    )
+    finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
+    ok = result == RESULTS.successful
+    vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
+    return vectorized.controls(vs), result
+
+
+def direction(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    *,
+    damping: float | Float[Array, ""] = 0.0,
+    throw: bool = True,
+) -> tuple[PyTree, RESULTS]:
+    r"""The change of the controls that `method` proposes at step size 1.
+
+    **Arguments:**
+
+    - `problem`, `method`, `x0`, `us`: as in [`diffprog.solve`][].
+    - `damping`: the weight of $\frac\nu2 \|v\|^2$ in the model.
+    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
+        inputs are concrete.
+
+    **Returns:** `(du, result)`; `du` is like `us`, and for [`diffprog.ILQR`][] and
+    [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
+    `result` is not `successful`.
+    """
+    check(problem, method, damping=damping)
+    (x0, us), _ = strong(x0, us)
+    du, result = _direction(problem, method, x0, us, _float(damping))
+    told = lambda _: explain(result, _advice(problem))
+    return throw_unless_successful(result, (du, result), throw, told)

@@ -1,0 +1,141 @@
+"""A solve that is stepped by hand."""
+
+from typing import Any
+
+import equinox as eqx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._chain.problem import AbstractChain
+from .._chain.vector import vectorize
+from .._common.door import door, undifferentiated
+from .._common.result import RESULTS
+from .direction import AbstractDirection
+from .loop import Loop
+from .search import AbstractSearch, Backtracking
+from .search.base import SearchState
+from .solution import Solution
+from .solve import arguments, judged, solution_of, solver_of
+
+
+class SolverState(eqx.Module):
+    """A solve that is stepped by hand.
+
+    - `x0`: the first state.
+    - `xs`, `us`: the iterate.
+    - `method`, `search`, `rtol`, `atol`, `max_steps`: as given to [`diffprog.init`][].
+
+    Properties: `cost` of the iterate, `num_steps` accepted so far, `done` and `result`.
+    """
+
+    x0: PyTree[Array]
+    xs: PyTree[Array]
+    us: PyTree[Array]
+    method: AbstractDirection
+    search: AbstractSearch
+    rtol: Any
+    atol: Any
+    max_steps: int = eqx.field(static=True)
+    _loop: Loop
+
+    @property
+    def cost(self) -> Float[Array, ""]:
+        return self._loop.trajectory.cost
+
+    @property
+    def num_steps(self) -> Int[Array, ""]:
+        return self._loop.counts.steps
+
+    @property
+    def done(self) -> Bool[Array, ""]:
+        return self._loop.done
+
+    @property
+    def result(self) -> RESULTS:
+        return self._loop.result
+
+
+@door
+def _first_state(
+    problem, method, x0, us, search, state, rtol, atol, options
+) -> SolverState:
+    max_steps, history = options
+    vectorized = vectorize(problem, x0, us)
+    solver = solver_of(vectorized.chain, method, search, rtol, atol, max_steps, False)
+    loop = solver.init(*vectorized.ravel(x0, us), state, history)
+    xs = vectorized.states(loop.trajectory)
+    return SolverState(
+        x0, xs, us, method, search, solver.rtol, solver.atol, max_steps, loop
+    )
+
+
+def _stepped(problem, state: SolverState, last: bool):
+    vectorized = vectorize(problem, state.x0, state.us)
+    options = (state.rtol, state.atol, state.max_steps, False)
+    solver = solver_of(vectorized.chain, state.method, state.search, *options)
+    stop = last | (state.num_steps >= state.max_steps)
+    loop = lax.cond(
+        state.done, lambda loop: loop, lambda loop: solver.step(loop, stop), state._loop
+    )
+    return vectorized, loop
+
+
+@door
+def _next_state(problem, state: SolverState) -> SolverState:
+    vectorized, loop = _stepped(problem, state, False)
+    xs, us = vectorized.states(loop.trajectory), vectorized.controls(loop.trajectory.us)
+    where = lambda s: (s.xs, s.us, s._loop)
+    return eqx.tree_at(where, state, (xs, us, loop))
+
+
+@door
+def _finished(problem, state: SolverState) -> Solution:
+    vectorized, loop = _stepped(problem, state, True)
+    return undifferentiated(solution_of(vectorized, loop, state.max_steps))
+
+
+def init(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    search: AbstractSearch = Backtracking(),
+    *,
+    max_steps: int = 256,
+    rtol: Any = None,
+    atol: Any = None,
+    state: SearchState | None = None,
+    history: bool = True,
+) -> SolverState:
+    """Starts a solve that is stepped by hand; arguments as in [`diffprog.solve`][].
+
+    ```python
+    state = dp.init(problem, dp.ILQR(), x0, us)
+    while not state.done:
+        state = dp.step(problem, state)
+    solution = dp.finish(problem, state)
+    ```
+    """
+    options = max_steps, bool(history)
+    given = arguments(problem, method, x0, us, search, state, rtol, atol, *options)
+    return _first_state(*given)
+
+
+def step(problem: AbstractChain, state: SolverState) -> SolverState:
+    """One accepted iteration; nothing once `state.done`.
+
+    The call after the last accepted iteration finds out that the solve is over and
+    computes the policy. The problem must be the one given to [`diffprog.init`][].
+    """
+    return _next_state(problem, state)
+
+
+def finish(
+    problem: AbstractChain, state: SolverState, *, throw: bool = True
+) -> Solution:
+    """The solution at the current iterate, with its policy.
+
+    Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
+    to be stationary: give `throw=False` to stop early.
+    """
+    return judged(_finished(problem, state), problem, throw)

@@ -1,0 +1,1 @@
+"""Softmax, softargmax and their derivatives, for any f-divergence."""

@@ -1,0 +1,1 @@
+"""Directions for training behind one call, and bounds of networks."""
