@@ -27,7 +27,7 @@ from .._common.result import RESULTS
 from .._common.tree import no, vary, where
 from .._common.types import Stacks
 from .direction import AbstractDirection, Expansion
-from .direction.base import expanded, swept
+from .direction.base import check_expansion, check_sweep
 from .report import HISTORY, report
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
@@ -178,8 +178,13 @@ class Solver(eqx.Module):
         before = loop.trajectory
         if not self.search.monotone:
             before = where(stop, loop.best, before)
-        expansion = expanded(self.method, self.chain, before)
-        passes = self._passes(loop, before, expansion, stop)
+        expansion = self.method.expand(self.chain, before)
+        check_expansion(self.method, expansion)
+        passes = lax.while_loop(
+            lambda p: p.purpose != Purpose.end,
+            lambda p: self._pass(p, before, expansion),
+            self._begin(loop, before, expansion, stop),
+        )
         accepted = passes.trials.verdict.accept
         after = where(accepted, passes.trials.last, before)
         best = after
@@ -260,12 +265,8 @@ class Solver(eqx.Module):
         row = jnp.where(jnp.isnan(written[0]), row, written)
         return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)
 
-    def _passes(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
-        """Backward passes, each with its trials, until one trial is accepted.
-
-        The last ones at a final iterate have no trials: without damping, and if there
-        is no minimum, with the last damping that had one.
-        """
+    def _begin(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
+        """The state before the first pass at an iterate."""
         false, T = no(stop), self.chain.horizon
         nan, inf = (jnp.full_like(before.cost, fill) for fill in (jnp.nan, jnp.inf))
         gains = jtu.tree_map(jnp.zeros_like, loop.known.gains)
@@ -273,7 +274,7 @@ class Solver(eqx.Module):
         check_memory(self.search, "begin", begun, self.chain.dtype)
         start = Purpose.where(stop, Purpose.policy, Purpose.search)
         usable = expansion.first_nonfinite > T
-        passes = Passes(
+        return Passes(
             purpose=Purpose.where(usable, start, Purpose.end),
             known=Known(gains, loop.known.feasible_damping, nan, nan, inf, false),
             trials=Trials(
@@ -291,11 +292,6 @@ class Solver(eqx.Module):
             first_nonfinite=expansion.first_nonfinite,
             backwards=loop.counts.backwards,
         )
-        return lax.while_loop(
-            lambda p: p.purpose != Purpose.end,
-            lambda p: self._pass(p, before, expansion),
-            passes,
-        )
 
     def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
         """One backward pass, its trials, and what comes next: a row of the table."""
@@ -304,7 +300,8 @@ class Solver(eqx.Module):
         policy, fallback = is_for(Purpose.policy), is_for(Purpose.fallback)
         damping = jnp.where(fallback, p.known.feasible_damping, 0)
         damping = jnp.where(searching, p.trials.search.damping, damping)
-        sweep = swept(self.method, self.chain, before, expansion.model, damping)
+        sweep = self.method.backward(self.chain, before, expansion.model, damping)
+        check_sweep(self.method, before, sweep)
         positive, promised, damped = sweep.positive, sweep.promised, damping > 0
         tolerance = self.atol + self.rtol * jnp.abs(before.cost)
         small = positive & (promised <= tolerance)

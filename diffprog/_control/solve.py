@@ -20,7 +20,7 @@ from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import all_finite, strong
 from .._common.types import check_kind, check_one_number, with_advice
 from .direction import AbstractDirection
-from .direction.base import expanded, swept
+from .direction.base import check_expansion, check_sweep
 from .loop import Loop, Solver
 from .lqr import Policy
 from .report import HISTORY
@@ -245,9 +245,11 @@ def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
     trajectory = run(chain, *vectorized.ravel(x0, us))
-    expansion = expanded(method, chain, trajectory)
+    expansion = method.expand(chain, trajectory)
+    check_expansion(method, expansion)
     damping = jnp.asarray(damping, chain.dtype)
-    sweep = swept(method, chain, trajectory, expansion.model, damping)
+    sweep = method.backward(chain, trajectory, expansion.model, damping)
+    check_sweep(method, trajectory, sweep)
     one = jnp.ones((), chain.dtype)
     _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
     T = chain.horizon

@@ -81,21 +81,14 @@ class AbstractDirection(AbstractPart):
         return found
 
 
-def expanded(
-    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory
-) -> Expansion:
-    """What `expand` returns, which must be an `Expansion`."""
-    expansion = method.expand(chain, at)
+def check_expansion(method: AbstractDirection, expansion: Any):
+    """Raises for what `expand` must not return."""
     numbers = dict(cost_gradient=jnp.floating, first_nonfinite=jnp.integer)
     check_answer(method, "expand", expansion, Expansion, **numbers)
-    return expansion
 
 
-def swept(
-    method: AbstractDirection, chain: VectorChain, at: VectorTrajectory, *given: Any
-) -> Sweep:
-    """What `backward` returns, which must be a `Sweep` with gains that fit."""
-    sweep = method.backward(chain, at, *given)
+def check_sweep(method: AbstractDirection, at: VectorTrajectory, sweep: Any):
+    """Raises for what `backward` must not return: gains that do not fit, say."""
     names = "slope", "curvature", "decrement", "gradient"
     numbers = dict.fromkeys(names, jnp.floating)
     check_answer(method, "backward", sweep, Sweep, **numbers, positive=jnp.bool_)
@@ -107,7 +100,6 @@ def swept(
             f"{shapes(sweep.gains):.200}; [k K] of every stage, one array for each "
             f"segment of the chain, {expected!s:.200}, are expected."
         )
-    return sweep
 
 
 def linear_quadratic(
