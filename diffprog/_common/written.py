@@ -4,7 +4,6 @@ import contextlib
 import types
 from typing import Any
 
-import jax
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
@@ -56,7 +55,9 @@ def taken_back(tree: PyTree):
 
 
 def _is_traced(value) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+    parts = value.values() if isinstance(value, dict) else value
+    inside = isinstance(value, list | tuple | dict) and any(map(_is_traced, parts))
+    return inside or isinstance(value, Tracer)
 
 
 def _is_plain(value) -> bool:
