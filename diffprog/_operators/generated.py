@@ -104,9 +104,9 @@ def generator(fn: Callable) -> AbstractDivergence:
             f"`f` is {came(fn)}; a generator such as `dp.losses.KL()` or a function of "
             "one number is expected."
         )
-    name = getattr(fn, "__name__", fn)
+    name, frozen = getattr(fn, "__name__", fn), Frozen(fn)
     with noted(lambda: f"`f` is {name}, which was called with one number."):
-        value = fn(jnp.ones(()))
+        value = frozen(jnp.ones(()))
     if not eqx.is_array_like(value) or jnp.shape(value) != ():
         raise TypeError(
             f"`f` is {name}, which returned {came(value)} for a number; f(u), one "
@@ -114,14 +114,14 @@ def generator(fn: Callable) -> AbstractDivergence:
         )
     with jax.ensure_compile_time_eval():
         grid = jnp.geomspace(1e-4, 1e4, 81)
-        second = np.asarray(jax.vmap(jax.grad(jax.grad(fn)))(grid))
+        second = np.asarray(jax.vmap(jax.grad(jax.grad(frozen)))(grid))
     bad = ~(second > 0)
     if bad.any():
         u, value = float(grid[bad.argmax()]), float(second[bad.argmax()])
         raise ValueError(
             f"f''({u:.3g}) = {value:.3g}; a generator is strictly convex: f'' > 0."
         )
-    return Generated(Frozen(fn))  # pyright: ignore
+    return Generated(frozen)  # pyright: ignore
 
 
 def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:
