@@ -58,7 +58,7 @@ def fit(
             row = int(np.argmin(given[:, side]))
             away = np.linalg.norm(offsets[row, side])
             radius = away / (1 - given[row, side])
-            most = 0.995 * (1 - _ADVANCE) / _LEAST * radius  # rounds down
+            most = min((1 - _ADVANCE) / _LEAST * radius, 0.997 * away)
             raise ValueError(
                 f"`{_SIDES[side]}` is {meters(away, 4)} away from the center in "
                 f"{_nearest(center[row], points, lines)}, s = {knots[row]:.1f} m, "
