@@ -14,6 +14,7 @@ from .._common.capture import Frozen
 from .._common.changes import check_held
 from .._common.loops import repeat
 from .._common.types import came, noted
+from .._common.written import taken_back
 from .divergence import AbstractDivergence, check_answers
 
 
@@ -104,14 +105,16 @@ def generator(fn: Callable) -> AbstractDivergence:
             f"`f` is {came(fn)}; a generator such as `dp.losses.KL()` or a function of "
             "one number is expected."
         )
-    name, frozen = getattr(fn, "__name__", fn), Frozen(fn)
-    with noted(lambda: f"`f` is {name}, which was called with one number."):
-        value = frozen(jnp.ones(()))
+    name = getattr(fn, "__name__", fn)
+    given = lambda: f"`f` is {name}, which was called with one number."
+    with taken_back(fn), noted(given):
+        value = fn(jnp.ones(()))
     if not eqx.is_array_like(value) or jnp.shape(value) != ():
         raise TypeError(
             f"`f` is {name}, which returned {came(value)} for a number; f(u), one "
             "number, is expected, or a generator such as `dp.losses.Alpha(1.5)`."
         )
+    frozen = Frozen(fn)
     with jax.ensure_compile_time_eval():
         grid = jnp.geomspace(1e-4, 1e4, 81)
         second = np.asarray(jax.vmap(jax.grad(jax.grad(frozen)))(grid))
