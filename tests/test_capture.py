@@ -1,5 +1,6 @@
 """What functions capture is data: a changed number never gives the old answer."""
 
+import collections
 import dataclasses
 import functools as ft
 import types
@@ -755,13 +756,261 @@ def test_a_function_that_counts_its_calls_is_traced_once():
 
     class Counting(eqx.Module):
         def cost(self, x, u, t):
-            calls.append(len(calls))
+            calls.append((len(calls), x.shape, x.dtype))
             return effort(1.0, x, u, t)
 
     for _ in range(3):
         dp.rollout(problem(Counting().cost), X0, US)
         assert len(calls) == 2
     dp.linearize(problem(Counting().cost), X0, US)
+
+
+class Plant:
+    """A system with a mass, and places to write to."""
+
+    made: Any = None  # a subclass writes it into the object
+
+    def __init__(self):
+        self.weight, self.memo, self.log = 1.0, {}, []
+        self.nested: dict = {"a": {"b": []}}
+        self.waiting = collections.defaultdict(list)
+
+    def mass(self):
+        return self.weight
+
+    def dynamics(self, x, u, t):
+        return x + u / self.mass()
+
+    def cost(self, x, u, t):
+        return jnp.sum(u**2 + x**2)
+
+    def terminal_cost(self, x):
+        return jnp.sum(x**2)
+
+
+class Memo(Plant):
+    def mass(self):
+        if "one" not in self.memo:
+            self.memo["one"] = 1.0
+        return self.weight * self.memo["one"]
+
+
+class TracedMemo(Plant):
+    def mass(self):
+        if self.memo.get("mass") is None:
+            self.memo["mass"] = self.weight * 1.0
+        return self.memo["mass"]
+
+
+class Log(Plant):
+    def mass(self):
+        self.log.extend([1.0, self.weight * 1.0, {2.0}, collections.deque()])
+        return self.weight
+
+
+class Nested(Plant):
+    def mass(self):
+        self.nested["a"]["b"].append(np.ones(1))
+        self.nested["a"]["c"] = {"d": self.weight}
+        return self.weight * self.nested["a"]["b"][0]
+
+
+class Missing(Plant):
+    def mass(self):
+        self.waiting["now"].append(self.weight)
+        return self.waiting["now"][-1]
+
+
+class Made(Plant):
+    def mass(self):
+        if self.made is None:
+            self.made = lambda: self.weight
+        return self.made()
+
+
+class Property(Plant):
+    @ft.cached_property
+    def found(self):
+        return 1.0 * self.weight
+
+    def mass(self):
+        return self.found
+
+
+class Slots(Plant):
+    __slots__ = ("slot",)
+
+    def mass(self):
+        self.slot = self.weight * 1.0
+        return self.slot
+
+
+class Unlike(Plant):
+    """Without a number it is not rebuilt: what is written lands in it."""
+
+    def __init__(self):
+        pass
+
+    def mass(self):
+        self.weight = self.made = [jnp.ones(()) * self.factor]
+        return self.made[0]
+
+    factor: float = 0.7
+
+
+class Shared(TracedMemo):
+    """The dynamics and the cost are traced apart, and share a memo."""
+
+    def cost(self, x, u, t):
+        return self.mass() * jnp.sum(u**2 + x**2)
+
+
+class SharedFields(eqx.Module):
+    weight: Any
+    memo: dict
+
+    mass, dynamics, cost = Shared.mass, Shared.dynamics, Shared.cost
+    terminal_cost = Plant.terminal_cost
+
+
+WRITING = [Memo, TracedMemo, Log, Nested, Missing, Made, Property, Slots]
+
+
+@pytest.mark.parametrize("kind", WRITING, ids=lambda kind: kind.__name__)
+def test_a_method_may_write_into_its_object_while_it_is_traced(kind):
+    def found(kind):
+        plant, costs = kind(), []
+        chain, state = system_of(plant), repr(vars(plant))
+        for weight in (0.7, 2.3, 2.3):
+            plant.weight = weight
+            costs += [dp.rollout(chain, X0, US + 1.0).cost]
+            costs += [dp.rollout(chain, X0, US + 1.0, check=True).cost]
+            costs += [dp.solve(chain, ILQR, X0, US, max_steps=2, throw=False).cost]
+        plant.weight = 1.0
+        missing = dict(waiting=plant.waiting)
+        assert repr(vars(plant)) == state or missing == dict(waiting={"now": []})
+        return costs
+
+    np.testing.assert_array_equal(found(kind), found(Plant))
+
+
+def test_an_object_without_numbers_is_as_before():
+    plant, light = Unlike(), Plant()
+    light.weight = plant.factor
+    right = dp.rollout(system_of(light), X0, US + 1.0).cost
+    for _ in range(2):
+        cost = dp.rollout(system_of(plant), X0, US + 1.0).cost
+        np.testing.assert_array_equal(cost, right)
+        dp.linearize(system_of(plant), X0, US)
+        assert vars(plant) == {}
+
+
+class Behind(Plant):
+    def mass(self):
+        ORIGINAL.made = 2.0  # what is traced is a copy of it
+        return self.weight
+
+
+ORIGINAL = Behind()
+
+
+def test_a_number_that_appears_behind_the_trace_is_not_taken_for_another():
+    plant, chain = Plant(), system_of(ORIGINAL)
+    for weight in (0.7, 2.3, 2.3):
+        ORIGINAL.weight = plant.weight = weight
+        found = dp.rollout(chain, X0, US + 1.0).cost
+        right = dp.rollout(system_of(plant), X0, US + 1.0).cost
+        np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("system", [Shared(), SharedFields(1.0, {})], ids=type)
+def test_a_number_that_is_lost_with_its_trace_is_named(entry, system):
+    name = type(system).__name__
+    message = f"type `{name}` holds `memo`, in which .* Compute it before"
+    for _ in range(2):
+        with pytest.raises(TypeError, match=message):
+            ENTRIES[entry](system_of(system))
+        assert system.memo == {}
+
+
+def test_a_memo_of_a_prediction_or_of_a_loss_sees_the_change():
+    class Predictor:
+        def __init__(self):
+            self.gain, self.memo = 1.0, {}
+
+        def predict(self, model, inputs):
+            self.memo.setdefault("gain", self.gain * 1.0)
+            return self.memo["gain"] * (inputs @ model["W"])
+
+        def loss(self, outputs, targets):
+            self.memo.setdefault("gains", []).append(self.gain * outputs)
+            return self.gain * jnp.sum((outputs - targets) ** 2, 1)
+
+    mine = Predictor()
+    vd = dp.value_and_direction(mine.loss, dp.oracles.Gradient(), mine.predict)
+    for gain in (1.0, 2.0):
+        mine.gain = gain
+        value, _ = vd(TRAINED, *DATA)
+        vd.step(TRAINED, vd.init(TRAINED), *DATA)
+        residual = gain * DATA[0] @ TRAINED["W"] - DATA[1]
+        np.testing.assert_allclose(value, gain * jnp.mean(residual**2), rtol=1e-12)
+        assert mine.memo == {}
+
+
+def test_a_generator_may_write_what_it_was_asked():
+    asked = []
+    f = lambda u: asked.append(u) or u**2 / 2
+    scores = jnp.array([0.3, 0.1, -0.2])
+    found = [dp.losses.f_softargmax(scores, f, "uniform") for _ in range(2)]
+    right = dp.losses.f_softargmax(scores, lambda u: u**2 / 2, "uniform")
+    np.testing.assert_array_equal(found, [right, right])
+    assert asked == []
+
+
+class Logger(eqx.Module):
+    weights: Any
+    log: list = eqx.field(static=True)
+
+    def __call__(self, x, u, t):
+        self.log.append(self.weights * 1.0)
+        return effort(self.weights, x, u, t)
+
+
+def logging(place):
+    """A cost that writes numbers down, and where it does."""
+    weights, log, last = np.ones(1), [], None
+
+    def cost(x, u, t, log=log):
+        nonlocal last
+        last = x * 2.0
+        log.append(last)
+        written.memo = last
+        return effort(weights, x, u, t)
+
+    written: Any = cost
+    held = lambda log, x, u, t: cost(x, u, t, log)
+    fn = dict(
+        closure=cost,
+        partial=ft.partial(held, log),
+        static=Logger(weights, log),
+        library=jax.checkpoint(cost),
+        jitted=jax.jit(cost),
+    )[place]
+    return fn, weights, lambda: (log, last, vars(cost))
+
+
+@pytest.mark.parametrize("place", ["closure", "partial", "static", "library", "jitted"])
+def test_what_is_written_in_a_trace_is_taken_back_wherever_it_is(place):
+    cost, weights, written = logging(place)
+    chain, costs = problem(cost), []
+    before = written()[1:]
+    for weight in (1.0, 3.0):
+        weights.fill(weight)
+        costs += [dp.rollout(chain, X0, US + 1.0).cost]
+        dp.linearize(chain, X0, US)
+    np.testing.assert_allclose(costs, [33.0, 39.0])
+    assert written() == ([], *before)
 
 
 def test_attributes_of_functions_are_seen():

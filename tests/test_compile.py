@@ -1,11 +1,14 @@
 """Functions are traced once, and numbers never compile again."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import diffprog as dp
+from diffprog._control.lqr import riccati
 
 from . import helpers, public, twice
 from .helpers import DIRECTIONS, MONOTONE, name
@@ -112,7 +115,7 @@ def test_bound_methods_of_equal_modules_share_a_compilation():
         gain: float
 
         def dynamics(self, x, u, t):
-            calls.append(t)
+            calls.append(None)
             return x + self.gain * u
 
         def cost(self, x, u, t):
@@ -189,3 +192,25 @@ def test_the_second_call_of_a_public_function_compiles_nothing(name, caplog):
         call(second)
     messages = [record.getMessage() for record in caplog.records]
     assert [m for m in messages if m.startswith("Compiling")] == []
+
+
+def test_a_solve_is_near_its_bellman_step(monkeypatch):
+    """Functions that a reader passes from one to the other; those in between that only
+    hand on what they are given (the door, loops) are in `_common`.
+    """
+    stacks, bellman = [], riccati.bellman
+
+    def spied(*args):
+        frame, names = sys._getframe(1), []
+        while frame:
+            code, frame = frame.f_code, frame.f_back
+            _, _, file = code.co_filename.partition("/diffprog/")
+            if file and not file.startswith("_common") and "<" not in code.co_qualname:
+                names.append(code.co_qualname)
+        stacks.append(names)
+        return bellman(*args)
+
+    monkeypatch.setattr(riccati, "bellman", spied)
+    problem, x0, us = helpers.spring(T=7)
+    dp.solve(problem, dp.ILQR(), x0, us, max_steps=1, throw=False)
+    assert stacks[0][-1] == "solve" and 5 < len(stacks[0]) <= 10, stacks[0]

@@ -20,6 +20,7 @@ from .._common.fast_loops import Loops, scan
 from .._common.loops import chained
 from .._common.tree import all_finite, float_dtype, Layout, strong, vary
 from .._common.types import Rows
+from .._common.written import taken_back
 from .calls import about_state, call, check_dtype, scalar
 from .problem import AbstractChain, ControlProblem, Phase
 
@@ -366,5 +367,6 @@ def rollout(
     """
     (x0, us), _ = strong(x0, us)
     if check:
-        _check_indices(problem, x0, us)
+        with taken_back(problem):
+            _check_indices(problem, x0, us)
     return _rollout(problem, x0, us)

@@ -39,12 +39,14 @@ from .changes import (
     is_open,
     is_plain,
     is_record,
+    is_wrapper,
     PLAIN,
     refuse,
     refuse_array,
     Same,
     Unassigned,
 )
+from .written import taken_back
 
 
 JITTED = type(jax.jit(lambda: None))
@@ -201,7 +203,7 @@ class Taken:
             return Same(value)
         if isinstance(value, JITTED):  # left out: the function is called as it is
             return self._holder(value, JITTED)
-        if callable(value) and hasattr(value, "__wrapped__"):
+        if is_wrapper(value):
             return self._keep(value, contents(value))
         if is_record(value, frozen=True):
             return self._object(value)
@@ -369,11 +371,12 @@ class Frozen(Fixed):
         self.__name__ = getattr(tree, "__name__", type(tree).__name__)
         taken = Taken(tree, constants=True, captured=True)
         self.static, self.traced = taken.static, tuple(taken.numbers)
-        self.key = self.static, tuple(map(id, self.traced))
+        self.key, self.held = (self.static, tuple(map(id, self.traced))), tree
 
     def __call__(self, *args):
         """What a frozen function returns."""
-        return self.tree()(*args)
+        with taken_back(self):
+            return self.tree()(*args)
 
     def tree(self) -> PyTree:
         return put_together(self.static, self.traced)

@@ -46,6 +46,7 @@ class Fixed:
     """What never changes: equal where the `key` is."""
 
     key: Any
+    held: PyTree = None  # what a function in it may write to
 
     def __eq__(self, other):
         return type(other) is type(self) and self.key == other.key
@@ -123,7 +124,7 @@ def is_fixed(value) -> bool:
             return False
         return all(map(is_fixed, _in_function(value).values()))
     if is_record(value, frozen=True):
-        return all(map(is_fixed, _in_object(value).values()))
+        return all(map(is_fixed, attributes(value).values()))
     return isinstance(value, (*CODE, np.dtype, np.generic, Fixed))
 
 
@@ -142,6 +143,10 @@ class Unassigned:
     """Stands for the content of a cell to which nothing was assigned yet."""
 
 
+def is_wrapper(value) -> bool:
+    return callable(value) and hasattr(value, "__wrapped__")
+
+
 def contents(value) -> dict[str, Any]:
     """What a function or an object holds, by name."""
     if isinstance(value, types.FunctionType):
@@ -150,9 +155,9 @@ def contents(value) -> dict[str, Any]:
         return dict(function=value.__func__, owner=value.__self__)
     if isinstance(value, ft.partial):
         return dict(function=value.func, args=value.args, keywords=value.keywords)
-    if callable(value) and hasattr(value, "__wrapped__"):
+    if is_wrapper(value):
         return dict(function=getattr(value, "__wrapped__"))  # noqa: B009
-    return _in_object(value)
+    return attributes(value)
 
 
 def _in_function(fn: types.FunctionType) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def _in_function(fn: types.FunctionType) -> dict[str, Any]:
     return parts | {f".{name}": value for name, value in own if name[0] != "_"}
 
 
-def _in_object(value) -> dict[str, Any]:
+def attributes(value) -> dict[str, Any]:
     names = dict.fromkeys(getattr(value, "__dict__", ()))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -227,7 +232,7 @@ def check_held(tree: PyTree):
 
 
 def refuse(value, holder: Any = None, name: str = ""):
-    place = "A part of what was given is" if holder is None else _place(holder, name)
+    what = "A part of what was given is" if holder is None else place(holder, name)
     advice = (
         "Make it a field that is not static (without `static=True`), or give a tuple "
         "or a frozen dataclass in its place."
@@ -236,7 +241,7 @@ def refuse(value, holder: Any = None, name: str = ""):
         "numbers in it. What never changes may also be a global."
     )
     raise TypeError(
-        f"{place} an object of type `{type(value).__name__}`: it can change without "
+        f"{what} an object of type `{type(value).__name__}`: it can change without "
         "notice, and a program that was compiled before would give the old answer. "
         + advice
     )
@@ -246,7 +251,7 @@ def refuse_array(array: np.ndarray):
     raise TypeError(f"A NumPy array of dtype {array.dtype} is no array of numbers.")
 
 
-def _place(holder, name: str) -> str:
+def place(holder, name: str) -> str:
     if isinstance(holder, types.FunctionType):
         code = holder.__code__
         where = f"`{holder.__qualname__}` (line {code.co_firstlineno})"
@@ -263,6 +268,10 @@ def is_of_library(holder, value) -> bool:
         if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
             return True
     return _root(type(value)) in ("jax", "jaxlib", "equinox", "typing")
+
+
+def is_of_a_library(value) -> bool:
+    return _root(type(value)) in LIBRARIES
 
 
 def _root(kind: type) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from .capture import put_together, Taken
 from .tree import vary
+from .written import taken_back
 
 
 # What JAX raises where Python or NumPy asks for the value of a traced number.
@@ -35,24 +36,34 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
     where they are wrong.
     """
 
-    num_traces = 0
+    num_traces, lost = 0, []
     same: dict = {}  # programs that differ in what their own trace changed
     asks = set()  # programs whose functions ask for the values of what they capture
 
     @ft.partial(jax.jit, static_argnums=0)
     def jitted(static, numbers):
-        nonlocal num_traces
+        nonlocal num_traces, lost
         num_traces += 1
         args, kwargs = put_together(static, numbers)
-        args, kwargs = vary((args, kwargs), like=(args, kwargs))
-        return fn(*args, **kwargs)  # pyright: ignore
+        with taken_back((args, kwargs)) as lost:
+            args, kwargs = vary((args, kwargs), like=(args, kwargs))
+            return fn(*args, **kwargs)  # pyright: ignore
 
     def run(static, numbers):
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
                 return jitted(static, tuple(numbers))
-        return jitted(static, tuple(numbers))
+        try:
+            return jitted(static, tuple(numbers))
+        except jax.errors.UnexpectedTracerError as error:
+            if not lost:
+                raise
+            raise TypeError(
+                f"{lost[0]} in which a function left a number while it was traced: "
+                "that number is lost with its trace. Compute it before (in "
+                "`__init__`), or in each call anew."
+            ) from error
 
     @ft.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -74,12 +85,20 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
             asks.add(static)
         if num_traces > before:
             # A function that counts its own calls is not another one for that.
-            after = Taken(tree, traced=True).static
-            if after != static:
-                same[after] = static
+            after = Taken(tree, traced=True)
+            if after.static != static and _are_same(after.numbers, taken.numbers):
+                same[after.static] = static
         return result
 
     return call
+
+
+def _are_same(numbers: list, others: list) -> bool:
+    """Whether these are the same numbers in the same places."""
+    return len(numbers) == len(others) and all(
+        a is b or (type(a) is float and a == b)
+        for a, b in zip(numbers, others, strict=True)
+    )
 
 
 def undifferentiated(tree: PyTree) -> PyTree:

@@ -26,7 +26,10 @@ class AbstractPart(eqx.Module):
     """
 
     def __init_subclass__(cls):
-        for name in dir(cls) if "Abstract" not in cls.__name__ else ():
+        if "Abstract" in cls.__name__:
+            return
+        inherited = [base.__abstractmethods__ for base in cls.__bases__]
+        for name in sorted({*vars(cls)}.union(*inherited)):
             method = inspect.getattr_static(cls, name)
             if getattr(method, "__isabstractmethod__", False):
                 signature, doc = inspect.signature(method), inspect.getdoc(method) or ""

@@ -19,6 +19,7 @@ from .._common.door import door
 from .._common.fast_loops import FastLoopsError
 from .._common.tree import strong
 from .._common.types import counted, noted, shapes, with_advice
+from .._common.written import taken_back
 from .direction import AbstractDirection
 from .report import report_batch
 from .search import AbstractSearch, Backtracking, SearchState
@@ -291,7 +292,8 @@ def solve_batch(
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     state = SearchState.none(dtype, (num_problems,)) if state is None else state
     if not asked and num_problems > 1:  # of one problem both readings are the same
-        _check_shared(problem, num_problems, _first(x0s), _first(uss))
+        with taken_back(problem):
+            _check_shared(problem, num_problems, _first(x0s), _first(uss))
     mapped, solutions = (numbers, x0s, uss, state), []
     for begin in range(0, num_problems, batch_size):
         start, size = time.perf_counter(), min(batch_size, num_problems - begin)

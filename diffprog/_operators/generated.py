@@ -14,6 +14,7 @@ from .._common.capture import Frozen
 from .._common.changes import check_held
 from .._common.loops import repeat
 from .._common.types import came, check_callable, noted
+from .._common.written import taken_back
 from .divergence import AbstractDivergence, check_answers
 
 
@@ -102,23 +103,25 @@ def generator(fn: Callable) -> AbstractDivergence:
     expected = "a generator such as `dp.losses.KL()` or a function of one number"
     check_callable("f", fn, expected)
     name = getattr(fn, "__name__", fn)
-    with noted(lambda: f"`f` is {name}, which was called with one number."):
+    given = lambda: f"`f` is {name}, which was called with one number."
+    with taken_back(fn), noted(given):
         value = fn(jnp.ones(()))
     if not eqx.is_array_like(value) or jnp.shape(value) != ():
         raise TypeError(
             f"`f` is {name}, which returned {came(value)} for a number; f(u), one "
             "number, is expected, or a generator such as `dp.losses.Alpha(1.5)`."
         )
+    frozen = Frozen(fn)
     with jax.ensure_compile_time_eval():
         grid = jnp.geomspace(1e-4, 1e4, 81)
-        second = np.asarray(jax.vmap(jax.grad(jax.grad(fn)))(grid))
+        second = np.asarray(jax.vmap(jax.grad(jax.grad(frozen)))(grid))
     bad = ~(second > 0)
     if bad.any():
         u, value = float(grid[bad.argmax()]), float(second[bad.argmax()])
         raise ValueError(
             f"f''({u:.3g}) = {value:.3g}; a generator is strictly convex: f'' > 0."
         )
-    return Generated(Frozen(fn))  # pyright: ignore
+    return Generated(frozen)  # pyright: ignore
 
 
 def as_divergence(f: AbstractDivergence | Callable) -> AbstractDivergence:

@@ -18,6 +18,7 @@ from .._common.jacobian import products
 from .._common.loops import scan
 from .._common.tree import cast, norm, normal_like, scale, where, working_dtype
 from .._common.types import check_count, check_key, is_number
+from .._common.written import taken_back
 from .layer_constants import (
     find,
     LayerConstants,
@@ -275,7 +276,9 @@ def _steps(net, radius, input_norm, input_shape, rules, joint) -> list[_Step]:
     for i, layer in enumerate(layers):
         constants = find(i, layer, rules)
         try:
-            out_shape = jax.eval_shape(layer, jax.ShapeDtypeStruct(shape, dtype)).shape
+            with taken_back(layer):
+                given = jax.ShapeDtypeStruct(shape, dtype)
+                out_shape = jax.eval_shape(layer, given).shape
         except Exception as error:
             raise ValueError(
                 f"Layer {i}, {layer!r:.100}, does not take an input of shape {shape}: "

@@ -58,12 +58,13 @@ def fit(
             row = int(np.argmin(given[:, side]))
             away = np.linalg.norm(offsets[row, side])
             radius = away / (1 - given[row, side])
+            most = min((1 - _ADVANCE) / _LEAST * radius, 0.997 * away)
             raise ValueError(
-                f"`{_SIDES[side]}` is {meters(away)} away from the center in "
+                f"`{_SIDES[side]}` is {meters(away, 4)} away from the center in "
                 f"{_nearest(center[row], points, lines)}, s = {knots[row]:.1f} m, "
                 f"where it runs backwards, as in a corner of radius {meters(radius)}. "
                 "Less than that is kept there, and up to about "
-                f"{meters((1 - _ADVANCE) / _LEAST * radius)} is narrowed to about "
+                f"{meters(most)} is narrowed to about "
                 f"{meters((1 - _ADVANCE) * radius)}: lower the width, or smooth the "
                 "center line."
             )

@@ -39,8 +39,9 @@ class Track(eqx.Module):
     backwards there. The radius is that of the fitted line, which may be sharper than
     the corner that was measured, most of all where a straight meets an arc. The border
     is drawn nearer, at about nine tenths of the radius, so that it runs forward, and
-    tapers before and after the corner; `half_widths` says where it is. Where less than
-    half of the distance would be left, at a row or between rows, that is an error.
+    tapers before and after the corner, where between rows it may bulge by some percent
+    of the distance; `half_widths` says where it is. Where less than half of the
+    distance would be left, at a row or between rows, that is an error.
 
     Make one by `from_waypoints`, `from_borders`, `from_csv` or `from_json`, or take a
     ready one: `oval`, `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`,
