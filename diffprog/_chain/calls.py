@@ -62,9 +62,8 @@ def check_dtype(name: str, fn: Callable, tree: PyTree, dtype):
     for path, leaf in jtu.tree_leaves_with_path(tree):
         leaf = jnp.asarray(leaf)
         if leaf.dtype != dtype and not leaf.weak_type:
-            held = [
-                a for a in Taken(fn).numbers if getattr(a, "dtype", None) == leaf.dtype
-            ]
+            alike = lambda a, leaf=leaf: getattr(a, "dtype", None) == leaf.dtype
+            held = list(filter(alike, Taken(fn).numbers))
             held = held and f"; it holds a {leaf.dtype} of shape {jnp.shape(held[0])}"
             raise TypeError(
                 f"`{name}` returned {leaf.dtype}{jtu.keystr(path)} where x0 and us are "

@@ -319,9 +319,8 @@ def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):
         if message := error.get():
             first, _, _ = message.partition("\n")
             place, _, what = first.removeprefix("at mapped index ").partition(": ")
-            index = re.search(
-                r"index (-?\d+) is out of .* axis (\d+) with size (\d+)", what
-            )
+            outside = r"index (-?\d+) is out of .* axis (\d+) with size (\d+)"
+            index = re.search(outside, what)
             if index and 0 <= int(index[1]) < int(index[3]):
                 what = (
                     f"a slice from {index[1]} on ends beyond {index[3]}, the size of "

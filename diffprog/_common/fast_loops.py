@@ -146,10 +146,8 @@ def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyT
 
     @custom_vmap
     def unbatched(consts, plain_consts):
-        elsewhere = lambda _, consts: ordinary(consts)
-        return lax.platform_dependent(
-            consts, plain_consts, cpu=on_cpu, default=elsewhere
-        )
+        rules = dict(cpu=on_cpu, default=lambda _, consts: ordinary(consts))
+        return lax.platform_dependent(consts, plain_consts, **rules)
 
     @unbatched.def_vmap
     def _(size, batched, _, plain_consts):

@@ -57,9 +57,8 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     def add(leaf):
         if not isinstance(leaf, jax.Array):
             return leaf
-        return (
-            leaf | (zero > 0) if leaf.dtype == bool else leaf + zero.astype(leaf.dtype)
-        )
+        flag = leaf.dtype == bool
+        return leaf | (zero > 0) if flag else leaf + zero.astype(leaf.dtype)
 
     return jtu.tree_map(add, tree)
 

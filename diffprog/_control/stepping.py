@@ -74,9 +74,8 @@ def _stepped(problem, state: SolverState, last: bool):
     options = (state.rtol, state.atol, state.max_steps, False)
     solver = solver_of(vectorized.chain, state.method, state.search, *options)
     stop = last | (state.num_steps >= state.max_steps)
-    loop = lax.cond(
-        state.done, lambda loop: loop, lambda loop: solver.step(loop, stop), state._loop
-    )
+    stay, go = lambda loop: loop, lambda loop: solver.step(loop, stop)
+    loop = lax.cond(state.done, stay, go, state._loop)
     return vectorized, loop
 
 

@@ -190,11 +190,8 @@ class TracedAlpha(AbstractDivergence):
 
     def conjugate(self, w):
         log, y = self.logarithms(w)
-        return jnp.where(
-            self.alpha > 0.1,
-            jnp.exp(log) * y * self.lift,
-            log * expm1_over(self.alpha * log),
-        )
+        lifted, plain = jnp.exp(log) * y * self.lift, log * expm1_over(self.alpha * log)
+        return jnp.where(self.alpha > 0.1, lifted, plain)
 
     def mean_step(self, S, Q):
         return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))

@@ -233,14 +233,11 @@ PAD: dict[str, Literal["reflect", "edge", "wrap"]] = {
 
 _nn = eqx.nn
 ISOMETRY = _isometry()
+_tanh = _elementwise(1, 4 / (3 * math.sqrt(3)), 1, 0, 1)
+_sigmoid = _elementwise(1 / 4, 1 / (6 * math.sqrt(3)), 1 / 4, 1 / 2, 1)
 KNOWN: Rules = {
-    **dict.fromkeys(
-        (jnp.tanh, lax.tanh), _elementwise(1, 4 / (3 * math.sqrt(3)), 1, 0, 1)
-    ),
-    **dict.fromkeys(
-        (jax.nn.sigmoid, lax.logistic),
-        _elementwise(1 / 4, 1 / (6 * math.sqrt(3)), 1 / 4, 1 / 2, 1),
-    ),
+    **dict.fromkeys((jnp.tanh, lax.tanh), _tanh),
+    **dict.fromkeys((jax.nn.sigmoid, lax.logistic), _sigmoid),
     jax.nn.softplus: _elementwise(1, 1 / 4, 1 / 2, math.log(2)),
     jax.nn.relu: _elementwise(1, inf, inf, 0),
     jax.nn.silu: _elementwise(1.09983933, 1 / 2, 1 / 2, 0),

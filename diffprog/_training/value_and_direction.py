@@ -265,13 +265,9 @@ def _begin(vd: ValueAndDirection, params: PyTree, model_state) -> DirectionState
 def _linearized(vd: ValueAndDirection, params, build, inputs, targets, state, key):
     """The linearization at `build(params)`, and the new state of the model."""
     run = runner(vd.predict, inputs, state, key)
-    layers = Layers(
-        build(params),
-        inputs,
-        with_params=lambda w: build(cast_like(w, params)),
-        apply=lambda model: run(model)[0],
-        mapped=vd.predict is None and key is None,
-    )
+    with_params = lambda w: build(cast_like(w, params))
+    apply, mapped = lambda model: run(model)[0], vd.predict is None and key is None
+    layers = Layers(build(params), inputs, with_params, apply, mapped)
     predict = lambda w: run(build(w))
     batch = targets, inputs
     return linearize(predict, params, vd.loss, *batch, vd.reduction, layers)

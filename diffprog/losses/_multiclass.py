@@ -104,16 +104,10 @@ class FLoss(AbstractBoundedLoss):
 
     def __call__(self, outputs, targets):
         check_classes(outputs, targets)
-        losses = f_loss(
-            outputs,
-            targets,
-            self.f,
-            self.reference,
-            where=counting(targets, self.ignore_label),
-            temperature=self.temperature,
-            smoothing=self.smoothing,
-        )
-        return total(losses)
+        where = counting(targets, self.ignore_label)
+        options: Any = dict(temperature=self.temperature, smoothing=self.smoothing)
+        given = outputs, targets, self.f, self.reference
+        return total(f_loss(*given, where=where, **options))
 
     def count(self, outputs, targets):
         if is_labels(targets):
@@ -205,13 +199,10 @@ class FLoss(AbstractBoundedLoss):
         present = present & (row > 0) & within_reach(outputs)
         kept = jnp.where(present, q, 0)
         mass = row_sum(kept)
-        return simplex(
-            y,
-            kept / jnp.where(mass > 0, mass, 1),
-            present,
-            lambda p: s.beta * s.f.link(p / q),
-            lambda p: s.beta / (q * s.f.curvature(p / q)),
-        )
+        even = kept / jnp.where(mass > 0, mass, 1)
+        slope = lambda p: s.beta * s.f.link(p / q)
+        curvature = lambda p: s.beta / (q * s.f.curvature(p / q))
+        return simplex(y, even, present, slope, curvature)
 
     block_update = newton_block
 

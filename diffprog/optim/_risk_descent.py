@@ -92,9 +92,8 @@ class Risk(NamedTuple):
 def combine(*terms: tuple[Any, PyTree]) -> PyTree:
     """The sum of scalar times tree."""
     scalars, trees = zip(*terms)
-    weighted = lambda *leaves: sum(
-        jnp.asarray(c, a.dtype) * a for c, a in zip(scalars, leaves)
-    )
+    times = lambda c, a: jnp.asarray(c, a.dtype) * a
+    weighted = lambda *leaves: sum(map(times, scalars, leaves))
     return jtu.tree_map(weighted, *trees)
 
 
@@ -197,10 +196,8 @@ def prospect(
     with Bias and Variance Reduction", 2024, arXiv 2310.13863.
     """
     risk = _check(loss, sigma, f, smoothing, learning_rate, l2)
-    return RiskDescent(
-        ft.partial(_prospect_init, risk),
-        ft.partial(_prospect_step, risk, learning_rate, l2),
-    )
+    step = ft.partial(_prospect_step, risk, learning_rate, l2)
+    return RiskDescent(ft.partial(_prospect_init, risk), step)
 
 
 @door
@@ -276,10 +273,8 @@ def lsvrg(
             period = int(period)
         check_count("period", period)
     risk = _check(loss, sigma, f, smoothing, learning_rate, l2)
-    return RiskDescent(
-        ft.partial(_lsvrg_init, risk),
-        ft.partial(_lsvrg_step, risk, learning_rate, l2, period),
-    )
+    step = ft.partial(_lsvrg_step, risk, learning_rate, l2, period)
+    return RiskDescent(ft.partial(_lsvrg_init, risk), step)
 
 
 def _check_in(risk: Risk, params: PyTree, data: PyTree):

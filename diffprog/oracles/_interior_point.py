@@ -82,7 +82,8 @@ class InteriorPoint(AbstractModelSolver):
         B, lift = coordinates(at, self.batch_size)
         reduced = Reduced(at, damping, B, domain)
         reached = lambda seen: seen.left <= gap * (at.value - seen.P + seen.left)
-        finite = lambda seen: all_finite(seen.e, seen.inside, seen.left)  # z: -inf
+        # z may be -inf
+        finite = lambda seen: all_finite(seen.e, seen.inside, seen.left)
 
         def unfinished(carry):
             count, seen, _, last, good = carry

@@ -119,9 +119,8 @@ class NewtonSteps(AbstractModelSolver):
     def _newton(self, at: Linearization, damping: Array, here: Point):
         """Newton's step, what it adds to alpha, and whether there is none."""
         at = dataclasses.replace(at, outputs=here.z, cotangent=here.g, gradient=here.G)
-        solver = (
-            self.solver.choose(at) if isinstance(self.solver, Auto) else self.solver
-        )
+        solver = self.solver
+        solver = solver.choose(at) if isinstance(solver, Auto) else solver
         if isinstance(solver, Cholesky):
             a, bad = solver.dual(at, damping, here.alpha)
             return scale(-1, at.transpose_mv(a)), a * (damping / at.weight), bad

@@ -90,15 +90,9 @@ def summarize(
     """
     slope, curvature, squares = change
     promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
-    return Sweep(
-        gains=gains,
-        slope=slope,
-        curvature=curvature + damping * squares,
-        decrement=jnp.where(slope == 0, 0.0, promised),
-        gradient=norm(gradients),
-        positive=positive & jnp.isfinite(slope),
-        first_nonfinite=first_nonfinite,
-    )
+    model = slope, curvature + damping * squares, jnp.where(slope == 0, 0.0, promised)
+    known = norm(gradients), positive & jnp.isfinite(slope), first_nonfinite
+    return Sweep(gains, *model, *known)
 
 
 class Policy(eqx.Module):
