@@ -1,10 +1,13 @@
 """What functions capture is data: a changed number never gives the old answer."""
 
 import collections
+import contextvars
 import dataclasses
 import functools as ft
+import math
 import types
 import typing
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -1027,3 +1030,64 @@ def test_attributes_of_functions_are_seen():
         cost = dp.solve(problem, dp.ILQR(), jnp.zeros(1), jnp.zeros((1, 1))).cost
         # The least of u^2 + (u / m - 1)^2.
         np.testing.assert_allclose(cost, mass**2 / (1 + mass**2), rtol=1e-12)
+
+
+class Getting:
+    """Reads its mass through something that it holds."""
+
+    def __init__(self, get):
+        self.get = get
+
+    def dynamics(self, x, u, t):
+        return x + 0.1 * u / self.get("mass")
+
+    def cost(self, x, u, t):
+        return jnp.sum(u**2)
+
+    def terminal_cost(self, x):
+        return jnp.sum(x**2)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"mass": 0.7}.get,
+        {"mass": 0.7}.__getitem__,
+        ft.partial({"mass": 0.7}.get, "mass"),
+        np.array(0.7).item,
+        weakref.ref(helpers.Spring()),
+        contextvars.ContextVar("mass"),
+    ],
+    ids=lambda held: type(held).__name__,
+)
+def test_what_leads_to_something_that_can_change_is_refused(held):
+    problem = dp.ControlProblem.from_system(Getting(held), 2)
+    with pytest.raises(TypeError, match="can change without notice"):
+        dp.rollout(problem, jnp.ones(2), jnp.ones((2, 2)))
+
+
+def test_built_in_functions_and_methods_of_what_never_changes_are_code():
+    for held in (math.sqrt, "0.7".__getitem__, ft.partial(pow, 2.0)):
+        system = Getting(lambda name, held=held: 0.7 if held else 1.0)
+        problem = dp.ControlProblem.from_system(system, 2)
+        dp.rollout(problem, jnp.ones(2), jnp.ones((2, 2)))
+
+
+def test_an_array_of_numpy_may_change_right_after_a_call():
+    """JAX may read it only then, if it lies in memory as JAX wants it."""
+    memory = np.zeros(100 + 8)
+    start = (-memory.ctypes.data % 64) // 8
+    mass = memory[start : start + 100]
+
+    dynamics = lambda x, u, t: x + 0.1 * u + mass[t] * jnp.ones(2)
+    cost = lambda x, u, t: jnp.sum(x**2 + u**2)
+    problem = dp.ControlProblem(dynamics, cost, lambda x: jnp.sum(x**2), 100)
+    x0s, uss = jnp.ones((16, 2)), jnp.zeros((16, 100, 2))
+    solve = lambda: dp.solve_batch(problem, dp.ILQR(), x0s, uss).cost
+    found = []
+    for level in range(8):
+        mass[:] = level
+        found.append(solve())
+    for level in range(8):
+        mass[:] = level
+        np.testing.assert_array_equal(found[level], np.asarray(solve()))

@@ -27,12 +27,12 @@ from jaxtyping import PyTree
 
 from .changes import (
     check_unchanged,
-    CODE,
     contents,
     fields_of,
     Fixed,
     flatten_once,
     held_by,
+    is_code,
     is_data,
     is_list,
     is_of_library,
@@ -40,6 +40,7 @@ from .changes import (
     is_plain,
     is_record,
     is_wrapper,
+    LINKS,
     PLAIN,
     refuse,
     refuse_array,
@@ -199,7 +200,7 @@ class Taken:
             return self._holder(value, kind)
         if kind is slice:
             return self._holder(value, kind, str(value))
-        if isinstance(value, CODE) or kind is object:
+        if is_code(value) or kind is object:
             return Same(value)
         if isinstance(value, JITTED):  # left out: the function is called as it is
             return self._holder(value, JITTED)
@@ -207,7 +208,7 @@ class Taken:
             return self._keep(value, contents(value))
         if is_record(value, frozen=True):
             return self._object(value)
-        if kind.__hash__ in (object.__hash__, None):
+        if kind.__hash__ in (object.__hash__, None) or kind in LINKS:
             return None
         try:
             hash(value)

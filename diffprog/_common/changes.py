@@ -6,6 +6,7 @@ change (a dict, an ordinary object, a function that captures one) a program of b
 would give the old answer. Such a node is open, and what is known never to change fixed.
 """
 
+import contextvars
 import dataclasses
 import functools as ft
 import sys
@@ -31,6 +32,8 @@ CODE = (
     types.WrapperDescriptorType,
     np.ufunc,
 )
+# What has a hash and leads to something that can change.
+LINKS = types.BuiltinFunctionType, weakref.ReferenceType, contextvars.ContextVar
 # Closures written there may hold what they like.
 LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | set(
     "beartype chex diffrax diffprog equinox flax haiku jax jaxlib jaxtyping lineax "
@@ -125,7 +128,15 @@ def is_fixed(value) -> bool:
         return all(map(is_fixed, _in_function(value).values()))
     if is_record(value, frozen=True):
         return all(map(is_fixed, attributes(value).values()))
-    return isinstance(value, (*CODE, np.dtype, np.generic, Fixed))
+    return is_code(value) or isinstance(value, (np.dtype, np.generic, Fixed))
+
+
+def is_code(value) -> bool:
+    """Whether it is code alone, and no built-in method of what can change."""
+    if isinstance(value, types.BuiltinFunctionType):
+        owner = value.__self__  # a module; a capsule in extensions
+        return is_fixed(owner) or type(owner).__name__ == "PyCapsule"
+    return isinstance(value, CODE)
 
 
 def is_record(value, frozen: bool = False) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from .capture import put_together, Taken
@@ -50,6 +51,8 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)  # pyright: ignore
 
     def run(static, numbers):
+        # JAX reads the memory of a NumPy array at its leisure: after the call, too.
+        numbers = [a.copy() if isinstance(a, np.ndarray) else a for a in numbers]
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
