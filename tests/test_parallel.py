@@ -341,7 +341,7 @@ def test_inside_shard_map():
 
 def test_wrong_arguments(unchecked):
     for name in ("chunk", "max_policies"):
-        with pytest.raises(ValueError, match=f"`{name}` is 0; an integer >= 1"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0; a Python int >= 1"):
             dp.ParallelRiccati(**{name: 0})
     lqr, x0 = random_lqr(6, 3, 2)
     with pytest.raises(TypeError, match="`method` is a str; `dp.Riccati"):
