@@ -1,5 +1,6 @@
+import dataclasses
 import functools as ft
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
 from diffprog._control.direction.base import linear_quadratic
-from diffprog._control.lqr.expand import Recomputed, Stored
+from diffprog._control.lqr.expand import Recomputed, Stored, WithTensors
 
 from . import helpers
 from .helpers import BIASED, DIRECTIONS, name, SECOND_ORDER
@@ -244,3 +245,32 @@ def test_gaps_of_the_dynamics_live_in_the_model(getkey):
         squares = jnp.sum(k**2)
         promised = slope**2 / 2 / (curvature - damping * squares)
         np.testing.assert_allclose(sweep.decrement, promised, rtol=1e-9)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_models_of_a_chain_agree(second_order):
+    """What is found again by each pass is what is stored, stage by stage."""
+    problem, x0, us = helpers.spring(T=5)
+    chain, trajectory = helpers.vectors(problem, x0, us)
+    once = dataclasses.replace(chain, loops="fused")
+    same: Any = close
+    models = [
+        linear_quadratic(c, trajectory, second_order=second_order).model
+        for c in (chain, once)
+    ]
+    assert type(models[0]) is (WithTensors if second_order else Stored)
+    assert type(models[1]) is Recomputed
+    same(*(model.dynamics(chain, trajectory) for model in models), rtol=1e-14)
+    data = (trajectory.xs, trajectory.us, chain.ts)
+    p = jnp.asarray([0.7, -0.3])
+    stages = [
+        chain.map(
+            lambda segment, *row, model=model: model.stage(segment, p, *row),
+            *data,
+            *model.rows,
+        )
+        for model in models
+    ]
+    same(*stages, rtol=1e-13)
+    if not second_order:
+        same(*(model.stored(chain, trajectory).W for model in models), rtol=1e-14)
