@@ -52,13 +52,14 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
 
     def run(static, numbers):
         # JAX reads the memory of a NumPy array at its leisure: after the call, too.
-        numbers = [a.copy() if isinstance(a, np.ndarray) else a for a in numbers]
+        own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
+        numbers = tuple(map(own, numbers))
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
-                return jitted(static, tuple(numbers))
+                return jitted(static, numbers)
         try:
-            return jitted(static, tuple(numbers))
+            return jitted(static, numbers)
         except jax.errors.UnexpectedTracerError as error:
             if not lost:
                 raise

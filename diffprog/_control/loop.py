@@ -190,9 +190,8 @@ class Solver(eqx.Module):
         best = after
         if not self.search.monotone:
             best = where(after.cost < loop.best.cost, after, loop.best)
-        result, stopping, done = self._judge(loop, before, after, passes, stop)
-
         usable = passes.first_nonfinite > self.chain.horizon
+        result, stopping, done = self._judge(loop, before, after, passes, stop, usable)
         trials = passes.trials
         first = jnp.where(usable, trials.first_nonfinite, passes.first_nonfinite)
         new = Trouble(first, loop.counts.steps)
@@ -214,10 +213,9 @@ class Solver(eqx.Module):
             history=self._record(loop, before, passes, stop),
         )
 
-    def _judge(self, loop, before, after, passes: Passes, stop):
+    def _judge(self, loop, before, after, passes: Passes, stop, usable):
         """The result so far; whether only the policy is left to find; whether none."""
         verdict, horizon = passes.trials.verdict, self.chain.horizon
-        usable = passes.first_nonfinite > horizon
         noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
         quiet = passes.promised <= noise
         failed, falls = verdict.fail, after.cost < before.cost
