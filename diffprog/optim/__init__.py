@@ -1,5 +1,16 @@
 """Optimizers: methods that step the parameters of a model."""
 
+from ._curvature import (
+    Curvature as Curvature,
+    LossModel as LossModel,
+    Recipe as Recipe,
+)
+from ._recipes import (
+    feature_metric as feature_metric,
+    fisher as fisher,
+    ggn as ggn,
+    hessian as hessian,
+)
 from ._risk_descent import (
     lsvrg as lsvrg,
     LSVRGState as LSVRGState,
@@ -7,3 +18,5 @@ from ._risk_descent import (
     ProspectState as ProspectState,
     RiskDescent as RiskDescent,
 )
+from ._score import score as score
+from ._tap import tap as tap
