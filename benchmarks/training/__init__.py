@@ -1,0 +1,1 @@
+"""Optimizers for training, side by side: `make bench-training`."""
