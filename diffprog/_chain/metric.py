@@ -25,9 +25,9 @@ from .._common.types import check_callable, noted
 class StageMetric(eqx.Module):
     r"""The metric that a divergence between the outputs of a stage gives a network.
 
-    With the Jacobian $J_j$ of the outputs of stage j in all parameters,
-    $C = J_j^\top \, \nabla^2 D \, J_j$: parameters of later stages do not move them, and
-    have no curvature but the damping.
+    With the Jacobian $J_j$ of the outputs of stage j in all parameters, it is
+    $C = J_j^\top \, \nabla^2 D \, J_j$. Parameters of later stages do not move these
+    outputs, and have no curvature but the damping.
 
     - `stage`: j; stages count from 0, as in `net.params`, where each of several equal
         ones counts.
@@ -55,12 +55,13 @@ class StageMetric(eqx.Module):
 
 def of_stage(metric: StageMetric) -> Callable:
     """D(reference, outputs) of a stage."""
-    if isinstance(metric.divergence, AbstractCounted):
-        return lambda reference, outputs: metric.divergence(outputs, reference)
-    return metric.divergence
+    divergence: Any = metric.divergence
+    if isinstance(divergence, AbstractCounted):
+        return lambda reference, outputs: divergence(outputs, reference)
+    return divergence
 
 
-def of_outputs(metric: Callable, targets: PyTree) -> Callable:
+def of_outputs(metric: Any, targets: PyTree) -> Callable:
     """D(reference, outputs) of the outputs of the network."""
     if isinstance(metric, AbstractCounted):
         return lambda _, outputs: metric(outputs, targets)
