@@ -55,17 +55,15 @@ class StageMetric(eqx.Module):
 
 def of_stage(metric: StageMetric) -> Callable:
     """D(reference, outputs) of a stage."""
-    divergence: Any = metric.divergence
-    if isinstance(divergence, AbstractCounted):
-        return lambda reference, outputs: divergence(outputs, reference)
-    return divergence
+    given = metric.divergence
+    turned = lambda reference, outputs: given(outputs, reference)
+    return turned if isinstance(given, AbstractCounted) else given
 
 
-def of_outputs(metric: Any, targets: PyTree) -> Callable:
+def of_outputs(metric: Callable, targets: PyTree) -> Callable:
     """D(reference, outputs) of the outputs of the network."""
-    if isinstance(metric, AbstractCounted):
-        return lambda _, outputs: metric(outputs, targets)
-    return metric
+    loss = lambda reference, outputs: metric(outputs, targets)
+    return loss if isinstance(metric, AbstractCounted) else metric
 
 
 def per_example(divergence: Callable, reference: PyTree, outputs: PyTree) -> Array:

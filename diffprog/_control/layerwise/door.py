@@ -145,13 +145,13 @@ def _check_damping(damping: Any, form: str):
 
 
 def _check_params(problem: NetworkProblem, inputs: PyTree, params: PyTree):
-    float_dtype(inputs=inputs, params=params)
     own = problem.network.params
     if jtu.tree_structure(params) != jtu.tree_structure(own):
         raise ValueError(
             f"`params` is {came(params)}, not arranged like the parameters of the "
             "network: give `net.params`, or others arranged like them."
         )
+    float_dtype(inputs=inputs, params=params)
     for (path, leaf), one in zip(
         jtu.tree_leaves_with_path(params), jtu.tree_leaves(own), strict=True
     ):

@@ -5,6 +5,7 @@ pivots tell of the whole matrix, its determinant and inertia, is kept.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -70,7 +71,8 @@ class Pivots(eqx.Module):
 
     - `gains`: [k K].
     - `lu`, `order`: the pivot, factored.
-    - `values`, `logs`: its eigenvalues, and log |det|.
+    - `values`, `logs`, `negative`: its eigenvalues, log |det|, and how many of them are
+        negative.
     """
 
     gains: Stacks
@@ -78,6 +80,7 @@ class Pivots(eqx.Module):
     order: tuple[Int[Array, "_ _"], ...]
     values: Rows
     logs: tuple[Float[Array, " _"], ...]
+    negative: tuple[Int[Array, " _"], ...]
 
 
 def pivoted(F: Array, W: Array, V: Array, m: int, damping: Array):
@@ -92,13 +95,15 @@ def pivoted(F: Array, W: Array, V: Array, m: int, damping: Array):
     H = Z[u:, :u]  # [h H]: h = r + B'p, H = B'PA + M'
     S = Z[u:, u:] + damping * jnp.eye(m, dtype=Z.dtype)  # R + B'PB + damping I
     values = jnp.linalg.eigvalsh(S)
-    sizes, eps = jnp.abs(values), jnp.finfo(Z.dtype).eps
-    singular = jnp.min(sizes) <= m * eps * jnp.max(sizes)
+    sizes = jnp.abs(values)
+    rounding = 4 * m**0.5 * jnp.finfo(Z.dtype).eps * jnp.max(sizes)
     lu, order = jsl.lu_factor(S)
+    singular = jnp.min(sizes) <= rounding
     gains = jnp.where(singular, jnp.nan, jsl.lu_solve((lu, order), -H))
-    log = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(lu))))
     V = symmetrize(Z[:u, :u] + matmul(H.T, gains))
-    return V, (gains, lu, order, values, log)
+    log = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(lu))))
+    negative = jnp.sum(values < -rounding, dtype=jnp.int32)
+    return V, (gains, lu, order, values, log, negative)
 
 
 def backward(chain: VectorChain, model: Model, damping: Array) -> Pivots:
@@ -106,8 +111,8 @@ def backward(chain: VectorChain, model: Model, damping: Array) -> Pivots:
     stage = lambda _, V, u, F, W: pivoted(F, W, V, len(u), damping)
     data = model.rows, model.F, model.W
     _, rows = chain.scan(stage, symmetrize(model.V), *data, reverse=True)
-    gains, lu, order, values, logs = zip(*rows, strict=True)
-    return Pivots(gains, lu, order, values, logs)
+    gains, lu, order, values, logs, negative = zip(*rows, strict=True)
+    return Pivots(gains, lu, order, values, logs, negative)
 
 
 def controls(chain: VectorChain, model: Model, pivots: Pivots, ks: Rows) -> Rows:
@@ -174,7 +179,8 @@ def stationary(
         rest = jnp.full((len(values), fixed), damping)
         logabsdet = logabsdet + jnp.sum(jnp.log(rest))
         spectra.append(jnp.sort(jnp.concatenate([values, rest], 1)))
-    num_negative = sum(jnp.sum(s < 0, dtype=jnp.int32) for s in spectra)
+    num_negative: Any = sum(map(jnp.sum, pivots.negative))
+    num_negative = num_negative.astype(jnp.int32)
     numbers = model.step(vs), value, logabsdet
     usable, known = all_finite(numbers), all_finite(model.F, model.W, model.V)
     ran = trajectory.first_nonfinite > chain.horizon
@@ -184,6 +190,6 @@ def stationary(
     result = RESULTS.where(known, result, unknown)
     result = RESULTS.where(ran, result, RESULTS.nonfinite_rollout)
     nan = jtu.tree_map(lambda a: jnp.full_like(a, jnp.nan), numbers)
-    numbers = where(usable & known & ran, numbers, nan)
-    spectra = at.problem.join_controls(tuple(spectra))
-    return LayerwiseLQR(*numbers, num_negative, spectra, result)
+    step, value, logabsdet = where(usable & known & ran, numbers, nan)
+    spectra: Any = at.problem.join_controls(tuple(spectra))
+    return LayerwiseLQR(step, value, logabsdet, num_negative, spectra, result)
