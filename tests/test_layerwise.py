@@ -344,7 +344,8 @@ class Both(eqx.Module):
 
 
 def test_merged_stages_and_passive_layers_change_nothing():
-    one, _, two, _, three = NET.layers
+    layers: list = [*NET.layers]
+    one, _, two, _, three = layers
     fold = lambda x: jnp.reshape(x, (1, -1))
     variants = (
         [Both(one, two), three],
@@ -480,7 +481,8 @@ def test_wrong_calls(changes, error, message, unchecked):
 
 def test_wrong_metrics(unchecked):
     problem = ft.partial(dp.NetworkProblem, NET, SOFTMAX, LABELS)
-    for metric in (3.0, KL):
+    wrong: list = [3.0, KL]
+    for metric in wrong:
         with pytest.raises(TypeError, match=r"`metric` is .*metric\(reference, outp"):
             problem(metric=metric)
     with pytest.raises(ValueError, match="of stage 3; the network has the stages 0 to"):

@@ -90,8 +90,8 @@ def layerwise_lqr(
     **Raises:** `TypeError` and `ValueError` for anything else.
 
     With m examples of n numbers and p parameters a stage takes O((m n + p)^3) time, and
-    O((m n + p)^2) memory; in the information form p is replaced by
-    min(m, inputs + 1) outputs. For small networks, and as a reference for others.
+    O((m n + p)^2) memory; in the information form p is replaced, for k
+    outputs of a layer, by k min(m, inputs + 1). For small networks, and as a reference for others.
 
     Source: "Layerwise LQR for Geometry-Aware Optimization of Deep Networks", 2026,
     arXiv 2605.04230.
