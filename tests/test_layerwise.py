@@ -294,6 +294,21 @@ def test_the_metric_of_a_stage(stage, layers):
         close_all(found, desired)
 
 
+def test_a_metric_is_weighed_like_the_loss_and_joins_what_the_layers_add():
+    problem = dp.NetworkProblem(NET, SOFTMAX, LABELS, metric=SOFTMAX)
+    found = dp.layerwise_lqr(problem, *START, dp.Newton(), damping=RHO, throw=False)
+    close_all(flat(found.step), flat(exact("newton").step))
+    # One label does not count.
+    loss, labels = dp.losses.SoftmaxCrossEntropy(ignore_label=-1), LABELS.at[2].set(-1)
+    metric = dp.StageMetric(1, SQUARED)
+    problem = dp.NetworkProblem(NET, loss, labels, metric=metric)
+    found = dp.layerwise_lqr(problem, *START, damping=RHO)
+    w, total = flat(NET.params), lambda w: jnp.sum(loss(outputs(w), labels)) / 5
+    J = jax.jacfwd(lambda w: outputs(w, 4).ravel())(w)
+    desired = helpers.damped_step(J.T @ J / 5, jax.grad(total)(w), RHO)
+    close_all(flat(found.step), desired)
+
+
 # Networks of other shapes ---------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from ..._common.types import (
     came,
     check_kind,
     check_one_number,
-    counted,
     is_known,
 )
 from ..direction import GaussNewton, Newton
@@ -90,8 +89,8 @@ def layerwise_lqr(
     **Raises:** `TypeError` and `ValueError` for anything else.
 
     With m examples of n numbers and p parameters a stage takes O((m n + p)^3) time, and
-    O((m n + p)^2) memory; in the information form p is replaced, for k
-    outputs of a layer, by k min(m, inputs + 1). For small networks, and as a reference for others.
+    O((m n + p)^2) memory. In the information form k min(m, inputs + 1) takes the place
+    of p for a layer of k outputs. For small networks, and as a reference for others.
 
     Source: "Layerwise LQR for Geometry-Aware Optimization of Deep Networks", 2026,
     arXiv 2605.04230.
@@ -179,8 +178,8 @@ def _explain(found: LayerwiseLQR) -> str:
         if np.isfinite(found.value):
             lowest = min(float(np.min(w)) for w in found.pivots)
             where = (
-                f"{counted(int(found.num_negative), 'eigenvalue')} of the curvature "
-                f"matrix are negative, and a pivot has {lowest:.1e}: the step is a "
-                "stationary point, and no minimum. `throw=False` returns it."
+                f"Negative eigenvalues of the curvature matrix: {found.num_negative}; "
+                f"the lowest of a pivot is {lowest:.1e}. So the step is a stationary "
+                "point, and no minimum; `throw=False` returns it."
             )
     return explain(found.result, ADVICE, where)

@@ -171,7 +171,7 @@ def stationary(
     ks = tuple(gains[:, :, 0] for gains in pivots.gains)
     vs = controls(chain, model, pivots, ks)
     # Between the blocks there is no pivoting, so that digits are lost: here they are
-    # found again.
+    # found again. The value has lost none: it is stationary.
     value, rs = value_and_gradient(chain, model, vs, damping)
     vs = jtu.tree_map(jnp.add, vs, correction(chain, model, pivots, rs))
     logabsdet, spectra = sum(map(jnp.sum, pivots.logs)), []
