@@ -25,21 +25,36 @@ def power(y: ArrayLike, exponent: float) -> Array:
     return jnp.exp(exponent * jnp.log(y))  # XLA's own power is slower on the CPU
 
 
-def alpha_value(alpha: Any, u: Array) -> Array:
-    """f(u) of the alpha-divergence; where alpha < 1/2 by f_a(u) = u f_{1-a}(1/u)."""
-    dual = alpha < 0.5
-    zero = u <= 0  # NaN is not
-    safe = jnp.where(zero, 1, u)
-    a, v = jnp.where(dual, 1 - alpha, alpha), jnp.where(dual, 1 / safe, safe)
-    log = jnp.log(v)
-    value = (v * log * expm1_over((a - 1) * log) - (v - 1)) / a
-    value = jnp.where(dual, safe * value, value)
-    positive = alpha > 0
-    at_zero = jnp.where(positive, 1 / jnp.where(positive, alpha, 1), jnp.inf)
-    return jnp.where(zero, at_zero, value)
+class AbstractAlpha(AbstractDivergence):
+    """What is alike for a number and for an array alpha."""
+
+    alpha: eqx.AbstractVar[Any]
+
+    @property
+    def convex_ratio(self):
+        return self.alpha <= 2
+
+    def value(self, u):
+        # Where alpha < 1/2 by f_a(u) = u f_{1-a}(1/u).
+        alpha, dual = self.alpha, self.alpha < 0.5
+        zero = u <= 0  # NaN is not
+        safe = jnp.where(zero, 1, u)
+        a, v = jnp.where(dual, 1 - alpha, alpha), jnp.where(dual, 1 / safe, safe)
+        log = jnp.log(v)
+        value = (v * log * expm1_over((a - 1) * log) - (v - 1)) / a
+        value = jnp.where(dual, safe * value, value)
+        positive = alpha > 0
+        at_zero = jnp.where(positive, 1 / jnp.where(positive, alpha, 1), jnp.inf)
+        return jnp.where(zero, at_zero, value)
+
+    def curvature(self, u):
+        return positive_power(u, 2 - self.alpha)
+
+    def mean_step(self, S, Q):
+        return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
 
 
-class Power(AbstractDivergence):
+class Power(AbstractAlpha):
     """The alpha-divergence of a number alpha: see [`diffprog.losses.Alpha`][]."""
 
     alpha: float = eqx.field(static=True)
@@ -52,10 +67,6 @@ class Power(AbstractDivergence):
         return self.alpha > 1
 
     @property
-    def convex_ratio(self):
-        return self.alpha <= 2
-
-    @property
     def origin(self):
         return 1 / (1 - self.alpha)
 
@@ -66,9 +77,6 @@ class Power(AbstractDivergence):
     @property
     def lift(self):
         return 1 / self.alpha if self.alpha > 0.1 else 0.0
-
-    def value(self, u):
-        return alpha_value(self.alpha, u)
 
     def link(self, u):
         e = self.alpha - 1
@@ -103,9 +111,6 @@ class Power(AbstractDivergence):
         exponents = jnp.reshape(jnp.asarray([1 / e, 1 / e - 1], w.dtype), shape)
         return jnp.exp(exponents * jnp.log(jnp.maximum(e * w, 0))[..., None, :])
 
-    def curvature(self, u):
-        return positive_power(u, 2 - self.alpha)
-
     def conjugate(self, w):
         e = self.alpha - 1
         if self.lift:
@@ -114,11 +119,8 @@ class Power(AbstractDivergence):
         log = (jnp.log(-w) + math.log(-e)) / e  # ln u
         return log * expm1_over(self.alpha * log)
 
-    def mean_step(self, S, Q):
-        return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
 
-
-class TracedAlpha(AbstractDivergence):
+class TracedAlpha(AbstractAlpha):
     """The alpha-divergence of an array alpha: see [`diffprog.losses.Alpha`][].
 
     Where alpha is near 1, and v_0 or v_inf far away, v is counted from 0.
@@ -132,10 +134,6 @@ class TracedAlpha(AbstractDivergence):
         if isinstance(self.alpha, Tracer) or jnp.ndim(self.alpha):
             return f"Alpha({eqx.tree_pformat(self.alpha)})"
         return f"Alpha({self.alpha:g})"
-
-    @property
-    def convex_ratio(self):
-        return self.alpha <= 2
 
     @property
     def near(self):
@@ -154,9 +152,6 @@ class TracedAlpha(AbstractDivergence):
     def lift(self):
         large = self.alpha > 0.1
         return jnp.where(large, 1 / jnp.where(large, self.alpha, 1), 0)
-
-    def value(self, u):
-        return alpha_value(self.alpha, u)
 
     def link(self, u):
         e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
@@ -185,16 +180,10 @@ class TracedAlpha(AbstractDivergence):
         u = jnp.exp(log)
         return u, u / y
 
-    def curvature(self, u):
-        return positive_power(u, 2 - self.alpha)
-
     def conjugate(self, w):
         log, y = self.logarithms(w)
         lifted, plain = jnp.exp(log) * y * self.lift, log * expm1_over(self.alpha * log)
         return jnp.where(self.alpha > 0.1, lifted, plain)
-
-    def mean_step(self, S, Q):
-        return S * jnp.log(S) * expm1_over((1 - self.alpha) * jnp.log(S))
 
     def drift(self, df, u):
         e, near, log = self.alpha - 1, self.near, jnp.log(jnp.where(u > 0, u, 1))
