@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer
 from .._common.types import came, is_known
 from .._operators.call import Divergence
 from .._operators.families import KL
-from .._operators.smooth_max import smooth_max
+from .._operators.softmax import smooth_max
 from .._operators.targets import as_array
 
 

@@ -11,8 +11,7 @@ from .._common.loops import scan
 from .._operators.call import check_temperature, Divergence
 from .._operators.families import KL
 from .._operators.generated import as_divergence
-from .._operators.smooth_max import smooth_max
-from .._operators.softmax import f_softargmax
+from .._operators.softmax import f_softargmax, smooth_max
 
 
 Potentials = Float[ArrayLike, "T S S"]
