@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from .._common.door import door
 from .._common.linalg import matmul
 from .._common.loops import while_loop
-from ._factor import batched_mv
+from ._factor import batched_mv, PerExample
 from ._loss import AbstractDualLoss, per_example, spread
 
 
@@ -34,7 +34,7 @@ def check_block(alpha: Array, K: Array):
         )
 
 
-def largest_eigenvalue(K: Matrices) -> Float[Array, " examples"]:
+def largest_eigenvalue(K: Matrices) -> PerExample:
     """A bound from above: the smaller one of two norms; exact for k = 1."""
     size = jnp.abs(K)
     m = jnp.max(size, (1, 2), keepdims=True)
