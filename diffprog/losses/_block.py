@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from .._common.door import door
 from .._common.linalg import matmul
@@ -25,13 +25,15 @@ MAX_HALVINGS = 30
 Matrices = Float[Array, "examples k k"]
 
 
-def check_block(alpha: Array, K: Array):
+def checked(alpha: Array, K: Array, c: ArrayLike) -> PerExample:
+    """c, one number per example. Raises for a K that does not fit."""
     n, k = alpha.shape[0], alpha[0].size
     if jnp.shape(K) != (n, k, k):
         raise ValueError(
             f"`K` has shape {jnp.shape(K)}; one matrix of the size of its outputs for "
             f"every example, {(n, k, k)}, is expected."
         )
+    return jnp.broadcast_to(per_example("c", c, alpha).ravel(), n)
 
 
 def largest_eigenvalue(K: Matrices) -> PerExample:
@@ -49,13 +51,10 @@ def majorized_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
 
     Like `newton_block` a method of losses: `block_update = majorized_block`.
     """
-    check_block(alpha, K)
-    c = per_example("c", c, alpha)
-    sigma = spread(largest_eigenvalue(K), alpha)
+    c = checked(alpha, K, c)
     # Where K is next to nothing: a larger multiple still, to divide by.
-    t = c / jnp.maximum(sigma, jnp.finfo(c.dtype).eps * c)
-    t = jnp.broadcast_to(t, (alpha.shape[0], *t.shape[1:]))
-    return self.conjugate_prox(alpha + t * z, t.ravel(), targets)
+    t = c / jnp.maximum(largest_eigenvalue(K), jnp.finfo(c.dtype).eps * c)
+    return self.conjugate_prox(alpha + spread(t, alpha) * z, t, targets)
 
 
 class BlockProblem(NamedTuple):
@@ -118,8 +117,8 @@ def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     simple = majorized_block(self, alpha, z, K, c, targets)
     if K.shape[1] == 1:
         return simple
-    c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    return _newton(BlockProblem(self, alpha, z, K, c, targets), simple)
+    problem = BlockProblem(self, alpha, z, K, checked(alpha, K, c), targets)
+    return _newton(problem, simple)
 
 
 @door
@@ -180,8 +179,7 @@ def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, A
 
 def squared_block(alpha, z, K, c, targets) -> Array:
     """The exact step of the squared loss: (I + K / c) (a - alpha) = z - y - alpha."""
-    check_block(alpha, K)
-    c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
+    c = checked(alpha, K, c)
     right = (z - targets - alpha) * spread(c, alpha)
     return alpha + solve_all(shifted(K, c), right)
 

@@ -258,10 +258,8 @@ def within_reach(z: Array) -> Array:
 
 def interval(lower: Array, upper: Array, slope: Array, curvature: float = 0.0) -> Box:
     """Every alpha between two bounds; phi' = slope + curvature alpha."""
-    first, second = (
-        lambda a: slope + curvature * a,
-        lambda a: jnp.full_like(a, curvature),
-    )
+    first = lambda a: slope + curvature * a
+    second = lambda a: jnp.full_like(a, curvature)
     free = jnp.ones_like(lower, bool)
     return Box(lower, upper, (lower + upper) / 2, first, second, free)
 
