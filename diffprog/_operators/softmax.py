@@ -11,7 +11,7 @@ from .alpha import Alpha
 from .call import Axis, Call, check, Divergence, operator, Reference
 from .divergence import AbstractDivergence
 from .families import ChiSquare
-from .root import below, height, probabilities, root_and_count
+from .root import below, height, root, root_and_count, settled
 
 
 @operator
@@ -71,7 +71,8 @@ def f_softargmax(
 @jax.jit
 def _softargmax(call: Call) -> Array:
     s = call.set_up()
-    return call.rows(probabilities(s.classes, s.f, s.problem))
+    sigma = root(s.classes, s.f, s.problem)
+    return call.rows(settled(s.classes, s.f, s.problem, sigma))
 
 
 @operator
