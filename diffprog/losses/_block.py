@@ -17,7 +17,7 @@ from .._common.door import door
 from .._common.linalg import matmul
 from .._common.loops import while_loop
 from ._factor import batched_mv, PerExample
-from ._loss import AbstractDualLoss, per_example, spread
+from ._loss import AbstractDualLoss, per_example, spread, total
 
 
 MAX_NEWTON = 50
@@ -70,9 +70,6 @@ class BlockProblem(NamedTuple):
     c: Array
     targets: Array
 
-    def dot(self, a: Array, b: Array) -> Array:
-        return jnp.sum((a * b).reshape(self.K.shape[:2]), 1)
-
     def rows(self, a: Array) -> Array:
         return spread(a, self.alpha)
 
@@ -80,15 +77,15 @@ class BlockProblem(NamedTuple):
         return self.z - batched_mv(self.K, s) / self.rows(self.c)
 
     def quadratic(self, s: Array) -> Array:
-        return self.dot(s, batched_mv(self.K, s)) / (2 * self.c)
+        return total(s * batched_mv(self.K, s)) / (2 * self.c)
 
     def value(self, s: Array) -> Array:
         u = self.outputs(s)
-        return self.loss(u, self.targets) - self.dot(self.alpha, u) + self.quadratic(s)
+        return self.loss(u, self.targets) - total(self.alpha * u) + self.quadratic(s)
 
     def dual(self, a: Array) -> Array:
         """What `block_update` makes small."""
-        value = self.loss.conjugate(a, self.targets) - self.dot(a, self.z)
+        value = self.loss.conjugate(a, self.targets) - total(a * self.z)
         return value + self.quadratic(a - self.alpha)
 
     def direction(self, s: Array) -> tuple[Array, Array]:
@@ -106,7 +103,7 @@ class BlockProblem(NamedTuple):
         r = g - self.alpha - s
         x = solve_all(S, batched_mv(jnp.matrix_transpose(KR), r))
         ds = r - batched_mv(R, x)
-        return ds, self.dot(r, batched_mv(self.K, ds)) / self.c
+        return ds, total(r * batched_mv(self.K, ds)) / self.c
 
 
 def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
