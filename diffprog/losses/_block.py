@@ -70,11 +70,8 @@ class BlockProblem(NamedTuple):
     c: Array
     targets: Array
 
-    def rows(self, a: Array) -> Array:
-        return spread(a, self.alpha)
-
     def outputs(self, s: Array) -> Array:
-        return self.z - batched_mv(self.K, s) / self.rows(self.c)
+        return self.z - batched_mv(self.K, s) / spread(self.c, self.alpha)
 
     def quadratic(self, s: Array) -> Array:
         return total(s * batched_mv(self.K, s)) / (2 * self.c)
@@ -121,7 +118,7 @@ def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
 @door
 def _newton(problem: BlockProblem, simple: Array) -> Array:
     loss, alpha, _, _, c, targets = problem
-    eps, rows = jnp.finfo(alpha.dtype).eps, problem.rows
+    eps = jnp.finfo(alpha.dtype).eps
 
     def unfinished(carry):
         i, *_, done = carry
@@ -132,14 +129,14 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
         ds, decrement = problem.direction(s)
         t, new = search(problem, s, ds, old, decrement, done)
         good = jnp.isfinite(new) & ~done
-        s = jnp.where(rows(good), s + rows(t) * ds, s)
+        s = jnp.where(spread(good, s), s + spread(t, s) * ds, s)
         small = decrement <= jnp.sqrt(eps) * (1 + jnp.abs(old))
         ends = (t == 1) & (decrement <= eps) | small & (decrement >= previous / 2)
         return i + 1, s, jnp.where(good, new, old), decrement, done | ends | ~good
 
     s = simple - alpha
     v = problem.value(s)
-    s = jnp.where(rows(jnp.isfinite(v)), s, 0)
+    s = jnp.where(spread(jnp.isfinite(v), s), s, 0)
     v = jnp.where(jnp.isfinite(v), v, jnp.inf)
     begin = jnp.zeros((), jnp.int32), s, v, jnp.full_like(c, jnp.inf), jnp.isnan(c)
     s = while_loop(unfinished, improve, begin)[1]
@@ -148,7 +145,8 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
     gradient = loss.gradient(problem.outputs(s), targets)
     for a in (gradient, loss.dual_projection(alpha + s, targets)):
         level = problem.dual(a)
-        best, least = jnp.where(rows(level <= least), a, best), jnp.fmin(level, least)
+        best = jnp.where(spread(level <= least, a), a, best)
+        least = jnp.fmin(level, least)
     return best
 
 
@@ -165,7 +163,7 @@ def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, A
         j, t, new = carry
         again = fails(t, new)
         t = jnp.where(again, t / 2, t)
-        trial = problem.value(s + problem.rows(t) * ds)
+        trial = problem.value(s + spread(t, s) * ds)
         return j + 1, t, jnp.where(again, trial, new)
 
     # Nothing is less than NaN: the first trial is at 1.
