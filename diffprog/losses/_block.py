@@ -6,6 +6,7 @@ $$\min_a\; l^*(a) - \langle a, z \rangle
 At the solution a is the gradient of l at $u = z - K (a - \alpha) / c$.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ Matrices = Float[Array, "examples k k"]
 
 def checked(alpha: Array, K: Array, c: ArrayLike) -> PerExample:
     """c, one number per example. Raises for a K that does not fit."""
-    n, k = alpha.shape[0], alpha[0].size
+    n, k = alpha.shape[0], math.prod(alpha.shape[1:])
     if jnp.shape(K) != (n, k, k):
         raise ValueError(
             f"`K` has shape {jnp.shape(K)}; one matrix of the size of its outputs for "
