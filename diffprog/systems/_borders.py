@@ -40,7 +40,8 @@ def fit(
     while True:
         drawn = center[:, None] + share[..., None] * offsets
         values = np.concatenate([center, drawn.reshape(-1, 4)], axis=1)
-        coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
+        powers = _spline.fit(knots, values, closed).c[::-1]
+        coefficients = np.moveaxis(powers, 0, 1).reshape(-1, 4, 3, 2)
         advance = _advance(knots, coefficients)
         given = advance if given is None else given
         folds = advance <= least
@@ -88,8 +89,7 @@ def check_sides(
 def normals(center: np.ndarray, closed: bool) -> np.ndarray:
     """Unit normals of the spline through points, to the right of travel."""
     knots = _spline.chord_lengths(center)
-    coefficients = _spline.fit(knots, center, closed)
-    return right_of(_spline.evaluate(knots, coefficients, knots)[1])
+    return right_of(_spline.fit(knots, center, closed)(knots, 1))
 
 
 def right_of(slope: np.ndarray) -> np.ndarray:

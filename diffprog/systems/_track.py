@@ -47,7 +47,7 @@ class Track(eqx.Module):
     ready one: `oval`, `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`,
     `simple` (miniature).
 
-    The constructors fit the splines in numpy, once; they are data, not differentiated.
+    The constructors fit the splines by SciPy, once; they are data, not differentiated.
     Every method takes one s or an array of them and follows the dtype of an array.
     """
 
@@ -255,12 +255,8 @@ class Track(eqx.Module):
     def _miniature(cls, path, closed):
         # A spline through the drawn path, cut into 99 parts of equal parameter.
         knots = _spline.chord_lengths(path)
-        if closed:
-            path[-1] = path[0]  # equal up to rounding
-        coefficients = _spline.fit(knots, path, closed)
-        at = np.linspace(0.0, knots[-1], 100)
-        center, slope = _spline.evaluate(knots, coefficients, at)
-        normal = 0.185 * _borders.right_of(slope)
+        spline, at = _spline.fit(knots, path, closed), np.linspace(0.0, knots[-1], 100)
+        center, normal = spline(at), 0.185 * _borders.right_of(spline(at, 1))
         return cls.from_borders(center, center - normal, center + normal, closed=closed)
 
     @classmethod
