@@ -28,11 +28,11 @@ from .loops import repeat
 from .tree import add, scale, vary
 from .types import (
     AbstractPart,
-    check_count,
-    check_numbers,
+    check_number,
     check_positive,
     Number,
     number,
+    positive_int,
 )
 
 
@@ -90,15 +90,11 @@ class InnerGradient(AbstractInner):
     - `unroll`: write the steps out, for convolutions on the CPU.
     """
 
-    num_steps: int = eqx.field(static=True, default=3)
-    stepsize: Number = number(1.0)
+    num_steps: int = positive_int(3)
+    stepsize: Number = number(1.0, check_positive)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_positive("stepsize", self.stepsize)
 
     def solve(self, problem):
         p0, pull = jax.vjp(problem.fn, problem.x)
@@ -123,18 +119,13 @@ class InnerGaussNewton(AbstractInner):
     - `unroll`: write all steps out, for convolutions on the CPU.
     """
 
-    num_steps: int = eqx.field(static=True, default=1)
+    num_steps: int = positive_int(1)
     max_dense: int = eqx.field(static=True, default=64)
-    max_cg: int = eqx.field(static=True, default=20)
-    rtol: Number = number(1e-6)
+    max_cg: int = positive_int(20)
+    rtol: Number = number(1e-6, check_number)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_count("max_cg", self.max_cg)
-        check_numbers(self, "rtol")
 
     def solve(self, problem):
         p0 = problem.start()
@@ -170,18 +161,13 @@ class InnerNewton(AbstractInner):
         [`diffprog.oracles.InnerGaussNewton`][].
     """
 
-    num_steps: int = eqx.field(static=True, default=3)
+    num_steps: int = positive_int(3)
     max_dense: int = eqx.field(static=True, default=64)
-    max_cg: int = eqx.field(static=True, default=20)
-    rtol: Number = number(1e-6)
+    max_cg: int = positive_int(20)
+    rtol: Number = number(1e-6, check_number)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_count("max_cg", self.max_cg)
-        check_numbers(self, "rtol")
 
     def solve(self, problem):
         p0 = problem.start()

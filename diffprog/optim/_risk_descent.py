@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._common.door import door
-from .._common.types import came, check_count, check_number, check_positive, is_known
+from .._common.types import came, check_count, check_not_negative, check_positive
 from .._operators.call import Divergence
 from .._operators.generated import as_divergence
 from ..losses._loss import AbstractLoss
@@ -121,9 +121,7 @@ def _check(loss: Any, sigma: Any, f: Any, smoothing, rate, l2) -> Risk:
         )
     check_spectral(sigma, f, smoothing)
     check_positive("learning_rate", rate)
-    check_number("l2", l2, "a number >= 0")
-    if is_known(l2) and not np.all(np.asarray(l2) >= 0):
-        raise ValueError(f"`l2` is {l2}; a number >= 0 is expected.")
+    check_not_negative("l2", l2)
     if f is not None:
         as_divergence(f)
     return Risk(cast(Loss, loss), sigma, f, smoothing)

@@ -12,7 +12,6 @@ e(z) = l(p) + s (|a|^2 - |alpha|^2) / 2.
 
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -22,7 +21,7 @@ from jaxtyping import Array, PyTree
 from .._common.conjugate_gradients import conjugate_gradients
 from .._common.loops import while_loop
 from .._common.tree import add, all_finite, norm, scale, vdot, where, yes
-from .._common.types import check_count
+from .._common.types import positive_int
 from ._base import Linearization
 from ._model_solver import (
     AbstractModelSolver,
@@ -67,10 +66,7 @@ class AugmentedLagrangian(AbstractModelSolver):
     Method for Solving Lasso Problems", 2018, arXiv 1607.05428.
     """
 
-    max_steps: int = eqx.field(static=True, default=5000)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
+    max_steps: int = positive_int(5000)
 
     def minimize(self, at, damping, gap):
         given, at = at, bounded(at)

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from .._common.tree import where
-from .._common.types import AbstractPart, check_numbers, check_positive, Number, number
+from .._common.types import AbstractPart, check_number, check_positive, Number, number
 from ._base import Linearization, Proposal
 
 
@@ -139,16 +139,12 @@ class MadsenNielsen(AbstractDamping):
     2004.
     """
 
-    initial: Number = number(1.0)
-    minimum: Number = number(1e-8)
-    maximum: Number = number(1e8)
+    initial: Number = number(1.0, check_positive)
+    minimum: Number = number(1e-8, check_number)
+    maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=True)
 
     follows_ratio: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_positive("initial", self.initial)
-        check_numbers(self, "minimum", "maximum")
 
     def init(self):
         return _start(self.initial)
@@ -181,21 +177,16 @@ class Threshold(AbstractDamping):
     factors.
     """
 
-    initial: Number = number(1.0)
-    low: Number = number(0.25)
-    high: Number = number(0.75)
-    increase: Number = number(1.5)
-    decrease: Number = number(0.5)
-    minimum: Number = number(1e-8)
-    maximum: Number = number(1e8)
+    initial: Number = number(1.0, check_positive)
+    low: Number = number(0.25, check_number)
+    high: Number = number(0.75, check_number)
+    increase: Number = number(1.5, check_number)
+    decrease: Number = number(0.5, check_number)
+    minimum: Number = number(1e-8, check_number)
+    maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=False)
 
     follows_ratio: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_positive("initial", self.initial)
-        check_numbers(self, "low", "high", "increase", "decrease")
-        check_numbers(self, "minimum", "maximum")
 
     def init(self):
         return _start(self.initial)
@@ -226,16 +217,11 @@ class GradientNorm(AbstractDamping):
     2021, arXiv 2112.02089 (power 1/2).
     """
 
-    factor: Number = number(1.0)
-    power: Number = number(1.0)
-    minimum: Number = number(1e-8)
+    factor: Number = number(1.0, check_positive)
+    power: Number = number(1.0, check_number)
+    minimum: Number = number(1e-8, check_positive)
 
     follows_ratio: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_positive("factor", self.factor)
-        check_positive("minimum", self.minimum)
-        check_numbers(self, "power")
 
     def init(self):
         return _start(self.minimum)
@@ -255,8 +241,7 @@ def as_damping(damping: Any) -> AbstractDamping:
     return damping if isinstance(damping, AbstractDamping) else Constant(damping)
 
 
-def check_damping(damping: Any):
+def check_damping(name: str, damping: Any):
     """Raises for what is neither a rule nor a positive number."""
     if not isinstance(damping, AbstractDamping):
-        rule = ", or a rule such as `dp.oracles.Threshold()`"
-        check_positive("damping", damping, rule)
+        check_positive(name, damping, ", or a rule such as `dp.oracles.Threshold()`")

@@ -15,10 +15,7 @@ class Gradient(AbstractOracle):
         [`diffprog.oracles.Threshold`][]; 1, so that the direction is the gradient.
     """
 
-    damping: Any = number(1.0)
-
-    def __check_init__(self):
-        check_damping(self.damping)
+    damping: Any = number(1.0, check_damping)
 
     def init(self, params):
         return None

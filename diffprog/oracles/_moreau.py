@@ -18,7 +18,7 @@ from .._common.inner import (
 )
 from .._common.result import RESULTS
 from .._common.tree import all_finite, cast, scale, vdot, widened, working_dtype
-from .._common.types import AbstractPart, check_kind, check_positive, Number, number
+from .._common.types import AbstractPart, check_positive, component, Number, number
 from ..losses import AbstractDualLoss
 from ._base import AbstractOracle, Linearization, Proposal
 from ._gram import is_linear
@@ -59,10 +59,7 @@ class MoreauRule(AbstractMessageRule):
         [`diffprog.oracles.InnerNewton`][] for functions of few numbers.
     """
 
-    solver: AbstractInner = InnerGradient()
-
-    def __check_init__(self):
-        check_kind("solver", self.solver, AbstractInner, "dp.oracles.InnerNewton()")
+    solver: AbstractInner = component(InnerGradient(), "dp.oracles.InnerNewton()")
 
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message))
@@ -81,13 +78,10 @@ class InverseRule(AbstractMessageRule):
     - `solver`: [`diffprog.oracles.InnerGaussNewton`][], one step unless given.
     """
 
-    gamma: Number = number(1.0)
-    solver: AbstractInner = InnerGaussNewton()
-
-    def __check_init__(self):
-        check_positive("gamma", self.gamma)
-        example = "dp.oracles.InnerGaussNewton()"
-        check_kind("solver", self.solver, AbstractInner, example)
+    gamma: Number = number(1.0, check_positive)
+    solver: AbstractInner = component(
+        InnerGaussNewton(), "dp.oracles.InnerGaussNewton()"
+    )
 
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message, True, self.gamma))
@@ -216,19 +210,15 @@ class MoreauBackprop(AbstractOracle):
     "Proximal Backpropagation", 2017, arXiv 1706.04638.
     """
 
-    alpha: Number = number(1.0)
-    state: AbstractMessageRule = MoreauRule()
-    weights: AbstractMessageRule = MoreauRule()
-    seed: AbstractMessageRule = MoreauRule()
+    alpha: Number = number(1.0, check_positive)
+    state: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
+    weights: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
+    seed: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
     split: bool = eqx.field(static=True, default=False)
 
     damping: ClassVar[None] = None
 
     def __check_init__(self):
-        check_positive("alpha", self.alpha)
-        for name in ("state", "weights", "seed"):
-            rule, example = getattr(self, name), "dp.oracles.MoreauRule()"
-            check_kind(name, rule, AbstractMessageRule, example)
         if isinstance(self.seed, InverseRule):
             raise TypeError(
                 "`seed` is an InverseRule, and a loss has no inverse: give "

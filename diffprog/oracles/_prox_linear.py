@@ -23,11 +23,11 @@ from .._common.result import RESULTS
 from .._common.tree import add, scale, vdot, where
 from .._common.types import (
     came,
-    check_count,
-    check_kind,
     check_positive,
+    component,
     Number,
     number,
+    positive_int,
 )
 from .._operators.root import difference
 from ..losses import Squared
@@ -75,11 +75,10 @@ class NewtonSteps(AbstractModelSolver):
         [`diffprog.oracles.CG`][], or [`diffprog.oracles.Auto`][] to choose.
     """
 
-    max_steps: int = eqx.field(static=True, default=20)
+    max_steps: int = positive_int(20)
     solver: AbstractSolver = Auto(max_steps=50)
 
     def __check_init__(self):
-        check_count("max_steps", self.max_steps)
         if not isinstance(self.solver, Auto | CG | Cholesky):
             raise TypeError(
                 f"`solver` is {came(self.solver)}; `Auto`, `CG` or `Cholesky` of "
@@ -143,11 +142,8 @@ class CoordinateAscent(AbstractModelSolver):
     Regularized Loss Minimization", 2013, arXiv 1209.1873.
     """
 
-    max_steps: int = eqx.field(static=True, default=200)
-    batch_size: int = eqx.field(static=True, default=64)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
+    max_steps: int = positive_int(200)
+    batch_size: int = positive_int(64)
 
     def minimize(self, at, damping, gap):
         given, at = at, bounded(at)
@@ -190,10 +186,7 @@ class ProximalGradient(AbstractModelSolver):
     Linear Inverse Problems", 2009.
     """
 
-    max_steps: int = eqx.field(static=True, default=300)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
+    max_steps: int = positive_int(300)
 
     def minimize(self, at, damping, gap):
         given, at = at, bounded(at)
@@ -298,17 +291,10 @@ class ProxLinear(AbstractOracle):
     Noise", 2023, arXiv 2305.10634.
     """
 
-    damping: Any = number(1.0)
-    solver: AbstractModelSolver | None = None
-    gap: Number = number(0.1)
+    damping: Any = number(1.0, check_damping)
+    solver: AbstractModelSolver | None = component(None, "dp.oracles.NewtonSteps()")
+    gap: Number = number(0.1, check_positive)
     throw: bool = eqx.field(static=True, default=True)
-
-    def __check_init__(self):
-        check_damping(self.damping)
-        check_positive("gap", self.gap)
-        if self.solver is not None:
-            example = "dp.oracles.NewtonSteps()"
-            check_kind("solver", self.solver, AbstractModelSolver, example)
 
     def init(self, params):
         return None

@@ -19,7 +19,14 @@ from jaxtyping import Array, PyTree
 from .._common.conjugate_gradients import conjugate_gradients
 from .._common.linalg import matmul
 from .._common.tree import add, all_finite, norm, normal_like, scale
-from .._common.types import AbstractPart, check_count, check_numbers, Number, number
+from .._common.types import (
+    AbstractPart,
+    check_number,
+    checked,
+    Number,
+    number,
+    positive_int,
+)
 from ..losses._loss import factor_of
 from ._base import Linearization
 from ._gram import dense, gram, gram_flops
@@ -69,15 +76,11 @@ class CG(AbstractSolver):
     Source: Martens, "Deep Learning via Hessian-Free Optimization", 2010.
     """
 
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
-    warm_start: float = eqx.field(static=True, default=0.0)
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
+    warm_start: float = checked(check_number, static=True, default=0.0)
     in_outputs: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol", "warm_start")
 
     def solve(self, at, damping, start, key):
         by = self._outputs if self.in_outputs else self._parameters
@@ -134,14 +137,10 @@ class DualCG(AbstractSolver):
     arXiv 2308.08886.
     """
 
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
     euclidean: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol")
 
     def solve(self, at, damping, start, key):
         mu = damping / at.weight
@@ -186,10 +185,7 @@ class Cholesky(AbstractSolver):
     whitening is ours.
     """
 
-    batch_size: int = eqx.field(static=True, default=64)
-
-    def __check_init__(self):
-        check_count("batch_size", self.batch_size)
+    batch_size: int = positive_int(64)
 
     def solve(self, at, damping, start, key):
         a, bad = self.dual(at, damping)
@@ -246,10 +242,7 @@ class RandomSubspace(AbstractSolver):
     Recurrent Neural Networks for Neuroscience", 2024.
     """
 
-    size: int = eqx.field(static=True, default=32)
-
-    def __check_init__(self):
-        check_count("size", self.size)
+    size: int = positive_int(32)
 
     def solve(self, at, damping, start, key):
         if key is None:
@@ -286,15 +279,11 @@ class Auto(AbstractSolver):
         that is less than 50 times smaller, or there is a warm start.
     """
 
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
-    warm_start: float = eqx.field(static=True, default=0.0)
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
+    warm_start: float = checked(check_number, static=True, default=0.0)
     in_outputs: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol", "warm_start")
 
     def solve(self, at, damping, start, key):
         return self.choose(at).solve(at, damping, start, key)

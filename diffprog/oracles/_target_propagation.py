@@ -13,7 +13,14 @@ from .._chain.network import Network, split_rows
 from .._common.linalg import matmul
 from .._common.loops import scan
 from .._common.tree import cast, cast_like, vdot, widened, working_dtype
-from .._common.types import came, check_number, check_positive, Number, number
+from .._common.types import (
+    came,
+    check_not_negative,
+    check_number,
+    check_positive,
+    Number,
+    number,
+)
 from ._base import AbstractOracle, Linearization, Proposal
 from ._inverses import (
     Activation,
@@ -88,8 +95,8 @@ class TargetPropagation(AbstractOracle):
     Recurrent Neural Networks", 2021, arXiv 2112.01453.
     """
 
-    stepsize: Number = number(0.01)
-    regularization: Number = number(1.0)
+    stepsize: Number = number(0.01, check_positive)
+    regularization: Number = number(1.0, check_not_negative)
     inverse: Literal["linearized", "difference"] = eqx.field(
         static=True, default="linearized"
     )
@@ -100,15 +107,8 @@ class TargetPropagation(AbstractOracle):
     damping: ClassVar[None] = None
 
     def __check_init__(self):
-        check_positive("stepsize", self.stepsize)
-        check_number("regularization", self.regularization, "a number >= 0")
-        check_number("eps", self.eps, "a number in (0, 0.5)")
-        if isinstance(self.regularization, float) and not self.regularization >= 0:
-            raise ValueError(
-                f"`regularization` is {self.regularization}; a number >= 0 is expected."
-            )
-        if isinstance(self.eps, float) and not 0 < self.eps < 0.5:
-            raise ValueError(f"`eps` is {self.eps}; a number in (0, 0.5) is expected.")
+        below_half = lambda eps: (0 < eps) & (eps < 0.5)
+        check_number("eps", self.eps, "a number in (0, 0.5)", below_half)
         if self.inverse not in ("linearized", "difference"):
             raise ValueError(
                 f'`inverse` is {self.inverse!r}; "linearized" or "difference" is '
