@@ -101,15 +101,43 @@ def _start(value: Any) -> DampingState:
     return DampingState(damping, jnp.full_like(damping, 2))
 
 
-class Constant(AbstractDamping):
+class _AbstractUnjudged(AbstractDamping):
+    """A rule that learns nothing from steps, and makes each of them."""
+
+    follows_ratio: ClassVar[bool] = False
+
+    def update(self, state, ratio, outcome):
+        return state
+
+    def keep(self, outcome):
+        return jnp.asarray(True)
+
+
+class _AbstractJudged(AbstractDamping):
+    """A rule whose state is the damping, and which may drop steps that fail."""
+
+    initial: eqx.AbstractVar[Number]
+    reject: eqx.AbstractVar[bool]
+
+    follows_ratio: ClassVar[bool] = True
+
+    def init(self):
+        return _start(self.initial)
+
+    def damping(self, state, gradient):
+        return state.damping
+
+    def keep(self, outcome):
+        return (outcome != OUTCOMES.rejected) | (not self.reject)
+
+
+class Constant(_AbstractUnjudged):
     """The same damping for ever; what a plain number means.
 
     - `value`: the damping.
     """
 
     value: Number
-
-    follows_ratio: ClassVar[bool] = False
 
     def __check_init__(self):
         check_positive("damping", self.value)
@@ -120,14 +148,8 @@ class Constant(AbstractDamping):
     def damping(self, state, gradient):
         return state.damping
 
-    def update(self, state, ratio, outcome):
-        return state
 
-    def keep(self, outcome):
-        return jnp.asarray(True)
-
-
-class MadsenNielsen(AbstractDamping):
+class MadsenNielsen(_AbstractJudged):
     r"""Smooth in the ratio: $\lambda$ times $\max(\tfrac13, 1 - (2 \rho - 1)^3)$.
 
     That is after a success; after a failure it is multiplied by 2, then 4, 8, ...
@@ -144,14 +166,6 @@ class MadsenNielsen(AbstractDamping):
     maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=True)
 
-    follows_ratio: ClassVar[bool] = True
-
-    def init(self):
-        return _start(self.initial)
-
-    def damping(self, state, gradient):
-        return state.damping
-
     def update(self, state, ratio, outcome):
         accepted = outcome == OUTCOMES.accepted
         ratio = jnp.where(accepted, ratio, 0)  # what follows is finite
@@ -161,11 +175,8 @@ class MadsenNielsen(AbstractDamping):
         growth = jnp.where(accepted, 2.0, 2 * state.growth).astype(damping.dtype)
         return where(outcome == OUTCOMES.unclear, state, DampingState(damping, growth))
 
-    def keep(self, outcome):
-        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
-
-class Threshold(AbstractDamping):
+class Threshold(_AbstractJudged):
     r"""Multiplied by `increase` where $\rho$ < `low`, by `decrease` where > `high`.
 
     - `initial`, `minimum`, `maximum`: of the damping.
@@ -186,14 +197,6 @@ class Threshold(AbstractDamping):
     maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=False)
 
-    follows_ratio: ClassVar[bool] = True
-
-    def init(self):
-        return _start(self.initial)
-
-    def damping(self, state, gradient):
-        return state.damping
-
     def update(self, state, ratio, outcome):
         bad = (outcome == OUTCOMES.rejected) | (ratio < self.low)
         factor = jnp.where(ratio > self.high, self.decrease, 1.0)
@@ -201,11 +204,8 @@ class Threshold(AbstractDamping):
         damping = jnp.clip(state.damping * factor, self.minimum, self.maximum)
         return DampingState(damping, state.growth)
 
-    def keep(self, outcome):
-        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
-
-class GradientNorm(AbstractDamping):
+class GradientNorm(_AbstractUnjudged):
     r"""$\lambda = \max(\text{minimum}, \text{factor} \, \|\nabla h\|^{\text{power}})$.
 
     Steps grow near a minimum, as those of Newton's method do.
@@ -221,19 +221,11 @@ class GradientNorm(AbstractDamping):
     power: Number = number(1.0, check_number)
     minimum: Number = number(1e-8, check_positive)
 
-    follows_ratio: ClassVar[bool] = False
-
     def init(self):
         return _start(self.minimum)
 
     def damping(self, state, gradient):
         return jnp.maximum(self.minimum, self.factor * gradient**self.power)
-
-    def update(self, state, ratio, outcome):
-        return state
-
-    def keep(self, outcome):
-        return jnp.asarray(True)
 
 
 def as_damping(damping: Any) -> AbstractDamping:
