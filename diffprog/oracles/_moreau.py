@@ -22,14 +22,7 @@ from .._common.types import AbstractPart, check_positive, component, Number, num
 from ..losses import AbstractDualLoss
 from ._base import AbstractOracle, Linearization, Proposal
 from ._gram import is_linear
-from ._rules import (
-    AbstractRule,
-    inside,
-    is_boundary,
-    run_network,
-    with_rule,
-    zero_tangent,
-)
+from ._rules import AbstractRule, inside, run_marked, run_network, zero_tangent
 
 
 class AbstractMessageRule(AbstractPart):
@@ -230,7 +223,7 @@ class MoreauBackprop(AbstractOracle):
 
     def propose(self, at, damping, memory, key):
         run = _with_rules(at, LayerRules(self.state, self.weights, self.split))
-        _, pull = jax.vjp(run, at.params)
+        _, pull = jax.vjp(lambda w: run(w).astype(at.outputs.dtype), at.params)
         g = pull(_seed(self.seed, at, self.alpha))[0]
         step = scale(-1, g)
         good = all_finite(g) | ~all_finite(at.cotangent)
@@ -243,24 +236,16 @@ class MoreauBackprop(AbstractOracle):
 
 def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
     """The outputs as a function of the parameters; backward they follow the rule."""
-    layers, model = inside(at), inside(at).model
-    if isinstance(model, Network):
-        if not layers.mapped:
-            raise ValueError(
-                "`MoreauBackprop` runs the layers of a `dp.Network` itself: leave out "
-                "`predict` and `key`, or mark the layers of another model with "
-                "`dp.rule_boundary`."
-            )
-        run = lambda model: run_network(model, rule, layers.inputs)
-    elif any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
-        run = lambda model: layers.apply(with_rule(model, rule))
-    else:
-        raise TypeError(
-            f"The model is a {type(model).__name__} without layers that a rule "
-            "could follow: make it a `dp.Network(layers)`, or mark its layers with "
-            "`dp.rule_boundary(layer)`."
+    layers = inside(at)
+    if not isinstance(layers.model, Network):
+        return run_marked(at, rule)
+    if not layers.mapped:
+        raise ValueError(
+            "`MoreauBackprop` runs the layers of a `dp.Network` itself: leave out "
+            "`predict` and `key`, or mark the layers of another model with "
+            "`dp.rule_boundary`."
         )
-    return lambda params: run(layers.with_params(params)).astype(at.outputs.dtype)
+    return lambda w: run_network(layers.with_params(w), rule, layers.inputs)
 
 
 def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:

@@ -136,6 +136,18 @@ def inside(at: Linearization) -> Layers:
     return at.layers
 
 
+def run_marked(at: Linearization, rule: AbstractRule) -> Callable:
+    """The outputs as a function of the parameters, with the rule at all boundaries."""
+    layers = inside(at)
+    if not any(map(is_boundary, jtu.tree_leaves(layers.model, is_leaf=is_boundary))):
+        raise TypeError(
+            f"The model is a {type(layers.model).__name__} without layers that a rule "
+            "could follow: make it a `dp.Network(layers)`, or mark its layers with "
+            "`dp.rule_boundary(layer)`."
+        )
+    return lambda params: layers.apply(with_rule(layers.with_params(params), rule))
+
+
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:
     """The outputs for a batch; backward each stage follows the rule batch-wise."""
     prepare = lambda stage, carry: (carry, prepared(rule, stage))

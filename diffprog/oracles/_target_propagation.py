@@ -33,7 +33,7 @@ from ._inverses import (
     regularized_inverse,
     view,
 )
-from ._rules import AbstractRule, follow, inside, is_boundary, prepared, with_rule
+from ._rules import AbstractRule, follow, inside, is_boundary, prepared, run_marked
 
 
 class TargetPropagation(AbstractOracle):
@@ -141,20 +141,12 @@ class TargetPropagation(AbstractOracle):
 
 def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
     """`params -> outputs`, and the factor of each parameter."""
-    layers, model = inside(at), inside(at).model
-    if not any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
-        raise TypeError(
-            f"Target propagation needs to know the layers of the model, and it is a "
-            f"{type(model).__name__}: give a `dp.Network(layers)`, or mark layers "
-            "inside the model with `dp.rule_boundary(layer)`."
-        )
+    outputs = run_marked(at, rule)
     if oracle.head is not None:
         raise ValueError(
             f"`head` is {oracle.head}, which counts the stages of a `dp.Network`; here "
             "leave it out, and do not mark the layers that end the model."
         )
-    run = lambda model: layers.apply(with_rule(model, rule))
-    outputs = lambda params: run(layers.with_params(params))
 
     def factor(node):
         value = oracle.stepsize if is_boundary(node) else 1.0
