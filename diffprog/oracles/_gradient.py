@@ -4,11 +4,11 @@ import jax.numpy as jnp
 
 from .._common.tree import scale, vdot
 from .._common.types import number
-from ._base import AbstractOracle, Proposal
+from ._base import AbstractForgetful, Proposal
 from ._damping import check_damping
 
 
-class Gradient(AbstractOracle):
+class Gradient(AbstractForgetful):
     r"""Steepest descent: $d = -\nabla h(w) / \lambda$.
 
     - `damping`: lambda > 0, a number or a rule such as
@@ -16,9 +16,6 @@ class Gradient(AbstractOracle):
     """
 
     damping: Any = number(1.0, check_damping)
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         step = scale(-1 / damping, at.gradient)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.loops import while_loop
 from .._common.tree import add, all_finite, cast_like, Layout, scale, vdot, where
@@ -201,7 +202,7 @@ def coordinates(
     at: Linearization, batch_size: int
 ) -> tuple[Array, Callable[[Array], PyTree]]:
     """B with J = B U', shape (examples, ..., number), and the function e -> U e."""
-    n, q = sizes(at)
+    n, q = tree_size(at.params), at.outputs.size
     dtype = at.outputs.dtype
     if n <= q:
         layout = Layout.of(at.params, dtype)
@@ -227,8 +228,3 @@ def domain_of(at: Linearization) -> AbstractDomain | None:
     """That of the conjugates, if the loss knows one."""
     known = isinstance(at.loss, AbstractBoundedLoss)
     return at.loss.domain(at.outputs, at.targets) if known else None  # pyright: ignore
-
-
-def sizes(at: Linearization) -> tuple[int, int]:
-    """The numbers of parameters, and of outputs of the batch."""
-    return sum(a.size for a in jtu.tree_leaves(at.params)), at.outputs.size

@@ -20,7 +20,7 @@ from .._common.result import RESULTS
 from .._common.tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._common.types import AbstractPart, check_positive, component, Number, number
 from ..losses import AbstractDualLoss
-from ._base import AbstractOracle, Linearization, Proposal
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._gram import is_linear
 from ._rules import AbstractRule, inside, run_marked, run_network, zero_tangent
 
@@ -160,7 +160,7 @@ def _linear_inverse(layer, params, x: Array, message: Array, gamma: Any) -> PyTr
     return eqx.tree_at(lambda p: (p.weight, p.bias), params, (V[:, :-1], V[:, -1]))
 
 
-class MoreauBackprop(AbstractOracle):
+class MoreauBackprop(AbstractForgetful):
     r"""Back-propagation by gradients of Moreau envelopes, or by regularized inverses.
 
     The message of the loss goes back from layer to layer, as in back-propagation, but
@@ -217,9 +217,6 @@ class MoreauBackprop(AbstractOracle):
                 "`seed` is an InverseRule, and a loss has no inverse: give "
                 "`dp.oracles.MoreauRule()` or `dp.oracles.ChainRule()`."
             )
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         run = _with_rules(at, LayerRules(self.state, self.weights, self.split))

@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.loops import for_each, repeat, while_loop
 from .._common.result import RESULTS
@@ -33,9 +34,9 @@ from .._operators.root import difference
 from ..losses import Squared
 from ..losses._loss import answered
 from ._augmented_lagrangian import AugmentedLagrangian
-from ._base import AbstractOracle, Linearization, Proposal
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._damping import check_damping
-from ._interior_point import domain_of, InteriorPoint, sizes
+from ._interior_point import domain_of, InteriorPoint
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
@@ -259,7 +260,7 @@ def ascend(
     return Found(step, z, P - D, count, jnp.isfinite(P - D))
 
 
-class ProxLinear(AbstractOracle):
+class ProxLinear(AbstractForgetful):
     r"""The prox-linear method, also called modified Gauss-Newton.
 
     $$d = \operatorname{argmin}_d \; \frac1m \sum_i \ell_i(f_i + J_i d)
@@ -295,9 +296,6 @@ class ProxLinear(AbstractOracle):
     solver: AbstractModelSolver | None = component(None, "dp.oracles.NewtonSteps()")
     gap: Number = number(0.1, check_positive)
     throw: bool = eqx.field(static=True, default=True)
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         solver = self.solver or choose(at)
@@ -347,7 +345,7 @@ class Either(AbstractModelSolver):
 
 def choose(at: Linearization) -> AbstractModelSolver:
     """The solver for a loss and a batch."""
-    (n, q), kinks = sizes(at), domain_of(at) is not None
+    n, q, kinks = tree_size(at.params), at.outputs.size, domain_of(at) is not None
     if at.loss.smooth and not kinks:
         return NewtonSteps()
     if not kinks or q * min(n, q) > 1024**2:

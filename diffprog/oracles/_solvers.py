@@ -17,6 +17,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, PyTree
 
 from .._common.conjugate_gradients import conjugate_gradients
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.tree import add, all_finite, norm, normal_like, scale
 from .._common.types import (
@@ -290,8 +291,7 @@ class Auto(AbstractSolver):
 
     def choose(self, at: Linearization) -> AbstractSolver:
         """The solver for a batch of this size."""
-        m, q = at.outputs.shape[0], at.outputs.size
-        size = sum(a.size for a in jtu.tree_leaves(at.params))
+        m, q, size = at.outputs.shape[0], at.outputs.size, tree_size(at.params)
         product = 8 * m * size  # where an example uses each parameter once
         layers = dense(at.layers)
         build = gram_flops(layers.model, m, q // m) if layers else float(q * product)

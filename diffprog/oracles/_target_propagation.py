@@ -21,7 +21,7 @@ from .._common.types import (
     Number,
     number,
 )
-from ._base import AbstractOracle, Linearization, Proposal
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._inverses import (
     Activation,
     as_recurrent,
@@ -36,7 +36,7 @@ from ._inverses import (
 from ._rules import AbstractRule, follow, inside, is_boundary, prepared, run_marked
 
 
-class TargetPropagation(AbstractOracle):
+class TargetPropagation(AbstractForgetful):
     r"""Targets for every layer, found by regularized inverses of the layers above.
 
     A target $v_t = x_t + D_t$ is what the output of layer t should have been. From
@@ -120,9 +120,6 @@ class TargetPropagation(AbstractOracle):
                 f"`head` is {came(self.head)}; the number of last stages that are "
                 "trained by the gradient, an int >= 0, is expected."
             )
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         numbers = (self.stepsize, self.regularization, self.eps)
