@@ -129,15 +129,13 @@ class InnerGaussNewton(AbstractInner):
 
     def solve(self, problem):
         p0 = problem.start()
-        one = self._gauss_newton_step if problem.fitted else self._gradient_step
-        step = lambda y: one(problem, p0, y)
+        step = lambda y: self._step(problem, p0, y)
         zero = jtu.tree_map(jnp.zeros_like, problem.x)
         return scale(-1, repeat(step, zero, self.num_steps, unroll=self.unroll))
 
-    def _gradient_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
-        return add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
-
-    def _gauss_newton_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+    def _step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+        if not problem.fitted:
+            return add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
         run = lambda y: (problem.fn(y), None)
         p, mv, pull, _ = products(run, add(problem.x, y))
         b = add(mv(y), problem.residual(p, p0), -1)  # J y - c

@@ -97,12 +97,6 @@ def combine(*terms: tuple[Any, PyTree]) -> PyTree:
     return jtu.tree_map(weighted, *trees)
 
 
-def average(weights: Array, rows: PyTree) -> PyTree:
-    """sum_i weights_i rows_i."""
-    dot = lambda a: jnp.tensordot(weights.astype(a.dtype), a, 1)
-    return jtu.tree_map(dot, rows)
-
-
 def pick(tree: PyTree, i: Array) -> PyTree:
     return jtu.tree_map(lambda a: a[i], tree)
 
@@ -204,7 +198,8 @@ def _prospect_init(risk: Risk, params: PyTree, data: PyTree) -> ProspectState:
     each = jax.vmap(jax.value_and_grad(risk.loss), (None, 0))
     losses, gradients = each(params, data)
     q = risk.weights(losses)
-    return ProspectState(params, losses, q, q, gradients, average(q, gradients))
+    mean = lambda a: jnp.tensordot(q.astype(a.dtype), a, 1)  # sum_i q_i g_i
+    return ProspectState(params, losses, q, q, gradients, jtu.tree_map(mean, gradients))
 
 
 @door

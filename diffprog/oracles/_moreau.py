@@ -95,9 +95,8 @@ class LayerRules(AbstractRule):
         return None
 
     def backward(self, layer, memory, x, message, batched):
-        if not isinstance(layer, Stage | eqx.nn.Sequential):
-            return self._through(layer, x, message, batched)
-        if not self.split and len(layer.layers) > 1:
+        has_parts = isinstance(layer, Stage | eqx.nn.Sequential)
+        if not has_parts or (not self.split and len(layer.layers) > 1):
             return self._through(layer, x, message, batched)
         xs = []
         for part in layer.layers:
