@@ -30,7 +30,6 @@ from ._model_solver import (
     Found,
     halved,
     prox,
-    unbounded,
 )
 
 
@@ -68,8 +67,8 @@ class AugmentedLagrangian(AbstractModelSolver):
 
     max_steps: int = positive_int(5000)
 
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         smoothed = Smoothed(at, damping)
         s = first_length(at)
         smallest = jnp.finfo(s.dtype).eps * s
@@ -98,8 +97,7 @@ class AugmentedLagrangian(AbstractModelSolver):
         start = zero, seen, seen, seen.D, yes(seen.P), yes(seen.P)
         count, _, best, D, *_ = while_loop(unfinished, step, start)
         left = best.P - D
-        found = Found(best.d, best.z, left, count, jnp.isfinite(left))
-        return unbounded(given, found)
+        return Found(best.d, best.z, left, count, jnp.isfinite(left))
 
 
 def first_length(at: Linearization) -> Array:

@@ -56,9 +56,9 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
     net, inputs = layers.model, layers.inputs
     m, dtype = at.outputs.shape[0], at.outputs.dtype
-    batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
     zeros = tuple(_zeros(stack, m, dtype) for stack in net.stacks)
-    outputs = lambda shifts: batch(_run)(inputs, shifts)
+    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
+    outputs = lambda shifts: run(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])

@@ -40,7 +40,6 @@ from ._model_solver import (
     model,
     prox,
     reached,
-    unbounded,
 )
 from ._solvers import Auto, CG, Cholesky
 
@@ -134,8 +133,8 @@ class CoordinateAscent(AbstractModelSolver):
     max_steps: int = positive_int(200)
     batch_size: int = positive_int(64)
 
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
         c, f, shape = damping / at.weight, at.outputs, at.outputs.shape
         K = Cholesky(self.batch_size).whitened(at, Squared().factor(f, f))
@@ -159,8 +158,7 @@ class CoordinateAscent(AbstractModelSolver):
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
-        found = ascend(at, damping, gap, all_examples, start, self.max_steps)
-        return unbounded(given, found)
+        return ascend(at, damping, gap, all_examples, start, self.max_steps)
 
 
 class ProximalGradient(AbstractModelSolver):
@@ -177,8 +175,8 @@ class ProximalGradient(AbstractModelSolver):
 
     max_steps: int = positive_int(300)
 
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         c = damping / at.weight
         K = lambda v: at.mv(at.transpose_mv(v))
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
@@ -201,8 +199,7 @@ class ProximalGradient(AbstractModelSolver):
         alpha = at.cotangent
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
-        found = ascend(at, damping, gap, advance, start, self.max_steps)
-        return unbounded(given, found)
+        return ascend(at, damping, gap, advance, start, self.max_steps)
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:

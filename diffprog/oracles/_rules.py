@@ -91,16 +91,11 @@ class RuleBoundary(eqx.Module):
         return follow(self.rule, self.layer, self.memory, x, batched=False)
 
 
-def fixed(tree: PyTree) -> PyTree:
-    """The tree, with all arrays held constant in derivatives."""
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
-
-
 def prepared(rule: AbstractRule, layer: Callable) -> PyTree:
-    """What the rule needs of the layer, in the working dtype."""
-    floats = eqx.filter(layer, eqx.is_inexact_array)
-    return rule.prepare(cast(fixed(layer), working_dtype(floats)))
+    """What the rule needs of the layer, in the working dtype, without derivatives."""
+    arrays, rest = eqx.partition(layer, eqx.is_array)
+    arrays = cast(jax.lax.stop_gradient(arrays), working_dtype(arrays))
+    return rule.prepare(eqx.combine(arrays, rest))
 
 
 def rule_boundary(layer: Callable) -> RuleBoundary:
