@@ -11,11 +11,11 @@ from .._common.tree import cast, scale, vdot
 from .._common.types import came, component, number
 from ._base import AbstractOracle, Linearization, Proposal
 from ._damping import check_damping
-from ._solvers import AbstractSolver, Auto, CG
+from ._solvers import AbstractCG, AbstractSolver, Auto
 
 
 def _is_warm(solver: AbstractSolver) -> bool:
-    return isinstance(solver, Auto | CG) and solver.warm_start != 0
+    return isinstance(solver, AbstractCG) and solver.warm_start != 0
 
 
 def _init(self: "GaussNewton | DualGaussNewton", params: PyTree) -> PyTree:

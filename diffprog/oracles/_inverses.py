@@ -84,8 +84,7 @@ _relu = Activation(  # its own pseudo-inverse
 
 _KNOWN = (
     (jax.nn.identity, _identity),
-    (jnp.tanh, _tanh),
-    (jax.nn.tanh, _tanh),
+    (jnp.tanh, _tanh),  # and `jax.nn.tanh`
     (jax.lax.tanh, _tanh),
     (jax.nn.sigmoid, _sigmoid),
     (jax.nn.softplus, _softplus),

@@ -61,7 +61,17 @@ class AbstractSolver(AbstractPart):
         """The step, from `start` if that is of use."""
 
 
-class CG(AbstractSolver):
+class AbstractCG(AbstractSolver):
+    """The options of conjugate gradients."""
+
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
+    warm_start: float = checked(check_number, static=True, default=0.0)
+    in_outputs: bool = eqx.field(static=True, default=False)
+    unroll: bool = eqx.field(static=True, default=False)
+
+
+class CG(AbstractCG):
     r"""Conjugate gradients for the step, in the space of the parameters.
 
     Each iteration takes a product with J and one with J', and lowers the model.
@@ -76,12 +86,6 @@ class CG(AbstractSolver):
 
     Source: Martens, "Deep Learning via Hessian-Free Optimization", 2010.
     """
-
-    max_steps: int = positive_int(10)
-    rtol: Number = number(1e-6, check_number)
-    warm_start: float = checked(check_number, static=True, default=0.0)
-    in_outputs: bool = eqx.field(static=True, default=False)
-    unroll: bool = eqx.field(static=True, default=False)
 
     def solve(self, at, damping, start, key):
         by = self._outputs if self.in_outputs else self._parameters
@@ -269,7 +273,7 @@ class RandomSubspace(AbstractSolver):
         return Solved(d, nan, jnp.zeros((), jnp.int32), bad, True)
 
 
-class Auto(AbstractSolver):
+class Auto(AbstractCG):
     """`Cholesky` where it is cheap, else conjugate gradients.
 
     Cheap means that the estimated work is at most that of 50 products of conjugate
@@ -279,12 +283,6 @@ class Auto(AbstractSolver):
     - `in_outputs`: whether its vectors are kept in the space of the outputs, also where
         that is less than 50 times smaller, or there is a warm start.
     """
-
-    max_steps: int = positive_int(10)
-    rtol: Number = number(1e-6, check_number)
-    warm_start: float = checked(check_number, static=True, default=0.0)
-    in_outputs: bool = eqx.field(static=True, default=False)
-    unroll: bool = eqx.field(static=True, default=False)
 
     def solve(self, at, damping, start, key):
         return self.choose(at).solve(at, damping, start, key)
