@@ -509,6 +509,31 @@ def test_a_function_in_a_static_field_keeps_what_it_captures(make, wrap):
     np.testing.assert_allclose(found, right, rtol=1e-12)
 
 
+@pytest.mark.parametrize("wrap", [eqx.filter_jit, jtu.Partial, jax.jit])
+def test_a_wrapped_method_may_lead_back_to_the_object_that_holds_it(wrap):
+    class Own:
+        def __init__(self):
+            self.weight = 1.0
+            self.effort = wrap(self._effort)
+
+        def _effort(self, u):
+            return self.weight * u @ u
+
+        def cost(self, x, u, t):
+            return self.effort(u)
+
+    own = Own()
+    run = lambda: dp.rollout(problem(own.cost), X0, US + 0.3).cost
+    before = run()
+    np.testing.assert_allclose(run(), before)
+    own.weight = 3.0
+    if wrap is jax.jit:
+        assert run() > before
+        return
+    with pytest.raises(TypeError, match="Own._effort.*captures has changed.*Make what"):
+        run()
+
+
 class Ending(Static):
     def dynamics(self, x, u, t):
         return x + self.gain * self.weight(self.held) * u

@@ -196,6 +196,7 @@ def attributes(value) -> dict[str, Any]:
 
 FUNCTIONS = types.FunctionType, types.MethodType, ft.partial
 _FIRST = weakref.WeakKeyDictionary()  # what a function captured at first
+_LOOKED_AT: set[int] = set()  # functions that may lead back to themselves
 
 
 def check_unchanged(value, frozen: Callable, traced: bool):
@@ -204,9 +205,14 @@ def check_unchanged(value, frozen: Callable, traced: bool):
     `jax.lax.scan` and others keep what they traced of the same function. It may change
     what it captures itself, while it is traced.
     """
-    if type(value) not in FUNCTIONS or is_fixed(value):
+    again = id(value) in _LOOKED_AT
+    if again or type(value) not in FUNCTIONS or is_fixed(value):
         return
-    captured = hash(frozen(value))
+    _LOOKED_AT.add(id(value))
+    try:
+        captured = hash(frozen(value))
+    finally:
+        _LOOKED_AT.remove(id(value))
     if traced:
         _FIRST[value] = captured
     elif _FIRST.setdefault(value, captured) != captured:
