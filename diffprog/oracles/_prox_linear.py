@@ -22,7 +22,14 @@ from .._common.linalg import matmul
 from .._common.loops import for_each, repeat, while_loop
 from .._common.result import RESULTS
 from .._common.tree import add, scale, vdot, where
-from .._common.types import check_positive, component, Number, number, positive_int
+from .._common.types import (
+    came,
+    check_positive,
+    component,
+    Number,
+    number,
+    positive_int,
+)
 from .._operators.root import difference
 from ..losses import Squared
 from ..losses._loss import answered
@@ -41,7 +48,7 @@ from ._model_solver import (
     prox,
     reached,
 )
-from ._solvers import Auto, CG, Cholesky
+from ._solvers import AbstractSolver, Auto, CG, Cholesky
 
 
 class Point(NamedTuple):
@@ -69,9 +76,14 @@ class NewtonSteps(AbstractModelSolver):
     """
 
     max_steps: int = positive_int(20)
-    solver: Auto | CG | Cholesky = component(
-        Auto(max_steps=50), "Auto`, `CG` or `Cholesky` of `dp.oracles"
-    )
+    solver: AbstractSolver = Auto(max_steps=50)
+
+    def __check_init__(self):
+        if not isinstance(self.solver, Auto | CG | Cholesky):
+            raise TypeError(
+                f"`solver` is {came(self.solver)}; `Auto`, `CG` or `Cholesky` of "
+                "`dp.oracles` is expected."
+            )
 
     def minimize(self, at, damping, gap):
         def look(d, z, alpha, P):
