@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._chain.network import (
@@ -48,10 +47,12 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
     net, inputs = layers.model, layers.inputs
     m, dtype = at.outputs.shape[0], at.outputs.dtype
-    batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
-    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], inputs)
-    zeros = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    outputs = lambda shifts: batch(_run)(inputs, shifts)
+    pairs = list(zip(net.stacks, parametrized(net), strict=True))
+    stages = lambda stack: () if stack.size == 1 else (stack.size,)
+    shape = lambda stack, layer: (m, *stages(stack), layer.out_features)
+    zeros = tuple((jnp.zeros(shape(*pair), dtype),) for pair in pairs)
+    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
+    outputs = lambda shifts: run(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
@@ -60,8 +61,8 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
     S, activations = cast((S, activations), dtype)
     total = jnp.zeros((m, rows, m, rows), dtype)
-    found = zip(net.stacks, parametrized(net), S, activations, strict=True)
-    for stack, layer, (S_layer,), (A_layer,) in found:
+    found = zip(pairs, S, activations, strict=True)
+    for (stack, layer), (S_layer,), (A_layer,) in found:
         for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
             inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
             outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
@@ -84,17 +85,8 @@ def _run(stage: Stage, x, shifts):
     for layer in stage.layers:
         if has_parameters(layer):
             inputs.append(x)
-            x = layer(x) + shifts.pop(0)
+            x = layer(x)
+            x = x + shifts.pop(0).astype(x.dtype)
         else:
             x = layer(x)
     return x, tuple(inputs)
-
-
-def _shapes(stage: Stage, x):
-    """The output of a stage, and those of its dense layers."""
-    found = []
-    for layer in stage.layers:
-        x = layer(x)
-        if has_parameters(layer):
-            found.append(x)
-    return x, tuple(found)
