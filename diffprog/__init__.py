@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from ._chain.discretize import discretize as discretize
+from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage
 from ._chain.network_problem import NetworkProblem as NetworkProblem
 from ._chain.problem import (
@@ -27,6 +28,10 @@ from ._control.direction import (
     LinearRollout as LinearRollout,
     MoreauGradient as MoreauGradient,
     Newton as Newton,
+)
+from ._control.layerwise import (
+    layerwise_lqr as layerwise_lqr,
+    LayerwiseLQR as LayerwiseLQR,
 )
 from ._control.lqr import (
     AbstractRiccati as AbstractRiccati,

@@ -44,7 +44,7 @@ CONTROL = [
     ["lqr", "report"],
     ["direction", "search"],
     ["loop", "solution"],
-    ["solve"],
+    ["solve", "layerwise"],
     ["stepping", "batch"],
 ]
 OUTSIDE = ("systems", "plot")  # these see the public door only

@@ -227,6 +227,9 @@ CONTROL = {
     "NetworkProblem": lambda n: dp.rollout(
         dp.NetworkProblem(n.net, losses.Squared(), n.y), n.x, n.net.params
     ),
+    "layerwise_lqr": lambda n: dp.layerwise_lqr(
+        dp.NetworkProblem(n.net, losses.Squared(), n.y), n.x, n.net.params, damping=1.0
+    ),
     "jacobian_norm": lambda n: dp.jacobian_norm(
         ft.partial(outputs, n.x), n.net, key=n.key
     ),

@@ -5,10 +5,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jax import lax
+from jaxtyping import Array, PyTree
 
 from .._common.reduction import AbstractCounted, check_reduction, Reduction, weight
+from .._common.tree import cast
 from .._common.types import came, check_callable, check_kind, noted
+from .metric import curvature, of_outputs, of_stage, per_example, StageMetric, tangent
 from .network import Network, Stack
 from .problem import AbstractChain, Phase
 
@@ -50,12 +53,24 @@ class NetworkProblem(AbstractChain):
     is the exact step of Newton, and [`diffprog.GaussNewton`][] the exact one of
     Gauss-Newton, found layer by layer. With m examples of n numbers a stage costs
     O((m n + parameters)^3): for small networks, and as a reference for others.
+
+    A `metric` D takes the place of the Hessian of the loss at the outputs z of the
+    current parameters: the loss is modelled by
+
+    $$\ell(z) + \langle \nabla \ell(z), z' - z \rangle
+    + \tfrac12 (z' - z)^\top \nabla^2_{z'} D(z, z) (z' - z),$$
+
+    so that [`diffprog.GaussNewton`][] takes the step of the natural gradient for the
+    Kullback-Leibler divergence, and that of the Euclidean metric for the squared
+    distance. The cost of a roll-out stays the loss, and a solve minimizes it; only
+    second derivatives of the cost are those of D.
     """
 
     network: Network
     loss: Callable
     targets: PyTree
     reduction: Reduction = eqx.field(static=True)
+    metric: Callable | StageMetric | None
 
     def __init__(
         self,
@@ -64,29 +79,82 @@ class NetworkProblem(AbstractChain):
         targets: PyTree,
         *,
         reduction: Reduction = "mean",
+        metric: Callable | StageMetric | None = None,
     ):
         self.network, self.loss, self.targets = network, loss, targets
-        self.reduction = reduction
+        self.reduction, self.metric = reduction, metric
 
     def __check_init__(self):
         check_kind("network", self.network, Network, "dp.Network(layers)")
         expected = "a function `loss(outputs, targets)` with one number per example"
         check_callable("loss", self.loss, expected)
         check_reduction(self.reduction)
+        if isinstance(self.metric, StageMetric):
+            stages = _num_stages(self.network)
+            if self.metric.stage >= stages:
+                raise ValueError(
+                    f"`metric` is one of stage {self.metric.stage}; the network has "
+                    f"the stages 0 to {stages - 1}."
+                )
+        elif self.metric is not None:
+            expected = (
+                "a function `metric(reference, outputs)` with one number per example, "
+                "a loss, or a `dp.StageMetric(stage, divergence)`"
+            )
+            check_callable("metric", self.metric, expected)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         phases, start = [], 0
-        for stack in self.network.stacks:
-            phases.append(Phase(_dynamics(stack, start), _no_cost, stack.size))
+        for k, stack in enumerate(self.network.stacks):
+            dynamics, cost = _dynamics(stack, start), self._cost(k, start)
+            phases.append(Phase(dynamics, cost, stack.size))
             start += stack.size
         return tuple(phases)
 
     def terminal_cost(self, x) -> Any:
-        losses = self.loss(x, self.targets)
+        loss = lambda x: self._reduced(self.loss(x, self.targets), x)
+        metric = self.metric
+        if metric is None:
+            return loss(x)
+        if not isinstance(metric, StageMetric):
+            divergence = of_outputs(metric, self.targets)
+        elif metric.stage == _num_stages(self.network) - 1:
+            divergence = of_stage(metric)
+        else:
+            return tangent(loss, x)
+        return tangent(loss, x) + self._curved(divergence, x, x)
+
+    def _cost(self, k: int, start: int) -> Callable:
+        """Of the stages in stack k: the metric, if it is that of an input of theirs."""
+        metric, stack = self.metric, self.network.stacks[k]
+        if not isinstance(metric, StageMetric):
+            return _no_cost
+        stage = metric.stage + 1
+        if not start <= stage < start + stack.size:
+            return _no_cost
+
+        def cost(x, u, t):
+            curved = self._curved(of_stage(metric), x, _outputs(self.network, k, x))
+            return jnp.where(t == stage, curved, 0)
+
+        return cost
+
+    def _curved(self, divergence: Callable, x: PyTree, outputs: Any) -> Array:
+        """0, with the second derivatives of the divergence from x."""
+        reference, outputs = lax.stop_gradient((x, outputs))
+
+        def total(x):
+            return self._reduced(per_example(divergence, reference, x), outputs)
+
+        return curvature(total, x)
+
+    def _reduced(self, losses: Array, outputs: Any) -> Array:
+        """Numbers of the examples as one."""
         if isinstance(self.loss, AbstractCounted):
-            c = weight(self.loss, x, self.targets, self.reduction)
-            return c * jnp.sum(losses)
+            return jnp.sum(losses) * weight(
+                self.loss, outputs, self.targets, self.reduction
+            )
         return jnp.mean(losses) if self.reduction == "mean" else jnp.sum(losses)
 
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
@@ -120,6 +188,12 @@ NetworkProblem.__init__.__doc__ = """**Arguments:**
     [`diffprog.losses.SoftmaxCrossEntropy`][].
 - `targets`: its second argument.
 - `reduction`: `"mean"` or `"sum"` over the examples.
+- `metric`: `None`, the Hessian of the loss; or a function `D(reference, outputs)` with
+    one number per example, such as a divergence, of which only the second derivatives
+    in `outputs` at `reference` count; or a loss, which is given the `targets`; or a
+    [`diffprog.StageMetric`][] on the outputs of some stage. It is weighed like the loss
+    of all examples. With [`diffprog.Newton`][] the second derivatives of the layers,
+    which belong to the gradient of the loss, are added.
 
 **Raises:** `TypeError` and `ValueError` for anything else.
 """
@@ -127,6 +201,18 @@ NetworkProblem.__init__.__doc__ = """**Arguments:**
 
 def _no_cost(x, u, t):
     return 0.0
+
+
+def _num_stages(net: Network) -> int:
+    return sum(stack.size for stack in net.stacks)
+
+
+def _outputs(net: Network, k: int, x: PyTree) -> PyTree:
+    """Zeros like the outputs, where x is the state of a stage in stack k."""
+    dtype = jtu.tree_leaves(x)[0].dtype
+    for stack in net.stacks[k:]:  # equal stages keep the shape
+        x = jax.eval_shape(jax.vmap(cast(stack.row(0), dtype)), x)
+    return jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), x)
 
 
 def _dynamics(stack: Stack, start: int) -> Callable:

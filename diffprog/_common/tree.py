@@ -115,22 +115,22 @@ def widened(fn: Callable, dtype: Any, *own: PyTree) -> Callable:
 def float_dtype(**trees: PyTree) -> np.dtype:
     """The dtype that the floating leaves of the named trees share."""
     found: dict[np.dtype, str] = {}
+    names = " and ".join(f"`{name}`" for name in trees)
     for tree_name, tree in trees.items():
         for path, leaf in jtu.tree_leaves_with_path(tree):
             name = tree_name + jtu.keystr(path)
             dtype = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             if dtype not in ("float32", "float64"):
                 raise TypeError(
-                    f"`{name}` has dtype {dtype}; `x0` and `us` are float32 or "
-                    "float64: convert it with `.astype(float)`, or write 0.0 for 0."
+                    f"`{name}` has dtype {dtype}; {names} are float32 or float64: "
+                    "convert it with `.astype(float)`, or write 0.0 for 0."
                 )
             if not leaf.weak_type:
                 found.setdefault(leaf.dtype, name)
     if len(found) > 1:
         listed = " and ".join(f"`{name}` is {dtype}" for dtype, name in found.items())
         raise TypeError(
-            f"{listed}; `x0` and `us` share one dtype: convert one of them with "
-            "`.astype`."
+            f"{listed}; {names} share one dtype: convert one of them with `.astype`."
         )
     return next(iter(found), jnp.result_type(float))
 

@@ -8,15 +8,18 @@ with + 1 where there is a bias: nothing has the size of the parameters.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._chain.network import has_parameters, Network, Stage
+from .._chain.network import (
+    has_parameters,
+    is_linear,
+    Network,
+    parametrized,
+    Stage,
+)
 from .._common.linalg import matmul
 from .._common.tree import cast
 from ._base import Layers, Linearization
@@ -26,41 +29,30 @@ def dense(layers: Layers | None) -> Layers | None:
     """These of a network, if all its parameters are those of dense layers."""
     if layers is None or not (layers.mapped and isinstance(layers.model, Network)):
         return None
-    found = [layer for stack in layers.model.stacks for layer in _linear(stack.stage)]
-    return layers if all(map(is_linear, found)) else None
+    return layers if all(map(is_linear, parametrized(layers.model))) else None
 
 
 def gram_flops(net: Network, m: int, k: int) -> float:
     """An estimate of the floating point operations of `gram`."""
     flops = 0.0
-    for stack in net.stacks:
-        for layer in _linear(stack.stage):
-            inputs, outputs = layer.in_features, layer.out_features
-            # k backward passes, products of activations and of sensitivities.
-            one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
-            flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
+    for stack, layer in zip(net.stacks, parametrized(net), strict=True):
+        inputs, outputs = layer.in_features, layer.out_features
+        # k backward passes, products of activations and of sensitivities.
+        one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
+        flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
     return flops
-
-
-def _linear(stage: Stage) -> list[Any]:
-    return [layer for layer in stage.layers if has_parameters(layer)]
-
-
-def is_linear(layer) -> bool:
-    return isinstance(layer, eqx.nn.Linear) and "scalar" not in (
-        layer.in_features,
-        layer.out_features,
-    )
 
 
 def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
     net, inputs = layers.model, layers.inputs
     m, dtype = at.outputs.shape[0], at.outputs.dtype
-    batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
-    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], inputs)
-    zeros = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    outputs = lambda shifts: batch(_run)(inputs, shifts)
+    pairs = list(zip(net.stacks, parametrized(net), strict=True))
+    stages = lambda stack: () if stack.size == 1 else (stack.size,)
+    shape = lambda stack, layer: (m, *stages(stack), layer.out_features)
+    zeros = tuple((jnp.zeros(shape(*pair), dtype),) for pair in pairs)
+    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
+    outputs = lambda shifts: run(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
@@ -69,13 +61,12 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
     S, activations = cast((S, activations), dtype)
     total = jnp.zeros((m, rows, m, rows), dtype)
-    for stack, S_stack, A_stack in zip(net.stacks, S, activations, strict=True):
-        dense = _linear(stack.stage)
-        for layer, S_layer, A_layer in zip(dense, S_stack, A_stack, strict=True):
-            for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
-                inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
-                outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
-                total = total + inner[:, None, :, None] * outer
+    found = zip(pairs, S, activations, strict=True)
+    for (stack, layer), (S_layer,), (A_layer,) in found:
+        for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
+            inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
+            outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
+            total = total + inner[:, None, :, None] * outer
     return total.reshape(m * rows, m * rows)
 
 
@@ -94,17 +85,8 @@ def _run(stage: Stage, x, shifts):
     for layer in stage.layers:
         if has_parameters(layer):
             inputs.append(x)
-            x = layer(x) + shifts.pop(0)
+            x = layer(x)
+            x = x + shifts.pop(0).astype(x.dtype)
         else:
             x = layer(x)
     return x, tuple(inputs)
-
-
-def _shapes(stage: Stage, x):
-    """The output of a stage, and those of its dense layers."""
-    found = []
-    for layer in stage.layers:
-        x = layer(x)
-        if has_parameters(layer):
-            found.append(x)
-    return x, tuple(found)

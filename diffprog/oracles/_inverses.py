@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._chain.network import has_parameters, Stage
+from .._chain.network import has_parameters, is_linear, Stage
 from .._chain.recurrent import Recurrent, RNNCell
 from .._common.conjugate_gradients import solve_cg
 from .._common.inner import regularized_fit, tree_size
 from .._common.jacobian import products
 from .._common.linalg import matmul, solve_positive
 from .._common.tree import add, cast, working_dtype
-from ._gram import is_linear
 from ._rules import RuleBoundary
 
 
@@ -84,8 +83,7 @@ _relu = Activation(  # its own pseudo-inverse
 
 _KNOWN = (
     (jax.nn.identity, _identity),
-    (jnp.tanh, _tanh),
-    (jax.nn.tanh, _tanh),
+    (jnp.tanh, _tanh),  # and `jax.nn.tanh`
     (jax.lax.tanh, _tanh),
     (jax.nn.sigmoid, _sigmoid),
     (jax.nn.softplus, _softplus),
@@ -135,12 +133,8 @@ def view(layer: Any) -> Dense | RecurrentLayer | None:
         return RecurrentLayer(before, part, after)
     if not is_linear(part):
         return None
-    if not after:
-        return Dense(before, part, None)
-    activation = activation_of(after[0])
-    if activation is None or len(after) > 1:
-        return None
-    return Dense(before, part, activation)
+    activation = activation_of(after[0]) if len(after) == 1 else None
+    return None if after and not activation else Dense(before, part, activation)
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:

@@ -1,0 +1,2 @@
+from .door import layerwise_lqr as layerwise_lqr
+from .recursion import LayerwiseLQR as LayerwiseLQR
