@@ -205,6 +205,20 @@ def has_parameters(layer: Any) -> bool:
     return any(map(eqx.is_inexact_array, jtu.tree_leaves(layer)))
 
 
+def parametrized(net: Network) -> list[Any]:
+    """The layer with parameters of every run of equal stages."""
+    stages = [stack.stage for stack in net.stacks]
+    return [next(filter(has_parameters, stage.layers)) for stage in stages]
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer is a dense one, of vectors."""
+    return isinstance(layer, eqx.nn.Linear) and "scalar" not in (
+        layer.in_features,
+        layer.out_features,
+    )
+
+
 def _flat(layers) -> list[Callable]:
     if isinstance(layers, eqx.nn.Sequential):
         layers = layers.layers

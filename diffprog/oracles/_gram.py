@@ -8,15 +8,19 @@ with + 1 where there is a bias: nothing has the size of the parameters.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._chain.network import has_parameters, Network, Stage
+from .._chain.network import (
+    has_parameters,
+    is_linear,
+    Network,
+    parametrized,
+    Stage,
+)
 from .._common.linalg import matmul
 from .._common.tree import cast
 from ._base import Layers, Linearization
@@ -26,31 +30,18 @@ def dense(layers: Layers | None) -> Layers | None:
     """These of a network, if all its parameters are those of dense layers."""
     if layers is None or not (layers.mapped and isinstance(layers.model, Network)):
         return None
-    found = [layer for stack in layers.model.stacks for layer in _linear(stack.stage)]
-    return layers if all(map(is_linear, found)) else None
+    return layers if all(map(is_linear, parametrized(layers.model))) else None
 
 
 def gram_flops(net: Network, m: int, k: int) -> float:
     """An estimate of the floating point operations of `gram`."""
     flops = 0.0
-    for stack in net.stacks:
-        for layer in _linear(stack.stage):
-            inputs, outputs = layer.in_features, layer.out_features
-            # k backward passes, products of activations and of sensitivities.
-            one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
-            flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
+    for stack, layer in zip(net.stacks, parametrized(net), strict=True):
+        inputs, outputs = layer.in_features, layer.out_features
+        # k backward passes, products of activations and of sensitivities.
+        one = 2 * k * m * inputs * outputs + 2 * m**2 * inputs
+        flops += stack.size * (one + 2 * (m * k) ** 2 * outputs)
     return flops
-
-
-def _linear(stage: Stage) -> list[Any]:
-    return [layer for layer in stage.layers if has_parameters(layer)]
-
-
-def is_linear(layer) -> bool:
-    return isinstance(layer, eqx.nn.Linear) and "scalar" not in (
-        layer.in_features,
-        layer.out_features,
-    )
 
 
 def gram(layers: Layers, at: Linearization, factor) -> Array:
@@ -69,13 +60,12 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
     S, activations = cast((S, activations), dtype)
     total = jnp.zeros((m, rows, m, rows), dtype)
-    for stack, S_stack, A_stack in zip(net.stacks, S, activations, strict=True):
-        dense = _linear(stack.stage)
-        for layer, S_layer, A_layer in zip(dense, S_stack, A_stack, strict=True):
-            for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
-                inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
-                outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
-                total = total + inner[:, None, :, None] * outer
+    found = zip(net.stacks, parametrized(net), S, activations, strict=True)
+    for stack, layer, (S_layer,), (A_layer,) in found:
+        for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
+            inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
+            outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
+            total = total + inner[:, None, :, None] * outer
     return total.reshape(m * rows, m * rows)
 
 

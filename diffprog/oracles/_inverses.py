@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._chain.network import has_parameters, Stage
+from .._chain.network import has_parameters, is_linear, Stage
 from .._chain.recurrent import Recurrent, RNNCell
 from .._common.conjugate_gradients import solve_cg
 from .._common.inner import regularized_fit, tree_size
 from .._common.jacobian import products
 from .._common.linalg import matmul, solve_positive
 from .._common.tree import add, cast, working_dtype
-from ._gram import is_linear
 from ._rules import RuleBoundary
 
 

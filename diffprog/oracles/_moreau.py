@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._chain.network import Network, Stage
+from .._chain.network import is_linear, Network, Stage
 from .._common.inner import (
     AbstractInner,
     InnerGaussNewton,
@@ -21,7 +21,6 @@ from .._common.tree import all_finite, cast, scale, vdot, widened, working_dtype
 from .._common.types import AbstractPart, check_kind, check_positive, Number, number
 from ..losses import AbstractDualLoss
 from ._base import AbstractOracle, Linearization, Proposal
-from ._gram import is_linear
 from ._rules import (
     AbstractRule,
     inside,
