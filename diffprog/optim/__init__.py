@@ -5,6 +5,7 @@ from ._curvature import (
     LossModel as LossModel,
     Recipe as Recipe,
 )
+from ._kfac import kfac as kfac, KFACState as KFACState
 from ._recipes import (
     feature_metric as feature_metric,
     fisher as fisher,
