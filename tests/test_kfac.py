@@ -279,7 +279,7 @@ def test_sampled_factors_are_exact_on_average():
 def test_samples_are_new_with_every_update_and_key():
     net = dp.Network(last(3))
     at = fisher(SoftmaxCrossEntropy())(net, REAL, LABELS)
-    options = dict(factors="sampled", every=1, ema=0.0)
+    options = dict(factors="sampled", ema=0.0)
     _, first = update(at, **options)
     _, second = update(at, state=first, **options)
     _, again = update(at, **options)
@@ -296,9 +296,9 @@ def batches(number):
 def test_running_means_are_taken_every_few_updates():
     ats, state, found = batches(6), None, []
     own = [pair(update(at)[1]) for at in ats]
-    steps = []
+    steps, grads = [], gradient(ats[0])
     for at in ats:
-        V, state = update(at, gradient(ats[0]), state, ema=0.8, every=2)
+        V, state = update(at, grads, state, ema=0.8, every=2, burn_in=0)
         found.append(pair(state))
         steps.append(joined(V))
     for i in range(6):
@@ -316,7 +316,7 @@ def test_the_state_goes_through_loops_and_files():
     stack = lambda *rows: jnp.stack(rows)
     grads, state, steps = gradient(ats[0]), None, []
     for i, at in enumerate(ats):
-        V, state = update(at, grads, state, factors="sampled", every=2)
+        V, state = update(at, grads, state, factors="sampled", every=2, burn_in=0)
         steps.append(V)
         if i == 1:
             file = io.BytesIO()
@@ -324,7 +324,7 @@ def test_the_state_goes_through_loops_and_files():
             file.seek(0)
             like = jax.tree.map(jnp.zeros_like, state)
             state = eqx.tree_deserialise_leaves(file, like)
-    optimizer = kfac(factors="sampled", every=2)
+    optimizer = kfac(factors="sampled", every=2, burn_in=0)
     step = lambda s, at: optimizer.update(grads, s, curvature=at)[::-1]
     rows = jax.tree.map(stack, *ats)
     final, scanned = jax.jit(lambda s, rows: jax.lax.scan(step, s, rows))(
@@ -335,7 +335,7 @@ def test_the_state_goes_through_loops_and_files():
     mapped, _ = jax.jit(jax.vmap(step))(states, rows)
     for i, at in enumerate(ats):
         row = jax.tree.map(lambda a, i=i: a[i], mapped)
-        close(row, update(at, grads, factors="sampled", every=2)[1], 1e-13)
+        close(row, update(at, grads, factors="sampled", every=2, burn_in=0)[1], 1e-13)
 
 
 def test_new_numbers_are_the_same_program():
@@ -363,13 +363,21 @@ def test_float32_steps_are_those_of_float64():
     close(V, update(at)[0], 1e-4, scale="norm")
 
 
+def test_factors_are_new_at_each_of_the_first_updates():
+    state, since = None, []
+    for at in batches(7):
+        _, state = update(at, at.params, state, every=2, burn_in=3)
+        since.append(int(state.since))
+    assert since == [1, 1, 1, 2, 1, 2, 1]
+
+
 def test_what_is_not_finite_stays_out():
     at, other = batches(2)
     bad, grads = of_linear(INPUTS.at[0, 0].set(jnp.nan)), gradient(at)
-    V, state = update(bad, grads)  # no factors yet: the gradient as it is
+    V, state = update(bad, grads, burn_in=0)  # no factors yet: the gradient as it is
     close(V, grads)
     assert state.refused == 1 and state.weight == 0
-    expected, state = update(at, grads, state)  # tried again at once
+    expected, state = update(at, grads, state, burn_in=0)  # tried again at once
     close(means(state), means(update(at)[1]))
     assert state.refused == 1
     due = lambda state: eqx.tree_at(lambda state: state.since, state, jnp.int32(5))
@@ -377,11 +385,13 @@ def test_what_is_not_finite_stays_out():
     nothing = jax.tree.map(jnp.zeros_like, grads)
     cases = (at, nan, nothing), (bad, grads, expected), (other, nan, nothing)
     for curvature, given, step in cases:
-        V, after = update(curvature, given, due(state))
+        V, after = update(curvature, given, due(state), burn_in=0)
         close(V, step, 0)
         close((after.A, after.G_inverse), (state.A, state.G_inverse), 0)
         assert after.refused == 2 and after.since > 5
-    _, after = update(at, nan, state)  # not due: there is no factor to refuse
+    _, after = update(
+        at, nan, state, burn_in=0
+    )  # not due
     assert after.refused == 2
 
 
@@ -429,6 +439,7 @@ WRONG = {
     r"`ema` is 1.0; a number from 0 to below 1": lambda: kfac(ema=1.0),
     r"`ema` is 'a'; a number from 0 to below 1": lambda: kfac(ema="a"),
     r"`every` is 0; a Python int >= 1": lambda: kfac(every=0),
+    r"`burn_in` is -1; a Python int >= 0": lambda: kfac(burn_in=-1),
     r"`factors` is 'kron'; .exact. or .sampled.": lambda: kfac(factors="kron"),
     r"`key` is 3; a key": lambda: kfac(key=3),
     r"Stage 1 of the network is a Conv1d.*`dp.optim.recommended": lambda: kfac().init(

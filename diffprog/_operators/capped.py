@@ -136,10 +136,9 @@ def capped_f_softargmax(
 @jax.jit
 def _capped(call: Call, cap: Array) -> Array:
     s = call.set_up()
-    cap = cap.astype(s.problem.scores.dtype)
     scores = s.problem.scores
     q = jnp.broadcast_to(s.problem.q, scores.shape)
-    cap = jnp.broadcast_to(cap, (*scores.shape[:-1], 1))
+    cap = jnp.broadcast_to(cap.astype(scores.dtype), (*scores.shape[:-1], 1))
     shift, m = offset(s.f, scores, q, cap)
     u, free, present = _ratios(s.f, shift, below(scores, m), q, cap)
     p = jnp.where(present, jnp.where(free, q * u, cap), 0)

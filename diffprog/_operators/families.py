@@ -1,5 +1,6 @@
 """Generators of the well-known f-divergences."""
 
+import abc
 import functools as ft
 import math
 from typing import Any, ClassVar
@@ -28,11 +29,26 @@ def expm1_over(z: Array) -> Array:
     return jnp.where(small, series, jnp.expm1(safe) / safe)
 
 
-class KL(AbstractDivergence):
-    r"""Kullback-Leibler: $f(u) = u \ln u - u + 1$. Its operator is the softmax."""
+class AbstractWellKnown(AbstractDivergence):
+    """A generator without numbers, whose f''' <= 0."""
 
     sparse: ClassVar[bool] = False
     convex_ratio: ClassVar[bool] = True
+    at_zero: ClassVar[float] = math.inf
+    lift: ClassVar[float] = 0.0
+
+    @abc.abstractmethod
+    def inverse(self, w: Array) -> Array:
+        """The first of `pair`."""
+
+    def pair(self, w):
+        u = self.inverse(w)
+        return u, self.curvature(u)
+
+
+class KL(AbstractWellKnown):
+    r"""Kullback-Leibler: $f(u) = u \ln u - u + 1$. Its operator is the softmax."""
+
     origin: ClassVar[float] = 0.0
     at_zero: ClassVar[float] = 1.0
     lift: ClassVar[float] = 1.0
@@ -44,9 +60,8 @@ class KL(AbstractDivergence):
     def link(self, u):
         return jnp.log(u)
 
-    def pair(self, w):
-        u = jnp.exp(w)
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return jnp.exp(w)
 
     def curvature(self, u):
         return u
@@ -69,14 +84,10 @@ class KL(AbstractDivergence):
         return lambda a, b: a - jnp.log(b), jnp.logaddexp, (z, sigma)
 
 
-class ReverseKL(AbstractDivergence):
+class ReverseKL(AbstractWellKnown):
     r"""Reverse Kullback-Leibler: $f(u) = -\ln u + u - 1$."""
 
-    sparse: ClassVar[bool] = False
-    convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 1.0
-    at_zero: ClassVar[float] = float("inf")
-    lift: ClassVar[float] = 0.0
 
     def value(self, u):
         return -jnp.log(u) + u - 1
@@ -84,9 +95,8 @@ class ReverseKL(AbstractDivergence):
     def link(self, u):
         return -1 / u
 
-    def pair(self, w):
-        u = -1 / w
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return -1 / w
 
     def curvature(self, u):
         return u * u
@@ -98,11 +108,10 @@ class ReverseKL(AbstractDivergence):
         return S * (S - 1)
 
 
-class ChiSquare(AbstractDivergence):
+class ChiSquare(AbstractWellKnown):
     r"""Pearson's chi-square: $f(u) = (u - 1)^2 / 2$. Its operator is sparsemax."""
 
     sparse: ClassVar[bool] = True
-    convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = -1.0
     at_zero: ClassVar[float] = 0.5
     lift: ClassVar[float] = 0.5
@@ -113,9 +122,8 @@ class ChiSquare(AbstractDivergence):
     def link(self, u):
         return u
 
-    def pair(self, w):
-        u = jnp.maximum(w, 0)
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return jnp.maximum(w, 0)
 
     def curvature(self, u):
         return jnp.sign(u)
@@ -136,14 +144,10 @@ class ChiSquare(AbstractDivergence):
         return lambda a, b: a / b, jnp.add, parts
 
 
-class Neyman(AbstractDivergence):
+class Neyman(AbstractWellKnown):
     r"""Neyman's chi-square: $f(u) = (u - 1)^2 / (2u)$."""
 
-    sparse: ClassVar[bool] = False
-    convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 0.5
-    at_zero: ClassVar[float] = float("inf")
-    lift: ClassVar[float] = 0.0
 
     def value(self, u):
         return (u - 1) ** 2 / (2 * u)
@@ -151,9 +155,8 @@ class Neyman(AbstractDivergence):
     def link(self, u):
         return -0.5 / (u * u)
 
-    def pair(self, w):
-        u = math.sqrt(0.5) / jnp.sqrt(-w)  # -2 w may overflow
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return math.sqrt(0.5) / jnp.sqrt(-w)  # -2 w may overflow
 
     def curvature(self, u):
         return u * u * u
@@ -165,11 +168,9 @@ class Neyman(AbstractDivergence):
         return S * (S * S - 1) / 2
 
 
-class SquaredHellinger(AbstractDivergence):
+class SquaredHellinger(AbstractWellKnown):
     r"""Squared Hellinger distance: $f(u) = (\sqrt u - 1)^2$."""
 
-    sparse: ClassVar[bool] = False
-    convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 1.0
     at_zero: ClassVar[float] = 1.0
     lift: ClassVar[float] = 1.0
@@ -180,9 +181,8 @@ class SquaredHellinger(AbstractDivergence):
     def link(self, u):
         return -1 / jnp.sqrt(u)
 
-    def pair(self, w):
-        u = 1 / (w * w)
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return 1 / (w * w)
 
     def curvature(self, u):
         return 2 * u * positive_power(u, 0.5)
@@ -195,14 +195,12 @@ class SquaredHellinger(AbstractDivergence):
         return 2 * S * (S - 1) / (root + 1)
 
 
-class JensenShannon(AbstractDivergence):
+class JensenShannon(AbstractWellKnown):
     r"""Jensen-Shannon, twice the textbook's: $f(u) = u \ln u - (u+1) \ln\frac{u+1}2$.
 
     The divergence is KL(p || m) + KL(q || m) with m = (p + q) / 2.
     """
 
-    sparse: ClassVar[bool] = False
-    convex_ratio: ClassVar[bool] = True
     origin: ClassVar[float] = 0.6931471805599453  # ln 2
     at_zero: ClassVar[float] = 0.6931471805599453
     lift: ClassVar[float] = 0.6931471805599453
@@ -213,9 +211,8 @@ class JensenShannon(AbstractDivergence):
     def link(self, u):
         return -jnp.log1p(1 / u)
 
-    def pair(self, w):
-        u = 1 / expm1_positive(-w)
-        return u, self.curvature(u)
+    def inverse(self, w):
+        return 1 / expm1_positive(-w)
 
     def curvature(self, u):
         return u * (1 + u)
@@ -227,21 +224,14 @@ class JensenShannon(AbstractDivergence):
         return S * (1 + S / Q) * jnp.log1p(Q * (S - 1) / (S + Q))
 
 
-class Jeffreys(AbstractDivergence):
+class Jeffreys(AbstractWellKnown):
     r"""Jeffreys' divergence, KL + reverse KL: $f(u) = (u - 1) \ln u$.
 
     - `at_most_one`: whether all ratios are; the operators set it.
     """
 
-    at_most_one: bool = eqx.field(static=True, default=False)
-    sparse: ClassVar[bool] = False
-    convex_ratio: ClassVar[bool] = True
+    at_most_one: bool = eqx.field(static=True, default=False, repr=False)
     origin: ClassVar[float] = 0.0
-    at_zero: ClassVar[float] = float("inf")
-    lift: ClassVar[float] = 0.0
-
-    def __repr__(self):
-        return "Jeffreys()"
 
     def value(self, u):
         return (u - 1) * jnp.log(u)
@@ -249,10 +239,9 @@ class Jeffreys(AbstractDivergence):
     def link(self, u):
         return jnp.log(u) + 1 - 1 / u
 
-    def pair(self, w):
+    def inverse(self, w):
         omega = wright_omega(1 - w, self.at_most_one)
-        u = jnp.where(w == -jnp.inf, 0, 1 / omega)
-        return u, self.curvature(u)
+        return jnp.where(w == -jnp.inf, 0, 1 / omega)
 
     def curvature(self, u):
         return u * u / (1 + u)
@@ -269,7 +258,7 @@ class Jeffreys(AbstractDivergence):
         return Jeffreys(at_most_one)
 
 
-class LeCam(AbstractDivergence):
+class LeCam(AbstractWellKnown):
     r"""Le Cam's (triangular) divergence: $f(u) = (u - 1)^2 / (u + 1)$.
 
     - `at_most_one`: whether all ratios are; the operators set it.
@@ -277,14 +266,10 @@ class LeCam(AbstractDivergence):
 
     # It has a pole and an edge of its support, 4 apart: v is counted from the one that
     # the ratios are nearer to.
-    at_most_one: bool = eqx.field(static=True, default=False)
+    at_most_one: bool = eqx.field(static=True, default=False, repr=False)
     sparse: ClassVar[bool] = True
-    convex_ratio: ClassVar[bool] = True
     at_zero: ClassVar[float] = 1.0
     lift: ClassVar[float] = 1.0
-
-    def __repr__(self):
-        return "LeCam()"
 
     @property
     def origin(self):
@@ -298,14 +283,12 @@ class LeCam(AbstractDivergence):
             return 4 * u * (2 + u) / (1 + u) ** 2
         return -4 / (1 + u) ** 2
 
-    def pair(self, w):
+    def inverse(self, w):
         if self.at_most_one:
             w = jnp.clip(w, 0, 4)
             root = jnp.sqrt(4 - w)
-            u = w / ((2 + root) * root)  # 2 / root - 1
-        else:
-            u = jnp.maximum(2 / jnp.sqrt(-w) - 1, 0)
-        return u, self.curvature(u)
+            return w / ((2 + root) * root)  # 2 / root - 1
+        return jnp.maximum(2 / jnp.sqrt(-w) - 1, 0)
 
     def curvature(self, u):
         return jnp.where(u <= 0, 0, (u + 1) ** 3 / 8)

@@ -208,13 +208,8 @@ def _(classes, primals, tangents):
     return sigma, -classes.sum(change) / jnp.where(W > 0, W, 1)
 
 
-def probabilities(classes: Evaluation, f: AbstractDivergence, problem: Problem) -> Rows:
-    """q u(theta - tau)."""
-    return settled(classes, f, problem, root(classes, f, problem))
-
-
 def settled(classes: Evaluation, f: AbstractDivergence, problem: Problem, sigma: Row):
-    """q u, corrected where it may rise steeply at the edge of its support.
+    """q u(theta - tau), corrected where it may rise steeply at the edge of its support.
 
     There one class is right to eps^(1/(alpha-1)) only, and with it the mass S. From a
     sigma with S >= 1 what is too much is taken from all by their slopes, which is from

@@ -1,5 +1,6 @@
 """softmax and softargmax of any f-divergence."""
 
+import functools as ft
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from .alpha import Alpha
 from .call import Axis, Call, check, Divergence, operator, Reference
+from .divergence import AbstractDivergence
 from .families import ChiSquare
-from .root import below, height, probabilities, root_and_count
+from .root import below, height, root, root_and_count, settled
 
 
 @operator
@@ -69,7 +71,8 @@ def f_softargmax(
 @jax.jit
 def _softargmax(call: Call) -> Array:
     s = call.set_up()
-    return call.rows(probabilities(s.classes, s.f, s.problem))
+    sigma = root(s.classes, s.f, s.problem)
+    return call.rows(settled(s.classes, s.f, s.problem, sigma))
 
 
 @operator
@@ -101,11 +104,31 @@ def f_softmax(
     return _softmax(call)
 
 
-@jax.jit
-def _softmax(call: Call) -> Array:
+def smooth_max(scores, f, reference=None, *, temperature=1.0) -> Array:
+    r"""softmax_f + beta f(0) (Q - 1): the largest of <p, scores> + beta H(p).
+
+    H(p) = f(0) (Q - 1) - D_f(p, q) with the reference "unit" is the entropy of f, 0
+    where one p_j is 1: a sure choice costs nothing. That of KL is Shannon's. For KL
+    this is log sum_j q_j e^theta_j.
+    """
+    call = check(scores, f, reference, -1, None, temperature, None)
+    return _softmax(call, entropic=True)
+
+
+def entropy_shift(f: AbstractDivergence, Q: Array) -> Array:
+    """f(0) (Q - 1) - lift Q; where f(0) is infinite, without its first term."""
+    at_zero = jnp.asarray(f.at_zero, Q.dtype)
+    at_zero = jnp.where(jnp.isfinite(at_zero), at_zero, 0)
+    # In this order nothing of the size of Q is left where lift is f(0).
+    return (at_zero - f.lift) * (Q - 1) - f.lift
+
+
+@ft.partial(jax.jit, static_argnames="entropic")
+def _softmax(call: Call, entropic: bool = False) -> Array:
     s = call.set_up()
-    value = s.problem.m + height(s.classes, s.f, s.problem) - s.f.lift * s.problem.Q
-    return call.row(jnp.where(s.problem.Q > 0, s.beta * value, -jnp.inf))
+    Q, value = s.problem.Q, s.problem.m + height(s.classes, s.f, s.problem)
+    value = value + entropy_shift(s.f, Q) if entropic else value - s.f.lift * Q
+    return call.row(jnp.where(Q > 0, s.beta * value, -jnp.inf))
 
 
 @operator

@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer
 from .._common.types import came, is_known
 from .._operators.call import Divergence
 from .._operators.families import KL
-from .._operators.smooth_max import smooth_max
+from .._operators.softmax import smooth_max
 from .._operators.targets import as_array
 
 
@@ -141,7 +141,8 @@ def rewards_from_logits(
     _check_tokens(tokens, logits, eos)
     known, tokens = is_known(tokens), jnp.asarray(tokens)
     last = jnp.zeros_like(tokens, bool) if eos is None else tokens == eos
-    ended = (jnp.cumsum(last, -1) > 0) & ~_first(last)
+    ends = jnp.cumsum(last, -1)
+    ended = (ends > 1) | (ends == 1) & ~last
     logits = jnp.where(ended[..., None], 0, logits)
     index = jnp.clip(tokens, 0, logits.shape[-1] - 1)[..., None]
     chosen = jnp.take_along_axis(logits, index, -1)[..., 0]
@@ -151,11 +152,6 @@ def rewards_from_logits(
     values = smooth_max(logits, f, reference)
     following = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
     return jnp.where(ended, 0, chosen - jnp.where(last, 0, following))
-
-
-def _first(marks: Array) -> Array:
-    """The first mark of each row."""
-    return marks & (jnp.cumsum(marks, -1) == 1)
 
 
 def _without_eos(value: Array, eos: int | None) -> Array:

@@ -6,18 +6,19 @@ $$\min_a\; l^*(a) - \langle a, z \rangle
 At the solution a is the gradient of l at $u = z - K (a - \alpha) / c$.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from .._common.door import door
 from .._common.linalg import matmul
 from .._common.loops import while_loop
-from ._factor import batched_mv
-from ._loss import AbstractDualLoss, per_example, spread
+from ._factor import batched_mv, PerExample
+from ._loss import AbstractDualLoss, per_example, spread, total
 
 
 MAX_NEWTON = 50
@@ -25,16 +26,18 @@ MAX_HALVINGS = 30
 Matrices = Float[Array, "examples k k"]
 
 
-def check_block(alpha: Array, K: Array):
-    n, k = alpha.shape[0], alpha[0].size
+def checked(alpha: Array, K: Array, c: ArrayLike) -> PerExample:
+    """c, one number per example. Raises for a K that does not fit."""
+    n, k = alpha.shape[0], math.prod(alpha.shape[1:])
     if jnp.shape(K) != (n, k, k):
         raise ValueError(
             f"`K` has shape {jnp.shape(K)}; one matrix of the size of its outputs for "
             f"every example, {(n, k, k)}, is expected."
         )
+    return jnp.broadcast_to(per_example("c", c, alpha).ravel(), n)
 
 
-def largest_eigenvalue(K: Matrices) -> Float[Array, " examples"]:
+def largest_eigenvalue(K: Matrices) -> PerExample:
     """A bound from above: the smaller one of two norms; exact for k = 1."""
     size = jnp.abs(K)
     m = jnp.max(size, (1, 2), keepdims=True)
@@ -49,13 +52,10 @@ def majorized_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
 
     Like `newton_block` a method of losses: `block_update = majorized_block`.
     """
-    check_block(alpha, K)
-    c = per_example("c", c, alpha)
-    sigma = spread(largest_eigenvalue(K), alpha)
+    c = checked(alpha, K, c)
     # Where K is next to nothing: a larger multiple still, to divide by.
-    t = c / jnp.maximum(sigma, jnp.finfo(c.dtype).eps * c)
-    t = jnp.broadcast_to(t, (alpha.shape[0], *t.shape[1:]))
-    return self.conjugate_prox(alpha + t * z, t.ravel(), targets)
+    t = c / jnp.maximum(largest_eigenvalue(K), jnp.finfo(c.dtype).eps * c)
+    return self.conjugate_prox(alpha + spread(t, alpha) * z, t, targets)
 
 
 class BlockProblem(NamedTuple):
@@ -71,25 +71,19 @@ class BlockProblem(NamedTuple):
     c: Array
     targets: Array
 
-    def dot(self, a: Array, b: Array) -> Array:
-        return jnp.sum((a * b).reshape(self.K.shape[:2]), 1)
-
-    def rows(self, a: Array) -> Array:
-        return spread(a, self.alpha)
-
     def outputs(self, s: Array) -> Array:
-        return self.z - batched_mv(self.K, s) / self.rows(self.c)
+        return self.z - batched_mv(self.K, s) / spread(self.c, self.alpha)
 
     def quadratic(self, s: Array) -> Array:
-        return self.dot(s, batched_mv(self.K, s)) / (2 * self.c)
+        return total(s * batched_mv(self.K, s)) / (2 * self.c)
 
     def value(self, s: Array) -> Array:
         u = self.outputs(s)
-        return self.loss(u, self.targets) - self.dot(self.alpha, u) + self.quadratic(s)
+        return self.loss(u, self.targets) - total(self.alpha * u) + self.quadratic(s)
 
     def dual(self, a: Array) -> Array:
         """What `block_update` makes small."""
-        value = self.loss.conjugate(a, self.targets) - self.dot(a, self.z)
+        value = self.loss.conjugate(a, self.targets) - total(a * self.z)
         return value + self.quadratic(a - self.alpha)
 
     def direction(self, s: Array) -> tuple[Array, Array]:
@@ -107,7 +101,7 @@ class BlockProblem(NamedTuple):
         r = g - self.alpha - s
         x = solve_all(S, batched_mv(jnp.matrix_transpose(KR), r))
         ds = r - batched_mv(R, x)
-        return ds, self.dot(r, batched_mv(self.K, ds)) / self.c
+        return ds, total(r * batched_mv(self.K, ds)) / self.c
 
 
 def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
@@ -118,14 +112,14 @@ def newton_block(self: AbstractDualLoss, alpha, z, K, c, targets) -> Array:
     simple = majorized_block(self, alpha, z, K, c, targets)
     if K.shape[1] == 1:
         return simple
-    c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
-    return _newton(BlockProblem(self, alpha, z, K, c, targets), simple)
+    problem = BlockProblem(self, alpha, z, K, checked(alpha, K, c), targets)
+    return _newton(problem, simple)
 
 
 @door
 def _newton(problem: BlockProblem, simple: Array) -> Array:
     loss, alpha, _, _, c, targets = problem
-    eps, rows = jnp.finfo(alpha.dtype).eps, problem.rows
+    eps = jnp.finfo(alpha.dtype).eps
 
     def unfinished(carry):
         i, *_, done = carry
@@ -136,14 +130,14 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
         ds, decrement = problem.direction(s)
         t, new = search(problem, s, ds, old, decrement, done)
         good = jnp.isfinite(new) & ~done
-        s = jnp.where(rows(good), s + rows(t) * ds, s)
+        s = jnp.where(spread(good, s), s + spread(t, s) * ds, s)
         small = decrement <= jnp.sqrt(eps) * (1 + jnp.abs(old))
         ends = (t == 1) & (decrement <= eps) | small & (decrement >= previous / 2)
         return i + 1, s, jnp.where(good, new, old), decrement, done | ends | ~good
 
     s = simple - alpha
     v = problem.value(s)
-    s = jnp.where(rows(jnp.isfinite(v)), s, 0)
+    s = jnp.where(spread(jnp.isfinite(v), s), s, 0)
     v = jnp.where(jnp.isfinite(v), v, jnp.inf)
     begin = jnp.zeros((), jnp.int32), s, v, jnp.full_like(c, jnp.inf), jnp.isnan(c)
     s = while_loop(unfinished, improve, begin)[1]
@@ -152,7 +146,8 @@ def _newton(problem: BlockProblem, simple: Array) -> Array:
     gradient = loss.gradient(problem.outputs(s), targets)
     for a in (gradient, loss.dual_projection(alpha + s, targets)):
         level = problem.dual(a)
-        best, least = jnp.where(rows(level <= least), a, best), jnp.fmin(level, least)
+        best = jnp.where(spread(level <= least, a), a, best)
+        least = jnp.fmin(level, least)
     return best
 
 
@@ -169,7 +164,7 @@ def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, A
         j, t, new = carry
         again = fails(t, new)
         t = jnp.where(again, t / 2, t)
-        trial = problem.value(s + problem.rows(t) * ds)
+        trial = problem.value(s + spread(t, s) * ds)
         return j + 1, t, jnp.where(again, trial, new)
 
     # Nothing is less than NaN: the first trial is at 1.
@@ -180,8 +175,7 @@ def search(problem: BlockProblem, s, ds, old, decrement, done) -> tuple[Array, A
 
 def squared_block(alpha, z, K, c, targets) -> Array:
     """The exact step of the squared loss: (I + K / c) (a - alpha) = z - y - alpha."""
-    check_block(alpha, K)
-    c = jnp.broadcast_to(per_example("c", c, alpha).ravel(), alpha.shape[:1])
+    c = checked(alpha, K, c)
     right = (z - targets - alpha) * spread(c, alpha)
     return alpha + solve_all(shifted(K, c), right)
 

@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from .._common.types import check_callable
 from .._operators.targets import check_floats
-from ._factor import DenseFactor
+from ._factor import batched_mv, DenseFactor
 from ._loss import AbstractLoss
 
 
@@ -53,15 +52,13 @@ class Custom(AbstractLoss):
         curved = values > noise[:, None]
         root = jnp.sqrt(jnp.where(curved, values, 0))
         flat = gradient.reshape(n, k)
-        precision = lax.Precision.HIGHEST
-        along = jnp.einsum("ijk,ij->ik", V, flat, precision=precision)
+        along = jnp.einsum("ijk,ij->ik", V, flat, precision="highest")
         # As for losses of classes: no rho that is out of all proportion.
         largest = jnp.max(values, 1, keepdims=True)
         least = jnp.finfo(H.dtype).eps * jnp.abs(along) * largest
         inside = curved & (values >= least)
         rho = jnp.where(inside, along / jnp.where(inside, root, 1), 0)
-        left = jnp.where(inside, 0, along)
-        remainder = jnp.einsum("ijk,ik->ij", V, left, precision=precision)
+        remainder = batched_mv(V, jnp.where(inside, 0, along))
         rho, remainder = (a.reshape(outputs.shape) for a in (rho, remainder))
         return DenseFactor(rho, remainder, values[:, 0] < -noise, V * root[:, None])
 

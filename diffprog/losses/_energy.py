@@ -29,8 +29,7 @@ from .._operators.call import Divergence
 from .._operators.divergence import AbstractDivergence
 from .._operators.generated import as_divergence
 from .._operators.root import conjugate, ratio
-from .._operators.smooth_max import entropy_shift, smooth_max
-from .._operators.softmax import f_softargmax
+from .._operators.softmax import entropy_shift, f_softargmax, smooth_max
 
 
 MAX_LISTED = 2**20

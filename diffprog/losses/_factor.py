@@ -23,6 +23,10 @@ from jaxtyping import Array, Bool, Float
 from .._common.types import AbstractPart
 
 
+Outputs = Float[Array, "examples ..."]
+PerExample = Float[Array, " examples"]
+
+
 class AbstractFactor(AbstractPart):
     r"""The Hessian $H = R R^\top$ and the gradient $g = R \rho + e$ of every example.
 
@@ -34,18 +38,16 @@ class AbstractFactor(AbstractPart):
         semidefinite. Then $R R^\top$ is its positive part.
     """
 
-    rho: eqx.AbstractVar[Float[Array, "examples ..."]]
-    remainder: eqx.AbstractVar[Float[Array, "examples ..."] | None]
+    rho: eqx.AbstractVar[Outputs]
+    remainder: eqx.AbstractVar[Outputs | None]
     negative_curvature: eqx.AbstractVar[Bool[Array, " examples"]]
 
     @abc.abstractmethod
-    def mv(self, vector: Float[Array, "examples ..."]) -> Float[Array, "examples ..."]:
+    def mv(self, vector: Outputs) -> Outputs:
         """R s, for s of the shape of the outputs."""
 
     @abc.abstractmethod
-    def transpose_mv(
-        self, vector: Float[Array, "examples ..."]
-    ) -> Float[Array, "examples ..."]:
+    def transpose_mv(self, vector: Outputs) -> Outputs:
         """R' v, of the shape of the outputs."""
 
 
@@ -57,11 +59,11 @@ class ScaledFactor(AbstractFactor):
     - `by_rows`: whether the s are unit vectors along the last axis, else of an example.
     """
 
-    rho: Float[Array, "examples ..."]
-    remainder: Float[Array, "examples ..."] | None
+    rho: Outputs
+    remainder: Outputs | None
     negative_curvature: Bool[Array, " examples"]
-    scale: Float[Array, "examples ..."]
-    s: Float[Array, "examples ..."] | None = None
+    scale: Outputs
+    s: Outputs | None = None
     by_rows: bool = eqx.field(static=True, default=True)
 
     def _project(self, vector):
@@ -80,8 +82,8 @@ class ScaledFactor(AbstractFactor):
 class DenseFactor(AbstractFactor):
     """R as a matrix for every example."""
 
-    rho: Float[Array, "examples ..."]
-    remainder: Float[Array, "examples ..."] | None
+    rho: Outputs
+    remainder: Outputs | None
     negative_curvature: Bool[Array, " examples"]
     R: Float[Array, "examples k k"]
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._factor import example_dot, row_dot
+from ._factor import example_dot, Outputs, row_dot
 from ._loss import AbstractDualLoss
 
 
@@ -84,9 +84,7 @@ class AbstractBoundedLoss(AbstractDualLoss):
     """
 
     @abc.abstractmethod
-    def domain(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> AbstractDomain | None:
+    def domain(self, outputs: Outputs, targets: Array) -> AbstractDomain | None:
         """The domain of the conjugate; `None` where that is steep at its boundary.
 
         So it is for losses of entropies, which have no kinks.
@@ -260,10 +258,8 @@ def within_reach(z: Array) -> Array:
 
 def interval(lower: Array, upper: Array, slope: Array, curvature: float = 0.0) -> Box:
     """Every alpha between two bounds; phi' = slope + curvature alpha."""
-    first, second = (
-        lambda a: slope + curvature * a,
-        lambda a: jnp.full_like(a, curvature),
-    )
+    first = lambda a: slope + curvature * a
+    second = lambda a: jnp.full_like(a, curvature)
     free = jnp.ones_like(lower, bool)
     return Box(lower, upper, (lower + upper) / 2, first, second, free)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._common.reduction import AbstractCounted
 from .._common.types import came, check_answer, is_known
-from ._factor import AbstractFactor
+from ._factor import AbstractFactor, Outputs, PerExample
 
 
 class AbstractLoss(AbstractCounted):
@@ -32,9 +32,7 @@ class AbstractLoss(AbstractCounted):
     smooth: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
-    def __call__(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> Float[Array, " examples"]:
+    def __call__(self, outputs: Outputs, targets: Array) -> PerExample:
         """The loss of every example.
 
         One rule for targets that are outside of the domain of the loss, such as labels
@@ -44,30 +42,21 @@ class AbstractLoss(AbstractCounted):
         """
 
     @abc.abstractmethod
-    def gradient(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> Float[Array, "examples ..."]:
+    def gradient(self, outputs: Outputs, targets: Array) -> Outputs:
         """The gradient of every example's loss in its outputs; at a kink a subgradient.
 
         **Returns:** g, of the shape of `outputs`.
         """
 
     @abc.abstractmethod
-    def hessian_mv(
-        self,
-        outputs: Float[Array, "examples ..."],
-        targets: Array,
-        vector: Float[Array, "examples ..."],
-    ) -> Float[Array, "examples ..."]:
+    def hessian_mv(self, outputs: Outputs, targets: Array, vector: Outputs) -> Outputs:
         """The Hessian of every example's loss, times `vector`, in O(k).
 
         **Returns:** H v, of the shape of `outputs`.
         """
 
     @abc.abstractmethod
-    def factor(
-        self, outputs: Float[Array, "examples ..."], targets: Array
-    ) -> AbstractFactor:
+    def factor(self, outputs: Outputs, targets: Array) -> AbstractFactor:
         r"""A square root of every Hessian, and the gradient by it.
 
         **Returns:** a [`diffprog.losses.AbstractFactor`][]: products with R and R',
@@ -84,9 +73,7 @@ class AbstractDualLoss(AbstractLoss):
     """
 
     @abc.abstractmethod
-    def conjugate(
-        self, alpha: Float[Array, "examples ..."], targets: Array
-    ) -> Float[Array, " examples"]:
+    def conjugate(self, alpha: Outputs, targets: Array) -> PerExample:
         """The conjugate of every example's loss, infinite outside of its domain.
 
         What is outside by rounding, 100 eps times the size of the domain, counts as
@@ -94,18 +81,13 @@ class AbstractDualLoss(AbstractLoss):
         """
 
     @abc.abstractmethod
-    def dual_projection(
-        self, alpha: Float[Array, "examples ..."], targets: Array
-    ) -> Float[Array, "examples ..."]:
+    def dual_projection(self, alpha: Outputs, targets: Array) -> Outputs:
         """The nearest point of the closure of the domain of the conjugate."""
 
     @abc.abstractmethod
     def conjugate_prox(
-        self,
-        vector: Float[Array, "examples ..."],
-        tau: ArrayLike,
-        targets: Array,
-    ) -> Float[Array, "examples ..."]:
+        self, vector: Outputs, tau: ArrayLike, targets: Array
+    ) -> Outputs:
         r"""The proximal operator of the conjugate.
 
         $$\operatorname{argmin}_a \tau l^*(a) + \tfrac12 \|a - v\|^2.$$
@@ -124,12 +106,12 @@ class AbstractDualLoss(AbstractLoss):
     @abc.abstractmethod
     def block_update(
         self,
-        alpha: Float[Array, "examples ..."],
-        z: Float[Array, "examples ..."],
+        alpha: Outputs,
+        z: Outputs,
         K: Float[Array, "examples k k"],
         c: ArrayLike,
         targets: Array,
-    ) -> Float[Array, "examples ..."]:
+    ) -> Outputs:
         r"""A step of dual coordinate ascent, in all variables of an example at once.
 
         $$\operatorname{argmin}_a l^*(a) - \langle a, z \rangle
@@ -156,12 +138,7 @@ class AbstractDualLoss(AbstractLoss):
         Regularized Loss Minimization", 2013, arXiv 1209.1873.
         """
 
-    def prox(
-        self,
-        vector: Float[Array, "examples ..."],
-        tau: ArrayLike,
-        targets: Array,
-    ) -> Float[Array, "examples ..."]:
+    def prox(self, vector: Outputs, tau: ArrayLike, targets: Array) -> Outputs:
         r"""The proximal operator of the loss, by Moreau's identity.
 
         $$\operatorname{argmin}_u \tau l(u) + \tfrac12 \|u - v\|^2
@@ -211,7 +188,7 @@ def per_example(name: str, value: ArrayLike, outputs: Array) -> Array:
     return spread(value, outputs)
 
 
-def total(losses: Array) -> Float[Array, " examples"]:
+def total(losses: Array) -> PerExample:
     """The sum over all but the first axis."""
     return jnp.sum(losses, tuple(range(1, losses.ndim)))
 

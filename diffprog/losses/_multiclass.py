@@ -116,13 +116,11 @@ class FLoss(AbstractBoundedLoss):
         check_probabilities(targets, -1)
         return outputs.shape[0]
 
-    def _check(self, scores: Array) -> Call:
-        options = -1, None, self.temperature, None
-        return check(scores, self.f, self.reference, *options)
-
-    def _targets(self, call: Call, targets: Any) -> tuple[Array, Array]:
-        """The probabilities y, and 1 for rows with a loss, 0 for the others."""
-        scores, q, Q, _ = call.set_up().problem
+    def _pose(self, scores: Array, targets: Any) -> tuple[Call, Setup, Array, Array]:
+        """The call and what it stands for, y, and 1 for rows with a loss, else 0."""
+        call = check(scores, self.f, self.reference, -1, None, self.temperature, None)
+        s = call.set_up()
+        scores, q, Q, _ = s.problem
         if is_labels(targets):
             y, row = one_hot(call.scores, targets, self.ignore_label)
             if self.smoothing == 0:
@@ -135,12 +133,12 @@ class FLoss(AbstractBoundedLoss):
             share = jnp.where(scores > -jnp.inf, q, 0) / jnp.where(Q > 0, Q, 1)
             y = (1 - self.smoothing) * y + self.smoothing * share.astype(y.dtype)
         row = jnp.broadcast_to(jnp.where(Q > 0, row, 0), (*y.shape[:-1], 1))
-        return y * row.astype(y.dtype), row.astype(y.dtype)
+        return call, s, y * row.astype(y.dtype), row.astype(y.dtype)
 
     def _derivatives(self, outputs: Array, targets: Any) -> tuple[Array, Array]:
         """The gradient and the weights of the Hessian."""
-        call = self._check(heard(outputs, targets, self.ignore_label))
-        y, row = self._targets(call, targets)
+        outputs = heard(outputs, targets, self.ignore_label)
+        call, _, y, row = self._pose(outputs, targets)
         p, w = solution(call)
         exact = is_labels(targets) and self.smoothing == 0
         return _less(p * row, y, exact), w * row
@@ -154,49 +152,37 @@ class FLoss(AbstractBoundedLoss):
     def factor(self, outputs, targets):
         return class_factor(*self._derivatives(outputs, targets))
 
-    def _reference(self, call: Call) -> tuple[Setup, Array, Array]:
-        """What the call stands for, q for every class, and which are not excluded."""
-        s = call.set_up()
-        return s, jnp.broadcast_to(s.problem.q, s.problem.scores.shape), s.present
-
     def conjugate(self, alpha, targets):
-        call = self._check(jnp.zeros_like(alpha))
-        y, row = self._targets(call, targets)
-        s, q, present = self._reference(call)
+        _, s, y, row = self._pose(jnp.zeros_like(alpha), targets)
         p = alpha + y
         # Where f(0) is infinite: what the sum alpha + y cannot resolve is not 0.
         eps = jnp.finfo(y.dtype).eps
         floor = jnp.where(jnp.isinf(jnp.asarray(s.f.at_zero, y.dtype)), eps * y, 0)
         positive = jnp.maximum(p, floor)
-        q = jnp.where(present, q, 1)
-        f = lambda p: s.f.value(jnp.where(present, p, q).astype(q.dtype) / q)
+        q = jnp.where(s.present, s.problem.q, 1)
+        f = lambda p: s.f.value(jnp.where(s.present, p, q).astype(q.dtype) / q)
         values = s.beta * row_sum(q * jnp.where(p == y, 0, f(positive) - f(y)))
-        return _on_simplex(p, present, row, values.astype(alpha.dtype))
+        return _on_simplex(p, s.present, row, values.astype(alpha.dtype))
 
     def dual_projection(self, alpha, targets):
-        call = self._check(jnp.zeros_like(alpha))
-        y, row = self._targets(call, targets)
-        where = self._reference(call)[2]
-        p = f_softargmax(alpha + y, ChiSquare(), "unit", where=where)
+        _, s, y, row = self._pose(jnp.zeros_like(alpha), targets)
+        p = f_softargmax(alpha + y, ChiSquare(), "unit", where=s.present)
         return row * p - y
 
     def conjugate_prox(self, vector, tau, targets):
-        call = self._check(jnp.zeros_like(vector))
-        y, row = self._targets(call, targets)
-        s, q, present = self._reference(call)
+        _, s, y, row = self._pose(jnp.zeros_like(vector), targets)
+        q = jnp.broadcast_to(s.problem.q, vector.shape)
         tau = s.beta * per_example("tau", tau, vector).astype(q.dtype)
-        p = proximal(s.f, q, present, (vector + y).astype(q.dtype), tau)
+        p = proximal(s.f, q, s.present, (vector + y).astype(q.dtype), tau)
         exact = is_labels(targets) and self.smoothing == 0
         return _less(row * p.astype(y.dtype), y, exact)
 
     def domain(self, outputs, targets):
         if not (self.f.sparse and self.f.support_known):
             return None
-        call = self._check(outputs)
-        y, row = self._targets(call, targets)
-        s, q, present = self._reference(call)
-        q = jnp.where(present, q, 1)
-        present = present & (row > 0) & within_reach(outputs)
+        _, s, y, row = self._pose(outputs, targets)
+        q = jnp.where(s.present, s.problem.q, 1)
+        present = s.present & (row > 0) & within_reach(outputs)
         kept = jnp.where(present, q, 0)
         mass = row_sum(kept)
         even = kept / jnp.where(mass > 0, mass, 1)
@@ -213,8 +199,7 @@ class SoftmaxCrossEntropy(AbstractDualLoss):
     Any $y \ge 0$ will do: a row of zeros has no loss. A class whose output is -inf is
     excluded, as in [`diffprog.losses.f_loss`][].
 
-    - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
-        over the examples with a label that counts.
+    - `ignore_label`: as in [`diffprog.losses.FLoss`][].
     """
 
     smooth: ClassVar[bool] = True
@@ -228,9 +213,8 @@ class SoftmaxCrossEntropy(AbstractDualLoss):
         if is_labels(targets):
             where = counting(targets, self.ignore_label)
             return total(f_loss(outputs, targets, KL(), where=where))
-        check_within(WEIGHTS, outputs, targets)
-        (_, m, z), y = _softmax_parts(outputs), like(outputs, targets)
-        losses = row_sum(weighted(y, difference(m, outputs))) + row_sum(y) * z
+        (_, m, z), (y, mass) = _softmax_parts(outputs), self._targets(outputs, targets)
+        losses = row_sum(weighted(y, difference(m, outputs))) + mass * z
         return total(jnp.where(z == -jnp.inf, 0, losses))
 
     def count(self, outputs, targets):
@@ -295,8 +279,7 @@ class Hinge(AbstractBoundedLoss):
     gradient is 0 where $y u = 1$; where classes tie, that of the first. A class whose
     output is -inf is never the largest.
 
-    - `ignore_label`: a label without a loss, such as -100. The mean over a batch is one
-        over the examples with a label that counts.
+    - `ignore_label`: as in [`diffprog.losses.FLoss`][].
     """
 
     smooth: ClassVar[bool] = False

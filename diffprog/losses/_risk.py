@@ -115,8 +115,7 @@ def spectral_risk(
 
     Costs one sort, and with `f` what the weights cost.
 
-    Sources: Mehta, Roulet, Pillutla, Liu, Harchaoui, "Stochastic Optimization for
-    Spectral Risk Measures", 2023, arXiv 2212.05149; Mehta, Roulet, Pillutla, Harchaoui,
+    Sources: that of [`diffprog.losses.spectrum`][]; Mehta, Roulet, Pillutla, Harchaoui,
     "Distributionally Robust Optimization with Bias and Variance Reduction", 2024, arXiv
     2310.13863.
     """

@@ -11,14 +11,11 @@ from .._common.loops import scan
 from .._operators.call import check_temperature, Divergence
 from .._operators.families import KL
 from .._operators.generated import as_divergence
-from .._operators.smooth_max import smooth_max
-from .._operators.softmax import f_softargmax
+from .._operators.softmax import f_softargmax, smooth_max
 
 
 Potentials = Float[ArrayLike, "T S S"]
 Scores = Float[ArrayLike, " S"] | None
-
-ARRAY = "array"  # the reference is neither "unit" nor "uniform"
 
 
 def soft_viterbi(
@@ -65,9 +62,9 @@ def soft_viterbi(
     """
     check_temperature(temperature, "; for the limit 0 use `viterbi`")
     potentials, first, last, mask = _check_moves(potentials, start, final, mask)
-    name = reference if reference is None or isinstance(reference, str) else ARRAY
     dtype = potentials.dtype
-    q = jnp.asarray(reference, dtype) if name is ARRAY else None
+    named = isinstance(reference, str | None)
+    name, q = (reference, None) if named else (None, jnp.asarray(reference, dtype))
     beta, f = jnp.asarray(temperature, dtype), as_divergence(f)
     return _soft_viterbi(name, f, q, beta, first, last, potentials, mask)
 
@@ -79,11 +76,7 @@ def _soft_viterbi(name, f, q, beta, first, last, potentials, mask) -> Array:
 
 
 def _smooth_best(name, f, q, beta, scores: Array) -> Array:
-    return smooth_max(scores, f, _measure(name, q, scores), temperature=beta)
-
-
-def _measure(name, q, scores: Array):
-    return jnp.broadcast_to(q, scores.shape) if name is ARRAY else name
+    return smooth_max(scores, f, name if q is None else q, temperature=beta)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -112,8 +105,7 @@ def _(name, primals, tangents):
 
     ds = jax.jvp(direct, (f, q, beta, potentials), (*moved, dpotentials))[1]
     scores = _arrive(potentials, vs[:-1, None])
-    q = _measure(name, q, scores)
-    Q = f_softargmax(scores, f, q, temperature=beta)
+    Q = f_softargmax(scores, f, name if q is None else q, temperature=beta)
 
     def move(dv, stage):
         d, Q, real = stage

@@ -6,6 +6,7 @@ from ._curvature import (
     Recipe as Recipe,
 )
 from ._kfac import kfac as kfac, KFACState as KFACState
+from ._model_step import model_step as model_step, ModelStepState as ModelStepState
 from ._recipes import (
     feature_metric as feature_metric,
     fisher as fisher,
@@ -18,6 +19,12 @@ from ._risk_descent import (
     prospect as prospect,
     ProspectState as ProspectState,
     RiskDescent as RiskDescent,
+)
+from ._rules import (
+    Absolute as Absolute,
+    AbstractRule as AbstractRule,
+    Cauchy as Cauchy,
+    Minimize as Minimize,
 )
 from ._score import score as score
 from ._tap import tap as tap

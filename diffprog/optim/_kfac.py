@@ -18,12 +18,12 @@ from .._common.tree import all_finite, cast, no, where, working_dtype
 from .._common.types import (
     check_count,
     check_key,
-    check_one_number,
-    is_known,
+    check_not_negative,
+    check_number,
     Number,
     Stacks,
 )
-from ._checks import check_curvature, check_damping, check_like
+from ._checks import check_curvature, check_like
 from ._curvature import Batch, Curvature
 from ._factors import factors_of, inverses
 from ._recipes import GGN
@@ -62,6 +62,7 @@ def kfac(
     damping: Number = 3e-3,
     ema: Number = 0.95,
     every: int = 5,
+    burn_in: int = 10,
     factors: Factors = "exact",
     key: PRNGKeyArray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -93,7 +94,8 @@ def kfac(
 
     - `damping`: rho >= 0; 0 only where no factor is singular.
     - `ema`: from 0 to below 1, the weight of the past in the running means.
-    - `every`: factors and inverses are found anew every so many updates.
+    - `every`: factors and inverses are found anew every so many updates, and at each of
+        the first `burn_in` updates, in which parameters move most.
     - `factors`: `"exact"`, H as it is, by one backward pass for every output; or
         `"sampled"`, from R e in place of R, with H = R R' and random signs e: one
         backward pass, and G on average.
@@ -120,17 +122,18 @@ def kfac(
     Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored
     Approximate Curvature", 2015, arXiv 1503.05671.
     """
-    check_damping(damping)
-    check_one_number("ema", ema, "a number from 0 to below 1")
-    if is_known(ema) and not 0 <= float(ema) < 1:
-        raise ValueError(f"`ema` is {ema}; a number from 0 to below 1 is expected.")
+    check_not_negative("damping", damping)
+    below_1 = lambda value: (0 <= value) & (value < 1)
+    check_number("ema", ema, "a number from 0 to below 1", below_1)
     check_count("every", every)
+    if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+        raise ValueError(f"`burn_in` is {burn_in!r}; a Python int >= 0 is expected.")
     if factors not in ("exact", "sampled"):
         raise ValueError(f'`factors` is {factors!r}; "exact" or "sampled" is expected.')
     if key is not None:
         check_key(key)
     init: Any = ft.partial(_init, key)
-    update: Any = ft.partial(_update, _Options(damping, ema, every, factors))
+    update: Any = ft.partial(_update, _Options(damping, ema, every, burn_in, factors))
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -140,6 +143,7 @@ class _Options(eqx.Module):
     damping: Any
     ema: Any
     every: int
+    burn_in: int
     factors: Factors
 
 
@@ -230,7 +234,8 @@ def _update(
         usable = usable & finite
         return where(usable, found, kept), usable
 
-    due = (state.weight == 0) | (state.since >= options.every)
+    early = (state.weight == 0) | (state.count < options.burn_in)
+    due = early | (state.since >= options.every)
     if options.every == 1:
         new, taken = refresh()
     else:
@@ -247,7 +252,7 @@ def _update(
 
 def _checked(updates: PyTree, state: KFACState, curvature: Any) -> Batch:
     """The batch of the curvature. Raises where the three do not belong together."""
-    check_curvature(curvature)
+    curvature = check_curvature(curvature)
     check_like("updates", updates, curvature.params)
     check_dense(updates)
     at = curvature.batch()
