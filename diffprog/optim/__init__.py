@@ -13,6 +13,7 @@ from ._recipes import (
     ggn as ggn,
     hessian as hessian,
 )
+from ._recommended import recommended as recommended
 from ._risk_descent import (
     lsvrg as lsvrg,
     LSVRGState as LSVRGState,
