@@ -40,7 +40,8 @@ class KFACState(eqx.Module):
         `(layers, k, k)` for outputs.
     - `weight`: by which they are divided.
     - `A_inverse`, `G_inverse`: those of the damped means; at first the identity.
-    - `count`: the number of updates, and `since`, that from the last new factors on.
+    - `count`: the number of updates.
+    - `since`: that from the last new factors on.
     - `refused`: how many updates had a gradient, or factors, that are not finite, or
         factors without an inverse. Nothing of these is kept.
     - `seed`: of the samples.
