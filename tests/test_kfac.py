@@ -389,9 +389,7 @@ def test_what_is_not_finite_stays_out():
         close(V, step, 0)
         close((after.A, after.G_inverse), (state.A, state.G_inverse), 0)
         assert after.refused == 2 and after.since > 5
-    _, after = update(
-        at, nan, state, burn_in=0
-    )  # not due
+    _, after = update(at, nan, state, burn_in=0)  # not due
     assert after.refused == 2
 
 
