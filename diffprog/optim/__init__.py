@@ -5,6 +5,7 @@ from ._curvature import (
     LossModel as LossModel,
     Recipe as Recipe,
 )
+from ._kfac import kfac as kfac, KFACState as KFACState
 from ._model_step import model_step as model_step, ModelStepState as ModelStepState
 from ._recipes import (
     feature_metric as feature_metric,
@@ -12,6 +13,7 @@ from ._recipes import (
     ggn as ggn,
     hessian as hessian,
 )
+from ._recommended import recommended as recommended
 from ._risk_descent import (
     lsvrg as lsvrg,
     LSVRGState as LSVRGState,

@@ -2,11 +2,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from .._common.types import came, check_number, is_known
+from .._common.types import came
 from ._curvature import Curvature, LossModel, Recipe
 
 
@@ -41,13 +40,6 @@ def check_like(name: str, tree: PyTree, params: PyTree):
                 f"`{name}{jtu.keystr(path)}` has shape {jnp.shape(leaf)}; that of the "
                 f"parameter of the curvature is {like.shape}."
             )
-
-
-def check_damping(damping: Any, name: str = "damping"):
-    """Raises for what is no number >= 0."""
-    check_number(name, damping, "a number >= 0")
-    if is_known(damping) and not np.all(np.asarray(damping) >= 0):
-        raise ValueError(f"`{name}` is {damping}; a number >= 0 is expected.")
 
 
 def check_floating(name: str, params: PyTree):

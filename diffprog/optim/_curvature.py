@@ -157,15 +157,18 @@ class Curvature(eqx.Module):
 
         Costs a forward pass, and a backward one where the gradient is asked for.
         """
+        batch = self.batch()
+        return batch.recipe.products.model(batch)
+
+    def batch(self) -> "Batch":
+        """What the recipe makes a model of."""
         recipe = eqx.combine(self.arrays[1], self.rest[1].tree())
         params, build = Parts(self.arrays[0], self.rest[0]).joined()
         batch = self.inputs, self.targets
         axes = _axes(recipe.axis_name, params, batch)
         if axes:  # else JAX sums what is transposed over the devices by itself
             params = vary(params, like=(params, batch))
-        return recipe.products.model(
-            Batch(recipe, params, build, *batch, self.key, axes)
-        )
+        return Batch(recipe, params, build, *batch, self.key, axes)
 
 
 class Batch(NamedTuple):
@@ -261,4 +264,10 @@ def _axes(axis_name: Any, params: PyTree, batch: PyTree) -> tuple:
 def _varying(tree: PyTree) -> set:
     """The axes of `shard_map` over which arrays vary."""
     arrays = [leaf for leaf in jtu.tree_leaves(tree) if isinstance(leaf, jax.Array)]
-    return set().union(*(jax.typeof(array).vma for array in arrays))
+    return set().union(*(_axes_of(jax.typeof(array)) for array in arrays))
+
+
+def _axes_of(kind: Any) -> frozenset:
+    # Versions of JAX differ in where they have it.
+    found = getattr(kind, "manual_axis_type", None)
+    return kind.vma if found is None else found.varying

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._common.linalg import matmul, solve_positive, symmetrize
-from .._common.types import AbstractPart, Number, number
-from ._checks import check_damping
+from .._common.types import AbstractPart, check_not_negative, Number, number
 
 
 class AbstractRule(AbstractPart):
@@ -37,12 +36,8 @@ class Minimize(AbstractRule):
     [`diffprog.optim.Absolute`][] there, or a Gauss-Newton matrix.
     """
 
-    damping: Number = number(1e-3)
-    jitter: Number = number(1e-4)
-
-    def __check_init__(self):
-        check_damping(self.damping)
-        check_damping(self.jitter, "jitter")
+    damping: Number = number(1e-3, check_not_negative)
+    jitter: Number = number(1e-4, check_not_negative)
 
     def coefficients(self, S, b):
         damped = S + self.damping * jnp.eye(len(b), dtype=S.dtype)
@@ -65,10 +60,7 @@ class Absolute(AbstractRule):
     high-dimensional non-convex optimization", 2014, arXiv 1406.2572.
     """
 
-    damping: Number = number(1e-3)
-
-    def __check_init__(self):
-        check_damping(self.damping)
+    damping: Number = number(1e-3, check_not_negative)
 
     def coefficients(self, S, b):
         values, vectors = jnp.linalg.eigh(symmetrize(S))
@@ -88,10 +80,7 @@ class Cauchy(AbstractRule):
     Tuners", 2024, arXiv 2407.06183.
     """
 
-    damping: Number = number(1e-3)
-
-    def __check_init__(self):
-        check_damping(self.damping)
+    damping: Number = number(1e-3, check_not_negative)
 
     def coefficients(self, S, b):
         return _divided(b, jnp.diagonal(S), self.damping)

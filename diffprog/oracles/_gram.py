@@ -7,11 +7,11 @@ For z = W a + b the block of the examples i and j and the columns s and t of R i
 with + 1 where there is a bias: nothing has the size of the parameters.
 """
 
-from collections.abc import Iterator
+import functools as ft
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._chain.network import (
     has_parameters,
@@ -21,7 +21,8 @@ from .._chain.network import (
     Stage,
 )
 from .._common.linalg import matmul
-from .._common.tree import cast
+from .._common.tree import cast, vary
+from ..losses._factor import AbstractFactor
 from ._base import Layers, Linearization
 
 
@@ -45,48 +46,58 @@ def gram_flops(net: Network, m: int, k: int) -> float:
 
 def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
-    net, inputs = layers.model, layers.inputs
-    m, dtype = at.outputs.shape[0], at.outputs.dtype
-    pairs = list(zip(net.stacks, parametrized(net), strict=True))
-    stages = lambda stack: () if stack.size == 1 else (stack.size,)
-    shape = lambda stack, layer: (m, *stages(stack), layer.out_features)
-    zeros = tuple((jnp.zeros(shape(*pair), dtype),) for pair in pairs)
-    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
-    outputs = lambda shifts: run(inputs, shifts)
-    own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
+    net, m = layers.model, at.outputs.shape[0]
     rows = factor.rho.size // m
-    unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
-    columns = jnp.broadcast_to(unit, (rows, *factor.rho.shape))
-    # (rows, m, [stages,] out)
-    S = jax.vmap(lambda e: pull(factor.mv(e).astype(own.dtype))[0])(columns)
-    S, activations = cast((S, activations), dtype)
-    total = jnp.zeros((m, rows, m, rows), dtype)
-    found = zip(pairs, S, activations, strict=True)
-    for (stack, layer), (S_layer,), (A_layer,) in found:
-        for S_t, A_t in _stages(S_layer, A_layer, stack.size, m):
+    found = sensitivities(net, layers.inputs, columns(factor))
+    total = jnp.zeros((m, rows, m, rows), at.outputs.dtype)
+    for layer, (S, A) in zip(parametrized(net), found, strict=True):
+        for S_t, A_t in zip(S, A, strict=True):
+            S_t = S_t.reshape(m * rows, -1)
             inner = matmul(A_t, A_t.T) + (1 if layer.use_bias else 0)  # a_i'a_j + 1
             outer = matmul(S_t, S_t.T).reshape(total.shape)  # (S_i^s)'S_j^t
             total = total + inner[:, None, :, None] * outer
     return total.reshape(m * rows, m * rows)
 
 
-def _stages(S: Array, A: Array, size: int, m: int) -> Iterator[tuple[Array, Array]]:
-    """Sensitivities (m rows, out) and activations (m, in) of each of equal layers."""
-    S = S.reshape(S.shape[0], m, size, -1)
-    A = A.reshape(m, size, -1)
-    for t in range(size):
-        S_t = jnp.swapaxes(S[:, :, t], 0, 1)
-        yield S_t.reshape(-1, S.shape[-1]), A[:, t]
+def columns(factor: AbstractFactor) -> Array:
+    """Those of R: for each a row of the shape of the outputs."""
+    rows, dtype = factor.rho[0].size, factor.rho.dtype
+    unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
+    return jax.vmap(factor.mv)(jnp.broadcast_to(unit, (rows, *factor.rho.shape)))
 
 
-def _run(stage: Stage, x, shifts):
-    """The output of a stage whose dense layers are shifted, and their inputs."""
-    shifts, inputs = list(shifts), []
+def sensitivities(
+    net: Network, inputs: PyTree, cotangents: Array
+) -> list[tuple[Array, Array]]:
+    """S and A of every run of equal stages: gradients in z = W a + b, and the a.
+
+    S has shape `(stages, m, rows, out)`, from one backward pass for each row of
+    `cotangents`, shape `(rows, m, ...)`; A has shape `(stages, m, in)`.
+    """
+    (rows, m), dtype = cotangents.shape[:2], cotangents.dtype
+    zeros = tuple(
+        jnp.zeros((m, *(stack.size,) * (stack.size > 1), layer.out_features), dtype)
+        for stack, layer in zip(net.stacks, parametrized(net), strict=True)
+    )
+    zeros = vary(zeros, like=(net, inputs, cotangents))
+    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
+    outputs, pull, activations = jax.vjp(ft.partial(run, inputs), zeros, has_aux=True)
+    S = jax.vmap(lambda v: pull(v.astype(outputs.dtype))[0])(cotangents)
+    found = []
+    for stack, S_t, A_t in zip(net.stacks, *cast((S, activations), dtype), strict=True):
+        S_t = S_t.reshape(rows, m, stack.size, -1)
+        A_t = A_t.reshape(m, stack.size, -1)
+        found.append((S_t.transpose(2, 1, 0, 3), A_t.swapaxes(0, 1)))
+    return found
+
+
+def _run(stage: Stage, x, shift):
+    """The output of a stage whose dense layer is shifted, and its input."""
+    inputs = x
     for layer in stage.layers:
         if has_parameters(layer):
-            inputs.append(x)
-            x = layer(x)
-            x = x + shifts.pop(0).astype(x.dtype)
+            inputs, x = x, layer(x)
+            x = x + shift.astype(x.dtype)
         else:
             x = layer(x)
-    return x, tuple(inputs)
+    return x, inputs
