@@ -23,18 +23,21 @@ from ..losses import keep_memory
 INTRODUCTION = """\
 # Benchmarks of optimizers
 
-Networks trained by optimizers of optax, by kfac-jax and by those of this library, in float32. The command
+Networks trained by optimizers of optax, by kfac-jax and by those of this library, in
+float32. The command
 
 ```bash
 {command}
 ```
 
-measured and wrote this page; `make bench-training` prints the tables. Every method gets at least four settings, and more until
-the best of them is not at the edge of its grid; the best by the final training loss on one seed is then run on three other
-seeds, whose medians stand here. `recommended` and the model steps have one setting, and were fixed before. Rates fall linearly
-to 0 but where "constant" is said. The training loss is that of the whole training set, looked at every 10 steps; seconds are
-those of the processor, one thread, without the evaluation and without compiling. The photograph and the tumors played no
-part in choosing defaults.
+measured and wrote this page; `make bench-training` prints the tables. Every method gets
+at least four settings, and more until the best of them is not at the edge of its grid
+of rates; the best by the final training loss on one seed is run on three other seeds,
+whose medians stand here. `recommended` and the model steps have one setting, fixed
+before. Rates fall linearly to 0 but where "constant" is said. The training loss is that
+of the whole training set, looked at every 10 steps; seconds are those of the processor,
+one thread, without the evaluation and without compiling. The photograph and the tumors
+played no part in choosing defaults.
 
 """
 RESULTS = {

@@ -25,7 +25,7 @@ def evaluated(eqn, values):
 
 
 class KFACJax:
-    """The runs of one task. A setting is a rate, which falls linearly, and a damping."""
+    """The runs of one task. A setting is a falling rate and a damping."""
 
     settings = tuple((r, d) for d in (1e-2, 1e-1) for r in (3e-3, 1e-2, 3e-2, 1e-1))
 
@@ -36,7 +36,7 @@ class KFACJax:
         self.task = task
         self.layers = task.model(jr.key(0)).layers
 
-        # Only what `lax` has: functions of `jax.numpy` are calls, which it does not know.
+        # Only what `lax` has: it does not know the calls that `jax.numpy` makes.
         def loss(params, batch):
             x, y = batch
             outputs = self.outputs(params, x)
@@ -47,9 +47,10 @@ class KFACJax:
             else:
                 kfac_jax.register_softmax_cross_entropy_loss(outputs, y)
                 total = lax.log(lax.reduce(lax.exp(outputs), 0.0, lax.add, (1,)))
-                own = lax.mul(outputs, lax.eq(y[:, None], CLASSES).astype(outputs.dtype))
-                losses = total - lax.reduce(own, 0.0, lax.add, (1,))
-            return lax.reduce(losses, 0.0, lax.add, tuple(range(losses.ndim))) / task.batch
+                one_hot = lax.eq(y[:, None], CLASSES).astype(outputs.dtype)
+                losses = total - lax.reduce(outputs * one_hot, 0.0, lax.add, (1,))
+            axes = tuple(range(losses.ndim))
+            return lax.reduce(losses, 0.0, lax.add, axes) / task.batch
 
         mean = lambda params, x, y: jnp.mean(task.loss(self.outputs(params, x), y))
         self.loss = jax.jit(mean)
@@ -76,16 +77,23 @@ class KFACJax:
     def run(self, setting, seed: int) -> Run:
         task, (rate, damping), optimizer = self.task, setting, self.optimizer
         layers = task.model(jr.key(seed)).layers
-        params = [(jnp.array(l.weight.T), l.bias) for l in layers if hasattr(l, "weight")]
+        linear = [layer for layer in layers if isinstance(layer, eqx.nn.Linear)]
+        params = [(jnp.array(layer.weight.T), layer.bias) for layer in linear]
         batches = batches_of(task, seed)
         state = optimizer.init(params, jr.key(0), batches[0])
         losses, seconds, spent = [float(self.loss(params, *task.train))], [0.0], 0.0
         for i, batch in enumerate(batches):
             falling = jnp.asarray(rate * (1 - i / task.steps))
-            options = dict(learning_rate=falling, momentum=jnp.asarray(0.9), damping=jnp.asarray(damping))
+            options = dict(
+                learning_rate=falling,
+                momentum=jnp.asarray(0.9),
+                damping=jnp.asarray(damping),
+            )
             before = time.process_time()
             params, state, _ = jax.block_until_ready(
-                optimizer.step(params, state, jr.key(i), batch=batch, global_step_int=i, **options)
+                optimizer.step(
+                    params, state, jr.key(i), batch=batch, global_step_int=i, **options
+                )
             )
             # The first steps compile.
             spent += (time.process_time() - before) if i > 5 else 0.0

@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.random as jr
 import optax
 
 import diffprog as dp
-
-from .tasks import Task
 
 
 class Method(NamedTuple):
@@ -68,21 +65,26 @@ def sized_muon(every: int, scale: float = 0.5) -> Callable:
     return lambda _, steps: dp.optim.model_step(base, scale=scale, every=every)
 
 
+KFAC_SETTINGS = tuple(
+    (rate, damping)
+    for damping in (1e-2, 1e-1, 1.0)
+    for rate in (3e-3, 1e-2, 3e-2, 1e-1)
+)
 METHODS = {
     "SGD, momentum": Method(decayed(momentum), (0.03, 0.1, 0.3, 1.0)),
     "Adam": Method(decayed(optax.adam), (1e-3, 3e-3, 1e-2, 3e-2)),
     "Muon": Method(decayed(muon), (0.01, 0.02, 0.05, 0.1)),
-    "Muon, constant rate": Method(lambda rate, _: muon(rate), (0.005, 0.01, 0.02, 0.05)),
+    "Muon, constant rate": Method(
+        lambda rate, _: muon(rate), (0.005, 0.01, 0.02, 0.05)
+    ),
     "Sophia": Method(
         decayed(optax.contrib.sophia), (1e-3, 3e-3, 1e-2, 3e-2), objective=True
     ),
-    "K-FAC, fixed rate": Method(
-        kfac,
-        tuple((rate, damping) for damping in (1e-2, 1e-1, 1.0) for rate in (3e-3, 1e-2, 3e-2, 1e-1)),
-        curvature=True, dense_only=True,
-    ),  # fmt: skip
+    "K-FAC, fixed rate": Method(kfac, KFAC_SETTINGS, curvature=True, dense_only=True),
     "published diagonal": Method(published, (0.03, 0.1, 0.3, 1.0), curvature=True),
     "model step of Muon": Method(sized_muon(1), curvature=True),
     "model step of Muon, every 5": Method(sized_muon(5), curvature=True),
-    "recommended": Method(lambda *_: dp.optim.recommended(), curvature=True, dense_only=True),
-}  # fmt: skip
+    "recommended": Method(
+        lambda *_: dp.optim.recommended(), curvature=True, dense_only=True
+    ),
+}

@@ -138,9 +138,8 @@ def study(task: Task, methods: dict[str, Callable], say=print) -> dict[str, dict
         settings = tuned(programs)
         best = settings[0][0]
         runs = [programs.run(best, seed) for seed in SEEDS]
-        final, test = (
-            np.median([getattr(r, k) for r in runs]) for k in ("final", "test")
-        )
+        final = np.median([run.final for run in runs])
+        test = np.median([run.test for run in runs])
         ms = 1e3 * np.median([run.seconds[-1] for run in runs]) / task.steps
         results[name] = {"settings": settings, "runs": runs}
         say(
