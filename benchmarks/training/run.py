@@ -142,9 +142,7 @@ def study(task: Task, methods: dict[str, Callable], say=print) -> dict[str, dict
         test = np.median([run.test for run in runs])
         ms = 1e3 * np.median([run.seconds[-1] for run in runs]) / task.steps
         results[name] = {"settings": settings, "runs": runs}
-        say(
-            f"{task.name:14s} {name:22s} {best!s:16.16s} of {len(settings)}: loss {final:9.3g}, "
-            f"test {test:8.3g}, {ms:6.2f} ms a step", flush=True,
-        )  # fmt: skip
+        about = f"{task.name}, {name}: {best}, the best of {len(settings)}; loss"
+        say(f"{about} {final:.3g}, test {test:.3g}; {ms:.2f} ms a step", flush=True)
         jax.clear_caches()
     return results
