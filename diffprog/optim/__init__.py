@@ -5,6 +5,13 @@ from ._curvature import (
     LossModel as LossModel,
     Recipe as Recipe,
 )
+from ._llqr import (
+    llqr as llqr,
+    LLQRDiagnostics as LLQRDiagnostics,
+    published as published,
+    refresh as refresh,
+)
+from ._llqr_state import LLQRState as LLQRState
 from ._recipes import (
     feature_metric as feature_metric,
     fisher as fisher,
@@ -19,4 +26,28 @@ from ._risk_descent import (
     RiskDescent as RiskDescent,
 )
 from ._score import score as score
+from ._structure_solvers import (
+    AbstractProbe as AbstractProbe,
+    AbstractStructureSolver as AbstractStructureSolver,
+    ExactStep as ExactStep,
+    GaussianProbe as GaussianProbe,
+    GradientProbe as GradientProbe,
+    HeavyBall as HeavyBall,
+    LinearCG as LinearCG,
+    NormalEquations as NormalEquations,
+    RademacherProbe as RademacherProbe,
+    StructureObjective as StructureObjective,
+)
+from ._structures import (
+    AbstractStructure as AbstractStructure,
+    default_structure as default_structure,
+    Dense as Dense,
+    Diagonal as Diagonal,
+    DiagonalKronecker as DiagonalKronecker,
+    EigenKronecker as EigenKronecker,
+    Kronecker as Kronecker,
+    PSDKronecker as PSDKronecker,
+    Scalar as Scalar,
+    Stacked as Stacked,
+)
 from ._tap import tap as tap
