@@ -33,6 +33,7 @@ from _pytest.runner import runtestprotocol
 
 import diffprog as dp
 from diffprog import plot
+from diffprog.systems._system import AbstractSystem
 
 
 MODULES = {
@@ -64,7 +65,7 @@ def functions():
                 yield from methods(prefix, item)
             elif callable(item):
                 yield module, name, prefix + name
-    for item in vars(dp.systems).values():
+    for item in (AbstractSystem, *vars(dp.systems).values()):
         if inspect.isclass(item):
             yield from methods("systems.", item)
 

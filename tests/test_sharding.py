@@ -76,8 +76,63 @@ print("agree")
 """
 
 
+CURVATURES = """
+import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
+jax.config.update("jax_enable_x64", True)
+import diffprog as dp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+wave = lambda *shape: jnp.sin(jnp.arange(float(np.prod(shape))).reshape(shape))
+W, x = {"a": wave(4, 5), "b": wave(5, 3)}, wave(16, 4)
+predict = lambda W, x: checkpoint_name(jnp.tanh(x @ W["a"]), "hidden") @ W["b"]
+labels = (jnp.arange(16) % 3).at[2].set(-1)
+loss = dp.losses.SoftmaxCrossEntropy(ignore_label=-1)
+D = jax.tree.map(lambda a: jnp.stack([a, a**2]), W)
+hidden = dp.optim.tap("hidden", predict)
+recipes = dict(
+    ggn=lambda **o: dp.optim.ggn(loss, predict, **o),
+    total=lambda **o: dp.optim.ggn(loss, predict, reduction="sum", **o),
+    hessian=lambda **o: dp.optim.hessian(loss, predict, **o),
+    features=lambda **o: dp.optim.feature_metric(hidden, loss, predict, **o),
+)
+optimizer = dp.optim.model_step(optax.sgd(1.0), groups="leaf", every=2)
+for recipe in recipes.values():
+    def answers(W, D, x, labels, **options):
+        at = recipe(**options)(W, x, labels)
+        model = at.linearize()
+        one = jax.tree.map(lambda a: a[0], D)
+        step, _ = optimizer.update(model.gradient, optimizer.init(W), W, curvature=at)
+        return model.value, model.gradient, model.mv(one), model.gram(D), step
+
+    whole = jax.jit(answers)(W, D, x, labels)
+    put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
+    found = [jax.jit(answers)(W, D, put(x), put(labels))]
+    for check in (True, False):
+        one = lambda *args: answers(*args, axis_name="data")
+        specs = dict(in_specs=(P(), P(), P("data"), P("data")), out_specs=P())
+        split = jax.shard_map(one, mesh=mesh, check_vma=check, **specs)
+        found.append(jax.jit(split)(W, D, x, labels))
+        try:
+            jax.shard_map(answers, mesh=mesh, check_vma=check, **specs)(W, D, x, labels)
+        except ValueError as error:
+            assert "axis_name='data'" in str(error), error
+        else:
+            raise AssertionError("a wrong scale")
+    for other in found:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole)):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * abs(b).max())
+print("agree")
+"""
+
+
 @pytest.mark.costly
-@pytest.mark.parametrize("program", (PROGRAM, VOCABULARY), ids=("solves", "vocabulary"))
+@pytest.mark.parametrize(
+    "program",
+    (PROGRAM, VOCABULARY, CURVATURES),
+    ids=("solves", "vocabulary", "curvatures"),
+)
 def test_what_is_split_over_devices_equals_what_is_on_one(program):
     flags = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

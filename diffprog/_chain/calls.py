@@ -73,7 +73,9 @@ def check_dtype(name: str, fn: Callable, tree: PyTree, dtype):
             )
 
 
-def scalar(name: str, fn: Callable, value, dtype) -> Float[Array, ""]:
+def scalar(name: str, fn: Callable, dtype, *args: Any) -> Float[Array, ""]:
+    """A call of a cost, whose value is one number."""
+    value = call(name, fn, *args)
     if len(jtu.tree_leaves(value)) != 1 or jnp.shape(jtu.tree_leaves(value)[0]) != ():
         came = jtu.tree_map(jnp.shape, value)
         raise ValueError(

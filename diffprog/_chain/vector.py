@@ -2,7 +2,7 @@
 
 import functools as ft
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -114,27 +114,22 @@ class Vectorized(eqx.Module):
     u_layouts: tuple[Layout, ...] = eqx.field(static=True)
 
     def ravel(self, x0: PyTree, us: PyTree):
-        stacks = tuple(
-            jax.vmap(layout.ravel)(u)
-            for layout, u in zip(self.u_layouts, self.problem.split(us), strict=True)
-        )
+        stacks = _rows(Layout.ravel, self.u_layouts, self.problem.split(us))
         return self.x_layouts[0].ravel(x0), stacks
 
     def states(self, trajectory: VectorTrajectory) -> PyTree:
         *layouts, last = self.x_layouts
-        xs = tuple(
-            jax.vmap(layout.unravel)(x)
-            for layout, x in zip(layouts, trajectory.xs, strict=True)
-        )
+        xs = _rows(Layout.unravel, layouts, trajectory.xs)
         return self.problem.join_states(xs, last.unravel(trajectory.final))
 
     def controls(self, us: tuple) -> PyTree:
-        return self.problem.join_controls(
-            tuple(
-                jax.vmap(layout.unravel)(u)
-                for layout, u in zip(self.u_layouts, us, strict=True)
-            )
-        )
+        return self.problem.join_controls(_rows(Layout.unravel, self.u_layouts, us))
+
+
+def _rows(convert: Callable, layouts: Sequence[Layout], stacks: tuple) -> tuple:
+    """`convert(layout, row)` for every row of the stack of every segment."""
+    pairs = zip(layouts, stacks, strict=True)
+    return tuple(jax.vmap(ft.partial(convert, a))(stack) for a, stack in pairs)
 
 
 def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
@@ -164,10 +159,7 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         _check_next(x_layouts[-1], x_layouts[0])
     terminal = _traced(
         lambda x: scalar(
-            "terminal_cost",
-            problem.terminal_cost,
-            call("terminal_cost", problem.terminal_cost, x_layouts[-1].unravel(x)),
-            dtype,
+            "terminal_cost", problem.terminal_cost, dtype, x_layouts[-1].unravel(x)
         ),
         zeros(x_layouts[-1]),
     )
@@ -204,25 +196,19 @@ def _trace(
         nonlocal next_layout
         args = x_layout.unravel(x), u_layout.unravel(u), t
         new = call("dynamics", phase.dynamics, *args)
-        next_layout = _next_layout(new, phase, x_layout)
+        check_dtype("dynamics", phase.dynamics, new, dtype)
+        next_layout = Layout.of(new, dtype)
+        if phase.horizon > 1:
+            _check_next(next_layout, x_layout)
         return next_layout.ravel(new)
 
     def cost(x, u, t):
         args = x_layout.unravel(x), u_layout.unravel(u), t
-        value = call("cost", phase.cost, *args)
-        return scalar("cost", phase.cost, value, dtype)
+        return scalar("cost", phase.cost, dtype, *args)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
     traced = _traced(dynamics, *examples), _traced(cost, *examples)
     return Segment(*traced, start, phase.horizon), next_layout
-
-
-def _next_layout(x: PyTree, phase: Phase, before: Layout) -> Layout:
-    check_dtype("dynamics", phase.dynamics, x, before.dtype)
-    layout = Layout.of(x, before.dtype)
-    if phase.horizon > 1:
-        _check_next(layout, before)
-    return layout
 
 
 def _check_next(layout: Layout, before: Layout):

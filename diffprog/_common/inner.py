@@ -28,11 +28,11 @@ from .loops import repeat
 from .tree import add, scale, vary
 from .types import (
     AbstractPart,
-    check_count,
-    check_numbers,
+    check_number,
     check_positive,
     Number,
     number,
+    positive_int,
 )
 
 
@@ -90,15 +90,11 @@ class InnerGradient(AbstractInner):
     - `unroll`: write the steps out, for convolutions on the CPU.
     """
 
-    num_steps: int = eqx.field(static=True, default=3)
-    stepsize: Number = number(1.0)
+    num_steps: int = positive_int(3)
+    stepsize: Number = number(1.0, check_positive)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_positive("stepsize", self.stepsize)
 
     def solve(self, problem):
         p0, pull = jax.vjp(problem.fn, problem.x)
@@ -123,30 +119,23 @@ class InnerGaussNewton(AbstractInner):
     - `unroll`: write all steps out, for convolutions on the CPU.
     """
 
-    num_steps: int = eqx.field(static=True, default=1)
+    num_steps: int = positive_int(1)
     max_dense: int = eqx.field(static=True, default=64)
-    max_cg: int = eqx.field(static=True, default=20)
-    rtol: Number = number(1e-6)
+    max_cg: int = positive_int(20)
+    rtol: Number = number(1e-6, check_number)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = True
 
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_count("max_cg", self.max_cg)
-        check_numbers(self, "rtol")
-
     def solve(self, problem):
         p0 = problem.start()
-        one = self._gauss_newton_step if problem.fitted else self._gradient_step
-        step = lambda y: one(problem, p0, y)
+        step = lambda y: self._step(problem, p0, y)
         zero = jtu.tree_map(jnp.zeros_like, problem.x)
         return scale(-1, repeat(step, zero, self.num_steps, unroll=self.unroll))
 
-    def _gradient_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
-        return add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
-
-    def _gauss_newton_step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+    def _step(self, problem: Subproblem, p0: PyTree, y: PyTree) -> PyTree:
+        if not problem.fitted:
+            return add(y, scale(-1 / problem.gamma, problem.gradient(y, p0)))
         run = lambda y: (problem.fn(y), None)
         p, mv, pull, _ = products(run, add(problem.x, y))
         b = add(mv(y), problem.residual(p, p0), -1)  # J y - c
@@ -170,18 +159,13 @@ class InnerNewton(AbstractInner):
         [`diffprog.oracles.InnerGaussNewton`][].
     """
 
-    num_steps: int = eqx.field(static=True, default=3)
+    num_steps: int = positive_int(3)
     max_dense: int = eqx.field(static=True, default=64)
-    max_cg: int = eqx.field(static=True, default=20)
-    rtol: Number = number(1e-6)
+    max_cg: int = positive_int(20)
+    rtol: Number = number(1e-6, check_number)
     unroll: bool = eqx.field(static=True, default=False)
 
     exact: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_count("num_steps", self.num_steps)
-        check_count("max_cg", self.max_cg)
-        check_numbers(self, "rtol")
 
     def solve(self, problem):
         p0 = problem.start()

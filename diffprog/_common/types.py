@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 import inspect
 import re
@@ -19,11 +20,29 @@ Fn = TypeVar("Fn", bound=Callable)
 Number = float | Array
 
 
+def _check_fields(owner: Any):
+    for field in _fields_with_checks(type(owner)):
+        value, known = getattr(owner, field.name), field.metadata
+        if "check" in known:
+            known["check"](field.name, value)
+        else:
+            check_kind(field.name, value, field.type, known["example"])
+
+
+@ft.cache
+def _fields_with_checks(cls: Any) -> list[dataclasses.Field]:
+    """Those that `checked` and `component` made."""
+    has_check = lambda field: {"check", "example"} & field.metadata.keys()
+    return list(filter(has_check, dataclasses.fields(cls)))
+
+
 class AbstractPart(eqx.Module):
     """What users may write themselves: a class that lacks a method is told so at once.
 
     Classes are abstract, with a name that says so, or can be instantiated.
     """
+
+    __check_init__ = _check_fields  # Equinox calls that of a class too, and before
 
     def __init_subclass__(cls):
         if "Abstract" in cls.__name__:
@@ -41,10 +60,25 @@ class AbstractPart(eqx.Module):
                 )
 
 
-def number(default: float) -> Any:
+def checked(check: Callable[[str, Any], None] | None, **options: Any) -> Any:
+    """A field of an `AbstractPart`, whose name and value `check` is given."""
+    return eqx.field(metadata={"check": check} if check else {}, **options)
+
+
+def number(default: float, check: Callable[[str, Any], None] | None = None) -> Any:
     """A field with a number; an int becomes a float, since an int would be static."""
     to_float = lambda value: float(value) if isinstance(value, int) else value
-    return eqx.field(default=default, converter=to_float)
+    return checked(check, default=default, converter=to_float)
+
+
+def positive_int(default: int) -> Any:
+    """A field with a number of steps and the like, which is part of the program."""
+    return checked(check_count, default=default, static=True)
+
+
+def component(default: Any, example: str) -> Any:
+    """A field of the class in its annotation, with an example for who gives another."""
+    return eqx.field(metadata={"example": example}, default=default)
 
 
 def came(value: Any) -> str:
@@ -107,10 +141,22 @@ def check_answer(owner: Any, method: str, answer: Any, kind: type, **numbers: An
         )
 
 
-def check_number(name: str, value: Any, expected: str):
-    """Raises for what is no number."""
+def check_number(
+    name: str,
+    value: Any,
+    expected: str = "a number",
+    holds: Callable[[Any], Any] | None = None,
+    otherwise: str = "",
+):
+    """Raises for what is no number, and for one that is known and of which not `holds`.
+
+    `expected` says it in words, and `otherwise` what else may be given.
+    """
+    wrong = lambda shown: f"`{name}` is {shown}; {expected} is expected{otherwise}."
     if not is_number(value):
-        raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
+        raise TypeError(wrong(came(value)))
+    if holds and is_known(value) and not np.all(holds(np.asarray(value))):
+        raise ValueError(wrong(value))
 
 
 def check_one_number(name: str, value: Any, expected: str = "one number"):
@@ -121,11 +167,12 @@ def check_one_number(name: str, value: Any, expected: str = "one number"):
 
 def check_positive(name: str, value: Any, otherwise: str = ""):
     """Raises for what is no number, and for one that is known and not positive."""
-    wrong = lambda shown: f"`{name}` is {shown}; a number > 0 is expected{otherwise}."
-    if not is_number(value):
-        raise TypeError(wrong(came(value)))
-    if is_known(value) and not np.all(np.asarray(value) > 0):
-        raise ValueError(wrong(value))
+    check_number(name, value, "a number > 0", lambda value: value > 0, otherwise)
+
+
+def check_not_negative(name: str, value: Any):
+    """Raises for what is no number, and for one that is known and negative."""
+    check_number(name, value, "a number >= 0", lambda value: value >= 0)
 
 
 def is_known(array: Any) -> bool:
@@ -133,12 +180,6 @@ def is_known(array: Any) -> bool:
     return not isinstance(array, Tracer) and getattr(
         array, "is_fully_addressable", True
     )
-
-
-def check_numbers(owner: Any, *names: str):
-    """Raises for fields that are no numbers."""
-    for name in names:
-        check_number(name, getattr(owner, name), "a number")
 
 
 def check_count(name: str, value: Any):

@@ -21,7 +21,7 @@ from .._common.tree import strong
 from .._common.types import counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .direction import AbstractDirection
-from .report import report_batch
+from .report import print_batch
 from .search import AbstractSearch, Backtracking, SearchState
 from .solution import Solution
 from .solve import solve, tolerance
@@ -330,10 +330,11 @@ def _note(numbers: PyTree, x0s: PyTree, uss: PyTree, _) -> str:
 
 
 def _report(verbose, batch: str, solution: Solution, start: float):
+    """Prints one line, or hands it to the user's function by name."""
     finite = jnp.isfinite(solution.cost)
-    report_batch(
-        verbose,
-        int(jnp.sum(finite)),
+    printed = ft.partial(print_batch, int(jnp.sum(finite)))
+    receive = verbose if callable(verbose) else printed
+    receive(
         batch=batch,
         problems=len(solution.cost),
         successful=int(jnp.sum(solution.success)),

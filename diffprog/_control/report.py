@@ -26,24 +26,14 @@ def _print_row(step, cost, stepsize, damping, slope, trials, gradient):
     )
 
 
-def _print_batch(finite, batch, problems, successful, iterations, cost, seconds):
+def print_batch(finite, batch, problems, successful, iterations, cost, seconds):
+    """One line; the average cost is that of the `finite` problems."""
     which = "" if finite == problems else f" of the {finite} finite ones"
     sys.stdout.write(
         f"batch {batch}: {counted(problems, 'problem')}, {successful} successful, "
         f"{iterations:.1f} iterations, cost {cost:.6g} on average{which}, "
         f"{seconds:.3g} s\n"
     )
-
-
-def report_batch(verbose: bool | Callable, finite: int, **figures):
-    """Prints one line, or hands it to the user's function by name.
-
-    The average cost is that of the `finite` problems whose cost is finite.
-    """
-    if callable(verbose):
-        verbose(**figures)
-    else:
-        _print_batch(finite, **figures)
 
 
 def report(

@@ -173,7 +173,7 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
 def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:
     """What kept a search from its end, and advice of its own."""
     trials, largest = "", _largest(solution.xs)
-    if stage <= _num_stages(solution):
+    if stage <= len(_finite_rows(solution.us, isinstance(solution.policy, tuple))):
         step = int(solution.stats["nonfinite_step"])
         trials = f"in iteration {step} trials were not finite from stage {stage} on"
     if name != "max_steps_reached" and largest > RUNAWAY:
@@ -219,10 +219,6 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
 def _largest(tree: PyTree) -> float:
     finite = [np.where(np.isfinite(x), x, 0) for x in jtu.tree_leaves(tree)]
     return max(float(np.max(np.abs(x))) for x in finite)
-
-
-def _num_stages(solution: Solution) -> int:
-    return len(_finite_rows(solution.us, isinstance(solution.policy, tuple)))
 
 
 def _finite_rows(tree: PyTree, phases: bool) -> np.ndarray:

@@ -216,16 +216,14 @@ def _patches(layer, shape, out_shape, dilation=None, mode="ZEROS") -> int:
     for size, out, kernel, stride, spread, (before, _) in rows:
         taps = np.arange(out)[:, None] * stride + np.arange(kernel) * spread
         width = (before, max(0, int(taps.max()) + 1 - size - before))
-        entries = np.arange(1, size + 1)  # and 0 for what is none
-        if mode == "ZEROS":
-            entries = np.pad(entries, width)
-        else:
-            entries = np.pad(entries, width, PAD[mode])
+        # 0 for what is none
+        entries = np.pad(np.arange(1, size + 1), width, PAD[mode])
         count *= int(np.bincount(entries[taps].ravel())[1:].max(initial=0))
     return count
 
 
-PAD: dict[str, Literal["reflect", "edge", "wrap"]] = {
+PAD: dict[str, Literal["constant", "reflect", "edge", "wrap"]] = {
+    "ZEROS": "constant",
     "REFLECT": "reflect",
     "REPLICATE": "edge",
     "CIRCULAR": "wrap",

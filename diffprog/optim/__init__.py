@@ -12,6 +12,7 @@ from ._llqr import (
     refresh as refresh,
 )
 from ._llqr_state import LLQRState as LLQRState
+from ._model_step import model_step as model_step, ModelStepState as ModelStepState
 from ._recipes import (
     feature_metric as feature_metric,
     fisher as fisher,
@@ -24,6 +25,12 @@ from ._risk_descent import (
     prospect as prospect,
     ProspectState as ProspectState,
     RiskDescent as RiskDescent,
+)
+from ._rules import (
+    Absolute as Absolute,
+    AbstractRule as AbstractRule,
+    Cauchy as Cauchy,
+    Minimize as Minimize,
 )
 from ._score import score as score
 from ._structure_solvers import (

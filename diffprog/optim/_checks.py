@@ -2,15 +2,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
+import optax
 from jaxtyping import PyTree
 
-from .._common.types import came, check_number, is_known
+from .._common.types import came
 from ._curvature import Curvature, LossModel, Recipe
 
 
-def check_curvature(curvature: Any, params: PyTree = None):
-    """Raises for what is no curvature of a batch, or one of other parameters."""
+def check_curvature(curvature: Any) -> Curvature:
+    """Raises for what is no curvature of a batch."""
     if not isinstance(curvature, Curvature):
         instead = came(curvature)
         if isinstance(curvature, Recipe):
@@ -22,8 +22,7 @@ def check_curvature(curvature: Any, params: PyTree = None):
             "`curvature=recipe(model, inputs, targets)` with a recipe such as "
             "`dp.optim.ggn(loss)`."
         )
-    if params is not None:
-        check_like("params", params, curvature.params)
+    return curvature
 
 
 def check_like(name: str, tree: PyTree, params: PyTree):
@@ -43,8 +42,41 @@ def check_like(name: str, tree: PyTree, params: PyTree):
             )
 
 
-def check_damping(damping: Any, name: str = "damping"):
-    """Raises for what is no number >= 0."""
-    check_number(name, damping, "a number >= 0")
-    if is_known(damping) and not np.all(np.asarray(damping) >= 0):
-        raise ValueError(f"`{name}` is {damping}; a number >= 0 is expected.")
+def check_floating(name: str, params: PyTree):
+    """Raises for parameters that are no real floating arrays."""
+    for path, leaf in jtu.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}{jtu.keystr(path)}` has dtype {dtype}; parameters are floats: "
+                "give those of `eqx.filter(model, eqx.is_inexact_array)`, or convert "
+                "it with `.astype(float)`."
+            )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def filled(
+    name: str, tree: PyTree, curvature: Curvature, rows: int | None = None
+) -> PyTree:
+    """The tree with zeros where `optax.masked` left parameters out; maybe in rows."""
+    params = curvature.params
+    if rows is not None:
+        stacked = lambda a: jnp.zeros((rows, *a.shape), a.dtype)
+        params = jtu.tree_map(stacked, params)
+    zeros = lambda part: jtu.tree_map(jnp.zeros_like, part)
+    fill = lambda node, part: zeros(part) if _is_masked(node) else node
+    try:
+        tree = jtu.tree_map(fill, tree, params, is_leaf=_is_masked)
+    except ValueError:
+        pass  # told below
+    check_like(name, tree, params)
+    return tree
+
+
+def masked_like(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree without what `optax.masked` left out of a like one."""
+    leave = lambda node, part: node if _is_masked(node) else part
+    return jtu.tree_map(leave, like, tree, is_leaf=_is_masked)

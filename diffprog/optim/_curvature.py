@@ -261,4 +261,10 @@ def _axes(axis_name: Any, params: PyTree, batch: PyTree) -> tuple:
 def _varying(tree: PyTree) -> set:
     """The axes of `shard_map` over which arrays vary."""
     arrays = [leaf for leaf in jtu.tree_leaves(tree) if isinstance(leaf, jax.Array)]
-    return set().union(*(jax.typeof(array).vma for array in arrays))
+    return set().union(*(_axes_of(jax.typeof(array)) for array in arrays))
+
+
+def _axes_of(kind: Any) -> frozenset:
+    # Versions of JAX differ in where they have it.
+    found = getattr(kind, "manual_axis_type", None)
+    return kind.vma if found is None else found.varying

@@ -21,11 +21,12 @@ from .._common.types import (
     check_count,
     check_key,
     check_kind,
+    check_not_negative,
     check_number,
     is_known,
     Number,
 )
-from ._checks import check_curvature, check_damping
+from ._checks import check_curvature
 from ._curvature import Curvature
 from ._llqr_state import LLQRState, make_plan, Plan, Settings
 from ._score import optimum
@@ -256,7 +257,7 @@ def refresh(
             "`optimizer = optax.chain(dp.optim.llqr(), optax.sgd(0.1))`."
         )
     if damping is not None:
-        check_damping(damping)
+        check_not_negative("damping", damping)
     found = []
     for state in states:
         given = _curvatures(curvature, state.plan, params)
@@ -389,7 +390,7 @@ def _check(structure, damping, solver, probe, ema, floor, graft, interval):
     if structure is not None and not isinstance(structure, AbstractStructure):
         expected = "a structure such as `Diagonal()`, or a rule `structure(path, leaf)`"
         check_callable("structure", structure, expected)
-    check_damping(damping)
+    check_not_negative("damping", damping)
     check_kind("solver", solver, AbstractStructureSolver, "ExactStep()")
     check_kind("probe", probe, AbstractProbe, "GradientProbe()")
     check_share("ema", ema)

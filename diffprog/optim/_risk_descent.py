@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._common.door import door
-from .._common.types import came, check_count, check_number, check_positive, is_known
+from .._common.types import came, check_count, check_not_negative, check_positive
 from .._operators.call import Divergence
 from .._operators.generated import as_divergence
 from ..losses._loss import AbstractLoss
@@ -97,12 +97,6 @@ def combine(*terms: tuple[Any, PyTree]) -> PyTree:
     return jtu.tree_map(weighted, *trees)
 
 
-def average(weights: Array, rows: PyTree) -> PyTree:
-    """sum_i weights_i rows_i."""
-    dot = lambda a: jnp.tensordot(weights.astype(a.dtype), a, 1)
-    return jtu.tree_map(dot, rows)
-
-
 def pick(tree: PyTree, i: Array) -> PyTree:
     return jtu.tree_map(lambda a: a[i], tree)
 
@@ -121,9 +115,7 @@ def _check(loss: Any, sigma: Any, f: Any, smoothing, rate, l2) -> Risk:
         )
     check_spectral(sigma, f, smoothing)
     check_positive("learning_rate", rate)
-    check_number("l2", l2, "a number >= 0")
-    if is_known(l2) and not np.all(np.asarray(l2) >= 0):
-        raise ValueError(f"`l2` is {l2}; a number >= 0 is expected.")
+    check_not_negative("l2", l2)
     if f is not None:
         as_divergence(f)
     return Risk(cast(Loss, loss), sigma, f, smoothing)
@@ -206,7 +198,8 @@ def _prospect_init(risk: Risk, params: PyTree, data: PyTree) -> ProspectState:
     each = jax.vmap(jax.value_and_grad(risk.loss), (None, 0))
     losses, gradients = each(params, data)
     q = risk.weights(losses)
-    return ProspectState(params, losses, q, q, gradients, average(q, gradients))
+    mean = lambda a: jnp.tensordot(q.astype(a.dtype), a, 1)  # sum_i q_i g_i
+    return ProspectState(params, losses, q, q, gradients, jtu.tree_map(mean, gradients))
 
 
 @door

@@ -6,8 +6,8 @@ from jaxtyping import Array, PyTree
 from .._common.conjugate_gradients import solve_cg
 from .._common.door import door
 from .._common.tree import add, cast_like, scale
-from .._common.types import check_count, check_number, Number
-from ._checks import check_curvature, check_damping, check_like
+from .._common.types import check_count, check_not_negative, check_number, Number
+from ._checks import check_curvature, check_like
 from ._curvature import Curvature, LossModel
 
 
@@ -44,7 +44,7 @@ def score(
     Costs `max_steps` products with C at most, and one for each step.
     """
     check_curvature(curvature)
-    check_damping(damping)
+    check_not_negative("damping", damping)
     check_number("rtol", rtol, "a number > 0")
     check_count("max_steps", max_steps)
     if value is not None:

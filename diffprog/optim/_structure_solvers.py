@@ -27,12 +27,13 @@ from .._common.loops import repeat
 from .._common.tree import add, norm, normal_like, scale, vdot, where
 from .._common.types import (
     AbstractPart,
-    check_count,
     check_one_number,
     check_positive,
+    checked,
     is_known,
     Number,
     number,
+    positive_int,
 )
 
 
@@ -83,6 +84,26 @@ class StructureObjective(eqx.Module):
         return lambda E: self.pulled(pull, self.product(self.step(E)))
 
 
+def check_steps(name: str, value: Any):
+    """Raises for what is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` is {value!r}; a Python int >= 0 is expected.")
+
+
+def check_share(name: str, value: Any):
+    """Raises for what is no number from 0 to 1."""
+    expected = "a number from 0 to 1"
+    check_one_number(name, value, expected)
+    if is_known(value) and not 0 <= value <= 1:
+        raise ValueError(f"`{name}` is {value}; {expected} is expected.")
+
+
+def check_clip(name: str, value: Any):
+    """Raises for what is no positive number, and not `None`."""
+    if value is not None:
+        check_positive(name, value, ", or `None`")
+
+
 class AbstractStructureSolver(AbstractPart):
     """How U is found, from the U that it starts with.
 
@@ -109,19 +130,12 @@ class HeavyBall(AbstractStructureSolver):
     - `clip`: c, the largest norm of the gradient of an array of U; or `None`.
     """
 
-    num_steps: int = eqx.field(static=True, default=50)
-    learning_rate: Number = number(1e-3)
-    momentum: Number = number(0.9)
-    clip: Number | None = number(5.0)
+    num_steps: int = checked(check_steps, static=True, default=50)
+    learning_rate: Number = number(1e-3, check_positive)
+    momentum: Number = number(0.9, check_share)
+    clip: Number | None = number(5.0, check_clip)
 
     needs_linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_steps(self.num_steps)
-        check_positive("learning_rate", self.learning_rate)
-        check_share("momentum", self.momentum)
-        if self.clip is not None:
-            check_positive("clip", self.clip, ", or `None`")
 
     def solve(self, objective, U):
         def step(at):
@@ -161,12 +175,9 @@ class ExactStep(AbstractStructureSolver):
         linear.
     """
 
-    num_steps: int = eqx.field(static=True, default=10)
+    num_steps: int = checked(check_steps, static=True, default=10)
 
     needs_linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_steps(self.num_steps)
 
     def solve(self, objective, U):
         u, zero = objective.step(U), jtu.tree_map(jnp.zeros_like, U)
@@ -212,12 +223,9 @@ class LinearCG(AbstractStructureSolver):
     - `num_steps`: each a product with the curvature, and one more.
     """
 
-    num_steps: int = eqx.field(static=True, default=10)
+    num_steps: int = checked(check_steps, static=True, default=10)
 
     needs_linear: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_steps(self.num_steps)
 
     def solve(self, objective, U):
         r = scale(-1, objective.gradient(U))
@@ -241,12 +249,9 @@ class NormalEquations(AbstractStructureSolver):
     Costs as many products with the curvature as U has numbers, and a factorization.
     """
 
-    max_size: int = eqx.field(static=True, default=1024)
+    max_size: int = positive_int(1024)
 
     needs_linear: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_count("max_size", self.max_size)
 
     def solve(self, objective, U):
         flat, unravel = ravel_pytree(U)
@@ -311,10 +316,7 @@ class GaussianProbe(AbstractProbe):
     - `num`: so many vectors for a batch.
     """
 
-    num: int = eqx.field(static=True, default=8)
-
-    def __check_init__(self):
-        check_count("num", self.num)
+    num: int = positive_int(8)
 
     def draw(self, gradient, key):
         return normal_like(key, gradient, self.num)
@@ -326,27 +328,10 @@ class RademacherProbe(AbstractProbe):
     - `num`: so many vectors for a batch.
     """
 
-    num: int = eqx.field(static=True, default=8)
-
-    def __check_init__(self):
-        check_count("num", self.num)
+    num: int = positive_int(8)
 
     def draw(self, gradient, key):
         leaves, treedef = jtu.tree_flatten(gradient)
         keys = jr.split(key, len(leaves))
         signs = lambda key, a: jr.rademacher(key, (self.num, *a.shape), a.dtype)
         return treedef.unflatten(map(signs, keys, leaves))
-
-
-def check_steps(value: Any):
-    """Raises for what is no number of steps."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"`num_steps` is {value!r}; a Python int >= 0 is expected.")
-
-
-def check_share(name: str, value: Any):
-    """Raises for what is no number from 0 to 1."""
-    expected = "a number from 0 to 1"
-    check_one_number(name, value, expected)
-    if is_known(value) and not 0 <= value <= 1:
-        raise ValueError(f"`{name}` is {value}; {expected} is expected.")

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._common.linalg import matmul
-from .._common.types import AbstractPart, check_count, check_kind
+from .._common.types import AbstractPart, checked, component, positive_int
 
 
 Groups = Literal["leaf", "layer", "all"]
@@ -53,6 +53,14 @@ class AbstractStructure(AbstractPart):
         """U with its eigenvalues at least this where they are written down."""
 
 
+def check_groups(name: str, value: Any):
+    """Raises for what is no choice of leaves that share a number."""
+    if value not in ("leaf", "layer", "all"):
+        raise ValueError(
+            f'`{name}` is {value!r}; "leaf", "layer" or "all" is expected.'
+        )
+
+
 class Scalar(AbstractStructure):
     r"""$U X = s X$ with one number s for a leaf, for a layer, or for all.
 
@@ -60,15 +68,9 @@ class Scalar(AbstractStructure):
         weight and its bias; or `"all"` that have this structure.
     """
 
-    groups: Groups = eqx.field(static=True, default="leaf")
+    groups: Groups = checked(check_groups, static=True, default="leaf")
 
     linear: ClassVar[bool] = True
-
-    def __check_init__(self):
-        if self.groups not in ("leaf", "layer", "all"):
-            raise ValueError(
-                f'`groups` is {self.groups!r}; "leaf", "layer" or "all" is expected.'
-            )
 
     def init(self, shape, dtype):
         return jnp.ones((), dtype)
@@ -107,12 +109,9 @@ class DiagonalKronecker(AbstractStructure):
     - `rows`: so many axes of the leaf are the rows of X, the others its columns.
     """
 
-    rows: int = eqx.field(static=True, default=1)
+    rows: int = positive_int(1)
 
     linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("rows", self.rows)
 
     def init(self, shape, dtype):
         m, n = sides(self, shape)
@@ -136,12 +135,9 @@ class Kronecker(AbstractStructure):
         Weights `(out, in, height, width)` have 1, and `(height, width, in, out)` 3.
     """
 
-    rows: int = eqx.field(static=True, default=1)
+    rows: int = positive_int(1)
 
     linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("rows", self.rows)
 
     def init(self, shape, dtype):
         return unit_factors(self, shape, dtype)
@@ -165,12 +161,9 @@ class PSDKronecker(AbstractStructure):
     - `rows`: so many axes of the leaf are the rows of X, the others its columns.
     """
 
-    rows: int = eqx.field(static=True, default=1)
+    rows: int = positive_int(1)
 
     linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("rows", self.rows)
 
     def init(self, shape, dtype):
         return unit_factors(self, shape, dtype)
@@ -197,12 +190,9 @@ class EigenKronecker(AbstractStructure):
     - `rows`: so many axes of the leaf are the rows of X, the others its columns.
     """
 
-    rows: int = eqx.field(static=True, default=1)
+    rows: int = positive_int(1)
 
     linear: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_count("rows", self.rows)
 
     def init(self, shape, dtype):
         ones = jnp.ones(sides(self, shape), dtype)
@@ -249,12 +239,8 @@ class Stacked(AbstractStructure):
     - `axes`: so many axes of the leaf count them.
     """
 
-    structure: AbstractStructure
-    axes: int = eqx.field(static=True, default=1)
-
-    def __check_init__(self):
-        check_kind("structure", self.structure, AbstractStructure, "Kronecker()")
-        check_count("axes", self.axes)
+    structure: AbstractStructure = component(Diagonal(), "Kronecker()")
+    axes: int = positive_int(1)
 
     @property
     def linear(self):

@@ -12,7 +12,6 @@ e(z) = l(p) + s (|a|^2 - |alpha|^2) / 2.
 
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -22,7 +21,7 @@ from jaxtyping import Array, PyTree
 from .._common.conjugate_gradients import conjugate_gradients
 from .._common.loops import while_loop
 from .._common.tree import add, all_finite, norm, scale, vdot, where, yes
-from .._common.types import check_count
+from .._common.types import positive_int
 from ._base import Linearization
 from ._model_solver import (
     AbstractModelSolver,
@@ -31,7 +30,6 @@ from ._model_solver import (
     Found,
     halved,
     prox,
-    unbounded,
 )
 
 
@@ -67,13 +65,10 @@ class AugmentedLagrangian(AbstractModelSolver):
     Method for Solving Lasso Problems", 2018, arXiv 1607.05428.
     """
 
-    max_steps: int = eqx.field(static=True, default=5000)
+    max_steps: int = positive_int(5000)
 
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         smoothed = Smoothed(at, damping)
         s = first_length(at)
         smallest = jnp.finfo(s.dtype).eps * s
@@ -102,8 +97,7 @@ class AugmentedLagrangian(AbstractModelSolver):
         start = zero, seen, seen, seen.D, yes(seen.P), yes(seen.P)
         count, _, best, D, *_ = while_loop(unfinished, step, start)
         left = best.P - D
-        found = Found(best.d, best.z, left, count, jnp.isfinite(left))
-        return unbounded(given, found)
+        return Found(best.d, best.z, left, count, jnp.isfinite(left))
 
 
 def first_length(at: Linearization) -> Array:

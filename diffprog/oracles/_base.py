@@ -21,6 +21,10 @@ from ..losses._loss import answered
 
 # So many roundings are allowed for before a change of the loss means something.
 EPSILONS = 8
+ABOUT_STATE = (
+    ". A new state may stand beside it where the old one was given to "
+    "`vd.init(model, state)`, and `vd.step` is called"
+)
 
 
 class Layers(eqx.Module):
@@ -169,24 +173,17 @@ def check_outputs(outputs: Any, inputs: PyTree):
     if not eqx.is_inexact_array(outputs) or outputs.ndim == 0:
         examples = rows(inputs)
         of = "the batch" if examples is None else f"a batch of {examples} examples"
+        with_state = isinstance(outputs, tuple) and len(outputs) == 2
         raise TypeError(
             f"The model (or `predict`) returned {came(outputs)} for {of}; one floating "
-            f"array whose first axis counts examples is expected{_about(outputs)}."
+            "array whose first axis counts examples is expected"
+            f"{ABOUT_STATE if with_state else ''}."
         )
     if outputs.size == 0:
         raise ValueError(
             f"The outputs for the batch have shape {outputs.shape}: at least one "
             "example with one output is expected. Skip an empty batch."
         )
-
-
-def _about(outputs: Any) -> str:
-    if not isinstance(outputs, tuple) or len(outputs) != 2:
-        return ""
-    return (
-        ". A new state may stand beside it where the old one was given to "
-        "`vd.init(model, state)`, and `vd.step` is called"
-    )
 
 
 def rows(tree: PyTree) -> int | None:
@@ -284,3 +281,10 @@ class AbstractOracle(AbstractPart):
         key: PRNGKeyArray | None,
     ) -> Proposal:
         """The step at `at.params`; `damping` is 0 for oracles without."""
+
+
+class AbstractForgetful(AbstractOracle):
+    """An oracle that remembers nothing from batch to batch."""
+
+    def init(self, params):
+        return None

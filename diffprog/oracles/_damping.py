@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from .._common.tree import where
-from .._common.types import AbstractPart, check_numbers, check_positive, Number, number
+from .._common.types import AbstractPart, check_number, check_positive, Number, number
 from ._base import Linearization, Proposal
 
 
@@ -101,15 +101,43 @@ def _start(value: Any) -> DampingState:
     return DampingState(damping, jnp.full_like(damping, 2))
 
 
-class Constant(AbstractDamping):
+class _AbstractUnjudged(AbstractDamping):
+    """A rule that learns nothing from steps, and makes each of them."""
+
+    follows_ratio: ClassVar[bool] = False
+
+    def update(self, state, ratio, outcome):
+        return state
+
+    def keep(self, outcome):
+        return jnp.asarray(True)
+
+
+class _AbstractJudged(AbstractDamping):
+    """A rule whose state is the damping, and which may drop steps that fail."""
+
+    initial: eqx.AbstractVar[Number]
+    reject: eqx.AbstractVar[bool]
+
+    follows_ratio: ClassVar[bool] = True
+
+    def init(self):
+        return _start(self.initial)
+
+    def damping(self, state, gradient):
+        return state.damping
+
+    def keep(self, outcome):
+        return (outcome != OUTCOMES.rejected) | (not self.reject)
+
+
+class Constant(_AbstractUnjudged):
     """The same damping for ever; what a plain number means.
 
     - `value`: the damping.
     """
 
     value: Number
-
-    follows_ratio: ClassVar[bool] = False
 
     def __check_init__(self):
         check_positive("damping", self.value)
@@ -120,14 +148,8 @@ class Constant(AbstractDamping):
     def damping(self, state, gradient):
         return state.damping
 
-    def update(self, state, ratio, outcome):
-        return state
 
-    def keep(self, outcome):
-        return jnp.asarray(True)
-
-
-class MadsenNielsen(AbstractDamping):
+class MadsenNielsen(_AbstractJudged):
     r"""Smooth in the ratio: $\lambda$ times $\max(\tfrac13, 1 - (2 \rho - 1)^3)$.
 
     That is after a success; after a failure it is multiplied by 2, then 4, 8, ...
@@ -139,22 +161,10 @@ class MadsenNielsen(AbstractDamping):
     2004.
     """
 
-    initial: Number = number(1.0)
-    minimum: Number = number(1e-8)
-    maximum: Number = number(1e8)
+    initial: Number = number(1.0, check_positive)
+    minimum: Number = number(1e-8, check_number)
+    maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=True)
-
-    follows_ratio: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_positive("initial", self.initial)
-        check_numbers(self, "minimum", "maximum")
-
-    def init(self):
-        return _start(self.initial)
-
-    def damping(self, state, gradient):
-        return state.damping
 
     def update(self, state, ratio, outcome):
         accepted = outcome == OUTCOMES.accepted
@@ -165,11 +175,8 @@ class MadsenNielsen(AbstractDamping):
         growth = jnp.where(accepted, 2.0, 2 * state.growth).astype(damping.dtype)
         return where(outcome == OUTCOMES.unclear, state, DampingState(damping, growth))
 
-    def keep(self, outcome):
-        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
-
-class Threshold(AbstractDamping):
+class Threshold(_AbstractJudged):
     r"""Multiplied by `increase` where $\rho$ < `low`, by `decrease` where > `high`.
 
     - `initial`, `minimum`, `maximum`: of the damping.
@@ -181,27 +188,14 @@ class Threshold(AbstractDamping):
     factors.
     """
 
-    initial: Number = number(1.0)
-    low: Number = number(0.25)
-    high: Number = number(0.75)
-    increase: Number = number(1.5)
-    decrease: Number = number(0.5)
-    minimum: Number = number(1e-8)
-    maximum: Number = number(1e8)
+    initial: Number = number(1.0, check_positive)
+    low: Number = number(0.25, check_number)
+    high: Number = number(0.75, check_number)
+    increase: Number = number(1.5, check_number)
+    decrease: Number = number(0.5, check_number)
+    minimum: Number = number(1e-8, check_number)
+    maximum: Number = number(1e8, check_number)
     reject: bool = eqx.field(static=True, default=False)
-
-    follows_ratio: ClassVar[bool] = True
-
-    def __check_init__(self):
-        check_positive("initial", self.initial)
-        check_numbers(self, "low", "high", "increase", "decrease")
-        check_numbers(self, "minimum", "maximum")
-
-    def init(self):
-        return _start(self.initial)
-
-    def damping(self, state, gradient):
-        return state.damping
 
     def update(self, state, ratio, outcome):
         bad = (outcome == OUTCOMES.rejected) | (ratio < self.low)
@@ -210,11 +204,8 @@ class Threshold(AbstractDamping):
         damping = jnp.clip(state.damping * factor, self.minimum, self.maximum)
         return DampingState(damping, state.growth)
 
-    def keep(self, outcome):
-        return (outcome != OUTCOMES.rejected) | (not self.reject)
 
-
-class GradientNorm(AbstractDamping):
+class GradientNorm(_AbstractUnjudged):
     r"""$\lambda = \max(\text{minimum}, \text{factor} \, \|\nabla h\|^{\text{power}})$.
 
     Steps grow near a minimum, as those of Newton's method do.
@@ -226,16 +217,9 @@ class GradientNorm(AbstractDamping):
     2021, arXiv 2112.02089 (power 1/2).
     """
 
-    factor: Number = number(1.0)
-    power: Number = number(1.0)
-    minimum: Number = number(1e-8)
-
-    follows_ratio: ClassVar[bool] = False
-
-    def __check_init__(self):
-        check_positive("factor", self.factor)
-        check_positive("minimum", self.minimum)
-        check_numbers(self, "power")
+    factor: Number = number(1.0, check_positive)
+    power: Number = number(1.0, check_number)
+    minimum: Number = number(1e-8, check_positive)
 
     def init(self):
         return _start(self.minimum)
@@ -243,20 +227,13 @@ class GradientNorm(AbstractDamping):
     def damping(self, state, gradient):
         return jnp.maximum(self.minimum, self.factor * gradient**self.power)
 
-    def update(self, state, ratio, outcome):
-        return state
-
-    def keep(self, outcome):
-        return jnp.asarray(True)
-
 
 def as_damping(damping: Any) -> AbstractDamping:
     """The rule itself, or `Constant` for a number."""
     return damping if isinstance(damping, AbstractDamping) else Constant(damping)
 
 
-def check_damping(damping: Any):
+def check_damping(name: str, damping: Any):
     """Raises for what is neither a rule nor a positive number."""
     if not isinstance(damping, AbstractDamping):
-        rule = ", or a rule such as `dp.oracles.Threshold()`"
-        check_positive("damping", damping, rule)
+        check_positive(name, damping, ", or a rule such as `dp.oracles.Threshold()`")

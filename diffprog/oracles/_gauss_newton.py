@@ -8,19 +8,14 @@ from jaxtyping import Array, PyTree
 
 from .._common.result import RESULTS
 from .._common.tree import cast, scale, vdot
-from .._common.types import came, check_kind, number
+from .._common.types import came, component, number
 from ._base import AbstractOracle, Linearization, Proposal
 from ._damping import check_damping
-from ._solvers import AbstractSolver, Auto, CG
+from ._solvers import AbstractCG, AbstractSolver, Auto
 
 
 def _is_warm(solver: AbstractSolver) -> bool:
-    return isinstance(solver, Auto | CG) and solver.warm_start != 0
-
-
-def _check(self: "GaussNewton | DualGaussNewton"):
-    check_damping(self.damping)
-    check_kind("solver", self.solver, AbstractSolver, "dp.oracles.CG(max_steps=10)")
+    return isinstance(solver, AbstractCG) and solver.warm_start != 0
 
 
 def _init(self: "GaussNewton | DualGaussNewton", params: PyTree) -> PyTree:
@@ -107,12 +102,12 @@ class GaussNewton(AbstractOracle):
     Optimization for Training Deep Neural Networks", 2024, arXiv 2405.14402.
     """
 
-    damping: Any = number(1.0)
-    solver: AbstractSolver = Auto()
+    damping: Any = number(1.0, check_damping)
+    solver: AbstractSolver = component(Auto(), "dp.oracles.CG(max_steps=10)")
     scale_model: bool = eqx.field(static=True, default=True)
     metric: PyTree = None
 
-    __check_init__, init, propose = _check, _init, _propose
+    init, propose = _init, _propose
 
 
 class DualGaussNewton(AbstractOracle):
@@ -135,9 +130,11 @@ class DualGaussNewton(AbstractOracle):
     arXiv 2308.08886.
     """
 
-    damping: Any = number(1.0)
-    solver: AbstractSolver = Auto(in_outputs=True)
+    damping: Any = number(1.0, check_damping)
+    solver: AbstractSolver = component(
+        Auto(in_outputs=True), "dp.oracles.CG(max_steps=10)"
+    )
     scale_model: bool = eqx.field(static=True, default=True)
     metric: PyTree = None
 
-    __check_init__, init, propose = _check, _init, _propose
+    init, propose = _init, _propose

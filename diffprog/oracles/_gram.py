@@ -13,10 +13,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._chain.network import has_parameters, Network, Stage
+from .._chain.network import has_parameters, Network, Stack, Stage
 from .._common.linalg import matmul
 from .._common.tree import cast
 from ._base import Layers, Linearization
@@ -57,10 +56,9 @@ def gram(layers: Layers, at: Linearization, factor) -> Array:
     """R' K R, with a row for every example and column of R."""
     net, inputs = layers.model, layers.inputs
     m, dtype = at.outputs.shape[0], at.outputs.dtype
-    batch = lambda fn: jax.vmap(lambda x, *shifts: net.scan(fn, x, *shifts))
-    shapes = jax.eval_shape(lambda x: batch(_shapes)(x)[1], inputs)
-    zeros = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    outputs = lambda shifts: batch(_run)(inputs, shifts)
+    zeros = tuple(_zeros(stack, m, dtype) for stack in net.stacks)
+    run = jax.vmap(lambda x, shifts: net.scan(_run, x, shifts))
+    outputs = lambda shifts: run(inputs, shifts)
     own, pull, activations = jax.vjp(outputs, zeros, has_aux=True)
     rows = factor.rho.size // m
     unit = jnp.eye(rows, dtype=dtype).reshape(rows, 1, *factor.rho.shape[1:])
@@ -88,23 +86,21 @@ def _stages(S: Array, A: Array, size: int, m: int) -> Iterator[tuple[Array, Arra
         yield S_t.reshape(-1, S.shape[-1]), A[:, t]
 
 
+def _zeros(stack: Stack, m: int, dtype: Any) -> tuple[Array, ...]:
+    """Like the outputs of the dense layers of a run of equal stages."""
+    rows = (m,) if stack.size == 1 else (m, stack.size)
+    layers = _linear(stack.stage)
+    return tuple(jnp.zeros((*rows, layer.out_features), dtype) for layer in layers)
+
+
 def _run(stage: Stage, x, shifts):
     """The output of a stage whose dense layers are shifted, and their inputs."""
     shifts, inputs = list(shifts), []
     for layer in stage.layers:
         if has_parameters(layer):
             inputs.append(x)
-            x = layer(x) + shifts.pop(0)
+            x = layer(x)
+            x = x + shifts.pop(0).astype(x.dtype)
         else:
             x = layer(x)
     return x, tuple(inputs)
-
-
-def _shapes(stage: Stage, x):
-    """The output of a stage, and those of its dense layers."""
-    found = []
-    for layer in stage.layers:
-        x = layer(x)
-        if has_parameters(layer):
-            found.append(x)
-    return x, tuple(found)

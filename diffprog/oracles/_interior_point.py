@@ -14,7 +14,6 @@ Nothing is divided by the damping, but for the gap:
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -22,10 +21,11 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, PyTree
 
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.loops import while_loop
 from .._common.tree import add, all_finite, cast_like, Layout, scale, vdot, where
-from .._common.types import came, check_count
+from .._common.types import came, positive_int
 from ..losses import AbstractBoundedLoss, AbstractDomain, Squared
 from ..losses._interior import Inside, Missing
 from ._base import Linearization
@@ -64,12 +64,8 @@ class InteriorPoint(AbstractModelSolver):
     Primal-Dual Interior-Point Method for Minimizing a Sum of Euclidean Norms", 2000.
     """
 
-    max_steps: int = eqx.field(static=True, default=60)
-    batch_size: int = eqx.field(static=True, default=64)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_count("batch_size", self.batch_size)
+    max_steps: int = positive_int(60)
+    batch_size: int = positive_int(64)
 
     def minimize(self, at, damping, gap):
         domain = domain_of(at)
@@ -206,7 +202,7 @@ def coordinates(
     at: Linearization, batch_size: int
 ) -> tuple[Array, Callable[[Array], PyTree]]:
     """B with J = B U', shape (examples, ..., number), and the function e -> U e."""
-    n, q = sizes(at)
+    n, q = tree_size(at.params), at.outputs.size
     dtype = at.outputs.dtype
     if n <= q:
         layout = Layout.of(at.params, dtype)
@@ -232,8 +228,3 @@ def domain_of(at: Linearization) -> AbstractDomain | None:
     """That of the conjugates, if the loss knows one."""
     known = isinstance(at.loss, AbstractBoundedLoss)
     return at.loss.domain(at.outputs, at.targets) if known else None  # pyright: ignore
-
-
-def sizes(at: Linearization) -> tuple[int, int]:
-    """The numbers of parameters, and of outputs of the batch."""
-    return sum(a.size for a in jtu.tree_leaves(at.params)), at.outputs.size

@@ -84,8 +84,7 @@ _relu = Activation(  # its own pseudo-inverse
 
 _KNOWN = (
     (jax.nn.identity, _identity),
-    (jnp.tanh, _tanh),
-    (jax.nn.tanh, _tanh),
+    (jnp.tanh, _tanh),  # and `jax.nn.tanh`
     (jax.lax.tanh, _tanh),
     (jax.nn.sigmoid, _sigmoid),
     (jax.nn.softplus, _softplus),
@@ -135,12 +134,8 @@ def view(layer: Any) -> Dense | RecurrentLayer | None:
         return RecurrentLayer(before, part, after)
     if not is_linear(part):
         return None
-    if not after:
-        return Dense(before, part, None)
-    activation = activation_of(after[0])
-    if activation is None or len(after) > 1:
-        return None
-    return Dense(before, part, activation)
+    activation = activation_of(after[0]) if len(after) == 1 else None
+    return None if after and not activation else Dense(before, part, activation)
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:

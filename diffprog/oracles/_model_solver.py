@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,17 +86,18 @@ def halved(too_long: Callable, t: Array, shortest: float = 1e-9) -> Array:
     return jnp.where(t > shortest, t, 0)
 
 
-def bounded(at: Linearization) -> Linearization:
-    """With outputs that can be added up: an excluded class is only very far below."""
-    far = reach(at)
-    return dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+def bounded(minimize: Callable) -> Callable:
+    """With outputs that can be added up: an excluded class is only very far below.
 
+    In what is found it is where it was: no step moves it.
+    """
 
-def unbounded(at: Linearization, found: Found) -> Found:
-    """With the outputs that were too far away, which no step moves."""
-    beyond = jnp.abs(at.outputs) > reach(at)
-    return found._replace(z=jnp.where(beyond, at.outputs, found.z))
+    @ft.wraps(minimize)
+    def within(self, at: Linearization, damping: Array, gap: Array) -> Found:
+        far = jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
+        near = dataclasses.replace(at, outputs=jnp.clip(at.outputs, -far, far))
+        found = minimize(self, near, damping, gap)
+        beyond = jnp.abs(at.outputs) > far
+        return found._replace(z=jnp.where(beyond, at.outputs, found.z))
 
-
-def reach(at: Linearization) -> Array:
-    return jnp.sqrt(jnp.finfo(at.outputs.dtype).max)
+    return within

@@ -18,18 +18,11 @@ from .._common.inner import (
 )
 from .._common.result import RESULTS
 from .._common.tree import all_finite, cast, scale, vdot, widened, working_dtype
-from .._common.types import AbstractPart, check_kind, check_positive, Number, number
+from .._common.types import AbstractPart, check_positive, component, Number, number
 from ..losses import AbstractDualLoss
-from ._base import AbstractOracle, Linearization, Proposal
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._gram import is_linear
-from ._rules import (
-    AbstractRule,
-    inside,
-    is_boundary,
-    run_network,
-    with_rule,
-    zero_tangent,
-)
+from ._rules import AbstractRule, inside, run_marked, run_network, zero_tangent
 
 
 class AbstractMessageRule(AbstractPart):
@@ -59,10 +52,7 @@ class MoreauRule(AbstractMessageRule):
         [`diffprog.oracles.InnerNewton`][] for functions of few numbers.
     """
 
-    solver: AbstractInner = InnerGradient()
-
-    def __check_init__(self):
-        check_kind("solver", self.solver, AbstractInner, "dp.oracles.InnerNewton()")
+    solver: AbstractInner = component(InnerGradient(), "dp.oracles.InnerNewton()")
 
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message))
@@ -81,13 +71,10 @@ class InverseRule(AbstractMessageRule):
     - `solver`: [`diffprog.oracles.InnerGaussNewton`][], one step unless given.
     """
 
-    gamma: Number = number(1.0)
-    solver: AbstractInner = InnerGaussNewton()
-
-    def __check_init__(self):
-        check_positive("gamma", self.gamma)
-        example = "dp.oracles.InnerGaussNewton()"
-        check_kind("solver", self.solver, AbstractInner, example)
+    gamma: Number = number(1.0, check_positive)
+    solver: AbstractInner = component(
+        InnerGaussNewton(), "dp.oracles.InnerGaussNewton()"
+    )
 
     def pull(self, fn, x, message):
         return self.solver.solve(Subproblem(fn, x, message, True, self.gamma))
@@ -108,9 +95,8 @@ class LayerRules(AbstractRule):
         return None
 
     def backward(self, layer, memory, x, message, batched):
-        if not isinstance(layer, Stage | eqx.nn.Sequential):
-            return self._through(layer, x, message, batched)
-        if not self.split and len(layer.layers) > 1:
+        has_parts = isinstance(layer, Stage | eqx.nn.Sequential)
+        if not has_parts or (not self.split and len(layer.layers) > 1):
             return self._through(layer, x, message, batched)
         xs = []
         for part in layer.layers:
@@ -173,7 +159,7 @@ def _linear_inverse(layer, params, x: Array, message: Array, gamma: Any) -> PyTr
     return eqx.tree_at(lambda p: (p.weight, p.bias), params, (V[:, :-1], V[:, -1]))
 
 
-class MoreauBackprop(AbstractOracle):
+class MoreauBackprop(AbstractForgetful):
     r"""Back-propagation by gradients of Moreau envelopes, or by regularized inverses.
 
     The message of the loss goes back from layer to layer, as in back-propagation, but
@@ -216,31 +202,24 @@ class MoreauBackprop(AbstractOracle):
     "Proximal Backpropagation", 2017, arXiv 1706.04638.
     """
 
-    alpha: Number = number(1.0)
-    state: AbstractMessageRule = MoreauRule()
-    weights: AbstractMessageRule = MoreauRule()
-    seed: AbstractMessageRule = MoreauRule()
+    alpha: Number = number(1.0, check_positive)
+    state: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
+    weights: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
+    seed: AbstractMessageRule = component(MoreauRule(), "dp.oracles.MoreauRule()")
     split: bool = eqx.field(static=True, default=False)
 
     damping: ClassVar[None] = None
 
     def __check_init__(self):
-        check_positive("alpha", self.alpha)
-        for name in ("state", "weights", "seed"):
-            rule, example = getattr(self, name), "dp.oracles.MoreauRule()"
-            check_kind(name, rule, AbstractMessageRule, example)
         if isinstance(self.seed, InverseRule):
             raise TypeError(
                 "`seed` is an InverseRule, and a loss has no inverse: give "
                 "`dp.oracles.MoreauRule()` or `dp.oracles.ChainRule()`."
             )
 
-    def init(self, params):
-        return None
-
     def propose(self, at, damping, memory, key):
         run = _with_rules(at, LayerRules(self.state, self.weights, self.split))
-        _, pull = jax.vjp(run, at.params)
+        _, pull = jax.vjp(lambda w: run(w).astype(at.outputs.dtype), at.params)
         g = pull(_seed(self.seed, at, self.alpha))[0]
         step = scale(-1, g)
         good = all_finite(g) | ~all_finite(at.cotangent)
@@ -253,24 +232,16 @@ class MoreauBackprop(AbstractOracle):
 
 def _with_rules(at: Linearization, rule: LayerRules) -> Callable:
     """The outputs as a function of the parameters; backward they follow the rule."""
-    layers, model = inside(at), inside(at).model
-    if isinstance(model, Network):
-        if not layers.mapped:
-            raise ValueError(
-                "`MoreauBackprop` runs the layers of a `dp.Network` itself: leave out "
-                "`predict` and `key`, or mark the layers of another model with "
-                "`dp.rule_boundary`."
-            )
-        run = lambda model: run_network(model, rule, layers.inputs)
-    elif any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
-        run = lambda model: layers.apply(with_rule(model, rule))
-    else:
-        raise TypeError(
-            f"The model is a {type(model).__name__} without layers that a rule "
-            "could follow: make it a `dp.Network(layers)`, or mark its layers with "
-            "`dp.rule_boundary(layer)`."
+    layers = inside(at)
+    if not isinstance(layers.model, Network):
+        return run_marked(at, rule)
+    if not layers.mapped:
+        raise ValueError(
+            "`MoreauBackprop` runs the layers of a `dp.Network` itself: leave out "
+            "`predict` and `key`, or mark the layers of another model with "
+            "`dp.rule_boundary`."
         )
-    return lambda params: run(layers.with_params(params)).astype(at.outputs.dtype)
+    return lambda w: run_network(layers.with_params(w), rule, layers.inputs)
 
 
 def _seed(rule: AbstractMessageRule, at: Linearization, alpha: Any) -> Array:

@@ -17,25 +17,26 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.loops import for_each, repeat, while_loop
 from .._common.result import RESULTS
 from .._common.tree import add, scale, vdot, where
 from .._common.types import (
     came,
-    check_count,
-    check_kind,
     check_positive,
+    component,
     Number,
     number,
+    positive_int,
 )
 from .._operators.root import difference
 from ..losses import Squared
 from ..losses._loss import answered
 from ._augmented_lagrangian import AugmentedLagrangian
-from ._base import AbstractOracle, Linearization, Proposal
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._damping import check_damping
-from ._interior_point import domain_of, InteriorPoint, sizes
+from ._interior_point import domain_of, InteriorPoint
 from ._model_solver import (
     AbstractModelSolver,
     bounded,
@@ -46,7 +47,6 @@ from ._model_solver import (
     model,
     prox,
     reached,
-    unbounded,
 )
 from ._solvers import AbstractSolver, Auto, CG, Cholesky
 
@@ -75,11 +75,10 @@ class NewtonSteps(AbstractModelSolver):
         [`diffprog.oracles.CG`][], or [`diffprog.oracles.Auto`][] to choose.
     """
 
-    max_steps: int = eqx.field(static=True, default=20)
+    max_steps: int = positive_int(20)
     solver: AbstractSolver = Auto(max_steps=50)
 
     def __check_init__(self):
-        check_count("max_steps", self.max_steps)
         if not isinstance(self.solver, Auto | CG | Cholesky):
             raise TypeError(
                 f"`solver` is {came(self.solver)}; `Auto`, `CG` or `Cholesky` of "
@@ -143,14 +142,11 @@ class CoordinateAscent(AbstractModelSolver):
     Regularized Loss Minimization", 2013, arXiv 1209.1873.
     """
 
-    max_steps: int = eqx.field(static=True, default=200)
-    batch_size: int = eqx.field(static=True, default=64)
+    max_steps: int = positive_int(200)
+    batch_size: int = positive_int(64)
 
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         m, k = at.outputs.shape[0], at.outputs.size // at.outputs.shape[0]
         c, f, shape = damping / at.weight, at.outputs, at.outputs.shape
         K = Cholesky(self.batch_size).whitened(at, Squared().factor(f, f))
@@ -174,8 +170,7 @@ class CoordinateAscent(AbstractModelSolver):
             return alpha, linearized(alpha)  # anew: rounding would add up
 
         start = at.cotangent, linearized(at.cotangent)
-        found = ascend(at, damping, gap, all_examples, start, self.max_steps)
-        return unbounded(given, found)
+        return ascend(at, damping, gap, all_examples, start, self.max_steps)
 
 
 class ProximalGradient(AbstractModelSolver):
@@ -190,13 +185,10 @@ class ProximalGradient(AbstractModelSolver):
     Linear Inverse Problems", 2009.
     """
 
-    max_steps: int = eqx.field(static=True, default=300)
+    max_steps: int = positive_int(300)
 
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-
+    @bounded
     def minimize(self, at, damping, gap):
-        given, at = at, bounded(at)
         c = damping / at.weight
         K = lambda v: at.mv(at.transpose_mv(v))
         # The largest eigenvalue of K, from below by 20 products: hence the margin.
@@ -219,8 +211,7 @@ class ProximalGradient(AbstractModelSolver):
         alpha = at.cotangent
         z = at.outputs - K(alpha) / c
         start = alpha, z, alpha, z, jnp.ones_like(c)
-        found = ascend(at, damping, gap, advance, start, self.max_steps)
-        return unbounded(given, found)
+        return ascend(at, damping, gap, advance, start, self.max_steps)
 
 
 def judge(at: Linearization, damping, alpha: Array, z: Array) -> tuple[Array, Array]:
@@ -266,7 +257,7 @@ def ascend(
     return Found(step, z, P - D, count, jnp.isfinite(P - D))
 
 
-class ProxLinear(AbstractOracle):
+class ProxLinear(AbstractForgetful):
     r"""The prox-linear method, also called modified Gauss-Newton.
 
     $$d = \operatorname{argmin}_d \; \frac1m \sum_i \ell_i(f_i + J_i d)
@@ -298,20 +289,10 @@ class ProxLinear(AbstractOracle):
     Noise", 2023, arXiv 2305.10634.
     """
 
-    damping: Any = number(1.0)
-    solver: AbstractModelSolver | None = None
-    gap: Number = number(0.1)
+    damping: Any = number(1.0, check_damping)
+    solver: AbstractModelSolver | None = component(None, "dp.oracles.NewtonSteps()")
+    gap: Number = number(0.1, check_positive)
     throw: bool = eqx.field(static=True, default=True)
-
-    def __check_init__(self):
-        check_damping(self.damping)
-        check_positive("gap", self.gap)
-        if self.solver is not None:
-            example = "dp.oracles.NewtonSteps()"
-            check_kind("solver", self.solver, AbstractModelSolver, example)
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         solver = self.solver or choose(at)
@@ -361,7 +342,7 @@ class Either(AbstractModelSolver):
 
 def choose(at: Linearization) -> AbstractModelSolver:
     """The solver for a loss and a batch."""
-    (n, q), kinks = sizes(at), domain_of(at) is not None
+    n, q, kinks = tree_size(at.params), at.outputs.size, domain_of(at) is not None
     if at.loss.smooth and not kinks:
         return NewtonSteps()
     if not kinks or q * min(n, q) > 1024**2:

@@ -91,16 +91,11 @@ class RuleBoundary(eqx.Module):
         return follow(self.rule, self.layer, self.memory, x, batched=False)
 
 
-def fixed(tree: PyTree) -> PyTree:
-    """The tree, with all arrays held constant in derivatives."""
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
-
-
 def prepared(rule: AbstractRule, layer: Callable) -> PyTree:
-    """What the rule needs of the layer, in the working dtype."""
-    floats = eqx.filter(layer, eqx.is_inexact_array)
-    return rule.prepare(cast(fixed(layer), working_dtype(floats)))
+    """What the rule needs of the layer, in the working dtype, without derivatives."""
+    arrays, rest = eqx.partition(layer, eqx.is_array)
+    arrays = cast(jax.lax.stop_gradient(arrays), working_dtype(arrays))
+    return rule.prepare(eqx.combine(arrays, rest))
 
 
 def rule_boundary(layer: Callable) -> RuleBoundary:
@@ -134,6 +129,18 @@ def inside(at: Linearization) -> Layers:
     if at.layers is None:
         raise TypeError("The oracle asks for layers, and there are products alone.")
     return at.layers
+
+
+def run_marked(at: Linearization, rule: AbstractRule) -> Callable:
+    """The outputs as a function of the parameters, with the rule at all boundaries."""
+    layers = inside(at)
+    if not any(map(is_boundary, jtu.tree_leaves(layers.model, is_leaf=is_boundary))):
+        raise TypeError(
+            f"The model is a {type(layers.model).__name__} without layers that a rule "
+            "could follow: make it a `dp.Network(layers)`, or mark its layers with "
+            "`dp.rule_boundary(layer)`."
+        )
+    return lambda params: layers.apply(with_rule(layers.with_params(params), rule))
 
 
 def run_network(net: Network, rule: AbstractRule, inputs: PyTree) -> PyTree:

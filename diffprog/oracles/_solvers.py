@@ -17,9 +17,17 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, PyTree
 
 from .._common.conjugate_gradients import conjugate_gradients
+from .._common.inner import tree_size
 from .._common.linalg import matmul
 from .._common.tree import add, all_finite, norm, normal_like, scale
-from .._common.types import AbstractPart, check_count, check_numbers, Number, number
+from .._common.types import (
+    AbstractPart,
+    check_number,
+    checked,
+    Number,
+    number,
+    positive_int,
+)
 from ..losses._loss import factor_of
 from ._base import Linearization
 from ._gram import dense, gram, gram_flops
@@ -53,7 +61,17 @@ class AbstractSolver(AbstractPart):
         """The step, from `start` if that is of use."""
 
 
-class CG(AbstractSolver):
+class AbstractCG(AbstractSolver):
+    """The options of conjugate gradients."""
+
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
+    warm_start: float = checked(check_number, static=True, default=0.0)
+    in_outputs: bool = eqx.field(static=True, default=False)
+    unroll: bool = eqx.field(static=True, default=False)
+
+
+class CG(AbstractCG):
     r"""Conjugate gradients for the step, in the space of the parameters.
 
     Each iteration takes a product with J and one with J', and lowers the model.
@@ -68,16 +86,6 @@ class CG(AbstractSolver):
 
     Source: Martens, "Deep Learning via Hessian-Free Optimization", 2010.
     """
-
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
-    warm_start: float = eqx.field(static=True, default=0.0)
-    in_outputs: bool = eqx.field(static=True, default=False)
-    unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol", "warm_start")
 
     def solve(self, at, damping, start, key):
         by = self._outputs if self.in_outputs else self._parameters
@@ -134,14 +142,10 @@ class DualCG(AbstractSolver):
     arXiv 2308.08886.
     """
 
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
+    max_steps: int = positive_int(10)
+    rtol: Number = number(1e-6, check_number)
     euclidean: bool = eqx.field(static=True, default=False)
     unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol")
 
     def solve(self, at, damping, start, key):
         mu = damping / at.weight
@@ -186,10 +190,7 @@ class Cholesky(AbstractSolver):
     whitening is ours.
     """
 
-    batch_size: int = eqx.field(static=True, default=64)
-
-    def __check_init__(self):
-        check_count("batch_size", self.batch_size)
+    batch_size: int = positive_int(64)
 
     def solve(self, at, damping, start, key):
         a, bad = self.dual(at, damping)
@@ -246,10 +247,7 @@ class RandomSubspace(AbstractSolver):
     Recurrent Neural Networks for Neuroscience", 2024.
     """
 
-    size: int = eqx.field(static=True, default=32)
-
-    def __check_init__(self):
-        check_count("size", self.size)
+    size: int = positive_int(32)
 
     def solve(self, at, damping, start, key):
         if key is None:
@@ -275,7 +273,7 @@ class RandomSubspace(AbstractSolver):
         return Solved(d, nan, jnp.zeros((), jnp.int32), bad, True)
 
 
-class Auto(AbstractSolver):
+class Auto(AbstractCG):
     """`Cholesky` where it is cheap, else conjugate gradients.
 
     Cheap means that the estimated work is at most that of 50 products of conjugate
@@ -286,23 +284,12 @@ class Auto(AbstractSolver):
         that is less than 50 times smaller, or there is a warm start.
     """
 
-    max_steps: int = eqx.field(static=True, default=10)
-    rtol: Number = number(1e-6)
-    warm_start: float = eqx.field(static=True, default=0.0)
-    in_outputs: bool = eqx.field(static=True, default=False)
-    unroll: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_numbers(self, "rtol", "warm_start")
-
     def solve(self, at, damping, start, key):
         return self.choose(at).solve(at, damping, start, key)
 
     def choose(self, at: Linearization) -> AbstractSolver:
         """The solver for a batch of this size."""
-        m, q = at.outputs.shape[0], at.outputs.size
-        size = sum(a.size for a in jtu.tree_leaves(at.params))
+        m, q, size = at.outputs.shape[0], at.outputs.size, tree_size(at.params)
         product = 8 * m * size  # where an example uses each parameter once
         layers = dense(at.layers)
         build = gram_flops(layers.model, m, q // m) if layers else float(q * product)

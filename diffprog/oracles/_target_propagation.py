@@ -13,8 +13,15 @@ from .._chain.network import Network, split_rows
 from .._common.linalg import matmul
 from .._common.loops import scan
 from .._common.tree import cast, cast_like, vdot, widened, working_dtype
-from .._common.types import came, check_number, check_positive, Number, number
-from ._base import AbstractOracle, Linearization, Proposal
+from .._common.types import (
+    came,
+    check_not_negative,
+    check_number,
+    check_positive,
+    Number,
+    number,
+)
+from ._base import AbstractForgetful, Linearization, Proposal
 from ._inverses import (
     Activation,
     as_recurrent,
@@ -26,10 +33,10 @@ from ._inverses import (
     regularized_inverse,
     view,
 )
-from ._rules import AbstractRule, follow, inside, is_boundary, prepared, with_rule
+from ._rules import AbstractRule, follow, inside, is_boundary, prepared, run_marked
 
 
-class TargetPropagation(AbstractOracle):
+class TargetPropagation(AbstractForgetful):
     r"""Targets for every layer, found by regularized inverses of the layers above.
 
     A target $v_t = x_t + D_t$ is what the output of layer t should have been. From
@@ -88,8 +95,8 @@ class TargetPropagation(AbstractOracle):
     Recurrent Neural Networks", 2021, arXiv 2112.01453.
     """
 
-    stepsize: Number = number(0.01)
-    regularization: Number = number(1.0)
+    stepsize: Number = number(0.01, check_positive)
+    regularization: Number = number(1.0, check_not_negative)
     inverse: Literal["linearized", "difference"] = eqx.field(
         static=True, default="linearized"
     )
@@ -100,15 +107,8 @@ class TargetPropagation(AbstractOracle):
     damping: ClassVar[None] = None
 
     def __check_init__(self):
-        check_positive("stepsize", self.stepsize)
-        check_number("regularization", self.regularization, "a number >= 0")
-        check_number("eps", self.eps, "a number in (0, 0.5)")
-        if isinstance(self.regularization, float) and not self.regularization >= 0:
-            raise ValueError(
-                f"`regularization` is {self.regularization}; a number >= 0 is expected."
-            )
-        if isinstance(self.eps, float) and not 0 < self.eps < 0.5:
-            raise ValueError(f"`eps` is {self.eps}; a number in (0, 0.5) is expected.")
+        below_half = lambda eps: (0 < eps) & (eps < 0.5)
+        check_number("eps", self.eps, "a number in (0, 0.5)", below_half)
         if self.inverse not in ("linearized", "difference"):
             raise ValueError(
                 f'`inverse` is {self.inverse!r}; "linearized" or "difference" is '
@@ -120,9 +120,6 @@ class TargetPropagation(AbstractOracle):
                 f"`head` is {came(self.head)}; the number of last stages that are "
                 "trained by the gradient, an int >= 0, is expected."
             )
-
-    def init(self, params):
-        return None
 
     def propose(self, at, damping, memory, key):
         numbers = (self.stepsize, self.regularization, self.eps)
@@ -141,20 +138,12 @@ class TargetPropagation(AbstractOracle):
 
 def _run_marked(oracle: TargetPropagation, at: Linearization, rule: "_Targets"):
     """`params -> outputs`, and the factor of each parameter."""
-    layers, model = inside(at), inside(at).model
-    if not any(map(is_boundary, jtu.tree_leaves(model, is_leaf=is_boundary))):
-        raise TypeError(
-            f"Target propagation needs to know the layers of the model, and it is a "
-            f"{type(model).__name__}: give a `dp.Network(layers)`, or mark layers "
-            "inside the model with `dp.rule_boundary(layer)`."
-        )
+    outputs = run_marked(at, rule)
     if oracle.head is not None:
         raise ValueError(
             f"`head` is {oracle.head}, which counts the stages of a `dp.Network`; here "
             "leave it out, and do not mark the layers that end the model."
         )
-    run = lambda model: layers.apply(with_rule(model, rule))
-    outputs = lambda params: run(layers.with_params(params))
 
     def factor(node):
         value = oracle.stepsize if is_boundary(node) else 1.0

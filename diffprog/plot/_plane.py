@@ -23,10 +23,8 @@ def track(track: Any, *, num: int = 1000, ax: Any = None):
     **Returns:** the axes, with equal scales, relative to the origin of the track, which
     the labels name unless it is (0, 0). A bar across the track marks its start.
     """
-    track = _system(track)
-    track = track.track if _is_race(track) else track
-    _check_track(track)
-    ax = _plane_axes(ax, _outline(track), bar=False)
+    track = _track(track)
+    ax = _plane_axes(ax, _lines(track, 500), bar=False)
     return _draw_track(ax, track, num)
 
 
@@ -79,16 +77,12 @@ def race(
             f"`speed` is {came(speed)}; one speed for each of the {len(points)} "
             "positions is expected."
         )
-    if track is not None:
-        track = _system(track)
-        track = track.track if _is_race(track) else track
-        _check_track(track)
+    track = None if track is None else _track(track)
     points = points[:, :2]
     need_matplotlib()
     from matplotlib.collections import LineCollection
 
-    ax = _plane_axes(ax, points if track is None else _outline(track), bar=True)
-
+    ax = _plane_axes(ax, points if track is None else _lines(track, 500), bar=True)
     if track is not None:
         _draw_track(ax, track, 2000)
     pieces = np.stack([points[:-1], points[1:]], axis=1)
@@ -153,11 +147,10 @@ def animation(
         raise ValueError(f"`every` is {every!r}; an int >= 1 is expected.")
     xs, system = _states(xs), _system(track)
     if _is_race(system):
-        track, car = system.track, system.car
         dt = system.dt if dt is None else dt
-        length = car.length if length is None else length
-        width = car.width if width is None else width
-    _check_track(track)
+        length = system.car.length if length is None else length
+        width = system.car.width if width is None else width
+    track = _track(track)
     if dt is None or length is None or width is None:
         raise TypeError(
             "`dt`, `length` or `width` is missing: give all three, or a race in place "
@@ -220,10 +213,7 @@ class _Frame:
 
 
 def _draw_track(ax, track, num: int):
-    s = np.linspace(0.0, float(track.length), num)
-    center, left, right = (
-        np.asarray(line(s)) for line in (track.center, track.left, track.right)
-    )
+    center, left, right = _lines(track, num)
     road = np.concatenate([left, right[::-1]])
     ax.fill(*road.T, color="0.92", linewidth=0, zorder=0)
     for border in (left, right):
@@ -234,9 +224,10 @@ def _draw_track(ax, track, num: int):
     return _in_the_plane(ax, track)
 
 
-def _outline(track, num: int = 500) -> np.ndarray:
+def _lines(track, num: int) -> np.ndarray:
+    """Points of the center, left and right line, shape `(3, num, 2)`."""
     s = np.linspace(0.0, float(track.length), num)
-    return np.concatenate([np.asarray(track.left(s)), np.asarray(track.right(s))])
+    return np.moveaxis(np.asarray(track.lines(s)[0]), 1, 0)
 
 
 def _plane_axes(ax, points: np.ndarray, bar: bool):
@@ -244,7 +235,7 @@ def _plane_axes(ax, points: np.ndarray, bar: bool):
     check_axes(ax, None)
     if ax is not None:
         return ax
-    wide, high = np.ptp(points, axis=0)
+    wide, high = np.ptp(points.reshape(-1, 2), axis=0)
     height = float(np.clip(7.0 * high / max(wide, 1e-9), 1.2, 6.5))
     return new_axes(size=(8.0, height + 0.8 + bar * 0.9))[0]
 
@@ -290,9 +281,13 @@ def _is_race(value: Any) -> bool:
     return hasattr(value, "track") and hasattr(value, "car")
 
 
-def _check_track(value: Any):
-    if not isinstance(value, dp.systems.Track):
+def _track(value: Any) -> Any:
+    """A track, or that of a race."""
+    value = _system(value)
+    track = value.track if _is_race(value) else value
+    if not isinstance(track, dp.systems.Track):
         raise TypeError(
-            f"`track` is {came(value)}; a track such as `dp.systems.Track.circle()` "
+            f"`track` is {came(track)}; a track such as `dp.systems.Track.circle()` "
             "or `dp.systems.Track.from_csv(path)`, or a race on one, is expected."
         )
+    return track

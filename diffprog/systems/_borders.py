@@ -15,7 +15,7 @@ _SIDES = ("left", "right")
 def fit(
     knots: np.ndarray,
     center: np.ndarray,
-    borders: tuple[np.ndarray, np.ndarray],
+    borders: np.ndarray,
     closed: bool,
     points: np.ndarray,
     lines: Lines,
@@ -28,19 +28,21 @@ def fit(
 
     **Arguments:**
 
-    - `knots`, `center`, `borders`: parameters and points of center, left and right.
+    - `knots`, `center`: parameters and points of the center line.
+    - `borders`: points of the left and the right one, shape `(N + 1, 2, 2)`.
     - `closed`: whether the splines are periodic.
     - `points`, `lines`: the center line as it came and its lines in a file, for the
         message.
 
     **Returns:** coefficients, shape `(N, 4, 3, 2)`.
     """
-    offsets = np.stack(borders, axis=1) - center[:, None]
+    offsets = borders - center[:, None]
     share, least, given = np.ones((len(center), 2)), np.zeros(2), None
     while True:
         drawn = center[:, None] + share[..., None] * offsets
         values = np.concatenate([center, drawn.reshape(-1, 4)], axis=1)
-        coefficients = _spline.fit(knots, values, closed).reshape(-1, 4, 3, 2)
+        powers = _spline.fit(knots, values, closed).c[::-1]
+        coefficients = np.moveaxis(powers, 0, 1).reshape(-1, 4, 3, 2)
         advance = _advance(knots, coefficients)
         given = advance if given is None else given
         folds = advance <= least
@@ -70,17 +72,15 @@ def fit(
             )
 
 
-def check_sides(
-    center: np.ndarray, borders: tuple[np.ndarray, np.ndarray], closed: bool
-) -> None:
+def check_sides(center: np.ndarray, borders: np.ndarray, closed: bool) -> None:
     """A `ValueError` unless the borders lie to the left and to the right."""
-    normal = normals(center, closed)
-    for name, border, sign in zip(("left", "right"), borders, (-1, 1), strict=True):
-        across = sign * np.sum((border - center) * normal, axis=1)
-        if np.min(across) < -1e-6 * np.max(np.abs(across)):
+    offsets, normal = borders - center[:, None], normals(center, closed)[:, None]
+    across = np.sum(offsets * normal, axis=-1) * [-1.0, 1.0]
+    for name, side in zip(_SIDES, across.T, strict=True):
+        if np.min(side) < -1e-6 * np.max(np.abs(side)):
             raise ValueError(
                 f"`{name}` lies on the other side of `center` in row "
-                f"{np.argmin(across)}, seen in the direction of travel: exchange "
+                f"{np.argmin(side)}, seen in the direction of travel: exchange "
                 "`left` and `right`, or reverse the rows of all three."
             )
 
@@ -88,8 +88,7 @@ def check_sides(
 def normals(center: np.ndarray, closed: bool) -> np.ndarray:
     """Unit normals of the spline through points, to the right of travel."""
     knots = _spline.chord_lengths(center)
-    coefficients = _spline.fit(knots, center, closed)
-    return right_of(_spline.evaluate(knots, coefficients, knots)[1])
+    return right_of(_spline.fit(knots, center, closed)(knots, 1))
 
 
 def right_of(slope: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._types import Scalar, Time
+from ._system import Scalar, Time
 
 
 class AbstractCar(eqx.Module):
@@ -49,10 +49,7 @@ class KinematicCar(AbstractCar):
     width: Scalar = 0.045
     squashed: bool = eqx.field(static=True, default=True)
 
-    def vector_field(
-        self, x: Float[Array, " 4"], u: Float[Array, " 2"], t: Time
-    ) -> Float[Array, " 4"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         _, _, heading, speed = x
         acceleration, steer = u
         angle = _steering(steer, self.max_steer, self.squashed)
@@ -65,10 +62,7 @@ class KinematicCar(AbstractCar):
             ]
         )
 
-    def state(
-        self, position: Float[Array, " 2"], heading: Float[Array, ""], speed: Scalar
-    ) -> Float[Array, " 4"]:
-        """The state of the car that runs straight ahead."""
+    def state(self, position, heading, speed):
         return _join(position, heading, speed)
 
 
@@ -251,10 +245,7 @@ class Car(AbstractCar):
         rear_slip = jnp.arctan2(rate * self.rear - vy, vx)
         return self.front_tire.force(front_slip), self.rear_tire.force(rear_slip)
 
-    def vector_field(
-        self, x: Float[Array, " 6"], u: Float[Array, " 2"], t: Time
-    ) -> Float[Array, " 6"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         _, _, heading, vx, vy, rate = x
         drive, steer = u
         duty = self.drivetrain.duty(drive) if self.squashed else drive
@@ -274,10 +265,7 @@ class Car(AbstractCar):
             ]
         )
 
-    def state(
-        self, position: Float[Array, " 2"], heading: Float[Array, ""], speed: Scalar
-    ) -> Float[Array, " 6"]:
-        """The state of the car that runs straight ahead."""
+    def state(self, position, heading, speed):
         return _join(position, heading, speed, 0.0, 0.0)
 
 

@@ -5,12 +5,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import diffprog as dp
-
-from ._types import Scalar, Stage, Time
+from ._system import AbstractSystem, Scalar
 
 
-class CartPole(eqx.Module):
+class CartPole(AbstractSystem):
     r"""A pole hinged to a cart, to be swung up by pushing the cart.
 
     $$(M + m)\ddot x + m l \cos\theta \, \ddot\theta
@@ -50,10 +48,7 @@ class CartPole(eqx.Module):
         """In the middle, hanging at rest."""
         return jnp.zeros(4)
 
-    def vector_field(
-        self, x: Float[Array, " 4"], u: Float[Array, " 1"], t: Time
-    ) -> Float[Array, " 4"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         _, angle, velocity, rate = x
         moment = self.pole_mass * self.length
         inertia = self.inertia + moment * self.length
@@ -67,21 +62,11 @@ class CartPole(eqx.Module):
         angular_acceleration = (mass * b2 - a12 * b1) / det
         return jnp.stack([velocity, rate, acceleration, angular_acceleration])
 
-    def dynamics(
-        self, x: Float[Array, " 4"], u: Float[Array, " 1"], t: Stage
-    ) -> Float[Array, " 4"]:
-        """The state `dt` later."""
-        return dp.discretize(self.vector_field, self.dt, self.method)(x, u, t)
-
-    def cost(
-        self, x: Float[Array, " 4"], u: Float[Array, " 1"], t: Stage
-    ) -> Float[Array, ""]:
-        """The cost of a stage."""
+    def cost(self, x, u, t):
         swing = jnp.where(t >= self.settle_start, self._upright(x), 0.0)
         return self.control_weight * jnp.sum(u**2) + swing + self._limit(x)
 
-    def terminal_cost(self, x: Float[Array, " 4"]) -> Float[Array, ""]:
-        """The cost of the last state."""
+    def terminal_cost(self, x):
         return self._upright(x) + self._limit(x)
 
     def _upright(self, x):

@@ -3,62 +3,48 @@ import math
 import numpy as np
 
 
-# The miniature tracks are drawn in units of which 172 make a meter, with corners of
-# radius 50, each a quarter circle of 79 points; line(...) and arc(...) extend a path.
+# The miniature tracks are drawn in units of which 172 make a meter, of pieces (length,
+# curvature, number of steps): corners have the radius 50, a quarter circle 79 steps.
 # Source: V. Roulet, S. Srinivasa, M. Fazel, Z. Harchaoui, 2022, arXiv:2207.06362.
-_UNIT = 1 / 172
-_RADIUS = 50
-_QUARTER = math.ceil(_RADIUS * math.pi / 2)
+_UNIT, _RADIUS = 1 / 172, 50
+_QUARTER = _RADIUS * math.pi / 2
+_LEFT = (_QUARTER, 1 / _RADIUS, math.ceil(_QUARTER))
+_RIGHT = (_QUARTER, -1 / _RADIUS, math.ceil(_QUARTER))
 
 
-class _Path:
-    """A polyline that grows from the origin."""
+def _straight(length: int) -> tuple[float, float, int]:
+    """In steps of one unit."""
+    return float(length), 0.0, length
 
-    def __init__(self):
-        self.points = [np.zeros(2)]
 
-    def line(self, dx: int, dy: int, steps: int) -> "_Path":
-        """Unit steps in the direction (dx, dy)."""
-        for _ in range(steps):
-            self.points.append(self.points[-1] + np.array([dx, dy]))
-        return self
-
-    def arc(self, start: float, sign: int, quarters: int) -> "_Path":
-        """Quarter circles from the angle `start`, counterclockwise for sign 1."""
-        start_point = _RADIUS * np.array([math.cos(start), math.sin(start)])
-        center = self.points[-1] - start_point
-        for j in range(1, quarters * _QUARTER + 1):
-            angle = start + sign * j / _QUARTER * math.pi / 2
-            on_circle = _RADIUS * np.array([math.cos(angle), math.sin(angle)])
-            self.points.append(center + on_circle)
-        return self
-
-    def scaled(self) -> np.ndarray:
-        return np.stack(self.points) * _UNIT
+def _draw(*pieces: tuple[float, float, int]) -> np.ndarray:
+    """Points [m] along pieces, from the origin in the direction of x."""
+    states = [np.zeros(3)]
+    for length, curvature, num in pieces:
+        start, parts = states[-1], length * np.arange(1, num + 1) / num
+        states += [_advance(start, part, curvature) for part in parts]
+    return np.stack(states)[:, :2] * _UNIT
 
 
 def line() -> np.ndarray:
     """A straight of 0.7 m."""
-    return np.stack([20.0 * np.arange(7), np.zeros(7)], axis=1) * _UNIT
+    return _draw((120.0, 0.0, 6))
 
 
 def bend() -> np.ndarray:
     """A straight, a left bend and a straight."""
-    path = _Path().line(1, 0, 50).arc(-math.pi / 2, 1, 1).line(0, 1, 50)
-    return path.scaled()
+    return _draw(_straight(50), _LEFT, _straight(50))
 
 
 def circle() -> np.ndarray:
     """A circle of radius 0.29 m."""
-    return _Path().arc(-math.pi / 2, 1, 4).scaled()
+    return _draw(_LEFT, _LEFT, _LEFT, _LEFT)
 
 
 def simple() -> np.ndarray:
     """A circuit of 5.6 m with five left bends and a right one."""
-    path = _Path().line(1, 0, 100).arc(-math.pi / 2, 1, 1).line(0, 1, 100)
-    path.arc(0.0, 1, 1).line(-1, 0, 50).arc(math.pi / 2, 1, 1).arc(0.0, -1, 1)
-    path.line(-1, 0, 100).arc(math.pi / 2, 1, 2).line(1, 0, 150)
-    return path.scaled()
+    first = _straight(100), _LEFT, _straight(100), _LEFT, _straight(50), _LEFT
+    return _draw(*first, _RIGHT, _straight(100), _LEFT, _LEFT, _straight(150))
 
 
 def rounded(

@@ -5,12 +5,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import diffprog as dp
-
-from ._types import Scalar, Stage, Time
+from ._system import AbstractSystem, Scalar
 
 
-class Pendulum(eqx.Module):
+class Pendulum(AbstractSystem):
     r"""A pendulum with a torque at its pivot, to be swung up and stopped upright.
 
     $$m l^2 \ddot\theta = -m l g \sin\theta - \mu \dot\theta + u$$
@@ -41,10 +39,7 @@ class Pendulum(eqx.Module):
         """Hanging at rest."""
         return jnp.zeros(2)
 
-    def vector_field(
-        self, x: Float[Array, " 2"], u: Float[Array, " 1"], t: Time
-    ) -> Float[Array, " 2"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         angle, velocity = x
         inertia = self.mass * self.length**2
         torque = (
@@ -54,20 +49,10 @@ class Pendulum(eqx.Module):
         )
         return jnp.stack([velocity, torque / inertia])
 
-    def dynamics(
-        self, x: Float[Array, " 2"], u: Float[Array, " 1"], t: Stage
-    ) -> Float[Array, " 2"]:
-        """The state `dt` later."""
-        return dp.discretize(self.vector_field, self.dt, self.method)(x, u, t)
-
-    def cost(
-        self, x: Float[Array, " 2"], u: Float[Array, " 1"], t: Stage
-    ) -> Float[Array, ""]:
-        """The cost of a stage."""
+    def cost(self, x, u, t):
         return self.control_weight * jnp.sum(u**2)
 
-    def terminal_cost(self, x: Float[Array, " 2"]) -> Float[Array, ""]:
-        """The cost of the last state."""
+    def terminal_cost(self, x):
         angle, velocity = x
         return (self.target - angle) ** 2 + self.velocity_weight * velocity**2
 

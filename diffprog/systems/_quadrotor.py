@@ -4,12 +4,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import diffprog as dp
-
-from ._types import Scalar, Stage, Time
+from ._system import AbstractSystem, Scalar
 
 
-class Quadrotor(eqx.Module):
+class Quadrotor(AbstractSystem):
     r"""A quadrotor that flies from a tilted start to `target` and hovers there.
 
     $$m \dot v = R(\text{angles}) \, (0, 0, F) - (0, 0, m g), \qquad
@@ -42,10 +40,7 @@ class Quadrotor(eqx.Module):
         """At the origin, tilted and turned, at rest."""
         return jnp.array([0.0, 0.0, 0.0, 0.6, -0.4, 0.5] + 6 * [0.0])
 
-    def vector_field(
-        self, x: Float[Array, " 12"], u: Float[Array, " 4"], t: Time
-    ) -> Float[Array, " 12"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         _, (roll, pitch, yaw), velocity, (wx, wy, wz) = x.reshape(4, 3)
         f1, f2, f3, f4 = u + self.mass * self.gravity / 4
         sr, cr = jnp.sin(roll), jnp.cos(roll)
@@ -73,21 +68,11 @@ class Quadrotor(eqx.Module):
         )
         return jnp.concatenate([velocity, angle_rates, acceleration, spin])
 
-    def dynamics(
-        self, x: Float[Array, " 12"], u: Float[Array, " 4"], t: Stage
-    ) -> Float[Array, " 12"]:
-        """The state `dt` later."""
-        return dp.discretize(self.vector_field, self.dt, self.method)(x, u, t)
-
-    def cost(
-        self, x: Float[Array, " 12"], u: Float[Array, " 4"], t: Stage
-    ) -> Float[Array, ""]:
-        """The cost of a stage."""
+    def cost(self, x, u, t):
         *state_weights, control_weight = self.weights
         return self._error(x, state_weights) + control_weight * jnp.sum(u**2) / 2
 
-    def terminal_cost(self, x: Float[Array, " 12"]) -> Float[Array, ""]:
-        """The cost of the last state."""
+    def terminal_cost(self, x):
         return self._error(x, self.terminal_weights)
 
     def _error(self, x, weights):

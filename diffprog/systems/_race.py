@@ -4,14 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import diffprog as dp
-
 from ._car import AbstractCar, Car
+from ._system import AbstractSystem, Scalar
 from ._track import right_normal, Track
-from ._types import Scalar, Stage, Time
 
 
-class PathTracking(eqx.Module):
+class PathTracking(AbstractSystem):
     r"""A car that follows a point running along the center line at constant speed.
 
     $$h_t = \|(x, y) - c(s)\|^2 + \lambda \|u\|^2, \qquad \dot s = v_{ref}$$
@@ -49,23 +47,11 @@ class PathTracking(eqx.Module):
         """On the center line at s = 0, with the speed `v_start`."""
         return self.start()
 
-    def vector_field(
-        self, x: Float[Array, " state"], u: Float[Array, " 2"], t: Time
-    ) -> Float[Array, " state"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         point_speed = jnp.full_like(x[-1:], self.v_ref)
         return jnp.concatenate([self.car.vector_field(x[:-1], u, t), point_speed])
 
-    def dynamics(
-        self, x: Float[Array, " state"], u: Float[Array, " 2"], t: Stage
-    ) -> Float[Array, " state"]:
-        """The state `dt` later."""
-        return dp.discretize(self.vector_field, self.dt, self.method)(x, u, t)
-
-    def cost(
-        self, x: Float[Array, " state"], u: Float[Array, " 2"], t: Stage
-    ) -> Float[Array, ""]:
-        """The cost of a stage."""
+    def cost(self, x, u, t):
         return self.terminal_cost(x) + self.control_weight * jnp.sum(u**2)
 
     def terminal_cost(self, x: Float[Array, " state"]) -> Float[Array, ""]:
@@ -85,7 +71,7 @@ PathTracking.__init__.__doc__ = """**Arguments:**
 """
 
 
-class Race(eqx.Module):
+class Race(AbstractSystem):
     r"""A car that drives along a track as fast as `v_ref` and its borders allow.
 
     The state of the car is extended by the progress s on the center line [m] and its
@@ -189,23 +175,11 @@ class Race(eqx.Module):
         """On the center line at s = 0, with the speed `v_start`."""
         return self.start()
 
-    def vector_field(
-        self, x: Float[Array, " state"], u: Float[Array, " 3"], t: Time
-    ) -> Float[Array, " state"]:
-        """The time derivative of the state."""
+    def vector_field(self, x, u, t):
         progress = jnp.stack([x[-1], u[-1]])
         return jnp.concatenate([self.car.vector_field(x[:-2], u[:-1], t), progress])
 
-    def dynamics(
-        self, x: Float[Array, " state"], u: Float[Array, " 3"], t: Stage
-    ) -> Float[Array, " state"]:
-        """The state `dt` later."""
-        return dp.discretize(self.vector_field, self.dt, self.method)(x, u, t)
-
-    def cost(
-        self, x: Float[Array, " state"], u: Float[Array, " 3"], t: Stage
-    ) -> Float[Array, ""]:
-        """The cost of a stage."""
+    def cost(self, x, u, t):
         control = self.control_weight * jnp.sum(u[:-1] ** 2)
         return self.terminal_cost(x) + control + self.progress_weight * u[-1] ** 2
 

@@ -47,7 +47,7 @@ class Track(eqx.Module):
     ready one: `oval`, `chicane`, `grand_prix` (full size), `line`, `bend`, `circle`,
     `simple` (miniature).
 
-    The constructors fit the splines in numpy, once; they are data, not differentiated.
+    The constructors fit the splines by SciPy, once; they are data, not differentiated.
     Every method takes one s or an array of them and follows the dtype of an array.
     """
 
@@ -125,9 +125,9 @@ class Track(eqx.Module):
         given = (center, lines)
         if spacing is not None:
             center, widths = _spline.resample(center, widths, closed, spacing)
-        normal = _borders.normals(center, closed)
-        borders = (center - widths[:, :1] * normal, center + widths[:, 1:] * normal)
-        return cls._fit(center, *borders, closed, origin, given)
+        across = _borders.normals(center, closed)[:, None] * [[-1.0], [1.0]]
+        borders = center[:, None] + widths[..., None] * across
+        return cls._fit(center, borders, closed, origin, given)
 
     @classmethod
     def from_borders(
@@ -158,18 +158,17 @@ class Track(eqx.Module):
                 "the same number."
             )
         origin = _origin(given[0])
-        center, left, right = (points - origin for points in given)
-        center, borders = _close(center, np.concatenate([left, right], axis=1), closed)
-        left, right = borders[:, :2], borders[:, 2:]
-        widths = [np.linalg.norm(border - center, axis=1) for border in (left, right)]
-        check_steps("center", center, np.stack(widths, axis=1), closed, None)
-        _borders.check_sides(center, (left, right), closed)
-        return cls._fit(center, left, right, closed, origin, (center, None))
+        center, *borders = (points - origin for points in given)
+        center, borders = _close(center, np.stack(borders, axis=1), closed)
+        widths = np.linalg.norm(borders - center[:, None], axis=-1)
+        check_steps("center", center, widths, closed, None)
+        _borders.check_sides(center, borders, closed)
+        return cls._fit(center, borders, closed, origin, (center, None))
 
     @classmethod
-    def _fit(cls, center, left, right, closed, origin, given):
+    def _fit(cls, center, borders, closed, origin, given):
         knots = _spline.chord_lengths(center)
-        coefficients = _borders.fit(knots, center, (left, right), closed, *given)
+        coefficients = _borders.fit(knots, center, borders, closed, *given)
         first, halvings = _spline.first_intervals(knots)
         length = float(knots[-1])
         return cls(knots, coefficients, first, length, origin, closed, halvings)
@@ -255,12 +254,8 @@ class Track(eqx.Module):
     def _miniature(cls, path, closed):
         # A spline through the drawn path, cut into 99 parts of equal parameter.
         knots = _spline.chord_lengths(path)
-        if closed:
-            path[-1] = path[0]  # equal up to rounding
-        coefficients = _spline.fit(knots, path, closed)
-        at = np.linspace(0.0, knots[-1], 100)
-        center, slope = _spline.evaluate(knots, coefficients, at)
-        normal = 0.185 * _borders.right_of(slope)
+        spline, at = _spline.fit(knots, path, closed), np.linspace(0.0, knots[-1], 100)
+        center, normal = spline(at), 0.185 * _borders.right_of(spline(at, 1))
         return cls.from_borders(center, center - normal, center + normal, closed=closed)
 
     @classmethod

@@ -1,0 +1,308 @@
+"""The length of an update, from a quadratic model of the loss."""
+
+import functools as ft
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._common.result import RESULTS
+from .._common.tree import all_finite, cast, cast_like, norm, vdot, where, working_dtype
+from .._common.types import (
+    came,
+    check_count,
+    check_kind,
+    check_positive,
+    is_known,
+    Number,
+)
+from ._checks import check_curvature, check_floating, filled, masked_like
+from ._curvature import Curvature, LossModel
+from ._rules import AbstractRule, Minimize
+
+
+Groups = Literal["all", "layer", "leaf"] | Callable[[Any], Hashable]
+
+
+class ModelStepState(eqx.Module):
+    """What [`diffprog.optim.model_step`][] remembers.
+
+    - `base`: the state of the base optimizer.
+    - `S`, `b`: running means of curvature and slope of directions of length 1, and
+        `weight`, by which they are divided.
+    - `coefficients`: how far the last step went along each, before `scale`.
+    - `previous`: the last step, or `None`.
+    - `count`: the number of updates.
+    - `result`: of the last update, a [`diffprog.RESULTS`][] code: `successful`;
+        `no_descent` where the base does not descend, or has length 0;
+        `factorization_failed` where the model has no minimum; `nonfinite_derivative`.
+        In the last two cases the step is 0 and nothing else is changed.
+    """
+
+    base: Any
+    S: Float[Array, "K K"]
+    b: Float[Array, " K"]
+    weight: Float[Array, ""]
+    coefficients: Float[Array, " K"]
+    previous: PyTree
+    count: Int[Array, ""]
+    result: RESULTS
+
+
+def model_step(
+    base: optax.GradientTransformation,
+    *,
+    groups: Groups = "all",
+    previous: bool = False,
+    rule: AbstractRule = Minimize(),
+    scale: Number | Callable[[Array], Any] = 0.5,
+    ema: Number = 0.9,
+    every: int = 1,
+    start: int = 0,
+    check: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives the update of an optimizer the length that a model of the loss asks for.
+
+    ```python
+    curvature = dp.optim.ggn(loss)
+    optimizer = dp.optim.model_step(optax.contrib.muon(1.0))
+    at = curvature(model, inputs, targets)
+    updates, state = optimizer.update(grads, state, params, curvature=at)
+    ```
+
+    There is no learning rate to tune, and no schedule. With the update u of `base`,
+    taken apart into directions D of length 1,
+
+    $$d = s \sum_k a_k D_k, \quad (S + \rho I) a = b, \quad
+    S = \overline{D^\top C D}, \; b = -\overline{D^\top g},$$
+
+    where the bars are running means.
+
+    **Arguments:**
+
+    - `base`: a transformation that descends: an optimizer with learning rate 1 and no
+        schedule, or a chain that ends in `optax.scale(-1)`. Its length does not matter.
+        Weight decay comes after `model_step` in the chain, or into the loss.
+    - `groups`: what has a length of its own: `"all"`, one for everything; `"layer"`,
+        parameters that share their last but one name; `"leaf"`, every array; or a
+        function of the path of a leaf that names its group.
+    - `previous`: the last step is one more direction: an exact momentum.
+    - `rule`: [`diffprog.optim.Minimize`][], [`diffprog.optim.Absolute`][] or
+        [`diffprog.optim.Cauchy`][].
+    - `scale`: s > 0, or a schedule `scale(count)`. Momentum in `base` knows the
+        gradient of this batch, so that slopes look steeper than they are: 0.5, the
+        default, makes up for it; 0.25 is safer for deep networks, and 1 is for a `base`
+        without momentum.
+    - `ema`: from 0 to 1, the weight of the past in the running means.
+    - `every`: the model is looked at every so many updates; between them a is kept.
+    - `start`: so many updates of `base` as they are come first.
+    - `check`: raise where the gradient is not that of the batch of the curvature.
+
+    **Returns:** an optax transformation, whose state is a
+    [`diffprog.optim.ModelStepState`][]. `update` needs `curvature=`, that of the batch
+    of the gradient, and hands it and all else on to `base`.
+
+    **Fails:** a step that cannot be trusted is 0, `state.result` says why, and the
+    state of `base` is that of before. `TypeError` and `ValueError` for a wrong call.
+    The line searches of optax refuse extra arguments: leave them out of the chain.
+
+    Costs a forward pass and a product with J for every direction: two thirds of a
+    gradient for one.
+
+    Source: the objective of Dufort-Labbe and others, "Layerwise LQR for Geometry-Aware
+    Optimization of Deep Networks", 2026, arXiv 2605.04230, along one direction; with
+    `previous` the lengths of Martens and Grosse, "Optimizing Neural Networks with
+    Kronecker-factored Approximate Curvature", 2015, arXiv 1503.05671.
+    """
+    _check(base, groups, rule, scale, ema)
+    check_count("every", every)
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"`start` is {start!r}; a Python int >= 0 is expected.")
+    label = LABELS.get(groups, groups) if isinstance(groups, str) else groups
+    options = _Options(base, label, previous, rule, scale, ema, every, start, check)
+    init: Any = ft.partial(_init, options)
+    update: Any = ft.partial(_update, options)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(base, groups, rule, scale, ema):
+    such = "`optax.contrib.muon(1.0)`"
+    if not isinstance(base, optax.GradientTransformation):
+        raise TypeError(
+            f"`base` is {came(base)}; an optimizer such as {such} is expected."
+        )
+    if not callable(groups) and groups not in LABELS:
+        raise ValueError(
+            f'`groups` is {groups!r}; "all", "layer", "leaf" or a function of a path '
+            "is expected."
+        )
+    check_kind("rule", rule, AbstractRule, "dp.optim.Minimize(damping=1e-3)")
+    if not callable(scale):
+        check_positive("scale", scale)
+    if is_known(ema) and not 0 <= float(ema) < 1:
+        raise ValueError(f"`ema` is {ema}; a number from 0 to below 1 is expected.")
+
+
+# The names of groups, by the path of a leaf.
+LABELS = {
+    "all": lambda path: (),
+    "layer": lambda path: jtu.keystr(path[:-1]),
+    "leaf": jtu.keystr,
+}
+
+
+class _Options(eqx.Module):
+    """What `model_step` was given."""
+
+    base: optax.GradientTransformation
+    label: Callable
+    previous: bool
+    rule: AbstractRule
+    scale: Any
+    ema: Any
+    every: int
+    start: int
+    check: bool
+
+    def members(self, params: PyTree) -> np.ndarray:
+        """A row for every group: which leaves are in it."""
+        paths = [path for path, _ in jtu.tree_leaves_with_path(params)]
+        labels = list(map(self.label, paths))
+        names = list(dict.fromkeys(labels))
+        return np.array([[label == name for label in labels] for name in names])
+
+
+def _init(options: _Options, params: PyTree) -> ModelStepState:
+    check_floating("params", params)
+    number = len(options.members(params)) + options.previous
+    dtype = working_dtype(params)
+    zeros = lambda *shape: jnp.zeros(shape, dtype)
+    last = jtu.tree_map(jnp.zeros_like, params) if options.previous else None
+    return ModelStepState(
+        options.base.init(params), zeros(number, number), zeros(number), zeros(),
+        zeros(number), last, jnp.zeros((), jnp.int32), RESULTS.successful,
+    )  # fmt: skip
+
+
+def _update(
+    options: _Options,
+    grads: PyTree,
+    state: ModelStepState,
+    params: PyTree = None,
+    *,
+    curvature: Curvature | None = None,
+    **extra: Any,
+) -> tuple[PyTree, ModelStepState]:
+    curvature = check_curvature(curvature)
+    g = filled("grads", grads, curvature)
+    base = optax.with_extra_args_support(options.base)
+    extra["curvature"] = curvature
+    try:
+        updates, after = base.update(grads, state.base, params, **extra)
+    except TypeError as error:
+        if "linesearch" in str(error):
+            error.add_note(REFUSED)
+        raise
+    D = _directions(options, updates, state.previous)
+    D, g = cast((filled("updates", D, curvature, len(state.b)), g), state.S.dtype)
+    found = _averaged(options, state, curvature, g, D)
+    S, b, weight = found
+    known = jnp.where(weight > 0, weight, 1)
+    a = options.rule.coefficients(S / known, b / known)
+    a = a if options.previous else jnp.maximum(a, 0)
+    scale: Any = (
+        options.scale(state.count) if callable(options.scale) else options.scale
+    )
+    lengths = (scale * a).astype(a.dtype)
+    step = jtu.tree_map(lambda d: jnp.tensordot(lengths, d, 1), D)
+    step = masked_like(step, updates)
+    begun = state.count >= options.start
+    result = _judge(begun, all_finite(updates, found), a)
+    ok = (result == RESULTS.successful) | (result == RESULTS.no_descent)
+    step = where(begun, cast_like(step, updates), updates)
+    step = where(ok, step, jtu.tree_map(jnp.zeros_like, updates))
+    S, b, weight, a, after = where(
+        ok,
+        (*found, a, after),
+        (state.S, state.b, state.weight, state.coefficients, state.base),
+    )
+    previous = step if options.previous else None
+    return step, ModelStepState(
+        after, S, b, weight, a, previous, state.count + 1, result
+    )
+
+
+REFUSED = (
+    "The `base` of `model_step` is given `curvature=`, and the line searches of optax "
+    "refuse what their `value_fn` does not take: leave them out, the length of a step "
+    "is found without."
+)
+
+
+def _judge(begun: Array, finite: Array, a: Array) -> RESULTS:
+    """Whether a step can be trusted."""
+    moves = jnp.where(jnp.any(a != 0) | ~begun, 1, 0) == 1
+    result = RESULTS.where(moves, RESULTS.successful, RESULTS.no_descent)
+    no_model = begun & ~all_finite(a)
+    result = RESULTS.where(no_model, RESULTS.factorization_failed, result)
+    return RESULTS.where(finite, result, RESULTS.nonfinite_derivative)
+
+
+def _directions(options: _Options, updates: PyTree, previous: PyTree) -> PyTree:
+    """Directions of length 1, stacked on a leading axis; 0 where there is none."""
+    leaves, treedef = jtu.tree_flatten(updates)
+    members = options.members(updates)
+    part = lambda leaf, inside: leaf if inside else jnp.zeros_like(leaf)
+    groups = [treedef.unflatten(map(part, leaves, row)) for row in members]
+    parts = [*groups, previous] if options.previous else groups
+    return jtu.tree_map(lambda *rows: jnp.stack(rows), *map(_normalized, parts))
+
+
+def _normalized(tree: PyTree) -> PyTree:
+    tree = cast(tree, working_dtype(tree))
+    length = norm(tree)
+    inverse = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+    return jtu.tree_map(lambda leaf: inverse * leaf, tree)
+
+
+def _averaged(options: _Options, state, curvature, g: PyTree, D: PyTree):
+    """The running means of S and b, and what they are divided by."""
+
+    def look():
+        model: LossModel = curvature.linearize()
+        b = -jax.vmap(lambda d: vdot(d, g))(D)
+        if options.check:
+            b = _checked(b, g, model.gradient)
+        mix = lambda old, new: options.ema * old + (1 - options.ema) * new
+        new = model.gram(D), b, jnp.ones_like(state.weight)
+        before = state.S, state.b, state.weight
+        return jtu.tree_map(lambda a, b: mix(a, b).astype(a.dtype), before, new)
+
+    if options.every == 1 and options.start == 0:
+        return look()
+    since = state.count - options.start
+    due = (since >= 0) & (since % options.every == 0)
+    return lax.cond(due, look, lambda: (state.S, state.b, state.weight))
+
+
+def _checked(b: Array, g: PyTree, gradient: PyTree) -> Array:
+    """b. Raises where the gradients differ by more than rounding."""
+    difference = norm(jtu.tree_map(jnp.subtract, g, gradient))
+    eps = jnp.finfo(difference.dtype).eps
+    wrong = difference > jnp.sqrt(eps) * norm(gradient)
+    message = (
+        "The gradient that `update` was given is not that of its `curvature`: give "
+        "both the same model, batch, loss and `reduction`."
+    )
+    if not is_known(wrong):
+        return eqx.error_if(b, wrong, message)
+    if wrong:
+        raise ValueError(message)
+    return b
