@@ -1,5 +1,7 @@
 """Learned preconditioners: scores, structures, solvers, refreshes and their state."""
 
+import copy
+import functools as ft
 import io
 import warnings
 
@@ -225,11 +227,12 @@ def gradient(params=PARAMS, i=0):
     )
 
 
+@ft.cache
 def dense(i=0):
     """The gradient and C + rho I."""
     model = curvature(i).linearize()
     mv = lambda e: ravel_pytree(model.mv(UNRAVEL(e)))[0]
-    C = jax.vmap(mv)(jnp.eye(FLAT.size))
+    C = jax.jit(jax.vmap(mv))(jnp.eye(FLAT.size))
     return ravel_pytree(model.gradient)[0], C + RHO * jnp.eye(FLAT.size)
 
 
@@ -266,7 +269,7 @@ def test_a_structure_is_a_matrix_that_starts_as_the_identity(structure, shape):
     X = jr.normal(KEYS[2], shape)
     U = structure.init(shape, jnp.float64)
     assert (structure.apply(U, X) == X).all()
-    assert hash(structure) == hash(type(structure)(**vars(structure)))
+    assert hash(structure) == hash(copy.copy(structure))
     U = jax.tree.map(lambda a: a + jr.normal(KEYS[3], a.shape), U)
     run = lambda e: structure.apply(U, e.reshape(shape)).ravel()
     matrix = jax.vmap(run)(jnp.eye(size)).T
@@ -349,6 +352,7 @@ def test_equal_stages_of_a_network_have_structures_of_their_own():
 # Solvers ----------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_gradients_and_values_are_those_of_the_quadratic_cost(name):
     structure = STRUCTURES[name]
@@ -409,10 +413,9 @@ def test_one_scalar_of_several_batches():
 
 @pytest.mark.parametrize("name", ["scalar", "diagonal"])
 def test_exact_steps_are_linear_conjugate_gradients(name):
-    for T in (1, 5):
-        _, linear, _ = fit(STRUCTURES[name], LinearCG(T))
-        _, exact, _ = fit(STRUCTURES[name], ExactStep(T))
-        close(*(ravel_pytree(s.U)[0] for s in (linear, exact)), 1e-9, scale="norm")
+    _, linear, _ = fit(STRUCTURES[name], LinearCG(5))
+    _, exact, _ = fit(STRUCTURES[name], ExactStep(5))
+    close(*(ravel_pytree(s.U)[0] for s in (linear, exact)), 1e-9, scale="norm")
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -436,14 +439,13 @@ def test_the_length_of_one_step_is_that_of_the_formula(name):
     assert about.fitted <= about.identity
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", MATRIX)
 def test_exact_steps_lower_the_cost_of_any_structure(name):
-    _, _, few = fit(MATRIX[name], ExactStep(3))
-    _, _, many = fit(MATRIX[name], ExactStep(40))
+    _, _, about = fit(MATRIX[name], ExactStep(40))
     g, A = dense()
     best = -g @ jnp.linalg.solve(A, g) / 2
-    assert best < many.fitted < few.fitted < few.identity
-    assert many.fitted < 0.9 * best
+    assert best < about.fitted < 0.9 * best < about.identity
 
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()], ids=str)
@@ -830,6 +832,9 @@ MESSAGES = {
     r"`warm_start` is 1; a bool": lambda: llqr(warm_start=1),
     r"`key` is 'a'; a key such as": lambda: llqr(key="a"),
     r"`rows` is 0; a Python int >= 1": lambda: Kronecker(rows=0),
+    r"`structure` is 'diagonal'; something like `Kronecker\(\)`": lambda: Stacked(
+        "diagonal"
+    ),
     r'`groups` is \'net\'; "leaf", "layer" or "all"': lambda: Scalar("net"),
     r"`num_steps` is 2.0; a Python int >= 0": lambda: HeavyBall(2.0),
     r"`learning_rate` is -1.0; a number > 0": lambda: HeavyBall(learning_rate=-1.0),

@@ -5,12 +5,7 @@ from ._curvature import (
     LossModel as LossModel,
     Recipe as Recipe,
 )
-from ._llqr import (
-    llqr as llqr,
-    LLQRDiagnostics as LLQRDiagnostics,
-    published as published,
-    refresh as refresh,
-)
+from ._llqr import llqr as llqr, published as published
 from ._llqr_state import LLQRState as LLQRState
 from ._model_step import model_step as model_step, ModelStepState as ModelStepState
 from ._recipes import (
@@ -19,6 +14,7 @@ from ._recipes import (
     ggn as ggn,
     hessian as hessian,
 )
+from ._refresh import LLQRDiagnostics as LLQRDiagnostics, refresh as refresh
 from ._risk_descent import (
     lsvrg as lsvrg,
     LSVRGState as LSVRGState,

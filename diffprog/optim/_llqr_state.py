@@ -38,13 +38,13 @@ class Place(NamedTuple):
 class Plan(NamedTuple):
     """All that is static: which leaf has which structure. `None` where one is masked.
 
-    `count` numbers of U are apart from each other. `treedef` is that of the parameters
+    `size` parts of U are apart from each other. `treedef` is that of the parameters
     with a leaf for what is masked.
     """
 
     treedef: Any
     places: tuple[Place | None, ...]
-    count: int
+    size: int
     dtype: Any
     graft: str
     warm_start: bool
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         nodes = self.treedef.flatten_up_to(U)
         pairs = [(p.group, U) for p, U in zip(self.places, nodes) if p is not None]
         found = dict(reversed(pairs))
-        return tuple(found[group] for group in range(self.count))
+        return tuple(found[group] for group in range(self.size))
 
     def spread(self, numbers: tuple) -> PyTree:
         """U, arranged like the parameters."""
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
     def init(self) -> tuple:
         """The numbers of U = I."""
         made = {p.group: p.structure.init(p.shape, self.dtype) for p in self.known}
-        return tuple(made[group] for group in range(self.count))
+        return tuple(made[group] for group in range(self.size))
 
     def apply(self, numbers: tuple, leaves: list[Array]) -> list[Array]:
         """U X for every leaf, in its dtype."""
@@ -183,7 +183,7 @@ class Settings(eqx.Module):
 
     def arrays(self, dtype: Any) -> "Settings":
         """All of them as arrays, so that a new number is the same program."""
-        number = lambda a: None if a is None else jnp.asarray(a, dtype)
+        number: Any = lambda a: None if a is None else jnp.asarray(a, dtype)
         is_float = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
         inside = lambda a: number(a) if is_float(a) else jnp.asarray(a)
         return Settings(

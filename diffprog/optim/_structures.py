@@ -237,14 +237,16 @@ class Stacked(AbstractStructure):
 
     - `structure`: that of one of them.
     - `axes`: so many axes of the leaf count them.
+    - `linear`: as that structure.
     """
 
     structure: AbstractStructure = component(Diagonal(), "Kronecker()")
     axes: int = positive_int(1)
+    linear: bool = eqx.field(static=True, default=False)
 
-    @property
-    def linear(self):
-        return self.structure.linear
+    def __init__(self, structure: AbstractStructure, axes: int = 1):
+        self.structure, self.axes = structure, axes
+        self.linear = getattr(structure, "linear", False)
 
     def init(self, shape, dtype):
         if len(shape) < self.axes:
