@@ -303,6 +303,7 @@ def test_the_default_rule():
     assert default_structure("", leaf(7, 8192)) == Kronecker()
     assert default_structure("", leaf(8193, 4)) == Diagonal()
     assert default_structure("", leaf(16, 8, 3, 3)) == Kronecker()
+    assert default_structure("", leaf(16, 1, 1)) == Diagonal()
     assert default_structure("", leaf(8, 1024, 3, 3)) == Diagonal()
 
 
@@ -758,6 +759,13 @@ def test_a_state_goes_through_scan_and_files_bit_for_bit(stepper):
     for a, b in zip(jax.tree.leaves(carry), jax.tree.leaves(scanned), strict=True):
         close(a.astype(float), b.astype(float), 1e-12, scale="norm")
     assert step._cache_size() == 1
+
+
+def test_a_first_state_can_be_donated():
+    state = llqr(Scalar("all"), solver=LinearCG(2), damping=RHO).init(PARAMS)
+    expected, _ = refresh(state, PARAMS, curvature())
+    found, _ = jax.jit(refresh, donate_argnums=0)(state, PARAMS, curvature())
+    close(found.U.layers[0].weight, expected.U.layers[0].weight)
 
 
 def test_an_ensemble_is_its_members(stepper):

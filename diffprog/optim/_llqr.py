@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -122,7 +123,7 @@ def llqr(
     def init(params: PyTree) -> LLQRState:
         plan = make_plan(params, rule, solver.needs_linear, graft, warm_start)
         zero = jnp.zeros((), jnp.int32)
-        return LLQRState(
+        state = LLQRState(
             U=plan.spread(plan.init()),
             count=zero,
             since=zero,
@@ -133,6 +134,7 @@ def llqr(
             settings=settings.arrays(plan.dtype),
             plan=plan,
         )
+        return jtu.tree_map(jnp.array, state)  # each its own, so that it can be donated
 
     def update(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args

@@ -301,8 +301,8 @@ def default_structure(path: str, leaf: Any) -> AbstractStructure:
     A leaf with at most one axis is [`diffprog.optim.Diagonal`][]. Others are
     [`diffprog.optim.Kronecker`][] with the first axis as rows, as Equinox stores dense
     layers and convolutions; or diagonal where the matrix has more than 8192 rows or
-    columns. For layers whose outputs come last, as in Flax, write a rule of your own
-    with `Kronecker(rows=leaf.ndim - 1)`.
+    columns, or only one. For layers whose outputs come last, as in Flax, write a rule
+    of your own with `Kronecker(rows=leaf.ndim - 1)`.
 
     **Arguments:**
 
@@ -311,9 +311,10 @@ def default_structure(path: str, leaf: Any) -> AbstractStructure:
 
     **Returns:** a structure.
     """
-    if leaf.ndim <= 1 or max(sides(Kronecker(), leaf.shape)) > MAX_SIDE:
+    if leaf.ndim <= 1:
         return Diagonal()
-    return Kronecker()
+    m, n = sides(Kronecker(), leaf.shape)
+    return Kronecker() if min(m, n) > 1 and max(m, n) <= MAX_SIDE else Diagonal()
 
 
 # Structures of a leaf as a matrix, whose `rows` say which.
