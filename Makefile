@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
-.PHONY: bench bench-losses bench-oracles bench-gpu clean
+.PHONY: bench bench-losses bench-oracles bench-llqr bench-gpu clean
 
 venv: .venv/.installed
 
@@ -76,6 +76,9 @@ bench-losses: .venv/.bench
 
 bench-oracles: venv
 	$(BIN)/python -m benchmarks.oracles $(ARGS)
+
+bench-llqr: venv
+	$(BIN)/python -m benchmarks.llqr $(ARGS)
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

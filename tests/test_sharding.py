@@ -175,11 +175,50 @@ print("agree")
 """
 
 
+PRECONDITIONERS = """
+import equinox as eqx, jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+import diffprog as dp
+from diffprog.optim import (
+    ExactStep, ggn, Kronecker, llqr, NormalEquations, refresh, Scalar,
+)
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+net = eqx.nn.MLP(4, 3, 5, 1, activation=jnp.tanh, key=jax.random.key(0))
+params, rest = eqx.partition(net, eqx.is_inexact_array)
+x, y = jax.random.normal(jax.random.key(1), (16, 4)), jnp.arange(16) % 3
+learned = llqr(Kronecker(), solver=ExactStep(2))
+scalar = llqr(Scalar("layer"), solver=NormalEquations())
+state = {"learned": learned.init(params), "scalar": scalar.init(params)}
+
+def run(axis_name, state, params, x, y):
+    recipe = ggn(dp.losses.SoftmaxCrossEntropy(), axis_name=axis_name)
+    c = recipe(eqx.combine(params, rest), x, y)
+    g, fresh = c.linearize().gradient, state["learned"]
+    return refresh(state, params, c), learned.update(g, fresh, params, curvature=c)
+
+whole = jax.jit(lambda *args: run(None, *args))(state, params, x, y)
+put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
+found = [jax.jit(lambda *args: run(None, *args))(state, params, put(x), put(y))]
+for check in (True, False):
+    split = jax.shard_map(
+        lambda *args: run("data", *args), mesh=mesh, check_vma=check,
+        in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
+    )
+    found.append(jax.jit(split)(state, params, x, y))
+for other in found:
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+print("agree")
+"""
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize(
     "program",
-    (PROGRAM, VOCABULARY, CURVATURES, FACTORS),
-    ids=("solves", "vocabulary", "curvatures", "factors"),
+    (PROGRAM, VOCABULARY, CURVATURES, FACTORS, PRECONDITIONERS),
+    ids=("solves", "vocabulary", "curvatures", "factors", "preconditioners"),
 )
 def test_what_is_split_over_devices_equals_what_is_on_one(program):
     flags = (
