@@ -486,6 +486,19 @@ def test_all_that_takes_a_loss_agrees(dtype):
 
 # What takes no numbers of its own, and why.
 NOT_DRAWN = {
+    "Cauchy": "in test_model_step.py",
+    "Minimize": "in test_model_step.py",
+    "model_step": "in test_model_step.py",
+    "ModelStepState": "what is returned",
+    "Curvature": "what is returned",
+    "LossModel": "what is returned",
+    "Recipe": "what is returned",
+    "ggn": "in test_curvature.py",
+    "fisher": "in test_curvature.py",
+    "hessian": "in test_curvature.py",
+    "feature_metric": "in test_curvature.py",
+    "score": "in test_curvature.py",
+    "tap": "in test_curvature.py",
     "Diagnostics": "what is returned",
     "Normalization": "what is returned",
     "LLQRDiagnostics": "what is returned",

@@ -94,6 +94,9 @@ class Recipe(eqx.Module):
 
     Made by [`diffprog.optim.ggn`][], [`diffprog.optim.fisher`][],
     [`diffprog.optim.hessian`][] and [`diffprog.optim.feature_metric`][].
+
+    - `products`: which matrix it is.
+    - `loss`, `predict`, `reduction`, `factor`, `batch_size`, `axis_name`: as there.
     """
 
     products: AbstractProducts
@@ -139,9 +142,12 @@ class Curvature(eqx.Module):
 
     It is given to `update` and [`diffprog.optim.refresh`][], which linearize it: to
     `jax.jit` new batches and parameters are the same program.
+
+    - `arrays`, `rest`: of the model and of the recipe, what is data and what is code.
+    - `inputs`, `targets`, `key`: the batch.
     """
 
-    arrays: tuple[PyTree, PyTree]  # of the model and of the recipe
+    arrays: tuple[PyTree, PyTree]
     rest: tuple[Frozen, Frozen] = eqx.field(static=True)
     inputs: PyTree
     targets: PyTree

@@ -35,8 +35,8 @@ class ModelStepState(eqx.Module):
     """What [`diffprog.optim.model_step`][] remembers.
 
     - `base`: the state of the base optimizer.
-    - `S`, `b`: running means of curvature and slope of directions of length 1, and
-        `weight`, by which they are divided.
+    - `S`, `b`: running means of curvature and slope of directions of length 1.
+    - `weight`: what they are divided by.
     - `coefficients`: how far the last step went along each, before `scale`.
     - `previous`: the last step, or `None`.
     - `count`: the number of updates.
