@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
-.PHONY: bench bench-losses bench-oracles bench-llqr bench-gpu clean
+.PHONY: bench bench-losses bench-oracles bench-llqr bench-training bench-gpu clean
 
 venv: .venv/.installed
 
@@ -79,6 +79,9 @@ bench-oracles: venv
 
 bench-llqr: venv
 	$(BIN)/python -m benchmarks.llqr $(ARGS)
+
+bench-training: .venv/.bench
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

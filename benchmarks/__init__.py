@@ -6,6 +6,7 @@ import os
 # Before JAX, Torch or OpenMP start: one thread on one core, and calls that return when
 # they are done.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
 os.environ.setdefault("JAX_ENABLE_X64", "1")

@@ -32,6 +32,7 @@ ROWS = {
 }
 PROMISES = {"promise": "{}", "limit": "{:g}", "measured": "{:.2f}", "verdict": "{}"}
 REFRESH = {"scalar": 1.3, "diagonal": 1.3, "Kronecker": 3.5, "eigen-Kronecker": 9}
+MODEL_STEPS = {1: 2, 5: 1.3}  # every so many updates
 TRAINING = {"diagonal": 1.1, "Kronecker": 1.25, "eigen-Kronecker": 1.6}
 
 
@@ -123,6 +124,13 @@ def calls() -> dict:
         "products": compiled(products, curvature)[0],
         "base": compiled(step, *start, x, y)[0],
     }
+    adam = optax.adam(1e-3)
+    step, start = stepper(adam, net, loss, False)
+    found["Adam"] = compiled(step, *start, x, y)[0]
+    for every in MODEL_STEPS:
+        optimizer = O.model_step(optax.adam(1.0), every=every)
+        step, start = stepper(optimizer, net, loss, True)
+        found[f"model step {every}"] = compiled(step, *start, x, y)[0]
     for name, structure in structures.items():
         learned = O.published(structure)
         optimizer = optax.chain(learned, sgd)
@@ -182,6 +190,14 @@ def main():
             f"training, {name}, over the base", limit, by_name[name]["training x base"]
         )
         for name, limit in TRAINING.items()
+    ]
+    promises += [
+        promise(
+            f"a model step, every {every}, over Adam",
+            limit,
+            times[f"model step {every}"] / times["Adam"],
+        )
+        for every, limit in MODEL_STEPS.items()
     ]
     print("\n".join(report.machine_lines(about)))
     times["base"] /= LOOP

@@ -23,6 +23,7 @@ PACKAGES = (
     "torch",
     "optax",
     "entmax",
+    "kfac-jax",
 )
 
 

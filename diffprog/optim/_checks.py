@@ -74,9 +74,3 @@ def filled(
         pass  # told below
     check_like(name, tree, params)
     return tree
-
-
-def masked_like(tree: PyTree, like: PyTree) -> PyTree:
-    """The tree without what `optax.masked` left out of a like one."""
-    leave = lambda node, part: node if _is_masked(node) else part
-    return jtu.tree_map(leave, like, tree, is_leaf=_is_masked)

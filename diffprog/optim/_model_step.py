@@ -1,20 +1,31 @@
 """The length of an update, from a quadratic model of the loss."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._common.result import RESULTS
-from .._common.tree import all_finite, cast, cast_like, norm, vdot, where, working_dtype
+from .._common.tree import (
+    add,
+    all_finite,
+    cast,
+    cast_like,
+    norm,
+    scale,
+    vdot,
+    where,
+    working_dtype,
+    yes,
+)
 from .._common.types import (
     came,
     check_count,
@@ -23,7 +34,7 @@ from .._common.types import (
     is_known,
     Number,
 )
-from ._checks import check_curvature, check_floating, filled, masked_like
+from ._checks import check_curvature, check_floating, filled
 from ._curvature import Curvature, LossModel
 from ._rules import AbstractRule, Minimize
 
@@ -42,8 +53,9 @@ class ModelStepState(eqx.Module):
     - `count`: the number of updates.
     - `result`: of the last update, a [`diffprog.RESULTS`][] code: `successful`;
         `no_descent` where the base does not descend, or has length 0;
-        `factorization_failed` where the model has no minimum; `nonfinite_derivative`.
-        In the last two cases the step is 0 and nothing else is changed.
+        `factorization_failed` where the model has no minimum; or
+        `nonfinite_derivative`. In the last two cases the step is 0, and no number that
+        is not finite is kept.
     """
 
     base: Any
@@ -109,8 +121,9 @@ def model_step(
     [`diffprog.optim.ModelStepState`][]. `update` needs `curvature=`, that of the batch
     of the gradient, and hands it and all else on to `base`.
 
-    **Fails:** a step that cannot be trusted is 0, `state.result` says why, and the
-    state of `base` is that of before. `TypeError` and `ValueError` for a wrong call.
+    **Fails:** a step that cannot be trusted is 0, and `state.result` says why. A
+    gradient that is not finite changes nothing, and is not shown to `base`. `TypeError`
+    and `ValueError` for a wrong call.
     The line searches of optax refuse extra arguments: leave them out of the chain.
 
     Costs a forward pass and a product with J for every direction: two thirds of a
@@ -171,17 +184,16 @@ class _Options(eqx.Module):
     start: int
     check: bool
 
-    def members(self, params: PyTree) -> np.ndarray:
-        """A row for every group: which leaves are in it."""
-        paths = [path for path, _ in jtu.tree_leaves_with_path(params)]
-        labels = list(map(self.label, paths))
+    def groups(self, params: PyTree) -> list[int]:
+        """The group of every leaf."""
+        labels = [self.label(path) for path, _ in jtu.tree_leaves_with_path(params)]
         names = list(dict.fromkeys(labels))
-        return np.array([[label == name for label in labels] for name in names])
+        return [names.index(label) for label in labels]
 
 
 def _init(options: _Options, params: PyTree) -> ModelStepState:
     check_floating("params", params)
-    number = len(options.members(params)) + options.previous
+    number = max(options.groups(params), default=0) + 1 + options.previous
     dtype = working_dtype(params)
     zeros = lambda *shape: jnp.zeros(shape, dtype)
     last = jtu.tree_map(jnp.zeros_like, params) if options.previous else None
@@ -202,41 +214,57 @@ def _update(
 ) -> tuple[PyTree, ModelStepState]:
     curvature = check_curvature(curvature)
     g = filled("grads", grads, curvature)
-    base = optax.with_extra_args_support(options.base)
+    if options.check:
+        g = _checked(g, curvature)
     extra["curvature"] = curvature
+
+    def advance():
+        updates, after = _based(options, grads, state.base, params, extra)
+        along = _Directions.of(options, updates, state)
+        found, finite = _averaged(options, state, curvature, g, along)
+        finite = finite & along.finite
+        a, step, result = _stepped(options, state, found, finite, along, updates)
+        previous = step if options.previous else None
+        S, b, weight = found
+        known = a, previous, state.count + 1, result
+        return step, ModelStepState(after, S, b, weight, *known)
+
+    def stay():
+        new = dict(count=state.count + 1, result=RESULTS.nonfinite_derivative)
+        return jtu.tree_map(jnp.zeros_like, grads), dataclasses.replace(state, **new)
+
+    if options.every == 1:  # shares its forward pass with that of the gradient
+        return where(_is_finite(g), advance(), stay())
+    return lax.cond(_is_finite(g), advance, stay)
+
+
+def _based(options: _Options, grads: PyTree, base_state, params, extra: dict):
+    """The update of the base."""
+    base = optax.with_extra_args_support(options.base)
     try:
-        updates, after = base.update(grads, state.base, params, **extra)
+        return base.update(grads, base_state, params, **extra)
     except TypeError as error:
         if "linesearch" in str(error):
             error.add_note(REFUSED)
         raise
-    D = _directions(options, updates, state.previous)
-    D, g = cast((filled("updates", D, curvature, len(state.b)), g), state.S.dtype)
-    found = _averaged(options, state, curvature, g, D)
+
+
+def _stepped(options: _Options, state, found, finite, along, updates: PyTree):
+    """Coefficients, the step, and whether it can be trusted: else it is 0."""
     S, b, weight = found
     known = jnp.where(weight > 0, weight, 1)
     a = options.rule.coefficients(S / known, b / known)
     a = a if options.previous else jnp.maximum(a, 0)
-    scale: Any = (
-        options.scale(state.count) if callable(options.scale) else options.scale
-    )
-    lengths = (scale * a).astype(a.dtype)
-    step = jtu.tree_map(lambda d: jnp.tensordot(lengths, d, 1), D)
-    step = masked_like(step, updates)
+    s: Any = options.scale
+    s = s(state.count) if callable(s) else s
+    step = cast_like(along.combined((s * a).astype(a.dtype)), updates)
     begun = state.count >= options.start
-    result = _judge(begun, all_finite(updates, found), a)
+    if options.start:
+        step = where(begun, step, updates)
+    result = _judge(begun, finite, a)
     ok = (result == RESULTS.successful) | (result == RESULTS.no_descent)
-    step = where(begun, cast_like(step, updates), updates)
     step = where(ok, step, jtu.tree_map(jnp.zeros_like, updates))
-    S, b, weight, a, after = where(
-        ok,
-        (*found, a, after),
-        (state.S, state.b, state.weight, state.coefficients, state.base),
-    )
-    previous = step if options.previous else None
-    return step, ModelStepState(
-        after, S, b, weight, a, previous, state.count + 1, result
-    )
+    return jnp.where(ok, a, state.coefficients), step, result
 
 
 REFUSED = (
@@ -255,46 +283,103 @@ def _judge(begun: Array, finite: Array, a: Array) -> RESULTS:
     return RESULTS.where(finite, result, RESULTS.nonfinite_derivative)
 
 
-def _directions(options: _Options, updates: PyTree, previous: PyTree) -> PyTree:
-    """Directions of length 1, stacked on a leading axis; 0 where there is none."""
-    leaves, treedef = jtu.tree_flatten(updates)
-    members = options.members(updates)
-    part = lambda leaf, inside: leaf if inside else jnp.zeros_like(leaf)
-    groups = [treedef.unflatten(map(part, leaves, row)) for row in members]
-    parts = [*groups, previous] if options.previous else groups
-    return jtu.tree_map(lambda *rows: jnp.stack(rows), *map(_normalized, parts))
+class _Directions(NamedTuple):
+    """The update, taken apart into groups of leaves, and the last step.
+
+    - `groups`: the group of every leaf.
+    - `inverse`: one over the lengths of all directions; 0 where there is none.
+    - `finite`: whether all of them are.
+    """
+
+    updates: PyTree
+    previous: PyTree
+    groups: list[int]
+    inverse: Float[Array, " K"]
+    finite: Bool[Array, ""]
+
+    @staticmethod
+    def of(options: _Options, updates: PyTree, state: ModelStepState) -> "_Directions":
+        groups, dtype = options.groups(updates), state.S.dtype
+        updates, previous = cast((updates, state.previous), dtype)
+        leaves = jtu.tree_leaves(updates)
+        inside = lambda k: [u for u, group in zip(leaves, groups) if group == k]
+        parts = [inside(k) for k in range(len(state.b) - options.previous)]
+        parts += [previous] if options.previous else []
+        lengths = jnp.stack([_length(part) for part in parts])
+        inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
+        return _Directions(updates, previous, groups, inverse, all_finite(lengths))
+
+    def stacked(self) -> PyTree:
+        """All of length 1, on a leading axis."""
+        leaves, treedef = jtu.tree_flatten(self.updates)
+        number = len(self.inverse) - (self.previous is not None)
+        part = lambda u, group, k: u if group == k else jnp.zeros_like(u)
+        rows = [
+            treedef.unflatten([part(*pair, k) for pair in zip(leaves, self.groups)])
+            for k in range(number)
+        ]
+        rows += [] if self.previous is None else [self.previous]
+        scaled = [scale(*pair) for pair in zip(self.inverse, rows, strict=True)]
+        return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *scaled)
+
+    def combined(self, a: Float[Array, " K"]) -> PyTree:
+        """The sum of a_k times direction k."""
+        c = a * self.inverse
+        leaves, treedef = jtu.tree_flatten(self.updates)
+        step = treedef.unflatten([c[k] * u for u, k in zip(leaves, self.groups)])
+        return step if self.previous is None else add(step, self.previous, c[-1])
 
 
-def _normalized(tree: PyTree) -> PyTree:
-    tree = cast(tree, working_dtype(tree))
-    length = norm(tree)
-    inverse = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
-    return jtu.tree_map(lambda leaf: inverse * leaf, tree)
+def _length(tree: PyTree) -> Float[Array, ""]:
+    """`norm`, by one pass where the squares neither over- nor underflow."""
+    squares = _squares(tree)
+    limits = jnp.finfo(squares.dtype)
+    safe = (squares > limits.tiny / limits.eps) & (squares < limits.max)
+    return lax.cond(safe, lambda: jnp.sqrt(squares), lambda: norm(tree))
 
 
-def _averaged(options: _Options, state, curvature, g: PyTree, D: PyTree):
+def _squares(tree: PyTree) -> Any:
+    return sum(map(_square, jtu.tree_leaves(tree)))
+
+
+def _square(a: Array) -> Array:
+    """The sum of squares, of columns first: a single sum is slow on the CPU."""
+    rows = a.reshape(a.shape[0] if a.ndim > 1 else 1, -1)
+    return jnp.sum(lax.optimization_barrier(jnp.sum(rows * rows, 0)))
+
+
+def _is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether all is finite, by the squares where these do not overflow."""
+    finite = jnp.isfinite(_squares(tree))
+    return lax.cond(finite, lambda: finite, lambda: all_finite(tree))
+
+
+def _averaged(options: _Options, state, curvature, g: PyTree, along: _Directions):
     """The running means of S and b, and what they are divided by."""
+    before = state.S, state.b, state.weight
 
     def look():
         model: LossModel = curvature.linearize()
-        b = -jax.vmap(lambda d: vdot(d, g))(D)
-        if options.check:
-            b = _checked(b, g, model.gradient)
+        stacked = filled("updates", along.stacked(), curvature, len(state.b))
+        D, gradient = cast((stacked, g), state.S.dtype)
+        b = -jax.vmap(lambda d: vdot(d, gradient))(D)
         mix = lambda old, new: options.ema * old + (1 - options.ema) * new
         new = model.gram(D), b, jnp.ones_like(state.weight)
-        before = state.S, state.b, state.weight
-        return jtu.tree_map(lambda a, b: mix(a, b).astype(a.dtype), before, new)
+        mixed = jtu.tree_map(lambda a, b: mix(a, b).astype(a.dtype), before, new)
+        return where(all_finite(mixed), mixed, before), all_finite(mixed)
 
     if options.every == 1 and options.start == 0:
         return look()
     since = state.count - options.start
     due = (since >= 0) & (since % options.every == 0)
-    return lax.cond(due, look, lambda: (state.S, state.b, state.weight))
+    return lax.cond(due, look, lambda: (before, yes(due)))
 
 
-def _checked(b: Array, g: PyTree, gradient: PyTree) -> Array:
-    """b. Raises where the gradients differ by more than rounding."""
-    difference = norm(jtu.tree_map(jnp.subtract, g, gradient))
+def _checked(g: PyTree, curvature: Curvature) -> PyTree:
+    """g. Raises where it is not the gradient of the curvature, but for rounding."""
+    gradient = curvature.linearize().gradient
+    own = cast(g, working_dtype(gradient))
+    difference = norm(jtu.tree_map(jnp.subtract, own, gradient))
     eps = jnp.finfo(difference.dtype).eps
     wrong = difference > jnp.sqrt(eps) * norm(gradient)
     message = (
@@ -302,7 +387,7 @@ def _checked(b: Array, g: PyTree, gradient: PyTree) -> Array:
         "both the same model, batch, loss and `reduction`."
     )
     if not is_known(wrong):
-        return eqx.error_if(b, wrong, message)
+        return eqx.error_if(g, wrong, message)
     if wrong:
         raise ValueError(message)
-    return b
+    return g
