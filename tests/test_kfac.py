@@ -14,7 +14,16 @@ from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
 from diffprog.losses import Logistic, SoftmaxCrossEntropy, Squared
-from diffprog.optim import fisher, ggn, hessian, kfac
+from diffprog.optim import (
+    Dense,
+    EigenKronecker,
+    fisher,
+    ggn,
+    hessian,
+    kfac,
+    Kronecker,
+    PSDKronecker,
+)
 
 from .helpers import close
 
@@ -468,3 +477,54 @@ WRONG = {
 def test_wrong_calls_say_what_to_do(message, unchecked):
     with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
+
+
+BIASES = {False: "without biases", True: "with biases"}
+
+
+@pytest.mark.parametrize("use_bias", BIASES, ids=BIASES.values())
+@pytest.mark.parametrize(
+    "structure",
+    [Kronecker(), PSDKronecker(), EigenKronecker(), Dense()],
+    ids=lambda structure: type(structure).__name__,
+)
+def test_a_learned_preconditioner_starts_from_the_factors(structure, use_bias):
+    keys = jr.split(jr.key(5), 7)
+    layers = [eqx.nn.Linear(4, 3, use_bias=use_bias, key=keys[0]), jnp.tanh]
+    for key in keys[1:6]:  # a stack
+        layers += [eqx.nn.Linear(3, 3, use_bias=use_bias, key=key), jnp.tanh]
+    net = dp.Network(layers)
+    params = eqx.filter(net, eqx.is_inexact_array)
+    x, y = jr.normal(keys[6], (8, 4)), jnp.arange(8) % 3
+    at = dp.optim.ggn(dp.losses.SoftmaxCrossEntropy())(net, x, y)
+    g = at.linearize().gradient
+    factors = dp.optim.kfac(damping=0.01)
+    step, own = factors.update(g, factors.init(params), curvature=at)
+    rule = lambda path, leaf: structure if leaf.ndim > 1 else Dense()
+    learned = dp.optim.llqr(rule, solver=dp.optim.HeavyBall(num_steps=0))
+    state, _ = dp.optim.refresh(learned.init(params), params, at, start=own)
+    found, _ = learned.update(g, state, params)
+    if not use_bias:
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(step), strict=True):
+            close(a, b, 1e-10, scale="norm")
+        return
+    # The blocks of weight and bias apart, by the damped factors themselves.
+    stack, A, G = found.stacks[1], own.A_inverse[1], own.G_inverse[1]
+    of_g = g.stacks[1].stage.layers[0]
+    for t in range(5):
+        whole = jnp.linalg.inv(A[t])
+        weight = G[t] @ of_g.weight[t] @ jnp.linalg.inv(whole[:-1, :-1])
+        close(stack.stage.layers[0].weight[t], weight, 1e-10, scale="norm")
+        bias = G[t] @ of_g.bias[t] / whole[-1, -1]
+        close(stack.stage.layers[0].bias[t], bias, 1e-10, scale="norm")
+
+
+def test_a_start_of_other_parameters_is_refused():
+    nets = [dp.Network([eqx.nn.Linear(n, 3, key=jr.key(0))]) for n in (2, 4)]
+    first, second = (eqx.filter(net, eqx.is_inexact_array) for net in nets)
+    at = ggn(Squared())(nets[0], jnp.ones((2, 2)), jnp.ones((2, 3)))
+    learned = dp.optim.llqr()
+    with pytest.raises(
+        ValueError, match=r"layers of \[\(3, 5\)\].*the same parameters"
+    ):
+        dp.optim.refresh(learned.init(first), first, at, start=kfac().init(second))

@@ -16,6 +16,8 @@ from .._common.tree import add, all_finite, norm, where
 from .._common.types import check_not_negative, Number
 from ._checks import check_curvature
 from ._curvature import Curvature
+from ._kfac import KFACState
+from ._kfac_start import from_factors
 from ._llqr_state import LLQRState, Plan
 from ._score import optimum
 
@@ -53,6 +55,7 @@ def refresh(
     *,
     damping: Number | None = None,
     judge: Curvature | None = None,
+    start: KFACState | None = None,
 ) -> tuple[PyTree, LLQRDiagnostics | tuple[LLQRDiagnostics, ...]]:
     """Fits the preconditioners of [`diffprog.optim.llqr`][] to some batches.
 
@@ -72,6 +75,9 @@ def refresh(
     - `judge`: the curvature of a batch that is not among them; `score` in the
         diagnostics is then that of the gradient of this batch. Costs up to 200 products
         with C.
+    - `start`: the state of a [`diffprog.optim.kfac`][] of the same parameters: the fit
+        starts from its factors, as near as the structures come to them. With
+        `HeavyBall(num_steps=0)` U is what K-FAC is.
 
     **Returns:** the state, with the U that was found; and what is known of it, a
     [`diffprog.optim.LLQRDiagnostics`][], or a tuple of these where there are several
@@ -96,7 +102,7 @@ def refresh(
         given = checked_curvatures(curvature, state.plan, params)
         if judge is not None:
             checked_curvatures(judge, state.plan, name="judge")
-        found.append(compiled(_refreshed)(state, given, damping, judge))
+        found.append(compiled(_refreshed)(state, given, damping, judge, start))
     new = iter([state for state, _ in found])
     nodes = [next(new) if is_state(node) else node for node in nodes]
     diagnostics = tuple(about for _, about in found)
@@ -124,6 +130,7 @@ def _refreshed(
     curvatures: list[Curvature],
     damping: Any = None,
     judge: Curvature | None = None,
+    factors: KFACState | None = None,
 ) -> tuple[LLQRState, LLQRDiagnostics]:
     """The state with a new U, and what is known of it."""
     plan, settings = state.plan, state.settings
@@ -133,6 +140,8 @@ def _refreshed(
     objective = plan.objective(models, settings.probe, rho, key)
     old, identity = plan.numbers(state.U), plan.init()
     start = old if plan.warm_start else identity
+    if factors is not None:
+        start = from_factors(plan, factors)
     new = settings.solver.solve(objective, start)
     new = add(old, add(new, old, -1), 1 - settings.ema)
     if settings.floor is not None:
