@@ -82,6 +82,21 @@ def makers(task, names: list[str] | None) -> dict:
     return {name: make for name, make in found.items() if not names or name in names}
 
 
+def summary(numbers: dict) -> tuple[list[dict], dict[str, str]]:
+    """Final training losses of all methods on all tasks, and who has the lowest."""
+    tasks = {name: rows for name, rows in numbers.items() if rows[0].get("method")}
+    methods = dict.fromkeys(row["method"] for rows in tasks.values() for row in rows)
+    columns = {"task": "{}", "lowest": "{}"} | dict.fromkeys(methods, "{}")
+    table = []
+    for name, rows in tasks.items():
+        found = {row["method"]: f"{row['final loss']:.3g}" for row in rows}
+        table.append(
+            {"task": name, "lowest": rows[0]["method"]}
+            | {method: found.get(method, "") for method in methods}
+        )
+    return table, columns
+
+
 def table(task, results: dict) -> tuple[list[dict], dict[str, str]]:
     """A row for every method, medians of three seeds, the best first."""
     columns, rows = dict(RESULTS), []
@@ -154,6 +169,9 @@ def main():
         picture = "training_" + name.lower().replace(" ", "_")
         figures[picture] = pictures.curves(name, results)
         add(lines, task.title, rows, columns, picture)
+    known = {name: rows for name, rows in numbers.items() if name != "machine"}
+    if set(known) - {"scores"}:
+        add(lines, "Final training losses", *summary(known))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "benchmarks_training.json").write_text(json.dumps(numbers, indent=1))
     folder = report.DOCS / "images" if args.write == "docs" else args.out
@@ -165,10 +183,11 @@ def main():
         (report.DOCS / "benchmarks-training.md").write_text(page)
 
 
-def add(lines: list[str], title: str, rows, columns, picture: str):
+def add(lines: list[str], title: str, rows, columns, picture: str = ""):
     """A section with its picture and its table, which is printed too."""
     print(f"\n{title}\n\n{report.text_table(rows, columns)}", flush=True)
-    lines += [f"## {title}", "", f"![{title}](images/{picture}.svg)", ""]
+    lines += [f"## {title}", ""]
+    lines += [f"![{title}](images/{picture}.svg)", ""] if picture else []
     lines += [report.markdown_table(rows, columns), ""]
 
 
