@@ -2,6 +2,8 @@ import abc
 from typing import Any, TypeAlias
 
 import equinox as eqx
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 import diffprog as dp
@@ -19,6 +21,12 @@ class AbstractSystem(eqx.Module):
     Every system has fields of these names; declared here, they would come first for
     type checkers.
     """
+
+    def __check_init__(self):
+        system: Any = self
+        if not isinstance(system.dt, Tracer) and not np.all(system.dt > 0):
+            raise ValueError(f"`dt` is {system.dt}; positive seconds are expected.")
+        dp.discretize(self.vector_field, 1.0, system.method)  # raises for others
 
     @abc.abstractmethod
     def vector_field(
