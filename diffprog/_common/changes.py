@@ -195,9 +195,9 @@ def _in_function(fn: types.FunctionType) -> dict[str, Any]:
 
 def defaults_of(fn: types.FunctionType) -> dict[str, Any]:
     """Those of the arguments that may be given by position."""
-    names, values = fn.__code__.co_varnames, fn.__defaults__ or ()
-    end = fn.__code__.co_argcount
-    return dict(zip(names[end - len(values) : end], values, strict=True))
+    code, values = fn.__code__, fn.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return dict(zip(names, values, strict=True))
 
 
 def attributes(value) -> dict[str, Any]:

@@ -252,8 +252,8 @@ def solve_batch(
         for all arrays in the problem, whose first axis then is the problem (Python
         floats and arrays without axes are shared); or a tree of axes and `None` like
         the problem, or like its upper part. Not given, it is `None`, but an array that
-        has as many rows as there are problems (or a list of as many numbers), and
-        would also do with one row, is refused.
+        has as many rows as there are problems (or a list of as many numbers or rows),
+        and would also do with one row, is refused.
     - `batch_size`: at most so many problems at once; all unless given. It bounds the
         memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.

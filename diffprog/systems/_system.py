@@ -15,6 +15,12 @@ Time: TypeAlias = float | Float[Array, ""]
 Stage: TypeAlias = int | Int[Array, ""]
 
 
+def _check_step(system: Any):
+    if not isinstance(system.dt, Tracer) and not np.all(system.dt > 0):
+        raise ValueError(f"`dt` is {system.dt}; positive seconds are expected.")
+    dp.discretize(system.vector_field, 1.0, system.method)  # raises for others
+
+
 class AbstractSystem(eqx.Module):
     """A vector field that is stepped over `dt` by `method`, and costs.
 
@@ -22,11 +28,7 @@ class AbstractSystem(eqx.Module):
     type checkers.
     """
 
-    def __check_init__(self):
-        system: Any = self
-        if not isinstance(system.dt, Tracer) and not np.all(system.dt > 0):
-            raise ValueError(f"`dt` is {system.dt}; positive seconds are expected.")
-        dp.discretize(self.vector_field, 1.0, system.method)  # raises for others
+    __check_init__ = _check_step  # Equinox calls that of a class too
 
     @abc.abstractmethod
     def vector_field(

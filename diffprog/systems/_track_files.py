@@ -79,10 +79,9 @@ def read_csv(
     missing = [name for name in wanted if name not in names]
     if missing:
         has_points = "x_m" in names and "y_m" in names
-        line = header.line if header else 0
-        quoted = f" (line {line}, {lines[line - 1]!r:.99})" if line else ""
+        quoted = header and f" (line {header.line}, {lines[header.line - 1]!r:.99})"
         raise ValueError(
-            f"`path` {path} has the columns {', '.join(columns)}{quoted}; "
+            f"`path` {path} has the columns {', '.join(columns)}{quoted or ''}; "
             f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
             f"the header{', or pass `half_width`' if has_points else ''}."
         )
@@ -143,8 +142,7 @@ def _in_comments(comments: list[tuple], first: _Row, line: str) -> _Row | None:
 
 
 def _filled(row: _Row) -> list[str]:
-    """The cells but for an empty one behind a last separator."""
-    return row.cells if row.cells[-1] else row.cells[:-1]
+    return row.cells if row.cells[-1] else row.cells[:-1]  # behind a last separator
 
 
 def _complete(
