@@ -223,6 +223,11 @@ LISTS = {
     "tuple": ((2.0, 5.0), "2 numbers, as many .*one number would .*`jnp.asarray`"),
     "list of integers": ([2, 5], "`problem.system.weights` has 2 numbers"),
     "list of NumPy": (list(np.array([2.0, 5.0])), "weights` has 2 numbers"),
+    "scalars": ([jnp.array(2.0), jnp.array(5.0)], "weights` has 2 numbers"),
+    "rows": ([[2.0], [5.0]], "weights` has 2 rows, .*one row would .*`jnp.asarray`"),
+    "rows of arrays": ((jnp.ones(1), jnp.ones(1)), "weights` has 2 rows"),
+    "rows of NumPy": ([np.ones(2), np.ones(2)], "weights` has 2 rows"),
+    "pairs": ([(2.0, 1), (5.0, 1)], "weights` has 2 rows"),
 }
 SHIFTED = {
     "one axis": (jnp.array([[2.0, 5.0]]), "has 2 rows along axis 1.*`in_axes=1` if"),
@@ -262,13 +267,14 @@ def test_the_axis_that_is_advised_gives_each_problem_its_own():
 
 
 def test_a_list_that_functions_hold_is_asked_about():
-    weights, (_, x0s, uss) = [2.0, 5.0], batch(2)
+    _, x0s, uss = batch(2)
     spring = helpers.Spring()
-    cost = lambda x: jnp.sum(jnp.asarray(weights) * x**2)
-    problem = dp.ControlProblem(spring.dynamics, spring.cost, cost, 12)
-    held = "functions hold a list of 2 numbers.*make it an array in a field of an"
-    with pytest.raises(ValueError, match=held):
-        dp.solve_batch(problem, dp.ILQR(), x0s, uss)
+    for weights, rows in (([2.0, 5.0], "numbers"), ([[2.0], [5.0]], "rows")):
+        cost = lambda x, w=weights: jnp.sum(jnp.asarray(w) * x**2)
+        problem = dp.ControlProblem(spring.dynamics, spring.cost, cost, 12)
+        held = f"functions hold a list of 2 {rows}.*make it an array in a field of an"
+        with pytest.raises(ValueError, match=held):
+            dp.solve_batch(problem, dp.ILQR(), x0s, uss)
 
 
 def test_numbers_that_have_one_reading_are_not_asked_about():
@@ -334,8 +340,12 @@ def test_wrong_axes():
         call({"mass": 0})
     with pytest.raises(ValueError, match=r"has 1 for a number of shape \(5,\) in"):
         call(1)
-    with pytest.raises(ValueError, match="`in_axes` is 0, but no array in the problem"):
-        call(0, stiffness=0.3)
+    for stiffness in (0.3, [0.3] * 5):
+        message = (
+            "`in_axes` is 0, but no array in the problem.*arrays of lists .`jnp.asa"
+        )
+        with pytest.raises(ValueError, match=message):
+            call(0, stiffness=stiffness)
     system = helpers.Spring(stiffness=MASSES, weight=MASSES)
     problem = dp.ControlProblem.from_system(system, 12)
     names = "`problem.system.stiffness`, `problem.system.weight` have 5 rows"
@@ -367,9 +377,9 @@ def test_wrong_calls(unchecked):
         call(x0s, uss, rtol=jnp.ones(2))
     with pytest.raises(TypeError, match="takes no `throw`: nothing is raised for a pr"):
         call(x0s, uss, throw=True)
-    with pytest.raises(ValueError, match=r"`batch_size` is 0 for 5 problems"):
+    with pytest.raises(ValueError, match="`batch_size` is 0; a Python int >= 1"):
         call(x0s, uss, batch_size=0)
-    with pytest.raises(TypeError, match="`batch_size` is 2.5; a Python int"):
+    with pytest.raises(ValueError, match="`batch_size` is 2.5; a Python int"):
         call(x0s, uss, batch_size=2.5)
     with pytest.raises(ValueError, match="`fast_loops=True` is not possible"):
         sort = lambda x, u, t: jnp.sort(x) + u

@@ -2,6 +2,7 @@ import inspect
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -227,6 +228,29 @@ def test_one_step_of_diffrax_at_late_times():
     np.testing.assert_allclose(x, [0.905], rtol=1e-6)
 
 
+class Backward(eqx.Module):
+    method: Any = eqx.field(static=True)
+    dt: float = -0.1
+
+    def dynamics(self, x, u, t):
+        return dp.discretize(lambda x, u, time: u - x, self.dt, self.method)(x, u, t)
+
+    def cost(self, x, u, t):
+        return jnp.sum(u**2)
+
+    def terminal_cost(self, x):
+        return jnp.sum(x**2)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", diffrax.Heun()], ids=str)
+def test_a_traced_step_that_is_not_positive_is_nan(method):
+    for dt in (-0.1, 0.0, jnp.nan):
+        problem = dp.ControlProblem.from_system(Backward(method, dt), 3)
+        assert np.isnan(dp.rollout(problem, jnp.ones(1), jnp.ones((3, 1))).xs[1:]).all()
+    with pytest.raises(dp.SolveError, match="from stage 1 on.*`dt` that is not positi"):
+        dp.solve(problem, dp.ILQR(), jnp.ones(1), jnp.ones((3, 1)))
+
+
 @pytest.mark.slow
 def test_several_steps_in_a_stage():
     """The recipe of the docstring."""
@@ -265,6 +289,7 @@ def test_solvers_that_do_not_fit(solver, message):
     [
         ((1.0, 0.1), TypeError, "`vector_field` is 1.0; a function"),
         ((field, 0.0), ValueError, "`dt` is 0.0; a positive number"),
+        ((field, jnp.array(-0.1)), ValueError, "`dt` is -0.1.*; a positive number"),
         ((field, "0.1"), TypeError, "`dt` is '0.1'; one number, the seconds of a"),
         ((field, jnp.ones(2)), TypeError, r"`dt` is an array of shape \(2,\); one"),
         ((field, 0.1, "rk5"), ValueError, "`method` is 'rk5'; one of euler, midpoint"),

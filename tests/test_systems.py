@@ -481,3 +481,14 @@ def test_a_race_takes_a_car_and_a_track(kind):
         kind(Car, track)
     with pytest.raises(TypeError, match="`track` is circle; something like"):
         kind(car, "circle")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_steps_are_positive_and_methods_known_at_once():
+    for dt in (0.0, jnp.array([0.1, -0.1]), np.nan):
+        with pytest.raises(ValueError, match="`dt` is .*; positive seconds are expec"):
+            Pendulum(dt=dt)
+    with pytest.raises(ValueError, match="`method` is 'rk5'; one of euler, midpoint"):
+        Race(Car.miniature(), Track.simple(), method="rk5")
+    assert Pendulum(dt=jnp.array([0.1, 0.2])).dt.shape == (2,)
+    assert jax.jit(lambda dt: CartPole(dt=dt).dt)(0.3) == jnp.float32(0.3)

@@ -524,6 +524,9 @@ HEADERS = {
     "plain": "x_m,y_m,w_tr_right_m,w_tr_left_m\n",
     "comment": "# x_m,y_m,w_tr_right_m,w_tr_left_m\n",
     "remark": "# a circuit, drawn by hand\n# x_m, y_m, w_tr_right_m, w_tr_left_m\n\n",
+    "remark behind": "# x_m,y_m,w_tr_right_m,w_tr_left_m\n# units: m, m, m, m\n",
+    "prefix": "# Columns: x_m; y_m; w_tr_right_m; w_tr_left_m;\n",
+    "of numbers": "# 1.0,2.0,3.0,4.0\n",
     "none": "",
 }
 
@@ -656,6 +659,22 @@ BAD_CSV = {
 }
 
 
+@pytest.mark.parametrize(
+    "names",
+    ["x;y;w_left;w_right", "x_m [m];y_m [m];w_tr_left_m [m];w_tr_right_m [m]"]
+    + ["x;y;left;right;\n# in meters, from a survey", "columns: x;y;right;left"],
+)
+def test_a_header_of_other_names_is_refused_in_a_comment_too(tmp_path, names):
+    path = tmp_path / "track.csv"
+    for mark in ("", "# "):
+        text = mark + names.replace("; ", ";") + "\n" + rewritten(table(), ";")
+        path.write_text(f"# by hand; in 2020\n{text if mark else text.split(': ')[-1]}")
+        with pytest.raises(
+            ValueError, match=rf"columns x.* \(line 2, '{mark}.*missing: x_m"
+        ):
+            Track.from_csv(path)
+
+
 @pytest.mark.parametrize("text", BAD_CSV)
 def test_bad_csv(tmp_path, text):
     path = tmp_path / "track.csv"
@@ -698,7 +717,7 @@ def test_lines_of_grouped_numbers_are_no_header(tmp_path):
         Track.from_csv(path, half_width=5.0)
     # Names of columns are quoted as written, too.
     path.write_text("X_m;Y_m;Width\n1;2;5\n")
-    with pytest.raises(ValueError, match="has the columns X_m, Y_m, Width; missing"):
+    with pytest.raises(ValueError, match="has the columns X_m, Y_m, Width .*; missing"):
         Track.from_csv(path)
 
 

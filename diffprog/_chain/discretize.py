@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._common.tree import all_finite, where
-from .._common.types import check_one_number
+from .._common.types import check_one_number, is_known
 
 
 METHODS = ("euler", "midpoint", "rk4")
@@ -30,6 +31,8 @@ class Discretized(eqx.Module):
         if not isinstance(self.method, str):
             return _by_diffrax(self, x, u, t)
         dt, slope = self.dt, _slope(self, x, u, t)
+        if isinstance(dt, Tracer):  # where nothing can be raised
+            dt = jnp.where(dt > 0, dt, jnp.nan)
         if self.method == "euler":
             return _add(x, dt, slope(x, 0.0))
         if self.method == "midpoint":
@@ -101,7 +104,7 @@ def _diffrax_step(system: Discretized, x: PyTree, u: PyTree, t):
         max_steps=1,
         throw=False,
     )
-    y = jtu.tree_map(lambda x: x[0], solution.ys)
+    y = jtu.tree_map(lambda x: jnp.where(dt > 0, x[0], jnp.nan), solution.ys)
     return y, (solution.result == diffrax.RESULTS.successful) & all_finite(y)
 
 
@@ -190,9 +193,9 @@ def discretize(
         The solver allows it 10 iterations: `root_find_max_steps=100` costs nothing
         where fewer do.
 
-    **Returns:** a module, to be called as `dynamics(x, u, t)`. Where the root finder of
-    an implicit solver does not reach its tolerances the new state is NaN, and a solve
-    rejects the trial.
+    **Returns:** a module, to be called as `dynamics(x, u, t)`. The new state is NaN,
+    and a solve rejects the trial, where the root finder of an implicit solver does not
+    reach its tolerances, or a traced `dt`, such as a field, is not positive.
 
     For four steps in a stage of length `dt`: `fine = discretize(f, dt / 4)`, and in
     `dynamics(x, u, t)` four times `x = fine(x, u, 4 * t + i)`, i from 0 to 3.
@@ -206,7 +209,7 @@ def discretize(
             "expected."
         )
     check_one_number("dt", dt, "one number, the seconds of a stage,")
-    if isinstance(dt, float | int) and not dt > 0:
+    if is_known(dt) and not dt > 0:
         raise ValueError(f"`dt` is {dt}; a positive number of seconds is expected.")
     _check_method(method)
     return Discretized(vector_field, dt, method)

@@ -64,9 +64,9 @@ class ControlProblem(AbstractChain):
     $$\min_{u_0, \dots, u_{T-1}} \sum_{t=0}^{T-1} h_t(x_t, u_t) + h_T(x_T)
     \quad \text{subject to} \quad x_{t+1} = f_t(x_t, u_t), \; x_0 \text{ given}.$$
 
-    States and controls are any pytrees of floating arrays. The numbers inside the
-    functions (fields of an [`equinox.Module`][], say) are leaves of the problem: new
-    values never compile again.
+    States and controls are any pytrees of floating arrays, dicts with sorted keys. The
+    numbers inside the functions (fields of an [`equinox.Module`][], say) are leaves of
+    the problem: new values never compile again.
 
     - `system`: the object that holds the three functions and their numbers.
     """

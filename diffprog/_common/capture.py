@@ -5,7 +5,8 @@ object of a bound method, the arguments of a `functools.partial` and the attribu
 a callable object are leaves as well, so that a changed number is found. What is in a
 module's globals is not watched, hence a function is the same one only if it is the
 same object: a `lambda` written anew may see other globals. What a node holds beside its
-children, see `changes`, is compared by its contents at the time.
+children, see `changes`, is compared by its contents at the time. JAX sorts the keys of
+a dict; one that a function captures keeps its order, which is part of the program.
 
 There are two ways to split data from code. At the `door` all floats are data, so that a
 new number of a problem does not compile again. What is `Frozen` has floats that are
@@ -16,7 +17,8 @@ functions with custom derivatives and static fields can be compared.
 import contextlib
 import functools as ft
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,22 +30,25 @@ from jaxtyping import PyTree
 from .changes import (
     check_unchanged,
     contents,
+    defaults_of,
+    DICTS,
     fields_of,
     Fixed,
     flatten_once,
     held_by,
     is_code,
-    is_data,
     is_list,
     is_of_library,
     is_open,
     is_plain,
     is_record,
+    is_whole,
     is_wrapper,
     LINKS,
+    NUMBERS,
+    OF_NUMPY,
     PLAIN,
     refuse,
-    refuse_array,
     Same,
     Unassigned,
 )
@@ -124,14 +129,7 @@ class Taken:
     was traced just now.
     """
 
-    def __init__(
-        self,
-        tree: PyTree,
-        constants: bool = False,
-        captured: bool = False,
-        size: int | None = None,
-        traced: bool = False,
-    ):
+    def __init__(self, tree, constants=False, captured=False, size=None, traced=False):
         self.numbers: list = []
         self.captured = False  # whether a number is one that a function captures
         self._constants, self._depth, self._many = constants, int(captured), False
@@ -140,56 +138,63 @@ class Taken:
         self._seen: dict[int, _Node] = {}
         self._size, self._traced = size, traced
         leaves, treedef = self._flatten(tree)
-        self.static = treedef, tuple([self._leaf(leaf) for leaf in leaves])
+        self.static = treedef, tuple([self._take(leaf) for leaf in leaves])
 
-    def _flatten(self, tree: PyTree) -> tuple[list, Any]:
+    def _flatten(self, tree: PyTree, is_leaf: Callable = is_open) -> tuple[list, Any]:
         """Leaves and structure; what is to be looked at as a whole is a leaf."""
-        if self._size is None:
-            return jtu.tree_flatten(tree, is_leaf=is_open)
-        is_leaf = lambda node: is_list(node, self._size) or is_open(node)
-        return jtu.tree_flatten(tree, is_leaf=is_leaf)
+        size = None if self._kept else self._size
+        either = lambda node: is_list(node, size) or is_leaf(node)
+        return jtu.tree_flatten(tree, is_leaf if size is None else either)
 
-    def _leaf(self, leaf):
-        """A leaf of the tree itself."""
-        if is_data(leaf):
-            return self._number(leaf)
-        if is_list(leaf, self._size):
-            return self._list(leaf)
-        if is_open(leaf):
-            return self._open(leaf, self._leaf)
-        return self._code(leaf) or self._object(leaf)
+    def _take(self, value, holder=None, name: str = ""):
+        """A leaf of the tree, or a value that a function or an object holds."""
+        kind = type(value)
+        if kind in PLAIN:
+            return kind, value  # the type stands beside the value: True == 1
+        if isinstance(value, NUMBERS):
+            return self._number(value, holder, name)
+        if kind in DICTS:
+            return self._dict(value, holder, name)
+        if holder is not None:
+            leaves, treedef = self._flatten(value, is_whole)
+            if len(leaves) != 1 or leaves[0] is not value:
+                parts = self._parts(leaves, holder, name)
+                return _Node(value, -1, (treedef,)).close(parts)
+        if is_list(value, self._size) and not self._kept:
+            self.numbers.append(value)
+            return _Number
+        if is_open(value):
+            return self._open(value, holder, name)
+        found = self._code(value)
+        if found is None and (holder is None or type(holder) is types.MethodType):
+            return self._object(value)
+        if found is None and not is_of_library(holder, value):
+            refuse(value, holder, name)
+        return Same(value) if found is None else found
 
-    def _number(self, number):
-        if isinstance(number, np.ndarray) and number.dtype.hasobject:
-            refuse_array(number)
+    def _number(self, number, holder, name: str):
+        of_numpy = isinstance(number, OF_NUMPY)
+        if of_numpy and number.dtype.hasobject:
+            refuse(number, holder, name)
         if self._kept:
             return _Constant(number)
         if self._depth:
             self.captured = True
             # NumPy's integers and masks may be sizes and indices, and a long list of
             # floats would be as many arguments.
-            of_numpy = isinstance(number, np.ndarray | np.generic)
             fixed = of_numpy and number.dtype.kind in "biu"
             fixed = fixed or (self._many and isinstance(number, float))
             if (fixed or self._constants) and not isinstance(number, Tracer):
                 return _Constant(number)
-        if isinstance(number, np.ndarray) and number.dtype.kind not in "biufcV":
-            refuse_array(number)
+        if of_numpy and (number.dtype.names or number.dtype.kind not in "biufcV"):
+            refuse(number, holder, name)
         # A NumPy float64 scalar is a Python float and counts as one.
         self.numbers.append(float(number) if isinstance(number, float) else number)
-        return _Number
-
-    def _list(self, numbers: Sequence):
-        if self._kept:
-            return tuple, tuple(map(_Constant, numbers))
-        self.numbers.append(numbers)
         return _Number
 
     def _code(self, value):
         """Functions and what never changes; `None` for any other object."""
         kind = type(value)
-        if kind in PLAIN:
-            return kind, value  # the type stands beside the value: True == 1
         if self._static:
             check_unchanged(value, Frozen, self._traced)
         if kind is types.FunctionType:
@@ -223,28 +228,42 @@ class Taken:
 
     @contextlib.contextmanager
     def _keeping(self):
-        if self._kept:
-            yield
-            return
+        before = self._seen, self._kept
         # What stands elsewhere too may be data there.
-        before, self._seen, self._kept = self._seen, {}, True
+        self._seen, self._kept = self._seen if self._kept else {}, True
         try:
             yield
         finally:
-            self._seen, self._kept = before, False
+            self._seen, self._kept = before
 
-    def _open(self, node, take: Callable):
+    def _open(self, node, holder, name: str):
         """A node of a tree with what it holds beside its children, by contents."""
         before, self._static = self._static, True
         with self._keeping():
-            held = {
-                name: self._captured(value, node, name)
-                for name, value in held_by(node).items()
-            }
+            held = [(k, self._take(part, node, k)) for k, part in held_by(node).items()]
         self._static = before
-        leaves, treedef = self._flatten(flatten_once(node)[0])
-        key = _OPEN, Same(type(node)), treedef, *held.items()
-        return _Node(node, -1, key).close([take(leaf) for leaf in leaves])
+        is_leaf = is_open if holder is None else is_whole
+        leaves, treedef = self._flatten(flatten_once(node)[0], is_leaf)
+        parts = [self._take(leaf, holder, name) for leaf in leaves]
+        return _Node(node, -1, (_OPEN, Same(type(node)), treedef, *held)).close(parts)
+
+    def _dict(self, value: dict, holder, name: str):
+        """A dict that a function or an object holds, in its own order."""
+        if id(value) in self._seen:
+            return _Again(self._seen[id(value)])
+        kind, keys = type(value), zip(map(type, value), value)
+        if not PLAIN.issuperset(map(type, value)):
+            with self._keeping():
+                keys = [self._take(key, holder, name) for key in value]
+        node = self._seen[id(value)] = _Node(value, len(self._seen), (kind, *keys))
+        made = [value.default_factory] if isinstance(value, defaultdict) else []
+        return node.close(self._parts([*made, *value.values()], holder, name))
+
+    def _parts(self, values: list, holder, name: str) -> list:
+        before, self._many = self._many, self._many or len(values) > MANY
+        parts = [self._take(value, holder, name) for value in values]
+        self._many = before
+        return parts
 
     def _object(self, value):
         """An object by its attributes."""
@@ -256,36 +275,11 @@ class Taken:
         if id(value) in self._seen:
             return _Again(self._seen[id(value)])
         parts = contents(value) if parts is None else parts
-        node = _Node(value, len(self._seen), (*key, *parts))
-        self._seen[id(value)] = node
+        node = self._seen[id(value)] = _Node(value, len(self._seen), (*key, *parts))
         self._depth += 1
-        taken = [self._captured(part, value, name) for name, part in parts.items()]
+        taken = [self._take(part, value, name) for name, part in parts.items()]
         self._depth -= 1
         return node.close(taken)
-
-    def _captured(self, value, holder, name: str):
-        """A value that a function or an object holds."""
-        if is_data(value):
-            return self._number(value)
-        try:
-            leaves, treedef = self._flatten(value)
-        except (TypeError, ValueError):  # such as keys of a dict without an order
-            leaves, treedef = [value], None
-        if len(leaves) != 1 or leaves[0] is not value:
-            before, self._many = self._many, len(leaves) > MANY
-            parts = [self._captured(leaf, holder, name) for leaf in leaves]
-            self._many = before
-            return _Node(value, -1, (treedef,)).close(parts)
-        if is_list(value, self._size):
-            return self._list(value)
-        if is_open(value):
-            return self._open(value, lambda part: self._captured(part, holder, name))
-        if isinstance(holder, types.MethodType) and name == "owner":
-            return self._code(value) or self._object(value)
-        found = self._code(value)
-        if found is None and not is_of_library(holder, value):
-            refuse(value, holder, name)
-        return Same(value) if found is None else found
 
 
 def put_together(static, numbers) -> PyTree:
@@ -327,6 +321,14 @@ class _Builder:
             for name, part in zip(node.key[2:], node.parts, strict=True):
                 object.__setattr__(new, name, self.build(part))
             return new
+        if kind in DICTS:
+            new: Any = kind()
+            self.built[node.index] = new
+            values = map(self.build, node.parts)
+            if kind is defaultdict:
+                new.default_factory = next(values)
+            new.update(zip(map(self.build, node.key[1:]), values, strict=True))
+            return new
         parts: list[Any] = [self.build(part) for part in node.parts]
         if kind is types.MethodType:
             new = types.MethodType(*parts)
@@ -356,12 +358,9 @@ class _Builder:
             if values[name] is not Unassigned:
                 cell.cell_contents = values[name]
         default = lambda name: values[f"default {name}"]
-        new.__defaults__ = (
-            tuple(map(default, range(len(old.__defaults__ or ())))) or None
-        )
+        new.__defaults__ = tuple(map(default, defaults_of(old))) or None
         new.__kwdefaults__ = {name: default(name) for name in old.__kwdefaults__ or ()}
-        attributes = {k[1:]: value for k, value in values.items() if k[0] == "."}
-        new.__dict__.update(attributes)
+        new.__dict__.update({k[1:]: v for k, v in values.items() if k[0] == "."})
         return new
 
 

@@ -33,14 +33,15 @@ CODE = (
     np.ufunc,
 )
 # What has a hash and leads to something that can change.
-LINKS = types.BuiltinFunctionType, weakref.ReferenceType, contextvars.ContextVar
+LINKS = types.BuiltinFunctionType, weakref.ref, contextvars.ContextVar, memoryview
 # Closures written there may hold what they like.
 LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | set(
     "beartype chex diffrax diffprog equinox flax haiku jax jaxlib jaxtyping lineax "
     "numpy optax optimistix scipy typing_extensions".split()
 )
 
-NUMBERS = (float, jax.Array, np.ndarray, np.generic)
+OF_NUMPY = np.ndarray, np.generic
+NUMBERS = float, *OF_NUMPY, jax.Array
 PLAIN = frozenset({bool, int, str, bytes, complex, type(None), type(...)})
 FIXED = PLAIN | {float, object}
 
@@ -73,7 +74,8 @@ def flatten_once(node) -> tuple[list, Any]:
     return jtu.tree_flatten(node, is_leaf=lambda part: part is not node)
 
 
-CONTAINERS = tuple, list, dict, OrderedDict, defaultdict, type(None)
+DICTS = frozenset({dict, OrderedDict, defaultdict})
+CONTAINERS = DICTS | {tuple, list, type(None)}
 _ANY = ("aux_data",)  # JAX's name, where the static fields have no known ones
 _STATIC: dict[type, tuple[str, ...]] = {}  # names of static fields
 
@@ -113,6 +115,11 @@ def is_open(node) -> bool:
         if type(value) not in FIXED and not is_fixed(value):
             return True
     return False
+
+
+def is_whole(node) -> bool:
+    """Whether what a function captures is not for JAX to flatten."""
+    return type(node) in DICTS or is_open(node)
 
 
 def is_fixed(value) -> bool:
@@ -179,10 +186,18 @@ def _in_function(fn: types.FunctionType) -> dict[str, Any]:
             parts[name] = cell.cell_contents
         except ValueError:
             parts[name] = Unassigned
-    defaults = *enumerate(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).items()
-    parts |= {f"default {name}": value for name, value in defaults}
+    if fn.__defaults__ or fn.__kwdefaults__:
+        defaults = defaults_of(fn) | (fn.__kwdefaults__ or {})
+        parts |= {f"default {name}": value for name, value in defaults.items()}
     own = fn.__dict__.items()
     return parts | {f".{name}": value for name, value in own if name[0] != "_"}
+
+
+def defaults_of(fn: types.FunctionType) -> dict[str, Any]:
+    """Those of the arguments that may be given by position."""
+    code, values = fn.__code__, fn.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return dict(zip(names, values, strict=True))
 
 
 def attributes(value) -> dict[str, Any]:
@@ -218,20 +233,27 @@ def check_unchanged(value, frozen: Callable, traced: bool):
     elif _FIRST.setdefault(value, captured) != captured:
         name = getattr(value, "__qualname__", repr(value))
         raise TypeError(
-            f"The function `{name}` is in a static field or a `jax.tree_util.Partial`, "
-            "and what it captures has changed: what was traced of it before would give "
-            "the old answer. Make what changes a field of the module, or the function "
-            "a field that is not static (without `static=True`), or an "
-            "`equinox.Partial`."
+            f"The function `{name}` is in an `equinox.filter_jit`, a static field or a "
+            "`jax.tree_util.Partial`, and what it captures has changed: what was "
+            "traced of it before would give the old answer. Make what changes a field "
+            "of the module, or the function one without `static=True` or an "
+            "`equinox.Partial`; the `filter_jit` may be left out."
         )
 
 
 def is_list(node, size: int | None) -> bool:
-    """Whether a node of a tree is a list or tuple of so many numbers."""
-    if type(node) not in (list, tuple) or len(node) != size:
-        return False
-    is_number = lambda part: isinstance(part, (int, *NUMBERS)) and np.ndim(part) == 0
-    return all(is_number(part) and not isinstance(part, bool) for part in node)
+    """Whether a node of a tree is a list or tuple of so many alike, all of numbers."""
+    return type(node) in (list, tuple) and len(node) == size and bool(shape_of(node))
+
+
+def shape_of(part) -> tuple[int, ...] | None:
+    """That of an array, of a number, or of lists of these that are alike."""
+    if type(part) in (list, tuple):
+        shapes = set(map(shape_of, part))
+        inner = shapes.pop() if len(shapes) == 1 else None
+        return None if inner is None else (len(part), *inner)
+    is_number = isinstance(part, (int, *NUMBERS)) and not isinstance(part, bool)
+    return np.shape(part) if is_number else None
 
 
 def can_change(tree: PyTree) -> bool:
@@ -250,6 +272,11 @@ def check_held(tree: PyTree):
 
 def refuse(value, holder: Any = None, name: str = ""):
     what = "A part of what was given is" if holder is None else place(holder, name)
+    if isinstance(value, OF_NUMPY):
+        raise TypeError(
+            f"{what} a NumPy array of dtype {value.dtype}, which is no array of "
+            "numbers: give `array.astype(float)`, or each of its fields on its own."
+        )
     advice = (
         "Make it a field that is not static (without `static=True`), or give a tuple "
         "or a frozen dataclass in its place."
@@ -262,10 +289,6 @@ def refuse(value, holder: Any = None, name: str = ""):
         "notice, and a program that was compiled before would give the old answer. "
         + advice
     )
-
-
-def refuse_array(array: np.ndarray):
-    raise TypeError(f"A NumPy array of dtype {array.dtype} is no array of numbers.")
 
 
 def place(holder, name: str) -> str:

@@ -8,21 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .changes import (
-    attributes,
-    CODE,
-    contents,
-    FIXED,
-    Fixed,
-    flatten_once,
-    FUNCTIONS,
-    held_by,
-    is_data,
-    is_of_a_library,
-    is_wrapper,
-    place,
-    PLAIN,
-)
+from . import changes
 
 
 _OPEN: list[list[str]] = []  # what was lost in the traces that go on
@@ -50,7 +36,7 @@ def taken_back(tree: PyTree):
                 continue
             traced = [name or str(k) for k in changed if _is_traced(after.get(k))]
             for each in (*_OPEN, lost):
-                each += [place(holder, where) for where in traced]
+                each += [changes.place(holder, where) for where in traced]
             _write(store, before)
 
 
@@ -63,7 +49,7 @@ def _is_traced(value) -> bool:
 def _is_plain(value) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return type(value) in PLAIN or isinstance(value, type | np.dtype)
+    return type(value) in changes.PLAIN or isinstance(value, type | np.dtype)
 
 
 def _read(store) -> dict[Any, Any]:
@@ -76,7 +62,7 @@ def _read(store) -> dict[Any, Any]:
         with contextlib.suppress(ValueError):  # nothing was assigned yet
             return dict(cell_contents=store.cell_contents)
         return {}
-    return attributes(store)
+    return changes.attributes(store)
 
 
 def _write(store, before: dict):
@@ -99,7 +85,7 @@ def _stores(tree: PyTree) -> list[tuple[Any, str, Any]]:
     stores = []
     while todo:
         holder, name, value = row = todo.pop()
-        if type(value) in FIXED or is_data(value) or id(value) in seen:
+        if type(value) in changes.FIXED or changes.is_data(value) or id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, (list, dict, types.CellType)):
@@ -110,16 +96,15 @@ def _stores(tree: PyTree) -> list[tuple[Any, str, Any]]:
             rest = vars(value), value.__defaults__, value.__kwdefaults__
             names = *value.__code__.co_freevars, "", "", ""
             todo += [(value, *part) for part in zip(names, (*cells, *rest))]
-        elif isinstance(value, FUNCTIONS) or is_wrapper(value):
-            todo += [(value, *part) for part in contents(value).items()]
-        elif isinstance(value, Fixed):
+        elif isinstance(value, changes.FUNCTIONS) or changes.is_wrapper(value):
+            todo += [(value, *part) for part in changes.contents(value).items()]
+        elif isinstance(value, changes.Fixed):
             todo.append((holder, name, value.held))
-        elif isinstance(value, tuple) or is_of_a_library(value):
-            parts = [part for part in flatten_once(value)[0] if part is not value]
-            todo += [
-                (holder, name, part) for part in (*parts, *held_by(value).values())
-            ]
-        elif not isinstance(value, CODE):
+        elif isinstance(value, tuple) or changes.is_of_a_library(value):
+            parts = [p for p in changes.flatten_once(value)[0] if p is not value]
+            parts += changes.held_by(value).values()
+            todo += [(holder, name, part) for part in parts]
+        elif not isinstance(value, changes.CODE):
             stores.append((value, "", value))
-            todo += [(value, *part) for part in attributes(value).items()]
+            todo += [(value, *part) for part in changes.attributes(value).items()]
     return stores

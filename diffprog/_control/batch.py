@@ -14,11 +14,11 @@ from jaxtyping import PyTree
 from .._chain.problem import AbstractChain
 from .._chain.vector import vectorize
 from .._common.capture import put_together, Taken
-from .._common.changes import is_data, is_list
+from .._common.changes import is_data, is_list, shape_of
 from .._common.door import door
 from .._common.fast_loops import FastLoopsError
 from .._common.tree import strong
-from .._common.types import counted, noted, shapes, with_advice
+from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .direction import AbstractDirection
 from .report import print_batch
@@ -90,7 +90,8 @@ def _apart(problem: AbstractChain, in_axes: Any) -> tuple[PyTree, PyTree]:
             f"`in_axes` is {in_axes!r:.100}, but no array in the problem has an axis "
             "of problems: numbers that differ are fields of an `equinox.Module`, "
             "stacked, such as `Pendulum(mass=jnp.linspace(0.5, 1.5, 16))`; what "
-            "holds the module is one too, since an ordinary object is shared."
+            "holds the module is one too, since an ordinary object is shared. Make "
+            "arrays of lists (`jnp.asarray`)."
         )
     is_shared = lambda new, old: None if new is not None else old
     shared = jtu.tree_map(is_shared, mapped, problem, is_leaf=is_none)
@@ -126,8 +127,7 @@ def _num_problems(**trees: PyTree) -> int:
 
 def _axis_of(number, num_problems: int) -> int | None:
     """The first axis that is not of length 1, if it has a row for each problem."""
-    is_array = not isinstance(number, list | tuple)
-    shape = jnp.shape(number) if is_array else (len(number),)
+    shape = shape_of(number) or ()
     axis = next((i for i, size in enumerate(shape) if size != 1), None)
     return None if axis is None or shape[axis] != num_problems else axis
 
@@ -145,20 +145,20 @@ def _check_shared(problem: AbstractChain, num_problems: int, x0: PyTree, us: PyT
         one = [first(a, axes[i]) if i in chosen else a for i, a in enumerate(numbers)]
         if not _can_run(taken.static, one, x0, us):
             continue
-        paths = [
-            jtu.keystr(p) for p, a in fields if any(a is numbers[i] for i in chosen)
-        ]
-        are_lists = [isinstance(numbers[i], list | tuple) for i in chosen]
-        _refuse_shared(num_problems, paths, are_lists, {axes[i] for i in chosen})
+        some = [numbers[i] for i in chosen]
+        paths = [jtu.keystr(p) for p, a in fields if any(a is b for b in some)]
+        _refuse_shared(num_problems, paths, some, {axes[i] for i in chosen})
 
 
-def _refuse_shared(num_problems: int, paths: list, are_lists: list, axes: set):
+def _refuse_shared(num_problems: int, paths: list, chosen: list, axes: set):
     """The error for fields, or for what functions hold where there are fewer paths."""
     axis = min(axes)
+    are_lists = [isinstance(number, list | tuple) for number in chosen]
+    is_plain = all(are_lists) and not any(shape_of(number[0]) for number in chosen)
+    row = "number" if is_plain else "row"
     given = f"`in_axes={axis}`" if len(axes) == 1 else "a tree of axes as `in_axes`"
     along = f" along axis {axis}" if axes == {axis} != {0} else ""
-    rows = f"{num_problems} {'numbers' if all(are_lists) else f'rows{along}'}"
-    row = "number" if all(are_lists) else "row"
+    rows = f"{num_problems} {row}s{along}"
     as_many = f"as many as there are problems, and one {row} would do for each"
     if len(paths) < len(are_lists):
         held = "a list" if all(are_lists) else "an array"
@@ -252,8 +252,8 @@ def solve_batch(
         for all arrays in the problem, whose first axis then is the problem (Python
         floats and arrays without axes are shared); or a tree of axes and `None` like
         the problem, or like its upper part. Not given, it is `None`, but an array that
-        has as many rows as there are problems (or a list of as many numbers), and
-        would also do with one row, is refused.
+        has as many rows as there are problems (or a list of as many numbers or rows),
+        and would also do with one row, is refused.
     - `batch_size`: at most so many problems at once; all unless given. It bounds the
         memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.
@@ -280,13 +280,7 @@ def solve_batch(
     if num_problems < 1:
         raise ValueError("`x0s` has 0 problems; at least 1 is expected.")
     batch_size = num_problems if batch_size is None else batch_size
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"`batch_size` is {batch_size!r}; a Python int is expected.")
-    if batch_size < 1:
-        raise ValueError(
-            f"`batch_size` is {batch_size} for {counted(num_problems, 'problem')}; at "
-            "least 1 is expected."
-        )
+    check_count("batch_size", batch_size)
     options = (max_steps, bool(history), fast_loops)
     (x0s, uss), dtype = strong(x0s, uss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)

@@ -51,9 +51,9 @@ FINDER = (
 )
 EARLY = (
     "So early that is hardly a matter of `us`: look for NaN in the numbers of the "
-    "problem, for functions outside their domain, for an explicit rule whose `dt` is "
-    "too long for a stiff vector field (shorten it, or give `discretize` an implicit "
-    f"solver), and for an implicit step that fails: {FINDER}"
+    "problem, for a `dt` that is not positive or too long for an explicit rule and a "
+    "stiff vector field (shorten it, or give `discretize` an implicit solver), for "
+    f"functions outside their domain, and for an implicit step that fails: {FINDER}"
 )
 FAILED = f"Where a step of an implicit solver fails the new state is NaN: {FINDER}"
 # A state beyond runs away: it is not the cost that is to blame.

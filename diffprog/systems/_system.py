@@ -2,6 +2,8 @@ import abc
 from typing import Any, TypeAlias
 
 import equinox as eqx
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 import diffprog as dp
@@ -13,12 +15,20 @@ Time: TypeAlias = float | Float[Array, ""]
 Stage: TypeAlias = int | Int[Array, ""]
 
 
+def _check_step(system: Any):
+    if not isinstance(system.dt, Tracer) and not np.all(system.dt > 0):
+        raise ValueError(f"`dt` is {system.dt}; positive seconds are expected.")
+    dp.discretize(system.vector_field, 1.0, system.method)  # raises for others
+
+
 class AbstractSystem(eqx.Module):
     """A vector field that is stepped over `dt` by `method`, and costs.
 
     Every system has fields of these names; declared here, they would come first for
     type checkers.
     """
+
+    __check_init__ = _check_step  # Equinox calls that of a class too
 
     @abc.abstractmethod
     def vector_field(

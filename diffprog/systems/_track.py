@@ -181,11 +181,11 @@ class Track(eqx.Module):
 
         The columns are `x_m,y_m,w_tr_right_m,w_tr_left_m`: the center line and the
         distances from it to the borders [m]. A header line, plain or behind a `#`, may
-        name them in another order or among others, in capitals or not; any other `#`
-        begins a comment. Commas, semicolons, tabs or spaces separate the cells; where
-        it is not the comma, numbers may have a decimal comma, and none may have
-        thousands separators. A first line `sep=;`, as spreadsheets write it, is
-        skipped. Files are in UTF-8, UTF-16 or Latin-1.
+        name them in another order or among others, in capitals or not; one of other
+        names is refused. Any other `#` begins a comment. Commas, semicolons, tabs or
+        spaces separate the cells; where it is not the comma, numbers may have a decimal
+        comma, and none may have thousands separators. A first line `sep=;`, as
+        spreadsheets write it, is skipped. Files are in UTF-8, UTF-16 or Latin-1.
 
         **Arguments:**
 

@@ -14,6 +14,8 @@ _CSV = ("x_m", "y_m", "w_tr_right_m", "w_tr_left_m")
 _WHOLE = re.compile(r"\s*[-+]?\d+(\s*,\s*[-+]?\d+){3}\s*,?\s*(#.*)?")
 _TWO = re.compile(r"\s*[-+]?\d+,\d+\s*,\s*[-+]?\d+,\d+\s*,?\s*(#.*)?")
 _SEPARATOR = re.compile('"?sep=.?"?', re.IGNORECASE)  # what spreadsheets begin with
+_REMARK = re.compile('("[^"]*")|#.*')
+_PREFIX = re.compile(r"^[#\s]*(\w+:)?")  # of a comment
 _NUMBER = re.compile(
     r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
 )
@@ -45,22 +47,25 @@ def read_csv(
     may hold two columns with decimal commas; it is empty where it cannot.
     """
     wanted = _CSV if with_widths else _CSV[:2]
-    header, rows = None, []
+    header, comments, rows = None, [], []
     text = _read(path, f"columns {','.join(wanted)}")
     # Not `splitlines`: it also cuts at characters that stand in remarks.
     lines = re.split(r"\r\n|\r|\n", text)
     for number, line in enumerate(lines, start=1):
         if number == 1 and _SEPARATOR.fullmatch(line.strip()):
             continue
-        comment = line.lstrip().startswith("#")
-        row = _row(number, line.lstrip("# \t") if comment else line)
-        if not any(row.cells):
+        if line.lstrip().startswith("#"):
+            comments += [] if rows else [(number, _PREFIX.sub("", line))]
             continue
-        if header is None and not rows and _is_header(row, comment):
-            header = row.cells if row.cells[-1] else row.cells[:-1]
-        elif not comment:
+        row = _row(number, line)
+        if header is None and not rows and _is_header(row):
+            header = row
+        elif any(row.cells):
             rows.append(row)
-    columns = header or (_CSV[:2] if rows and len(rows[0].cells) == 2 else _CSV)
+    if header is None and rows:
+        header = _in_comments(comments, rows[0], lines[rows[0].line - 1])
+    columns = _CSV[:2] if rows and len(rows[0].cells) == 2 else _CSV
+    columns = columns if header is None else _filled(header)
     names = [column.lower() for column in columns]
     written = [lines[row.line - 1] for row in rows]
     doubt = (
@@ -74,8 +79,9 @@ def read_csv(
     missing = [name for name in wanted if name not in names]
     if missing:
         has_points = "x_m" in names and "y_m" in names
+        quoted = header and f" (line {header.line}, {lines[header.line - 1]!r:.99})"
         raise ValueError(
-            f"`path` {path} has the columns {', '.join(columns)}; "
+            f"`path` {path} has the columns {', '.join(columns)}{quoted or ''}; "
             f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
             f"the header{', or pass `half_width`' if has_points else ''}."
         )
@@ -98,10 +104,10 @@ def doubted(doubt: str):
         raise ValueError(f"{error} {doubt}") from error
 
 
-def _row(number: int, line: str) -> _Row:
-    """The cells of a line without the comment behind them, whatever separates them."""
-    line = re.sub(r'("[^"]*")|#.*', r"\1", line)
-    separator = next((mark for mark in (";", ",\t", "\t", ",") if mark in line), None)
+def _row(number: int, line: str, like: str = "") -> _Row:
+    """The cells of a line without its comment, separated as those of a line `like`."""
+    line, like = (_REMARK.sub(r"\1", text) for text in (line, like or line))
+    separator = next((mark for mark in (";", ",\t", "\t", ",") if mark in like), None)
     if separator is None:
         # No other kind of space: it may stand inside a number.
         return _Row(number, re.findall("[^ ]+", line.strip()), False)
@@ -121,21 +127,29 @@ def _may_be_decimal(lines: Sequence[str], with_widths: bool) -> bool:
     return not with_widths or len(strange) > 1
 
 
-def _is_header(row: _Row, comment: bool) -> bool:
-    # Any other comment is only a remark; a plain line of words must be the header.
-    if comment:
-        return "x_m" in map(str.lower, row.cells)
+def _is_header(row: _Row) -> bool:
     numbers = any(row.number(i) is not None for i in range(len(row.cells)))
     return not numbers and any(cell[:1].isalpha() for cell in row.cells)
+
+
+def _in_comments(comments: list[tuple], first: _Row, line: str) -> _Row | None:
+    """The last one that names a known column, or else as many as there are cells."""
+    own, alike = ([_row(i, text, like) for i, text in comments] for like in ("", line))
+    named = lambda row: "x_m" in map(str.lower, row.cells)
+    fits = lambda row: _is_header(row) and len(_filled(row)) == len(_filled(first))
+    found = [*filter(fits, alike), *filter(named, own)]
+    return found[-1] if found else None
+
+
+def _filled(row: _Row) -> list[str]:
+    return row.cells if row.cells[-1] else row.cells[:-1]  # behind a last separator
 
 
 def _complete(
     path, columns: Sequence[str], known: bool, wanted: Sequence[str], row: _Row
 ) -> _Row:
     """The row without the empty cell behind a last separator; a cell per column."""
-    cells = row.cells
-    if len(cells) == len(columns) + 1 and not cells[-1]:
-        cells = cells[:-1]
+    cells = row.cells if len(row.cells) == len(columns) else _filled(row)
     if len(cells) != len(columns):
         expected = f"{len(columns)} are expected: {','.join(columns)}"
         if not known:
