@@ -113,7 +113,8 @@ def model_step(
         default, makes up for it; 0.25 is safer for deep networks, and 1 is for a `base`
         without momentum.
     - `ema`: from 0 to 1, the weight of the past in the running means.
-    - `every`: the model is looked at every so many updates; between them a is kept.
+    - `every`: the model is looked at every so many updates; between them a is kept. On
+        the CPU leave it at 1 for models with convolutions, which are slow in a branch.
     - `start`: so many updates of `base` as they are come first.
     - `check`: raise where the gradient is not that of the batch of the curvature.
 
