@@ -247,6 +247,23 @@ ORACLES = {
 }
 
 
+def curved(n):
+    return optim.ggn(losses.Squared())(n.net, n.x, n.y)
+
+
+def refreshed(n):
+    params = eqx.filter(n.net, eqx.is_inexact_array)
+    return optim.refresh(LEARNED.init(params), params, curved(n), damping=n.size)
+
+
+LEARNED = optim.llqr(optim.Diagonal(), solver=optim.LinearCG(2))
+CURVATURES = {
+    "refresh": refreshed,
+    "score": lambda n: optim.score(curved(n), curved(n).params, n.size),
+    "tap": lambda n: optim.tap(0)(n.net, n.x),
+}
+
+
 def conjugate(f: losses.AbstractDivergence, n):
     return f.conjugate(-n.soft)
 
@@ -266,6 +283,7 @@ CALLS = {
     **OPERATORS,
     **{f"{f!r}.conjugate": ft.partial(conjugate, f) for f in GENERATORS},
     **CONTROL,
+    **CURVATURES,
     **{name: trained(oracle) for name, oracle in ORACLES.items()},
     **{
         f"{case}, {method}": of_loss(case, method)
