@@ -127,6 +127,7 @@ def products(curvature):
     return model.value, gradient, flat, model.gram(D), model.slopes(D)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NAMES)
 def test_products_equal_those_of_the_dense_matrix(name):
     recipe, targets, h, C = dense(name)
@@ -138,6 +139,7 @@ def test_products_equal_those_of_the_dense_matrix(name):
     close(slopes, DIRECTIONS @ gradient, 1e-12, scale="norm")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["softmax", "hessian", "features"])
 @pytest.mark.parametrize("size", [1, 4, 6])
 def test_a_batch_in_pieces_is_one_batch(name, size):

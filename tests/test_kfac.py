@@ -104,6 +104,7 @@ def judge(at, step, rho):
     return model.change(step, rho), model.slopes(row)[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETS)
 def test_scores_of_the_golden_networks(name):
     net, inputs, targets, loss = problem(name)
@@ -169,6 +170,7 @@ CASES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CASES)
 def test_factors_equal_those_of_dense_jacobians(name):
     recipe, targets, times = CASES[name]
@@ -482,6 +484,7 @@ def test_wrong_calls_say_what_to_do(message, unchecked):
 BIASES = {False: "without biases", True: "with biases"}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("use_bias", BIASES, ids=BIASES.values())
 @pytest.mark.parametrize(
     "structure",

@@ -79,6 +79,7 @@ def published(name):
     return dp.NetworkProblem(net, loss, targets), inputs, net, damping
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_published_networks(name, method):
@@ -150,6 +151,7 @@ def exact(method):
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
+@pytest.mark.costly
 @every_method
 def test_the_step_is_the_dense_one(method):
     C, g = matrix(method), dense()[0].gradient
@@ -284,6 +286,7 @@ def test_without_a_metric_the_step_is_the_gradient():
     close(1e12 * flat(found.step), -g, 1e-10, scale="largest")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("stage, layers", [(0, 2), (1, 4), (2, 5)])
 def test_the_metric_of_a_stage(stage, layers):
     J = jax.jacfwd(lambda w: outputs(w, layers).ravel())(flat(NET.params))
@@ -294,6 +297,7 @@ def test_the_metric_of_a_stage(stage, layers):
         close_all(found, desired)
 
 
+@pytest.mark.slow
 def test_a_metric_is_weighed_like_the_loss_and_joins_what_the_layers_add():
     problem = dp.NetworkProblem(NET, SOFTMAX, LABELS, metric=SOFTMAX)
     found = dp.layerwise_lqr(problem, *START, dp.Newton(), damping=RHO, throw=False)
@@ -312,6 +316,7 @@ def test_a_metric_is_weighed_like_the_loss_and_joins_what_the_layers_add():
 # Networks of other shapes ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_equal_layers_run_in_a_loop():
     layers = [layer for i in range(4) for layer in (linear(3, 3, i), jnp.tanh)]
     problems = [
@@ -380,6 +385,7 @@ def test_merged_stages_and_passive_layers_change_nothing():
 # Programs -------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("form", ["stages", "information"])
 def test_mapped_over_parameters_and_compiled(form):
     call = lambda params: dp.layerwise_lqr(
@@ -393,6 +399,7 @@ def test_mapped_over_parameters_and_compiled(form):
         close(row(found), call(row(many)), 1e-12, scale="largest")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("form", ["stages", "information"])
 def test_in_float32(form):
     half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)

@@ -143,6 +143,7 @@ def heavy(steps, **options):
     return llqr(Diagonal(), solver=HeavyBall(steps), **options)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETS)
 def test_scores_equal_those_of_dense_matrices(name):
     net, curvature, rho = network(*NETS[name])
@@ -175,6 +176,7 @@ class Coordinates(AbstractProbe):
         return jax.vmap(unravel)(jnp.sqrt(flat.size) * jnp.eye(flat.size))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["sigmoid", "linear"])
 def test_independent_probes_lead_to_the_inverse_of_the_diagonal(name):
     net, curvature, rho = network(*NETS[name])
@@ -324,6 +326,7 @@ def test_a_rule_is_asked_for_every_leaf():
     assert plain.bias.shape == (5,) and plain.weight[0].shape == (5, 5)
 
 
+@pytest.mark.slow
 def test_equal_stages_of_a_network_have_structures_of_their_own():
     layers = []
     for key in jr.split(KEYS[4], 4):
@@ -388,6 +391,7 @@ def test_the_gradient_of_a_diagonal_is_the_gradient_times_the_residual():
     close(found, -g * (g - A @ (d * g)), scale="norm")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("solver", [NormalEquations(), LinearCG(200)], ids=str)
 def test_the_best_diagonal_of_one_gradient_is_the_exact_step(solver):
     tx, state, about = fit(Diagonal(), solver)
@@ -412,6 +416,7 @@ def test_one_scalar_of_several_batches():
     close(about.fitted, -(b**2) / S / 6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["scalar", "diagonal"])
 def test_exact_steps_are_linear_conjugate_gradients(name):
     _, linear, _ = fit(STRUCTURES[name], LinearCG(5))
@@ -419,6 +424,7 @@ def test_exact_steps_are_linear_conjugate_gradients(name):
     close(*(ravel_pytree(s.U)[0] for s in (linear, exact)), 1e-9, scale="norm")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_length_of_one_step_is_that_of_the_formula(name):
     """t = -<r, u_E> / <u_E, (C + rho I) u_E> along minus the gradient."""
@@ -449,6 +455,7 @@ def test_exact_steps_lower_the_cost_of_any_structure(name):
     assert best < about.fitted < 0.9 * best < about.identity
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_no_array_moves_further_than_the_bound(structure, scale):
@@ -467,6 +474,7 @@ def test_no_array_moves_further_than_the_bound(structure, scale):
         assert max(jax.tree.leaves(moved)) > 0.1 * bound
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("probe", [GaussianProbe(2000), RademacherProbe(2000)], ids=str)
 def test_random_probes_come_near_to_their_limit(probe):
     _, state, _ = fit(Diagonal(), NormalEquations(), probe=probe)
@@ -518,6 +526,7 @@ def train(tx, steps=3, use=True, structure=None):
     return ravel_pytree(params)[0], state
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("options", [{"solver": HeavyBall(0)}, {"ema": 1.0}], ids=str)
 def test_without_a_change_of_U_training_is_that_of_the_base(options):
     base = optax.sgd(0.1, momentum=0.9)
@@ -617,6 +626,7 @@ KINDS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", KINDS)
 def test_a_refresh_finds_the_state_in_any_other(name):
     tx = llqr(Diagonal(), damping=RHO, solver=LinearCG(3))
@@ -785,6 +795,7 @@ def test_an_ensemble_is_its_members(stepper):
 # What goes wrong --------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "solver", [HeavyBall(2), ExactStep(2), LinearCG(2), NormalEquations()], ids=str
 )

@@ -83,6 +83,7 @@ def test_one_length_is_the_minimum_along_the_line_and_twice_it_ends_level():
 GROUPS = {"leaf": 3, "layer": 2, "all": 1}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("groups", [*GROUPS, "own"])
 def test_lengths_of_groups_minimize_the_model(groups):
     label = (lambda path: len(str(path)) > 0) if groups == "own" else groups
@@ -272,6 +273,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", WRAPPED)
 def test_it_works_inside_of_others(name):
     with jax.numpy_dtype_promotion("standard"):  # as optax has it

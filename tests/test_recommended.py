@@ -57,6 +57,7 @@ def has_factors(optimizer, model):
     return any(map(is_state, jax.tree.leaves(state, is_leaf=is_state)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("model", [NET, MLP], ids=["network", "other"])
 def test_training_needs_no_learning_rate(model):
     values, state = train(recommended(), model, 40)
