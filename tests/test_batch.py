@@ -385,3 +385,23 @@ def test_wrong_calls(unchecked):
         sort = lambda x, u, t: jnp.sort(x) + u
         sorting = dp.ControlProblem(sort, problem.cost, problem.terminal_cost, 12)
         dp.solve_batch(sorting, dp.ILQR(), x0s, uss, fast_loops=True)
+
+
+def test_an_error_names_arrays_that_in_axes_would_split():
+    class Cart(eqx.Module):
+        mass: jax.Array
+
+        def dynamics(self, x, u, t):
+            return x + 0.1 * jnp.stack([x[1], u[0] / self.mass])
+
+        def cost(self, x, u, t):
+            return u @ u
+
+        def terminal_cost(self, x):
+            return x @ x
+
+    problem = dp.ControlProblem.from_system(Cart(jnp.ones((6, 1))), 4)
+    with pytest.raises(ValueError) as error:
+        dp.solve_batch(problem, dp.ILQR(), jnp.ones((6, 2)), jnp.zeros((6, 4, 1)))
+    note = "all of `problem.system.mass`, of which `in_axes=0` would give one row"
+    assert note in error.value.__notes__[-1]

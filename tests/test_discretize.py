@@ -299,3 +299,25 @@ def test_solvers_that_do_not_fit(solver, message):
 def test_wrong_calls(args, error, message):
     with pytest.raises(error, match=message):
         dp.discretize(*args)
+
+
+@pytest.mark.parametrize("form", ["object", "closure"])
+def test_a_solver_that_is_held_is_told_what_it_lacks(form):
+    solver = diffrax.Kvaerno3()
+    field = lambda x, u, t: -300.0 * (x - u)
+
+    class Stiff:
+        def __init__(self):
+            self.solver = solver
+
+        def dynamics(self, x, u, t):
+            return dp.discretize(field, 0.05, self.solver)(x, u, t)
+
+    dynamics = Stiff().dynamics
+    if form == "closure":
+        dynamics = lambda x, u, t: dp.discretize(field, 0.05, solver)(x, u, t)
+    problem = dp.ControlProblem(
+        dynamics, lambda x, u, t: u @ u, lambda x: jnp.sum((x - 1) ** 2), 3
+    )
+    with pytest.raises(ValueError, match="root finder has no tolerances.*pass"):
+        dp.rollout(problem, jnp.zeros(1), jnp.zeros((3, 1)))

@@ -39,6 +39,8 @@ LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | set(
     "beartype chex diffrax diffprog equinox flax haiku jax jaxlib jaxtyping lineax "
     "numpy optax optimistix scipy typing_extensions".split()
 )
+# What they define does not change, such as the marks of options that were not given.
+TRUSTED = ("jax", "jaxlib", "equinox", "typing", "diffrax", "optimistix", "lineax")
 
 OF_NUMPY = np.ndarray, np.generic
 NUMBERS = float, *OF_NUMPY, jax.Array
@@ -307,7 +309,7 @@ def is_of_library(holder, value) -> bool:
     if isinstance(holder, types.FunctionType):
         if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
             return True
-    return _root(type(value)) in ("jax", "jaxlib", "equinox", "typing")
+    return _root(type(value)) in TRUSTED
 
 
 def is_of_a_library(value) -> bool:

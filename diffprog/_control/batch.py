@@ -296,7 +296,7 @@ def solve_batch(
             rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
             some = lambda leaf, rows=rows: jnp.asarray(leaf)[rows]
             batch = jtu.tree_map(some, mapped)
-        with noted(ft.partial(_note, *mapped)):
+        with noted(ft.partial(_note, *mapped, problem, num_problems)):
             solution = _solve_all(shared, method, batch, search, *tolerances, options)
         solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
         if verbose and not isinstance(solution.cost, Tracer):
@@ -311,15 +311,24 @@ def _first(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda leaf: leaf[0], tree)
 
 
-def _note(numbers: PyTree, x0s: PyTree, uss: PyTree, _) -> str:
+def _note(numbers, x0s: PyTree, uss: PyTree, _, problem, num_problems: int) -> str:
     """What an error inside does not say."""
-    mapped = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(numbers)]
-    rows = ", ".join(f"`problem{path}`" for path in mapped)
+    named = lambda pairs: ", ".join(f"`problem{jtu.keystr(path)}`" for path, _ in pairs)
+    rows, whole = named(jtu.tree_leaves_with_path(numbers)), ""
+    if not rows:
+        fields = jtu.tree_leaves_with_path(problem)
+        some = [(p, a) for p, a in fields if _axis_of(a, num_problems) is not None]
+        whole = (
+            some
+            and f"; and all of {named(some)}, of which `in_axes=0` would give one row"
+        )
     return (
         "Raised in `dp.solve_batch`, where the first axis is the problem: each gets x0 "
         f"of shape {shapes(_first(x0s)):.100} from `x0s` of shape {shapes(x0s):.100}, "
         f"us of shape {shapes(_first(uss)):.100} from `uss` of shape "
-        f"{shapes(uss):.100}" + (rows and f", and one row of {rows}") + "."
+        f"{shapes(uss):.100}"
+        + (rows and f", and one row of {rows}")
+        + f"{whole or ''}."
     )
 
 

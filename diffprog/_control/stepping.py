@@ -135,6 +135,7 @@ def finish(
     """The solution at the current iterate, with its policy.
 
     Before `state.done` the result is `max_steps_reached`, unless the iterate turns out
-    to be stationary: give `throw=False` to stop early.
+    to be stationary: give `throw=False` to stop early. The problem is that of the
+    steps: of one that was changed since, the solution is not.
     """
     return judged(_finished(problem, state), problem, throw)
