@@ -1,5 +1,9 @@
 """Curvature recipes: products, grams and scores against dense matrices."""
 
+# States of optax have any type, and wrong calls are made on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
+
 import dataclasses
 
 import equinox as eqx

@@ -1,5 +1,9 @@
 """K-FAC factors: golden scores, dense references, and what stays out of the state."""
 
+# States of optax have any type, and wrong calls are made on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
+
 import functools as ft
 import io
 

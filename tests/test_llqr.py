@@ -1,5 +1,9 @@
 """Learned preconditioners: scores, structures, solvers, refreshes and their state."""
 
+# States of optax have any type, and wrong calls are made on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
+
 import copy
 import functools as ft
 import io

@@ -1,5 +1,10 @@
 """Lengths of updates from a model of the loss: closed forms on quadratics."""
 
+# States of optax have any type, and wrong calls are made on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
+# pyright: reportGeneralTypeIssues=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,9 @@
 """Which form `recommended` takes, and that it needs no learning rate."""
 
+# States of optax have any type, and wrong calls are made on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -490,5 +490,5 @@ def test_steps_are_positive_and_methods_known_at_once():
             Pendulum(dt=dt)
     with pytest.raises(ValueError, match="`method` is 'rk5'; one of euler, midpoint"):
         Race(Car.miniature(), Track.simple(), method="rk5")
-    assert Pendulum(dt=jnp.array([0.1, 0.2])).dt.shape == (2,)
+    assert Pendulum(dt=jnp.array([0.1, 0.2])).dt.shape == (2,)  # pyright: ignore
     assert jax.jit(lambda dt: CartPole(dt=dt).dt)(0.3) == jnp.float32(0.3)
