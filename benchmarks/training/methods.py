@@ -60,9 +60,9 @@ def momentum(rate: Any):
     return optax.sgd(rate, momentum=0.9)
 
 
-def sized_muon(every: int, scale: float = 0.5) -> Callable:
+def sized_muon(every: int) -> Callable:
     base = optax.contrib.muon(1.0, adam_learning_rate=0.3)
-    return lambda _, steps: dp.optim.model_step(base, scale=scale, every=every)
+    return lambda _, steps: dp.optim.model_step(base, every=every)
 
 
 KFAC_SETTINGS = tuple(

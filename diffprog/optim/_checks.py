@@ -5,7 +5,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._common.types import came
+from .._common.types import came, check_number
 from ._curvature import Curvature, LossModel, Recipe
 
 
@@ -54,7 +54,13 @@ def check_floating(name: str, params: PyTree):
             )
 
 
-def _is_masked(node: Any) -> bool:
+def check_average(name: str, value: Any):
+    """Raises for what is no weight of the past in a running mean."""
+    below_1 = lambda value: (0 <= value) & (value < 1)
+    check_number(name, value, "a number from 0 to below 1", below_1)
+
+
+def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
@@ -67,9 +73,9 @@ def filled(
         stacked = lambda a: jnp.zeros((rows, *a.shape), a.dtype)
         params = jtu.tree_map(stacked, params)
     zeros = lambda part: jtu.tree_map(jnp.zeros_like, part)
-    fill = lambda node, part: zeros(part) if _is_masked(node) else node
+    fill = lambda node, part: zeros(part) if is_masked(node) else node
     try:
-        tree = jtu.tree_map(fill, tree, params, is_leaf=_is_masked)
+        tree = jtu.tree_map(fill, tree, params, is_leaf=is_masked)
     except ValueError:
         pass  # told below
     check_like(name, tree, params)

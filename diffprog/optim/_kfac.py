@@ -19,11 +19,10 @@ from .._common.types import (
     check_count,
     check_key,
     check_not_negative,
-    check_number,
     Number,
     Stacks,
 )
-from ._checks import check_curvature, check_like
+from ._checks import check_average, check_curvature, check_like
 from ._curvature import Batch, Curvature
 from ._factors import factors_of, inverses
 from ._recipes import GGN
@@ -124,8 +123,7 @@ def kfac(
     Approximate Curvature", 2015, arXiv 1503.05671.
     """
     check_not_negative("damping", damping)
-    below_1 = lambda value: (0 <= value) & (value < 1)
-    check_number("ema", ema, "a number from 0 to below 1", below_1)
+    check_average("ema", ema)
     check_count("every", every)
     if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
         raise ValueError(f"`burn_in` is {burn_in!r}; a Python int >= 0 is expected.")

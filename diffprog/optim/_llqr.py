@@ -1,5 +1,6 @@
 """Layerwise LQR as an optimizer: a preconditioner learned from the curvature."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from .._common.types import (
     Number,
 )
 from ._llqr_state import LLQRState, make_plan, Plan, Settings
-from ._refresh import checked_curvatures, compiled, refreshed_if_due, replaced
+from ._refresh import checked_curvatures, compiled, refreshed_if_due
 from ._structure_solvers import (
     AbstractProbe,
     AbstractStructureSolver,
@@ -139,14 +140,14 @@ def llqr(
     def update(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
         plan, now = state.plan, settings.arrays(state.plan.dtype)
-        state = replaced(state, settings=now)
+        state = dataclasses.replace(state, settings=now)
         gradient = plan.take("updates", updates)
         if curvature is not None:
             given = checked_curvatures(curvature, plan)
             state = compiled(refreshed_if_due)(state, given)
         UX = _preconditioned(plan, plan.numbers(state.U), gradient)
         since: Any = optax.safe_increment(state.since)
-        state = replaced(
+        state = dataclasses.replace(
             state,
             count=optax.safe_increment(state.count),
             since=since,

@@ -13,6 +13,7 @@ from optax import MaskedNode
 from .._chain.network import Stack
 from .._common.tree import add, working_dtype
 from .._common.types import came, Number
+from ._checks import is_masked
 from ._curvature import LossModel
 from ._structure_solvers import (
     AbstractProbe,
@@ -20,10 +21,6 @@ from ._structure_solvers import (
     StructureObjective,
 )
 from ._structures import AbstractStructure, Diagonal, MATRICES, Scalar, Stacked
-
-
-def is_masked(node: Any) -> bool:
-    return isinstance(node, MaskedNode)
 
 
 class Place(NamedTuple):

@@ -34,7 +34,7 @@ from .._common.types import (
     is_known,
     Number,
 )
-from ._checks import check_curvature, check_floating, filled
+from ._checks import check_average, check_curvature, check_floating, filled
 from ._curvature import Curvature, LossModel
 from ._rules import AbstractRule, Minimize
 
@@ -160,8 +160,7 @@ def _check(base, groups, rule, scale, ema):
     check_kind("rule", rule, AbstractRule, "dp.optim.Minimize(damping=1e-3)")
     if not callable(scale):
         check_positive("scale", scale)
-    if is_known(ema) and not 0 <= float(ema) < 1:
-        raise ValueError(f"`ema` is {ema}; a number from 0 to below 1 is expected.")
+    check_average("ema", ema)
 
 
 # The names of groups, by the path of a leaf.
@@ -277,7 +276,7 @@ REFUSED = (
 
 def _judge(begun: Array, finite: Array, a: Array) -> RESULTS:
     """Whether a step can be trusted."""
-    moves = jnp.where(jnp.any(a != 0) | ~begun, 1, 0) == 1
+    moves = jnp.any(a != 0) | ~begun
     result = RESULTS.where(moves, RESULTS.successful, RESULTS.no_descent)
     no_model = begun & ~all_finite(a)
     result = RESULTS.where(no_model, RESULTS.factorization_failed, result)

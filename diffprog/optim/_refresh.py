@@ -1,5 +1,6 @@
 """The fit of a learned preconditioner to the curvature of batches."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def _refreshed(
     bad = ~all_finite(new, objective.vectors)
     new = where(bad, old, new)
     count = lambda n: optax.safe_increment(n)
-    state = replaced(
+    state = dataclasses.replace(
         state,
         U=plan.spread(new),
         since=jnp.zeros_like(state.since),
@@ -195,7 +196,3 @@ def compiled(fn: Callable) -> Callable:
     """Compiled; but inside `shard_map`, where all that goes in would vary, as it is."""
     inside = jax.sharding.get_abstract_mesh().manual_axes
     return fn if inside else _PROGRAMS[fn]
-
-
-def replaced(state: LLQRState, **fields: Any) -> LLQRState:
-    return LLQRState(**{**vars(state), **fields})

@@ -61,7 +61,22 @@ def check_groups(name: str, value: Any):
         )
 
 
-class Scalar(AbstractStructure):
+class AbstractEntrywise(AbstractStructure):
+    """Numbers that the entries of X are multiplied with."""
+
+    linear: ClassVar[bool] = True
+
+    def apply(self, U, X):
+        return U * X
+
+    def diagonal(self, U):
+        return U
+
+    def floored(self, U, floor):
+        return jnp.maximum(U, floor)
+
+
+class Scalar(AbstractEntrywise):
     r"""$U X = s X$ with one number s for a leaf, for a layer, or for all.
 
     - `groups`: `"leaf"`, `"layer"`: the leaves of one module, list or dict, such as a
@@ -70,37 +85,15 @@ class Scalar(AbstractStructure):
 
     groups: Groups = checked(check_groups, static=True, default="leaf")
 
-    linear: ClassVar[bool] = True
-
     def init(self, shape, dtype):
         return jnp.ones((), dtype)
 
-    def apply(self, U, X):
-        return U * X
 
-    def diagonal(self, U):
-        return U
-
-    def floored(self, U, floor):
-        return jnp.maximum(U, floor)
-
-
-class Diagonal(AbstractStructure):
+class Diagonal(AbstractEntrywise):
     r"""$U X = d \odot X$ with a number for every entry."""
-
-    linear: ClassVar[bool] = True
 
     def init(self, shape, dtype):
         return jnp.ones(shape, dtype)
-
-    def apply(self, U, X):
-        return U * X
-
-    def diagonal(self, U):
-        return U
-
-    def floored(self, U, floor):
-        return jnp.maximum(U, floor)
 
 
 class DiagonalKronecker(AbstractStructure):
