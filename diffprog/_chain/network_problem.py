@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .._common.reduction import AbstractCounted, check_reduction, Reduction, weight
 from .._common.tree import cast
-from .._common.types import came, check_callable, check_kind, noted
+from .._common.types import came, check_callable, check_kind, noted, with_advice
 from .metric import curvature, of_outputs, of_stage, per_example, StageMetric, tangent
 from .network import Network, Stack
 from .problem import AbstractChain, Phase
@@ -33,6 +33,12 @@ ADVICE = dict(
     factorization_failed="Give a positive `damping`, or take `dp.GaussNewton()`, whose "
     "model is convex where the loss is convex in the outputs.",
     cost_unbounded="The loss has no lower bound: look for a wrong sign.",
+)
+
+
+_NOT_IN_NETWORK = dict(
+    control_bounds="the controls are parameters, of which a backward pass keeps no "
+    "limits; cut them off after each step, with `optax.projections.projection_box`",
 )
 
 
@@ -72,6 +78,7 @@ class NetworkProblem(AbstractChain):
     reduction: Reduction = eqx.field(static=True)
     metric: Callable | StageMetric | None
 
+    @with_advice(lambda name, _, known: _NOT_IN_NETWORK.get(name, known))
     def __init__(
         self,
         network: Network,

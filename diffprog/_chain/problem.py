@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .limits import as_bounds
+
 
 class Phase(eqx.Module):
     """`horizon` equal stages of a chain, each with a dynamics and a cost."""
@@ -14,6 +16,7 @@ class Phase(eqx.Module):
     dynamics: Callable
     cost: Callable
     horizon: int = eqx.field(static=True)
+    control_bounds: Any = eqx.field(default=None, converter=as_bounds)
 
     def __check_init__(self):
         _check_functions(self, "dynamics", "cost")
@@ -26,6 +29,8 @@ Phase.__init__.__doc__ = """**Arguments:**
     in the whole chain. In a phase of one stage the next state may have another shape.
 - `cost`: `(x, u, t) ->` scalar.
 - `horizon`: number of stages, at least 1.
+- `control_bounds`: as in [`diffprog.ControlProblem`][]; T is the number of stages of
+    the phase.
 """
 
 
@@ -62,17 +67,20 @@ class ControlProblem(AbstractChain):
     r"""An optimal control problem over `horizon` equal stages.
 
     $$\min_{u_0, \dots, u_{T-1}} \sum_{t=0}^{T-1} h_t(x_t, u_t) + h_T(x_T)
-    \quad \text{subject to} \quad x_{t+1} = f_t(x_t, u_t), \; x_0 \text{ given}.$$
+    \quad \text{subject to} \quad x_{t+1} = f_t(x_t, u_t), \; x_0 \text{ given}, \;
+    l_t \le u_t \le h_t.$$
 
     States and controls are any pytrees of floating arrays, dicts with sorted keys. The
     numbers inside the functions (fields of an [`equinox.Module`][], say) are leaves of
     the problem: new values never compile again.
 
     - `system`: the object that holds the three functions and their numbers.
+    - `control_bounds`: the limits of the controls, a pair or `None`.
     """
 
     system: Any
     horizon: int = eqx.field(static=True)
+    _bounds: Any
 
     def __init__(
         self,
@@ -80,25 +88,35 @@ class ControlProblem(AbstractChain):
         cost: Callable,
         terminal_cost: Callable,
         horizon: int,
+        control_bounds: tuple[PyTree, PyTree] | None = None,
     ):
         self.system = _Functions(dynamics, cost, terminal_cost)
         self.horizon = horizon
+        self._bounds = as_bounds(control_bounds)
 
     def __check_init__(self):
         _check_functions(self.system, "dynamics", "cost", "terminal_cost")
         check_horizon(self.horizon)
 
     @classmethod
-    def from_system(cls, system: Any, horizon: int) -> "ControlProblem":
+    def from_system(
+        cls,
+        system: Any,
+        horizon: int,
+        control_bounds: tuple[PyTree, PyTree] | None = None,
+    ) -> "ControlProblem":
         """A problem from one object with methods `dynamics`, `cost`, `terminal_cost`.
 
-        The problem holds one copy of the numbers of `system`, so a derivative with
-        respect to the problem is one with respect to the system. (Three bound methods
-        given to the constructor hold three copies.)
+        Where it has `control_bounds`, a field or property, these are the limits of the
+        controls unless others are given. The problem holds one copy of the numbers of
+        `system`, so a derivative with respect to the problem is one with respect to the
+        system. (Three bound methods given to the constructor hold three copies.)
         """
         _check_functions(system, "dynamics", "cost", "terminal_cost")
-        problem = cls(system.dynamics, system.cost, system.terminal_cost, horizon)
+        functions = system.dynamics, system.cost, system.terminal_cost
+        problem = cls(*functions, horizon, control_bounds)
         object.__setattr__(problem, "system", system)  # itself, not a copy
+        as_bounds(problem.control_bounds)
         return problem
 
     @property
@@ -114,8 +132,13 @@ class ControlProblem(AbstractChain):
         return self.system.terminal_cost
 
     @property
+    def control_bounds(self) -> tuple[PyTree, PyTree] | None:
+        return self._bounds or getattr(self.system, "control_bounds", None)
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
-        return (Phase(self.dynamics, self.cost, self.horizon),)
+        stage = self.dynamics, self.cost, self.horizon, self.control_bounds
+        return (Phase(*stage),)
 
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
         return (us,)
@@ -133,9 +156,14 @@ ControlProblem.__init__.__doc__ = """**Arguments:**
 - `cost`: `(x, u, t) ->` scalar, the cost of a stage.
 - `terminal_cost`: `(x) ->` scalar, the cost of the last state.
 - `horizon`: the number T of stages, at least 1.
+- `control_bounds`: a pair `(lo, hi)`, lo <= u <= hi. Each is a number for all controls,
+    a tree like one control, or like `us` with T rows; what can be broadcast to that is,
+    `-jnp.inf`, `jnp.inf` and `None` are no limit, and lo = hi fixes a control. The
+    numbers are leaves, so that new ones never compile again. [`diffprog.solve`][] keeps
+    them exactly, also on the way; [`diffprog.rollout`][] runs what it is given.
 
-**Raises:** `TypeError` for something that is no function, `ValueError` for a horizon
-below 1.
+**Raises:** `TypeError` for something that is no function or no pair of limits,
+`ValueError` for a horizon below 1, and for limits that are NaN or crossed.
 """
 
 

@@ -22,6 +22,7 @@ from .._common.tree import all_finite, float_dtype, Layout, strong, vary
 from .._common.types import Rows
 from .._common.written import taken_back
 from .calls import about_state, call, check_dtype, scalar
+from .limits import like_controls
 from .problem import AbstractChain, ControlProblem, Phase
 
 
@@ -43,12 +44,14 @@ class VectorChain(eqx.Module):
     """A chain whose states and controls are vectors: what the recursions run on.
 
     Data that have a row per stage are tuples with one stacked array per segment.
-    `scan` and `map` are the only loops over its stages.
+    `scan` and `map` are the only loops over its stages. `limits` are the lower and the
+    upper ones of the controls; empty if there are none.
     """
 
     segments: tuple[Segment, ...]
     terminal_cost: Callable = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    limits: tuple[Rows, ...] = ()
     loops: Loops = eqx.field(static=True, default="plain")
 
     @property
@@ -94,6 +97,12 @@ class VectorChain(eqx.Module):
             for segment, *rows in zip(self.segments, *data, strict=True)
         )
 
+    def within(self, us: Rows) -> Rows:
+        """The controls, cut off at their limits."""
+        if not self.limits:
+            return us
+        return self.map(lambda _, *row: jnp.clip(*row), us, *self.limits)
+
 
 class VectorTrajectory(eqx.Module):
     """States, controls and cost of a roll-out of a `VectorChain`."""
@@ -117,10 +126,10 @@ class Vectorized(eqx.Module):
         stacks = _rows(Layout.ravel, self.u_layouts, self.problem.split(us))
         return self.x_layouts[0].ravel(x0), stacks
 
-    def states(self, trajectory: VectorTrajectory) -> PyTree:
+    def states(self, xs: tuple, final: Array) -> PyTree:
         *layouts, last = self.x_layouts
-        xs = _rows(Layout.unravel, layouts, trajectory.xs)
-        return self.problem.join_states(xs, last.unravel(trajectory.final))
+        rows = _rows(Layout.unravel, layouts, xs)
+        return self.problem.join_states(rows, last.unravel(final))
 
     def controls(self, us: tuple) -> PyTree:
         return self.problem.join_controls(_rows(Layout.unravel, self.u_layouts, us))
@@ -163,8 +172,21 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         ),
         zeros(x_layouts[-1]),
     )
-    chain = VectorChain(tuple(segments), terminal, dtype)
+    limits = _limits(problem, parts, u_layouts, dtype)
+    chain = VectorChain(tuple(segments), terminal, dtype, limits)
     return Vectorized(chain, problem, tuple(x_layouts), tuple(u_layouts))
+
+
+def _limits(
+    problem: AbstractChain, parts: tuple, layouts: Sequence[Layout], dtype
+) -> tuple[Rows, ...]:
+    """The limits of the controls of every stage, if any phase has some."""
+    bounds = [phase.control_bounds for phase in problem.phases]
+    if not any(bounds):
+        return ()
+    pairs = [like_controls(b, us, dtype) for b, us in zip(bounds, parts, strict=True)]
+    sides = zip(*pairs, strict=True)
+    return tuple(_rows(Layout.ravel, layouts, side) for side in sides)
 
 
 def _stage_layout(us: PyTree, horizon: int, dtype) -> Layout:
@@ -277,6 +299,12 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
     return ft.reduce(jnp.minimum, [*stages, when(last, T)])
 
 
+def first_crossed(chain: VectorChain) -> Int[Array, ""]:
+    """The first stage with a lower limit above the upper one, or with a NaN."""
+    ordered = lambda _, lower, upper: jnp.all(lower <= upper)
+    return first_false(chain, chain.map(ordered, *chain.limits), True)
+
+
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
     """x_{t+1} = f_t(x_t, u_t) from x0, and the cost."""
     given = lambda segment, x, memory, u: (u, memory, None)
@@ -287,7 +315,8 @@ def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
 def _rollout(problem: AbstractChain, x0: PyTree, us: PyTree) -> Trajectory:
     vectorized = vectorize(problem, x0, us)
     trajectory = run(vectorized.chain, *vectorized.ravel(x0, us))
-    return Trajectory(vectorized.states(trajectory), us, trajectory.cost)
+    xs = vectorized.states(trajectory.xs, trajectory.final)
+    return Trajectory(xs, us, trajectory.cost)
 
 
 def _check_indices(problem: AbstractChain, x0: PyTree, us: PyTree):

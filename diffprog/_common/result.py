@@ -24,6 +24,7 @@ class RESULTS(eqx.Enumeration):
     nonfinite_derivative = "A derivative is not finite where the value is."
     factorization_failed = "A matrix of second derivatives is not positive definite."
     cost_unbounded = "The objective falls without bound."
+    infeasible = "No point satisfies the constraints."
 
 
 # The members by value.
@@ -36,6 +37,7 @@ NAMES = (
     "nonfinite_derivative",
     "factorization_failed",
     "cost_unbounded",
+    "infeasible",
 )
 
 

@@ -219,13 +219,14 @@ def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
 
     def decorate(fn: Fn) -> Fn:
         own = inspect.signature(fn).parameters
+        called = fn.__qualname__.removesuffix(".__init__")
 
         @ft.wraps(fn)
         def call(*args, **options):
             for name in options.keys() - own.keys():
                 known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
                 said = instead(name, options[name], known)
-                raise TypeError(f"`{fn.__name__}` takes no `{name}`: {said}.")
+                raise TypeError(f"`{called}` takes no `{name}`: {said}.")
             return fn(*args, **options)
 
         return cast(Fn, call)

@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._chain.vector import run, VectorChain, VectorTrajectory
+from .._chain.vector import first_crossed, run, VectorChain, VectorTrajectory
 from .._common.result import RESULTS
 from .._common.tree import no, vary, where
 from .._common.types import Stacks
@@ -136,7 +136,7 @@ class Solver(eqx.Module):
         chain, dtype = self.chain, self.chain.dtype
         number = lambda value: jnp.asarray(value, dtype)
         count = lambda value: jnp.asarray(value, jnp.int32)
-        trajectory = run(chain, x0, us)
+        trajectory = run(chain, x0, chain.within(us))
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
@@ -148,14 +148,21 @@ class Solver(eqx.Module):
         nan, rows = number(jnp.nan), (self.max_steps + 1) * history
         result = RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
         result = RESULTS.where(finite, *result)
-        never = jnp.where(finite, count(self.max_steps + 1), 0)
+        never, stage = count(self.max_steps + 1), trajectory.first_nonfinite
+        if chain.limits:
+            crossed = first_crossed(chain)
+            stage = jnp.minimum(stage, crossed)
+            crosses = crossed < chain.horizon
+            result = RESULTS.where(crosses, RESULTS.infeasible, result)
+            finite = finite & ~crosses
+        never = jnp.where(finite, never, 0)
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
             search=where(jnp.isnan(given.stepsize), memory, given),
             known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
             counts=Counts(count(0), count(1), count(0)),
-            trouble=Trouble(trajectory.first_nonfinite, never),
+            trouble=Trouble(stage, never),
             result=result,
             stopping=~finite,
             done=~finite,

@@ -38,6 +38,8 @@ ADVICE = dict(
     "or arctan2(0, 0).",
     factorization_failed="Give a positive `damping`, use a search that raises it, or "
     "add a control cost.",
+    infeasible="There a lower limit of `control_bounds` is above the upper one, or one "
+    "of them is NaN: give lo <= hi.",
     cost_unbounded="Some motion is rewarded without limit: look for a term of the cost "
     "with the wrong sign, or add one that grows faster.",
 )
@@ -60,6 +62,26 @@ FAILED = f"Where a step of an implicit solver fails the new state is NaN: {FINDE
 RUNAWAY = 1e9
 
 
+class Multipliers(eqx.Module):
+    r"""The multipliers of a solution: what a limit costs, to first order.
+
+    $$\nabla_u J + \mu^{upper} - \mu^{lower} = 0, \quad \mu \ge 0,$$
+
+    0 where a control is not at that limit. `upper` is the decrease of the cost per unit
+    by which the upper limit is raised.
+
+    - `constraints`, `terminal`: of rows of constraints; empty where there are none.
+    - `lower`, `upper`: of the limits of the controls, arranged like `us`.
+    - `costates`: the gradient of the cost in each state, arranged like `xs`.
+    """
+
+    constraints: PyTree[Array]
+    terminal: PyTree[Array]
+    lower: PyTree[Array]
+    upper: PyTree[Array]
+    costates: PyTree[Array]
+
+
 class Solution(eqx.Module):
     """What a solve returns, whether it succeeded or not.
 
@@ -71,6 +93,7 @@ class Solution(eqx.Module):
     - `policy`: the feedback around them, see [`diffprog.Policy`][], from a backward
         pass without damping (with the last damping that worked where there is none);
         zeros if there was no pass. For a [`diffprog.Chain`][], one for each phase.
+    - `multipliers`: [`diffprog.Multipliers`][] where controls have limits, else `None`.
     - `result`: a [`diffprog.RESULTS`][] code.
     - `stats`: a dictionary: `num_steps` (accepted iterations), `num_rollouts`,
         `num_backwards`, `max_steps`, `gradient` (norm of the gradient in the controls),
@@ -81,7 +104,8 @@ class Solution(eqx.Module):
         `first_nonfinite` (the first stage that is not finite, in the roll-out, its
         derivatives or the trials of the latest iteration that had such ones) and
         `nonfinite_step` (that iteration); horizon + 1 and `max_steps` + 1 if there was
-        none, or if the solve succeeded.
+        none, or if the solve succeeded. Where controls have limits, `gradient` is that
+        of the controls as far as they can move, and `stationarity` its largest entry.
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
         step from it; NaN after the end. Empty if `history=False`.
@@ -94,6 +118,7 @@ class Solution(eqx.Module):
     us: PyTree[Array]
     cost: Float[Array, "*batch"]
     policy: Any
+    multipliers: Multipliers | None
     result: RESULTS
     stats: dict[str, Any]
     history: dict[str, Float[Array, "*batch rows"]]
@@ -156,6 +181,8 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "some controls. Start from other `us`, such as these with a little noise, "
             "to leave a maximum or a saddle."
         )
+    elif name == "infeasible":
+        where = f"It is so at stage {stage}."
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
         if (largest := _largest(solution.xs)) > RUNAWAY:

@@ -10,23 +10,31 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .._chain.limits import projected
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import run, vectorize, Vectorized
+from .._chain.vector import (
+    run,
+    VectorChain,
+    vectorize,
+    Vectorized,
+    VectorTrajectory,
+)
 from .._common.changes import Same
 from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
 from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import all_finite, strong
-from .._common.types import check_kind, check_one_number, with_advice
+from .._common.types import check_kind, check_one_number, Rows, with_advice
 from .direction import AbstractDirection
 from .direction.base import check_expansion, check_sweep
 from .loop import Loop, Solver
 from .lqr import Policy
+from .lqr.expand import adjoints
 from .report import HISTORY
 from .search import AbstractSearch, Backtracking
 from .search.base import SearchState
-from .solution import ADVICE, explain_solution, Solution
+from .solution import ADVICE, explain_solution, Multipliers, Solution
 
 
 def tolerance(value: Any, dtype) -> Any:
@@ -43,7 +51,38 @@ def solver_of(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
     return Solver(chain, method, search, *tolerances, max_steps, verbose)
 
 
-def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
+def duals_of(chain: VectorChain, trajectory: VectorTrajectory) -> Any:
+    """Costates and gradients, of which the multipliers of limits are made."""
+    return adjoints(chain, trajectory) if chain.limits else None
+
+
+def _multipliers(vectorized: Vectorized, us: Rows, duals: Any):
+    """The multipliers, and the largest entry of the gradient that is left."""
+    first, lams, gradients = duals
+    starts = [first, *(rows[-1] for rows in lams)]
+    # A segment of one stage may change the shape of the state.
+    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
+    costates = tuple(map(before, starts, lams))
+    sides = zip(gradients, us, *vectorized.chain.limits, strict=True)
+    lower, upper, largest = [], [], []
+    for gradient, u, low, high in sides:
+        lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
+        upper.append(jnp.where(u >= high, jnp.maximum(-gradient, 0), 0))
+        left = projected(gradient, u, low, high)
+        largest.append(jnp.max(jnp.abs(left)))
+    multipliers = Multipliers(
+        constraints=(),
+        terminal=(),
+        lower=vectorized.controls(tuple(lower)),
+        upper=vectorized.controls(tuple(upper)),
+        costates=vectorized.states(costates, starts[-1]),
+    )
+    return multipliers, ft.reduce(jnp.maximum, largest)
+
+
+def solution_of(
+    vectorized: Vectorized, loop: Loop, duals: Any, max_steps: int
+) -> Solution:
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
@@ -56,6 +95,7 @@ def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
             _x=vectorized.x_layouts[i],
             _u=vectorized.u_layouts[i],
             _start=vectorized.chain.segments[i].start,
+            _limits=tuple(side[i] for side in vectorized.chain.limits),
         )
         for i, gains in enumerate(loop.known.gains)
     )
@@ -72,9 +112,14 @@ def solution_of(vectorized: Vectorized, loop: Loop, max_steps: int) -> Solution:
         first_nonfinite=jnp.where(ok, T + 1, loop.trouble.stage),
         nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
     )
-    xs, us = vectorized.states(trajectory), vectorized.controls(trajectory.us)
+    multipliers = None
+    if duals:
+        multipliers, stationarity = _multipliers(vectorized, trajectory.us, duals)
+        stats["stationarity"] = stationarity
+    xs = vectorized.states(trajectory.xs, trajectory.final)
+    us = vectorized.controls(trajectory.us)
     policy = vectorized.problem.join_controls(policies)
-    found = xs, us, trajectory.cost, policy, loop.result
+    found = xs, us, trajectory.cost, policy, multipliers, loop.result
     return Solution(*found, stats, history, loop.search)
 
 
@@ -83,13 +128,14 @@ def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solut
     max_steps, history, verbose, fast_loops = options
     vectorized = vectorize(problem, x0, us)
 
-    def run(loops: Loops) -> Loop:
+    def run(loops: Loops) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
         solver = solver_of(chain, method, search, rtol, atol, max_steps, verbose.value)
-        return solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
+        loop = solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
+        return loop, duals_of(chain, loop.trajectory)
 
-    loop = compiled(run, fast_loops)
-    return undifferentiated(solution_of(vectorized, loop, max_steps))
+    loop, duals = compiled(run, fast_loops)
+    return undifferentiated(solution_of(vectorized, loop, duals, max_steps))
 
 
 def check(
@@ -231,7 +277,8 @@ def _advice(problem: AbstractChain) -> Mapping[str, str]:
 def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
-    trajectory = run(chain, *vectorized.ravel(x0, us))
+    first, given = vectorized.ravel(x0, us)
+    trajectory = run(chain, first, chain.within(given))
     expansion = method.expand(chain, trajectory)
     check_expansion(method, expansion)
     damping = jnp.asarray(damping, chain.dtype)
@@ -246,6 +293,9 @@ def _direction(problem, method, x0, us, damping):
     finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
     result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
     ok = result == RESULTS.successful
+    if chain.limits:  # from what was given, which may lie outside
+        change = zip(vs, trajectory.us, given, strict=True)
+        vs = tuple(v + (inside - u) for v, inside, u in change)
     vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
     return vectorized.controls(vs), result
 

@@ -15,7 +15,7 @@ from .loop import Loop
 from .search import AbstractSearch, Backtracking
 from .search.base import SearchState
 from .solution import Solution
-from .solve import arguments, judged, solution_of, solver_of
+from .solve import arguments, duals_of, judged, solution_of, solver_of
 
 
 class SolverState(eqx.Module):
@@ -63,7 +63,8 @@ def _first_state(
     vectorized = vectorize(problem, x0, us)
     solver = solver_of(vectorized.chain, method, search, rtol, atol, max_steps, False)
     loop = solver.init(*vectorized.ravel(x0, us), state, history)
-    xs = vectorized.states(loop.trajectory)
+    xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
+    us = vectorized.controls(loop.trajectory.us)
     return SolverState(
         x0, xs, us, method, search, solver.rtol, solver.atol, max_steps, loop
     )
@@ -82,7 +83,8 @@ def _stepped(problem, state: SolverState, last: bool):
 @door
 def _next_state(problem, state: SolverState) -> SolverState:
     vectorized, loop = _stepped(problem, state, False)
-    xs, us = vectorized.states(loop.trajectory), vectorized.controls(loop.trajectory.us)
+    xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
+    us = vectorized.controls(loop.trajectory.us)
     where = lambda s: (s.xs, s.us, s._loop)
     return eqx.tree_at(where, state, (xs, us, loop))
 
@@ -90,7 +92,8 @@ def _next_state(problem, state: SolverState) -> SolverState:
 @door
 def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
-    return undifferentiated(solution_of(vectorized, loop, state.max_steps))
+    duals = duals_of(vectorized.chain, loop.trajectory)
+    return undifferentiated(solution_of(vectorized, loop, duals, state.max_steps))
 
 
 def init(

@@ -2,6 +2,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from ..._chain.limits import moved, projected
+from ..._common.linalg import matmul
 from ..._common.tree import norm
 from ..lqr import Sweep
 from .base import AbstractDirection, feedforward, gradients
@@ -16,6 +18,8 @@ class Gradient(AbstractDirection):
 
     There is no second-order model to judge convergence by, so $\frac12 \|\nabla J\|^2$
     takes the place of the predicted decrease: it depends on the units of the controls.
+    Where controls have limits, the step is cut off there and the gradient is that of
+    the controls as far as they can move.
 
     Source: "Iterative Linear Quadratic Optimization for Nonlinear Control", 2022,
     arXiv 2207.06362.
@@ -28,9 +32,27 @@ class Gradient(AbstractDirection):
 
     def backward(self, chain, trajectory, model, damping):
         penalty = jnp.where(damping > 0, damping, 1)
+        if chain.limits:
+            return _within_limits(chain, trajectory, model, penalty)
         gradient = norm(model)
         slope = -(gradient**2) / penalty
         curvature = -slope  # the penalty's, penalty k'k
         gains = feedforward(trajectory, tuple(-g / penalty for g in model))
         known = gradient**2 / 2, gradient, jnp.isfinite(gradient)
         return Sweep(gains, slope, curvature, *known)
+
+
+def _within_limits(chain, trajectory, model, penalty) -> Sweep:
+    """The step cut off at the limits, which is the minimum of the same model there."""
+
+    def stage(segment, u, gradient, *limits):
+        _, k = moved(u, -gradient / penalty, *limits)
+        change = jnp.stack([matmul(gradient, k), penalty * matmul(k, k)])
+        return k, change, projected(gradient, u, *limits)
+
+    found = chain.map(stage, trajectory.us, model, *chain.limits)
+    k, change, gradients = zip(*found, strict=True)
+    slope, curvature = sum(jnp.sum(rows, 0) for rows in change)
+    gradient = norm(gradients)
+    known = gradient**2 / 2, gradient, jnp.isfinite(norm(model))
+    return Sweep(feedforward(trajectory, k), slope, curvature, *known)

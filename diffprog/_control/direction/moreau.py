@@ -51,6 +51,11 @@ class MoreauGradient(AbstractDirection):
         return gradients(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):
+        if chain.limits:
+            raise ValueError(
+                "`MoreauGradient` takes no `control_bounds`: its envelopes minimize "
+                "over all controls. `dp.Gradient()` and `dp.ILQR()` keep limits."
+            )
         alpha = jnp.asarray(1 / (1 / self.alpha + damping)).astype(chain.dtype)
 
         def stage(segment, mu, x, u, t):

@@ -1,16 +1,23 @@
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._chain.limits import moved
 from ..._chain.vector import simulate, VectorChain, VectorTrajectory
 from ..._common.linalg import matmul
 from ..._common.types import AbstractPart, Rows, Stacks
 
 
 class AbstractRollout(AbstractPart):
-    """How the gains of a backward pass become a trial trajectory."""
+    """How the gains of a backward pass become a trial trajectory.
+
+    - `keeps_limits`: whether u + v lies within the limits of the controls; only then
+        are problems with such ones taken.
+    """
+
+    keeps_limits: ClassVar[bool] = False
 
     @abc.abstractmethod
     def roll(
@@ -25,26 +32,38 @@ class AbstractRollout(AbstractPart):
 
 
 class Feedback(AbstractRollout):
-    """v = s k + K (x_new - x), x_new being the states of the true dynamics."""
+    """v = s k + K (x_new - x), x_new being the states of the true dynamics.
+
+    u + v is cut off at the limits of the controls.
+    """
+
+    keeps_limits: ClassVar[bool] = True
 
     def roll(self, chain, trajectory, model, gains, stepsize):
-        def control(segment, x_new, _, x, u, gains):
+        def control(segment, x_new, _, x, u, gains, *limits):
             y = segment.difference(x_new, x)
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
-            return u + v, None, v
+            u, v = moved(u, v, *limits)
+            return u, None, v
 
         x0, data = trajectory.xs[0][0], (trajectory.xs, trajectory.us, gains)
-        return simulate(chain, control, x0, None, *data)
+        return simulate(chain, control, x0, None, *data, *chain.limits)
 
 
 class LinearRollout(AbstractRollout):
-    """v = s k + K y along the linear model, y' = c + A y + B v from y = 0."""
+    """v = s k + K y along the linear model, y' = c + A y + B v from y = 0.
+
+    u + v is cut off at the limits of the controls, and v is what is left.
+    """
+
+    keeps_limits: ClassVar[bool] = True
 
     def roll(self, chain, trajectory, model, gains, stepsize):
-        def control(segment, x_new, y, u, gains, F):
+        def control(segment, x_new, y, u, gains, F, *limits):
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
-            return u + v, F[1:, 0] + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
+            u, v = moved(u, v, *limits)
+            return u, F[1:, 0] + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
 
         x0, F = trajectory.xs[0][0], model.dynamics(chain, trajectory)
         data = (trajectory.us, gains, F)
-        return simulate(chain, control, x0, jnp.zeros_like(x0), *data)
+        return simulate(chain, control, x0, jnp.zeros_like(x0), *data, *chain.limits)

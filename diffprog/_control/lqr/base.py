@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..._chain.limits import moved
 from ..._chain.problem import check_horizon
 from ..._chain.vector import Segment, VectorChain, VectorTrajectory
 from ..._common.linalg import matmul, solve_positive, symmetrize
 from ..._common.result import RESULTS
 from ..._common.tree import Layout, norm
 from ..._common.types import AbstractPart, Rows, Stacks
+from .box import solve_in_box
 from .expand import AbstractModel, affine, quadratic
 
 
@@ -20,24 +22,37 @@ NEVER = np.int32(np.iinfo(np.int32).max)  # no stage
 
 
 def bellman(
-    F: Array, W: Array, VF: Array, m: int, damping: Array, valid: Array | bool = True
+    F: Array,
+    W: Array,
+    VF: Array,
+    m: int,
+    damping: Array,
+    valid: Array | bool = True,
+    box: tuple[Array, ...] = (),
 ):
     """One stage of the backward pass, in the blocks of `expand`, from the product V F.
 
     Minimizes (1, x, u)' Z (1, x, u) / 2 + damping u'u / 2 over u, Z = W + F' V F:
-    u = [k K] (1, x). Returns the cost-to-go before the stage, [k K], the terms h'k,
-    k'Gk and k'k of the change along k, and whether the minimum exists. Where it does
-    not, k has negative curvature and K is 0; both are 0 if V is not `valid`.
+    u = [k K] (1, x), with k in a `box` (lower, upper) if there is one. Returns the
+    cost-to-go before the stage, [k K], the terms h'k, k'Gk and k'k of the change along
+    k, and whether the minimum exists. Where it does not, k has negative curvature and K
+    is 0; both are 0 if V is not `valid`.
     """
     Z = W + matmul(F.T, VF)
     u = Z.shape[0] - m
     G = Z[u:, u:]  # R + B'PB
     H = Z[u:, :u]  # [h H]: h = r + B'(p + Pc), H = B'PA + M'
     damped = G + damping * jnp.eye(m, dtype=Z.dtype)
-    gains, positive = solve_positive(damped, -H, valid)  # [k K] = -inv(damped) [h H]
+    if box:
+        gains, positive = solve_in_box(damped, H, *box, valid)
+    else:  # [k K] = -inv(damped) [h H]
+        gains, positive = solve_positive(damped, -H, valid)
     k = gains[:, 0]
     change = matmul(jnp.stack([H[:, 0], matmul(G, k), k]), k)
-    return symmetrize(Z[:u, :u] + matmul(H.T, gains)), gains, change, positive
+    saved = matmul(H.T, gains)
+    if box:  # of K'h = H'k, which hold without limits, only the second is p
+        saved = jnp.concatenate([saved[:, :1].T, saved[1:]])
+    return symmetrize(Z[:u, :u] + saved), gains, change, positive
 
 
 class Sweep(eqx.Module):
@@ -81,15 +96,20 @@ def summarize(
     damping: Array,
     positive: Array,
     first_nonfinite: Array | np.number = NEVER,
+    limited: bool = False,
 ) -> Sweep:
     """The `Sweep` of gains, from the sums of what `bellman` says of the `change`.
 
     The model without damping, s h'k + s^2 k'Gk / 2 in sum, promises a decrease of
     (h'k)^2 / (2 k'Gk): so a large damping cannot pass off a short step as convergence.
-    A step that leads nowhere promises nothing.
+    A step that leads nowhere promises nothing. Where controls are `limited` a pass
+    without damping goes to its minimum at s = 1, and no further.
     """
     slope, curvature, squares = change
     promised = jnp.where(curvature > 0, slope / curvature * slope / 2, jnp.inf)
+    if limited:
+        at_limits = (damping == 0) & (curvature < -slope)
+        promised = jnp.where(at_limits, -(slope + curvature / 2), promised)
     model = slope, curvature + damping * squares, jnp.where(slope == 0, 0.0, promised)
     known = norm(gradients), positive & jnp.isfinite(slope), first_nonfinite
     return Sweep(gains, *model, *known)
@@ -97,6 +117,9 @@ def summarize(
 
 class Policy(eqx.Module):
     r"""The feedback u = us + k + K (x - xs) around states `xs` and controls `us`.
+
+    Where controls have limits u is cut off there, and the gains of those that are held
+    at a limit are 0.
 
     `policy(t, x)` takes and returns states and controls as the problem has them. In the
     fields they lie raveled, leaf after leaf in the order of `jax.tree.leaves`
@@ -118,6 +141,7 @@ class Policy(eqx.Module):
     _x: Layout = eqx.field(static=True)
     _u: Layout = eqx.field(static=True)
     _start: int = eqx.field(static=True)
+    _limits: tuple[Float[Array, "*batch T m"], ...] = ()
 
     def __repr__(self) -> str:
         return f"Policy(K={self.K!r}, k={self.k!r})"
@@ -152,7 +176,8 @@ class Policy(eqx.Module):
                 f"to {self._start + stages - 1}."
             )
         y = Segment.difference(self._x.ravel(x), self.xs[t])
-        u = self.us[t] + self.k[t] + matmul(self.K[t], y)
+        v = self.k[t] + matmul(self.K[t], y)
+        u, _ = moved(self.us[t], v, *(limit[t] for limit in self._limits))
         # JAX would take the nearest stage where a `t` that it traces has none.
         return self._u.unravel(jnp.where(inside, u, jnp.nan))
 

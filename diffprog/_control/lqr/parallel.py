@@ -227,6 +227,11 @@ class ParallelRiccati(AbstractRiccati):
         check_count("max_policies", self.max_policies)
 
     def backward(self, chain, trajectory, model, damping):
+        if chain.limits:
+            raise ValueError(
+                "`ParallelRiccati` takes no `control_bounds`: it joins stages before "
+                "it knows which controls are at a limit. `dp.Riccati()` keeps limits."
+            )
         model = model.stored(chain, trajectory)
         V = symmetrize(model.V)
         lam, rows = V[0], []

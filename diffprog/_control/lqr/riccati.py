@@ -4,6 +4,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._chain.limits import projected
 from ..._common.door import door
 from ..._common.fast_loops import compiled, FastLoopsError, Loops, scan
 from ..._common.linalg import matmul, solve_positive, symmetrize
@@ -44,10 +45,12 @@ class Riccati(AbstractRiccati):
         def stage(segment, carry, x, u, t, *row):
             # The costate lam is one more row below V.
             rows, total, positive, first = carry
+            limits, row = row[:limited], row[limited:]
             F, W = model.stage(segment, rows[0, 1:], x, u, t, *row)
             product = matmul(rows, F)
             terms = F, W, product[:-1], len(u), damping, positive
-            V, gains, change, positive = bellman(*terms)
+            box = tuple(limit - u for limit in limits)
+            V, gains, change, positive = bellman(*terms, box)
             lam = W[0] + product[-1]  # and the gradient in u
             rows = jnp.concatenate([V, lam[None, : len(V)]])
             if not model.is_checked:
@@ -56,17 +59,20 @@ class Riccati(AbstractRiccati):
                 finite = jnp.all(jnp.isfinite(jnp.sum(V, 0)))
                 first, positive = jnp.where(finite, first, t), positive & finite
                 rows = jnp.where(positive, rows, 0)
-            return (rows, total + change, positive, first), (gains, lam[len(V) :])
+            gradient = projected(lam[len(V) :], u, *limits)
+            return (rows, total + change, positive, first), (gains, gradient)
 
         V = symmetrize(model.V)
         last, finite = jnp.concatenate([V, V[:1]]), jnp.isfinite(V[0, 0])
         start = last, jnp.zeros(3, V.dtype), finite, jnp.asarray(NEVER)
         start = vary(start, like=trajectory)
-        data = (trajectory.xs, trajectory.us, chain.ts, *model.rows)
+        limited = len(chain.limits)
+        data = (trajectory.xs, trajectory.us, chain.ts, *chain.limits, *model.rows)
         (_, *sums), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
         change, positive, first = sums
-        return summarize(gains, gradients, change, damping, positive, first)
+        found = gains, gradients, change, damping, positive, first
+        return summarize(*found, bool(limited))
 
     def values(self, lqr, scan):
         """`bellman` with the terms of a stage apart.
