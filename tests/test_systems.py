@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffprog as dp
 from diffprog.systems import (
     Car,
     CartPole,
@@ -448,16 +449,95 @@ def test_controls_are_squashed():
     drive = jnp.array([-50.0, 0.0, 50.0])
     duty = jax.vmap(car.drivetrain.duty)(drive)
     np.testing.assert_allclose(duty, [-0.1, 0.45, 1.0], atol=1e-12)
-    raw = Car.miniature(squashed=False)
-    x = car.state(jnp.zeros(2), jnp.array(0.3), 1.5)
-    steer = 0.4
-    squashed = car.vector_field(x, jnp.array([0.0, steer]), 0.0)
-    direct = raw.vector_field(x, jnp.array([0.45, 2 / 3 * math.atan(steer)]), 0.0)
-    np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
     kinematic = KinematicCar(max_steer=0.3)
     x = kinematic.state(jnp.zeros(2), jnp.array(0.0), 1.0)
     fast = kinematic.vector_field(x, jnp.array([0.0, 1e9]), 0.0)
     np.testing.assert_allclose(fast[2], math.tan(0.3) / 0.09, rtol=1e-6)
+
+
+def cars():
+    made = Car.miniature(), Car.full_size(), KinematicCar()
+    return [
+        pytest.param(car, id=name)
+        for car, name in zip(made, ("mini", "full", "kinematic"), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("car", cars())
+def test_limits_of_a_car_are_what_squashing_allows(car):
+    """Squashed inputs drive as the duty and the angle that they mean, to the limits."""
+    limited = dataclasses.replace(car, squashed=False)
+    assert car.control_bounds is None
+    (_, right), (_, left) = lower, upper = limited.control_bounds
+    assert lower.shape == upper.shape == (2,)
+    part = jnp.array([0.0, 1e-3, 0.3, 0.5, 0.9, 1.0])
+    if isinstance(car, KinematicCar):
+        np.testing.assert_array_equal([lower[0], upper[0]], [-np.inf, np.inf])
+        drive = inputs = jnp.linspace(-3.0, 3.0, 6)
+    else:
+        span = upper[0] - lower[0]
+        inputs = lower[0] + part * span
+        drive = span / 4 * jnp.log(part / (1 - part))
+    angles = right + part[::-1] * (left - right)
+    steer = jnp.tan(math.pi / 2 * angles / left)
+    x = car.state(jnp.array([1.0, 2.0]), jnp.array(0.3), 1.5)
+    slopes = lambda car: jax.jit(
+        jax.vmap(lambda *u: car.vector_field(x, jnp.stack(u), 0.0))
+    )
+    squashed, direct = slopes(car)(drive, steer), slopes(limited)(inputs, angles)
+    np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
+
+
+def test_a_problem_has_the_limits_of_its_car():
+    track, car = Track.circle(), KinematicCar(max_steer=0.4, squashed=False)
+    for system, free in (
+        (PathTracking(car, track), 0),
+        (Race(car, track), 1),
+        (Race.miniature(track, squashed=False), 1),
+        (Race.full_size(track, squashed=False), 1),
+    ):
+        problem = dp.ControlProblem.from_system(system, 4)
+        bounds, limits = problem.control_bounds, system.car.control_bounds
+        for side, own, none in zip(bounds, limits, (-np.inf, np.inf), strict=True):
+            np.testing.assert_array_equal(side, [*own, *free * [none]])
+        assert len(jax.tree.leaves(problem)) == len(jax.tree.leaves(system))
+    for system in (PathTracking(KinematicCar(), track), Race.full_size(track)):
+        problem = dp.ControlProblem.from_system(system, 4)
+        assert problem.control_bounds is system.control_bounds is None
+
+
+def test_limits_follow_the_numbers_of_the_car():
+    """They may be traced, batched, differentiated, and of any dtype."""
+    race = Race.miniature(Track.circle(), squashed=False)
+
+    def limits(most):
+        car = eqx.tree_at(lambda car: car.max_steer, race.car, most)
+        return jnp.stack(dataclasses.replace(race, car=car).control_bounds)
+
+    for dtype in (jnp.float32, jnp.float64):
+        most = jnp.array([0.2, 0.3], dtype)
+        batch = jax.jit(jax.vmap(limits))(most)
+        assert batch.dtype == dtype
+        np.testing.assert_array_equal(batch[:, 0, 1], -most)
+        slope = jax.jacobian(limits)(most[1])
+        np.testing.assert_array_equal(slope, [[0, -1, 0], [0, 1, 0]])
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_race_keeps_the_limits_of_its_car(dtype):
+    car = Car.full_size(squashed=False)
+    race = dataclasses.replace(
+        Race.full_size(Track.bend().scaled(150.0), v_ref=60.0), car=car
+    )
+    problem = dp.ControlProblem.from_system(race, 15)
+    x0, us = race.x0.astype(dtype), jnp.zeros((15, 3), dtype)
+    solution = dp.solve(problem, dp.DDP(), x0, us, max_steps=30, throw=False)
+    lower, upper = (np.asarray(side, dtype) for side in problem.control_bounds)
+    us = np.asarray(solution.us)
+    assert us.dtype == dtype and np.all((lower <= us) & (us <= upper))
+    assert np.any(us[:, 0] == upper[0])  # full throttle
+    assert solution.cost < solution.history["cost"][0]
 
 
 @pytest.mark.parametrize("name", ["tracking", "kinematic race", "full-size race"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._system import Scalar, Time
+from ._system import ControlBounds, Scalar, Time
 
 
 class AbstractCar(eqx.Module):
@@ -30,6 +30,11 @@ class AbstractCar(eqx.Module):
     ) -> Float[Array, " n"]:
         """The state of the car that runs straight ahead."""
 
+    @property
+    @abc.abstractmethod
+    def control_bounds(self) -> ControlBounds:
+        """The least and the largest control, each of shape `(2,)`; `None` for none."""
+
 
 class KinematicCar(AbstractCar):
     r"""A car whose wheels do not slip.
@@ -39,8 +44,8 @@ class KinematicCar(AbstractCar):
 
     State: position (x, y) [m], heading [rad], speed [m/s], shape `(4,)`; the position
     is that of the rear axle. Control: acceleration a [m/s^2] and steer, shape `(2,)`.
-    The angle of the wheels is `(2/pi) max_steer arctan(steer)`, or steer itself [rad]
-    where `squashed` is false.
+    The angle of the wheels is `(2/pi) max_steer arctan(steer)`. With `squashed` false
+    it is steer itself [rad], and `control_bounds` keep it within `max_steer`.
     """
 
     wheelbase: Scalar = 0.09
@@ -65,13 +70,21 @@ class KinematicCar(AbstractCar):
     def state(self, position, heading, speed):
         return _join(position, heading, speed)
 
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """The limits of acceleration (none) and angle; `None` where it is squashed."""
+        if self.squashed:
+            return None
+        return _row(-math.inf, -self.max_steer), _row(math.inf, self.max_steer)
+
 
 KinematicCar.__init__.__doc__ = """**Arguments:**
 
 - `wheelbase`: distance L between the axles [m].
 - `max_steer`: limit of the angle of the wheels [rad], below pi/2.
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the steer input is unbounded and squashed, or an angle.
+- `squashed`: whether the steer input is unbounded and squashed, or an angle with
+    limits.
 """
 
 
@@ -147,9 +160,11 @@ class Car(AbstractCar):
     State: position (x, y) [m], heading [rad], forward and leftward velocity v_x, v_y of
     the center of mass [m/s], yaw rate [rad/s], shape `(6,)`. Control: drive and steer,
     shape `(2,)`, squashed to the duty of the drivetrain and to the angle
-    `(2/pi) max_steer arctan(steer)`; with `squashed` false they are the duty and the
-    angle [rad]. Steering to the left is positive. The forces along and across an axle
-    are independent (no friction ellipse). The model holds for v_x > 0 only.
+    `(2/pi) max_steer arctan(steer)`. With `squashed` false they are the duty and the
+    angle [rad] themselves, and `control_bounds` keep them where squashing would:
+    between `min_duty` and `max_duty`, and within `max_steer`. Steering to the left is
+    positive. The forces along and across an axle are independent (no friction ellipse).
+    The model holds for v_x > 0 only.
 
     Source: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing of
     1:43 scale RC cars", 2015, arXiv:1711.07300.
@@ -268,6 +283,15 @@ class Car(AbstractCar):
     def state(self, position, heading, speed):
         return _join(position, heading, speed, 0.0, 0.0)
 
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """The limits of duty and angle [rad]; `None` where they are squashed."""
+        if self.squashed:
+            return None
+        drive = self.drivetrain
+        lower = _row(drive.min_duty, -self.max_steer)
+        return lower, _row(drive.max_duty, self.max_steer)
+
 
 Car.__init__.__doc__ = """**Arguments:**
 
@@ -278,7 +302,8 @@ Car.__init__.__doc__ = """**Arguments:**
 - `drivetrain`: a [`diffprog.systems.Drivetrain`][].
 - `max_steer`: limit of the angle of the wheels [rad].
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the inputs are unbounded and squashed, or duty and angle.
+- `squashed`: whether the inputs are unbounded and squashed, or duty and angle with
+    limits.
 """
 
 
@@ -290,3 +315,7 @@ def _steering(steer, max_steer, squashed):
 def _join(position, *numbers):
     rest = [jnp.asarray(number, position.dtype) for number in numbers]
     return jnp.concatenate([position, jnp.stack(rest)])
+
+
+def _row(*numbers):
+    return jnp.stack([jnp.asarray(number) for number in numbers])
