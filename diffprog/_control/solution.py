@@ -118,7 +118,7 @@ class Solution(eqx.Module):
     us: PyTree[Array]
     cost: Float[Array, "*batch"]
     policy: Any
-    multipliers: Multipliers | None
+    multipliers: Any
     result: RESULTS
     stats: dict[str, Any]
     history: dict[str, Float[Array, "*batch rows"]]
