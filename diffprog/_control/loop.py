@@ -336,8 +336,7 @@ class Solver(eqx.Module):
         purpose = Purpose.where(first > self.chain.horizon, purpose, Purpose.end)
 
         latest = lambda new, old: jnp.where(positive, new, old)
-        larger = jnp.where(p.promised > promised, p.promised, promised)  # or NaN before
-        known = p.known
+        known, seen = p.known, p.promised  # NaN at first
         return Passes(
             purpose=purpose,
             known=Known(
@@ -353,7 +352,7 @@ class Solver(eqx.Module):
             trials=trials,
             damping=damping,
             positive=positive,
-            promised=latest(larger, p.promised),
+            promised=latest(jnp.where(seen > promised, seen, promised), seen),
             converged=p.converged | converged,
             refuted=p.refuted | (testing & refuted),
             first_nonfinite=first,
