@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -89,10 +90,10 @@ def test_a_solve_that_stands_at_rounding_ends_and_says_so(search):
     go, effort = lambda x, u, t: x + u, lambda x, u, t: u**2 / 2
     problem = dp.ControlProblem(go, effort, reach, 1)
 
-    def solve(dtype, **options):
-        x0, us = jnp.array(1000, dtype), jnp.zeros(1, dtype)
-        options = dict(search=search, max_steps=256, throw=False) | options
-        return dp.solve(problem, dp.ILQR(), x0, us, **options)
+    def solve(dtype, rtol=None):
+        start = jnp.array(1000, dtype), jnp.zeros(1, dtype)
+        options: Any = dict(rtol=rtol, max_steps=256, throw=False)
+        return dp.solve(problem, dp.ILQR(), *start, search, **options)
 
     stands = solve(jnp.float32)
     assert stands.result == dp.RESULTS.no_descent
@@ -104,9 +105,10 @@ def test_a_solve_that_stands_at_rounding_ends_and_says_so(search):
 
 def test_a_search_that_recovers_from_a_large_damping_is_not_ended():
     problem, x0, us = helpers.pendulum(20, dtype=jnp.float32)
-    careful = dp.SearchState(*map(jnp.float32, (1, 0, 1e9)), jnp.int32(0))
-    options = dict(search=dp.AdaptiveDamping(), state=careful, history=True)
-    solution = dp.solve(problem, dp.ILQR(), x0, us, **options)
+    one, zero, large = map(jnp.float32, (1, 0, 1e9))
+    careful = dp.SearchState(one, zero, large, jnp.int32(0))
+    start = problem, dp.ILQR(), x0, us, dp.AdaptiveDamping()
+    solution = dp.solve(*start, state=careful, history=True)
     cost = np.asarray(solution.history["cost"])
     assert cost[0] == cost[1] == cost[2] > cost[10]
     assert solution.success
