@@ -44,9 +44,9 @@ if args.car is None:
 # rewards progress and punishes the crossing of a border; little holds the car to the
 # center line, so it is free to cut corners. `margin` [m] keeps the sides of the car
 # away from the borders. All these numbers are data: change them without recompiling.
-# The controls are the duty of the motor and the angle of the wheels [rad], and the
-# acceleration of the progress. The car knows the limits of the first two; they come
-# with the race into every problem made from it.
+# The controls are the duty of the motor, the steering as a share of the largest angle,
+# and the acceleration of the progress. The car knows the limits of the first two; they
+# come with the race into every problem made from it.
 if args.car == "full-size":
     track = Track.chicane() if user_track is None else user_track
     race = dataclasses.replace(
@@ -91,10 +91,12 @@ def control(race, x, us, memory):
 
 
 # %%
-# The lap, from a plan of zeros. What a control step computes is known at its end, so
-# the loop stops where the car has been round.
+# The lap, from a plan in the middle between the limits. What a control step computes is
+# known at its end, so the loop stops where the car has been round.
+lower, upper = map(np.asarray, race.car.control_bounds)
+middle = jnp.append((lower + upper) / 2, 0.0)
 x = race.x0
-us = jnp.zeros((horizon, 3))
+us = jnp.tile(middle, (horizon, 1))
 memory = dp.Backtracking().init(us.dtype)
 start = time.perf_counter()
 jax.block_until_ready(control(race, x, us, memory))
@@ -115,7 +117,6 @@ states, controls = np.stack(states), np.stack(controls)
 speed = np.hypot(states[:, 3], states[:, 4])
 lateral = np.asarray(jax.vmap(race.lateral_error)(states))
 margins = np.asarray(jax.vmap(race.border_margin)(states))
-lower, upper = map(np.asarray, race.car.control_bounds)
 at_limit = (controls[:, :2] <= lower) | (controls[:, :2] >= upper)
 
 print(f"{len(controls)} control steps of {1e3 * seconds:.1f} ms each")
@@ -150,7 +151,7 @@ print(
     f"{'stationarity':>12} {'first call':>10} {'later':>10}  result"
 )
 for method, search in cases if not args.fast else cases[3:4]:
-    guess = jnp.zeros((long_horizon, 3))
+    guess = jnp.tile(middle, (long_horizon, 1))
     times = []
     for _ in range(2):
         start = time.perf_counter()
@@ -170,7 +171,7 @@ for method, search in cases if not args.fast else cases[3:4]:
 
 # %%
 # Pictures.
-units = np.array([1.0, 180.0 / np.pi])  # the angle in degrees
+units = np.array([1.0, np.degrees(race.car.max_steer)])
 
 
 def save(name, ax):

@@ -432,7 +432,7 @@ def test_full_size_car_corners_steadily(speed):
     """The axles are neutral: at any speed it turns in by about wheelbase / radius."""
     car = Car.full_size(squashed=False)
     yaw_rate = 4.0 / speed
-    u = jnp.array([0.0, (1.6 + 1.4) * yaw_rate / speed])
+    u = jnp.array([0.0, (1.6 + 1.4) * yaw_rate / speed / car.max_steer])
 
     def step(x, _):
         middle = x + 0.005 * car.vector_field(x, u, 0.0)
@@ -468,8 +468,8 @@ def test_limits_of_a_car_are_what_squashing_allows(car):
     """Squashed inputs drive as the duty and the angle that they mean, to the limits."""
     limited = dataclasses.replace(car, squashed=False)
     assert car.control_bounds is None
-    (_, right), (_, left) = lower, upper = limited.control_bounds
-    assert lower.shape == upper.shape == (2,)
+    lower, upper = limited.control_bounds
+    assert lower.shape == upper.shape == (2,) and -lower[1] == upper[1] == 1
     part = jnp.array([0.0, 1e-3, 0.3, 0.5, 0.9, 1.0])
     if isinstance(car, KinematicCar):
         np.testing.assert_array_equal([lower[0], upper[0]], [-np.inf, np.inf])
@@ -478,13 +478,13 @@ def test_limits_of_a_car_are_what_squashing_allows(car):
         span = upper[0] - lower[0]
         inputs = lower[0] + part * span
         drive = span / 4 * jnp.log(part / (1 - part))
-    angles = right + part[::-1] * (left - right)
-    steer = jnp.tan(math.pi / 2 * angles / left)
+    shares = 2 * part[::-1] - 1
+    steer = jnp.tan(math.pi / 2 * shares)
     x = car.state(jnp.array([1.0, 2.0]), jnp.array(0.3), 1.5)
     slopes = lambda car: jax.jit(
         jax.vmap(lambda *u: car.vector_field(x, jnp.stack(u), 0.0))
     )
-    squashed, direct = slopes(car)(drive, steer), slopes(limited)(inputs, angles)
+    squashed, direct = slopes(car)(drive, steer), slopes(limited)(inputs, shares)
     np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
 
 
@@ -510,17 +510,17 @@ def test_limits_follow_the_numbers_of_the_car():
     """They may be traced, batched, differentiated, and of any dtype."""
     race = Race.miniature(Track.circle(), squashed=False)
 
-    def limits(most):
-        car = eqx.tree_at(lambda car: car.max_steer, race.car, most)
-        return jnp.stack(dataclasses.replace(race, car=car).control_bounds)
+    def upper(most):
+        car = eqx.tree_at(lambda car: car.drivetrain.max_duty, race.car, most)
+        return dataclasses.replace(race, car=car).control_bounds[1]
 
     for dtype in (jnp.float32, jnp.float64):
         most = jnp.array([0.2, 0.3], dtype)
-        batch = jax.jit(jax.vmap(limits))(most)
+        batch = jax.jit(jax.vmap(upper))(most)
         assert batch.dtype == dtype
-        np.testing.assert_array_equal(batch[:, 0, 1], -most)
-        slope = jax.jacobian(limits)(most[1])
-        np.testing.assert_array_equal(slope, [[0, -1, 0], [0, 1, 0]])
+        expected = [[0.2, 1, np.inf], [0.3, 1, np.inf]]
+        np.testing.assert_array_equal(batch, np.asarray(expected, dtype))
+        np.testing.assert_array_equal(jax.jacobian(upper)(most[1]), [1, 0, 0])
 
 
 @pytest.mark.costly

@@ -45,7 +45,7 @@ class KinematicCar(AbstractCar):
     State: position (x, y) [m], heading [rad], speed [m/s], shape `(4,)`; the position
     is that of the rear axle. Control: acceleration a [m/s^2] and steer, shape `(2,)`.
     The angle of the wheels is `(2/pi) max_steer arctan(steer)`. With `squashed` false
-    it is steer itself [rad], and `control_bounds` keep it within `max_steer`.
+    it is `max_steer steer`, and `control_bounds` keep steer between -1 and 1.
     """
 
     wheelbase: Scalar = 0.09
@@ -72,10 +72,8 @@ class KinematicCar(AbstractCar):
 
     @property
     def control_bounds(self) -> ControlBounds:
-        """The limits of acceleration (none) and angle; `None` where it is squashed."""
-        if self.squashed:
-            return None
-        return _row(-math.inf, -self.max_steer), _row(math.inf, self.max_steer)
+        """The limits of acceleration (none) and steer; `None` where it is squashed."""
+        return None if self.squashed else (_row(-math.inf, -1.0), _row(math.inf, 1.0))
 
 
 KinematicCar.__init__.__doc__ = """**Arguments:**
@@ -83,8 +81,7 @@ KinematicCar.__init__.__doc__ = """**Arguments:**
 - `wheelbase`: distance L between the axles [m].
 - `max_steer`: limit of the angle of the wheels [rad], below pi/2.
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the steer input is unbounded and squashed, or an angle with
-    limits.
+- `squashed`: whether the steer input is unbounded and squashed, or has limits.
 """
 
 
@@ -160,11 +157,12 @@ class Car(AbstractCar):
     State: position (x, y) [m], heading [rad], forward and leftward velocity v_x, v_y of
     the center of mass [m/s], yaw rate [rad/s], shape `(6,)`. Control: drive and steer,
     shape `(2,)`, squashed to the duty of the drivetrain and to the angle
-    `(2/pi) max_steer arctan(steer)`. With `squashed` false they are the duty and the
-    angle [rad] themselves, and `control_bounds` keep them where squashing would:
-    between `min_duty` and `max_duty`, and within `max_steer`. Steering to the left is
-    positive. The forces along and across an axle are independent (no friction ellipse).
-    The model holds for v_x > 0 only.
+    `(2/pi) max_steer arctan(steer)`. With `squashed` false they are the duty itself and
+    the share of `max_steer`, an angle of `max_steer steer`, and `control_bounds` keep
+    them where squashing would: between `min_duty` and `max_duty`, and -1 and 1.
+    (An angle in radians is a small number: damping, which counts all inputs alike,
+    would hardly hold it.) Steering to the left is positive. The forces along and across
+    an axle are independent (no friction ellipse). The model holds for v_x > 0 only.
 
     Source: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing of
     1:43 scale RC cars", 2015, arXiv:1711.07300.
@@ -285,12 +283,11 @@ class Car(AbstractCar):
 
     @property
     def control_bounds(self) -> ControlBounds:
-        """The limits of duty and angle [rad]; `None` where they are squashed."""
+        """The limits of duty and steer; `None` where they are squashed."""
         if self.squashed:
             return None
-        drive = self.drivetrain
-        lower = _row(drive.min_duty, -self.max_steer)
-        return lower, _row(drive.max_duty, self.max_steer)
+        duties = self.drivetrain.min_duty, self.drivetrain.max_duty
+        return _row(duties[0], -1.0), _row(duties[1], 1.0)
 
 
 Car.__init__.__doc__ = """**Arguments:**
@@ -302,14 +299,15 @@ Car.__init__.__doc__ = """**Arguments:**
 - `drivetrain`: a [`diffprog.systems.Drivetrain`][].
 - `max_steer`: limit of the angle of the wheels [rad].
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the inputs are unbounded and squashed, or duty and angle with
-    limits.
+- `squashed`: whether the inputs are unbounded and squashed, or have limits.
 """
 
 
 def _steering(steer, max_steer, squashed):
-    # Unbounded steer -> angle in (-max_steer, max_steer).
-    return 2 / math.pi * max_steer * jnp.arctan(steer) if squashed else steer
+    # Steer, unbounded or in [-1, 1] -> angle in [-max_steer, max_steer].
+    return (
+        2 / math.pi * max_steer * jnp.arctan(steer) if squashed else max_steer * steer
+    )
 
 
 def _join(position, *numbers):
@@ -318,4 +316,5 @@ def _join(position, *numbers):
 
 
 def _row(*numbers):
-    return jnp.stack([jnp.asarray(number) for number in numbers])
+    dtype = jnp.result_type(*numbers)
+    return jnp.stack([jnp.asarray(number, dtype) for number in numbers])

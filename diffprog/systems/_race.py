@@ -95,9 +95,10 @@ class Race(AbstractSystem):
 
     State: car, s, rate of s, shape `(n+2,)`; control: car, acceleration of s [m/s^2],
     shape `(3,)`. The control weight counts for the inputs of the car and
-    `progress_weight` for the acceleration of s. A car that is not squashed takes the
-    duty and the angle of its wheels [rad] themselves, and a problem made by
-    [`diffprog.ControlProblem.from_system`][] keeps its limits, `control_bounds`.
+    `progress_weight` for the acceleration of s. Where the inputs of the car are not
+    squashed, a problem made by [`diffprog.ControlProblem.from_system`][] keeps their
+    limits, `control_bounds`. Zeros are then a car that rolls to a stop, where the model
+    ends: begin in the middle between the limits, which zeros are for a squashed car.
 
     Sources: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing
     of 1:43 scale RC cars", 2015, arXiv:1711.07300, for the cost; V. Roulet, S.
