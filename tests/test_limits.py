@@ -35,7 +35,8 @@ def limited(problem, bounds):
 def solved(chain, method, search=dp.Backtracking()):
     """A problem with limits, some of them reached, and its solution."""
     problem, x0, us = helpers.PROBLEMS[chain]()
-    problem, tolerances = limited(problem, LIMITS[chain]), {**TIGHT}
+    problem = limited(problem, LIMITS[chain])
+    tolerances: dict[str, Any] = TIGHT
     if isinstance(method, dp.Gradient):
         tolerances = dict(rtol=0.0, atol=1e-10, max_steps=5000)
     return problem, x0, dp.solve(problem, method, x0, us, search, **tolerances)
