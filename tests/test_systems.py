@@ -455,20 +455,21 @@ def test_controls_are_squashed():
     np.testing.assert_allclose(fast[2], math.tan(0.3) / 0.09, rtol=1e-6)
 
 
-def cars():
-    made = Car.miniature(), Car.full_size(), KinematicCar()
-    return [
-        pytest.param(car, id=name)
-        for car, name in zip(made, ("mini", "full", "kinematic"), strict=True)
-    ]
+def limits(owner):
+    assert owner.control_bounds is not None
+    return owner.control_bounds
 
 
-@pytest.mark.parametrize("car", cars())
+@pytest.mark.parametrize(
+    "car",
+    [Car.miniature(), Car.full_size(), KinematicCar()],
+    ids=["mini", "full", "kinematic"],
+)
 def test_limits_of_a_car_are_what_squashing_allows(car):
     """Squashed inputs drive as the duty and the angle that they mean, to the limits."""
     limited = dataclasses.replace(car, squashed=False)
     assert car.control_bounds is None
-    lower, upper = limited.control_bounds
+    lower, upper = limits(limited)
     assert lower.shape == upper.shape == (2,) and -lower[1] == upper[1] == 1
     part = jnp.array([0.0, 1e-3, 0.3, 0.5, 0.9, 1.0])
     if isinstance(car, KinematicCar):
@@ -497,8 +498,8 @@ def test_a_problem_has_the_limits_of_its_car():
         (Race.full_size(track, squashed=False), 1),
     ):
         problem = dp.ControlProblem.from_system(system, 4)
-        bounds, limits = problem.control_bounds, system.car.control_bounds
-        for side, own, none in zip(bounds, limits, (-np.inf, np.inf), strict=True):
+        both = limits(problem), limits(system.car), (-np.inf, np.inf)
+        for side, own, none in zip(*both, strict=True):
             np.testing.assert_array_equal(side, [*own, *free * [none]])
         assert len(jax.tree.leaves(problem)) == len(jax.tree.leaves(system))
     for system in (PathTracking(KinematicCar(), track), Race.full_size(track)):
@@ -512,7 +513,7 @@ def test_limits_follow_the_numbers_of_the_car():
 
     def upper(most):
         car = eqx.tree_at(lambda car: car.drivetrain.max_duty, race.car, most)
-        return dataclasses.replace(race, car=car).control_bounds[1]
+        return limits(dataclasses.replace(race, car=car))[1]
 
     for dtype in (jnp.float32, jnp.float64):
         most = jnp.array([0.2, 0.3], dtype)
@@ -526,14 +527,12 @@ def test_limits_follow_the_numbers_of_the_car():
 @pytest.mark.costly
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_race_keeps_the_limits_of_its_car(dtype):
-    car = Car.full_size(squashed=False)
-    race = dataclasses.replace(
-        Race.full_size(Track.bend().scaled(150.0), v_ref=60.0), car=car
-    )
+    track = Track.bend().scaled(150.0)
+    race = Race.full_size(track, v_ref=60.0, squashed=False)
     problem = dp.ControlProblem.from_system(race, 15)
     x0, us = race.x0.astype(dtype), jnp.zeros((15, 3), dtype)
     solution = dp.solve(problem, dp.DDP(), x0, us, max_steps=30, throw=False)
-    lower, upper = (np.asarray(side, dtype) for side in problem.control_bounds)
+    lower, upper = (np.asarray(side, dtype) for side in limits(problem))
     us = np.asarray(solution.us)
     assert us.dtype == dtype and np.all((lower <= us) & (us <= upper))
     assert np.any(us[:, 0] == upper[0])  # full throttle
