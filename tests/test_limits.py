@@ -354,7 +354,7 @@ def test_a_batch_of_limits():
     many = limited(problem, (jnp.array([-0.1, -0.2, -0.3]), 0.3))
     axes = jtu.tree_map(lambda _: None, many)
     axes = eqx.tree_at(
-        lambda p: p.control_bounds[0], axes, 0, is_leaf=lambda leaf: leaf is None
+        lambda p: p.bounds[0], axes, 0, is_leaf=lambda leaf: leaf is None
     )
     batch = dp.solve_batch(many, dp.DDP(), x0s, uss, in_axes=axes)
     assert np.all(batch.success)
