@@ -442,12 +442,14 @@ def test_a_system_may_have_limits():
         ((1.0, 2.0, 3.0), "a pair `(lo, hi)` is expected"),
         (
             (1.0, -1.0),
-            "the lower limit of the control is 1.0, above the upper one, -1.0",
+            "the lower limit is 1.0, above the upper one, -1.0",
         ),
         (
             (dict(a=jnp.array([0.0, 2.0])), dict(a=jnp.array([1.0, 1.0]))),
-            "the lower limit of the control['a'][1] is 2.0, above the upper one, 1.0",
+            "the lower limit['a'][1] is 2.0, above the upper one, 1.0",
         ),
+        ((None, -jnp.inf), "`control_bounds[1]` is -inf, which no control keeps"),
+        ((np.inf, None), "`control_bounds[0]` is inf, which no control keeps"),
         ((-1.0, jnp.nan), "`control_bounds[1]` has a NaN; where there is no limit"),
         (("a", 1.0), "`control_bounds[0]` is 'a'; a number or an array"),
         ((True, 1.0), "`control_bounds[0]` is True; a number or an array"),
@@ -469,7 +471,10 @@ def test_wrong_limits_are_refused(bounds, message, unchecked):
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        (([-1.0, -1.0], 1.0), "a list of numbers is a tree, an array is `jnp.array"),
+        (
+            ([-1.0, -1.0], 1.0),
+            "a list of numbers is a tree as well: an array is `jnp.array",
+        ),
         ((jnp.zeros(3), None), "`control_bounds[0]` has shape (3,); that of a control"),
         ((None, jnp.ones((5, 2))), "or of all stages, (12, 2), is expected"),
     ],
@@ -485,7 +490,8 @@ def test_crossed_limits_that_are_traced_have_a_code():
     problem, x0, us = helpers.spring()
     rows = jnp.where(jnp.arange(12) == 7, 1.0, -1.0)[:, None]
     solve = lambda lower: dp.solve(limited(problem, (lower, 0.5)), dp.DDP(), x0, us)
-    for lower in (rows, jnp.where(rows > 0, jnp.nan, rows)):
+    for wrong in (1.0, jnp.nan, jnp.inf):
+        lower = jnp.where(rows > 0, wrong, rows)
         solution = jax.jit(solve)(lower)
         assert solution.result == dp.RESULTS.infeasible
         assert "No point satisfies the constraints. That is so at stage 7." in repr(

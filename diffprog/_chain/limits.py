@@ -1,5 +1,6 @@
 """Limits of the controls: lower <= u <= upper at every stage."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._common.types import came, is_known, is_number
+
+
+NEVER = math.inf, -math.inf  # as a lower limit, as an upper one
 
 
 def as_bounds(bounds: Any) -> Any:
@@ -19,14 +23,14 @@ def as_bounds(bounds: Any) -> Any:
             f"`control_bounds` is {came(bounds)}; a pair `(lo, hi)` is expected, each "
             "a number, `None` for no limit, or arranged like one control or like `us`."
         )
-    sides = tuple(_as_side(f"control_bounds[{i}]", s) for i, s in enumerate(bounds))
+    sides = tuple(_as_side(i, side) for i, side in enumerate(bounds))
     _check_order(*sides)
     return sides
 
 
-def _as_side(name: str, side: PyTree) -> PyTree:
+def _as_side(i: int, side: PyTree) -> PyTree:
     def convert(path, leaf):
-        where = f"`{name}{jtu.keystr(path)}`"
+        where = f"`control_bounds[{i}]{jtu.keystr(path)}`"
         if not is_number(leaf) or isinstance(leaf, bool):
             raise TypeError(
                 f"{where} is {came(leaf)}; a number or an array of them is expected."
@@ -37,6 +41,11 @@ def _as_side(name: str, side: PyTree) -> PyTree:
             raise TypeError(f"{where} has dtype bool; numbers are expected.")
         if is_known(leaf) and np.any(np.isnan(leaf)):
             raise ValueError(f"{where} has a NaN; where there is no limit, write inf.")
+        if is_known(leaf) and np.any(np.asarray(leaf) == NEVER[i]):
+            raise ValueError(
+                f"{where} is {NEVER[i]}, which no control keeps; where there is no "
+                f"limit, write {-NEVER[i]}."
+            )
         return leaf
 
     return jtu.tree_map_with_path(convert, side)
@@ -62,9 +71,9 @@ def _check_order(lower: PyTree, upper: PyTree):
             at = f"[{', '.join(map(str, index))}]" if index else ""
             key = jtu.keystr(path) or jtu.keystr(other)
             raise ValueError(
-                f"`control_bounds`: the lower limit of the control{key}{at} is "
-                f"{pair[0]}, above the upper one, {pair[1]}; lo <= hi is expected, and "
-                "lo = hi fixes a control."
+                f"`control_bounds`: the lower limit{key}{at} is {pair[0]}, above the "
+                f"upper one, {pair[1]}; lo <= hi is expected, and lo = hi fixes a "
+                "control."
             )
 
 
@@ -87,8 +96,9 @@ def _like(name: str, side: PyTree, us: PyTree, fill: float, dtype: Any) -> PyTre
     if tree != expected:
         raise ValueError(
             f"`{name}` is arranged as {tree}, and a control as {expected}: give one "
-            "number for all, or a tree like one control or like `us`; a list of "
-            "numbers is a tree, an array is `jnp.array([...])`."
+            "number for all, or a tree like one control or like `us`; in a tree no "
+            "limit is inf or -inf, and a list of numbers is a tree as well: an array "
+            "is `jnp.array([...])`."
         )
 
     def broadcast(path, leaf, u):
@@ -112,7 +122,12 @@ def _cast(leaf: Any, dtype: Any) -> Array:
 
 def cut_off(u: Array, lower: Array, upper: Array) -> Array:
     """The nearest within the limits; NaN where there is none."""
-    return jnp.where(lower <= upper, jnp.clip(u, lower, upper), jnp.nan)
+    return jnp.where(can_be_kept(lower, upper), jnp.clip(u, lower, upper), jnp.nan)
+
+
+def can_be_kept(lower: Array, upper: Array) -> Array:
+    """Whether there is a finite number between them."""
+    return (lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf)
 
 
 def moved(u: Float[Array, " m"], v: Float[Array, " m"], *limits: Float[Array, " m"]):

@@ -14,7 +14,7 @@ from .._common.fast_loops import Loops, scan
 from .._common.loops import chained
 from .._common.tree import all_finite, vary
 from .._common.types import Rows
-from .limits import cut_off
+from .limits import can_be_kept, cut_off
 
 
 class Segment(eqx.Module):
@@ -96,8 +96,8 @@ class VectorChain(eqx.Module):
 
     @property
     def is_crossed(self) -> Bool[Array, ""]:
-        """Whether a lower limit is above the upper one, or one of them NaN."""
-        crossed = lambda _, lower, upper: ~jnp.all(lower <= upper)
+        """Whether a lower limit is above the upper one, or one that none can keep."""
+        crossed = lambda _, lower, upper: ~jnp.all(can_be_kept(lower, upper))
         return jnp.any(jnp.concatenate(self.map(crossed, *self.limits)))
 
 
