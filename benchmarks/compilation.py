@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import time
 import jax
 
 from . import ours
-from .problems import PROBLEMS, UNSEEN
+from .problems import LIMITED, PROBLEMS, UNSEEN
 from .timing import once
 
 
@@ -62,11 +63,36 @@ def measure() -> list[dict]:
         return [one(problem, method) for problem in problems for method in ours.METHODS]
 
 
-def run() -> list[dict]:
-    command = [sys.executable, "-m", "benchmarks.compilation"]
+def measure_limits() -> dict[str, dict[str, float]]:
+    """First calls with limits over those without, by problem and solver."""
+    first_call(dataclasses.replace(PROBLEMS[0], horizon=10), ours.METHODS[0])
+    found = {}
+    for problem in LIMITED:
+        pair = problem, dataclasses.replace(problem, limits=None)
+        for method in ours.METHODS:
+            rounds = [[sum(first_call(p, method)) for p in pair] for _ in range(3)]
+            limited, free = map(statistics.median, zip(*rounds))
+            solver = f"diffprog {type(method).__name__}"
+            found.setdefault(problem.name, {})[solver] = limited / free
+    return found
+
+
+MEASURE = {"all": measure, "limits": measure_limits}
+
+
+def in_a_process(what: str):
+    command = [sys.executable, "-m", "benchmarks.compilation", what]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def with_limits() -> dict[str, dict[str, float]]:
+    return in_a_process("limits")
+
+
+def run() -> list[dict]:
+    return in_a_process("all")
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(MEASURE[sys.argv[1]]()))
