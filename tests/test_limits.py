@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ from . import environments, helpers
 from .helpers import close, DIRECTIONS, name, SEARCHES, SECOND_ORDER
 
 
-TIGHT = dict(rtol=1e-15, atol=1e-15)
+TIGHT: dict[str, Any] = dict(rtol=1e-15, atol=1e-15)
 LIMITS = {
     "spring": (-0.2, 0.3),
     "linear": (jnp.array([-0.3, -1.0]), jnp.array([0.5, jnp.inf])),
@@ -34,7 +35,7 @@ def limited(problem, bounds):
 def solved(chain, method, search=dp.Backtracking()):
     """A problem with limits, some of them reached, and its solution."""
     problem, x0, us = helpers.PROBLEMS[chain]()
-    problem, tolerances = limited(problem, LIMITS[chain]), TIGHT
+    problem, tolerances = limited(problem, LIMITS[chain]), {**TIGHT}
     if isinstance(method, dp.Gradient):
         tolerances = dict(rtol=0.0, atol=1e-10, max_steps=5000)
     return problem, x0, dp.solve(problem, method, x0, us, search, **tolerances)
@@ -520,7 +521,8 @@ def test_who_keeps_no_limits_says_so(method, message):
 def test_a_network_takes_no_limits(unchecked):
     net = dp.Network((eqx.nn.Linear(2, 1, key=jax.random.key(0)),))
     with pytest.raises(TypeError, match="takes no `control_bounds`: the controls are"):
-        dp.NetworkProblem(net, lambda o, t: o, jnp.zeros(2), control_bounds=(0.0, 1.0))
+        make: Any = dp.NetworkProblem
+        make(net, lambda o, t: o, jnp.zeros(2), control_bounds=(0.0, 1.0))
 
 
 def test_new_limits_do_not_compile_again():

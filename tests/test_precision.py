@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -80,6 +81,37 @@ def test_float64_stops_successfully_at_its_own_round_off(method):
     problem, x0, us = helpers.spring()
     solution = dp.solve(problem, method, x0, us, rtol=0.0, atol=0.0)
     assert solution.stats["gradient"] < 1e-6
+
+
+@pytest.mark.parametrize("search", MONOTONE, ids=name)
+def test_a_solve_that_stands_at_rounding_ends_and_says_so(search):
+    # Positions are rounded to 6e-5, which moves the cost more than a step does.
+    reach = lambda x: 5e3 * (x - 1000.3) ** 2
+    go, effort = lambda x, u, t: x + u, lambda x, u, t: u**2 / 2
+    problem = dp.ControlProblem(go, effort, reach, 1)
+
+    def solve(dtype, rtol=None):
+        start = jnp.array(1000, dtype), jnp.zeros(1, dtype)
+        options: Any = dict(rtol=rtol, max_steps=256, throw=False)
+        return dp.solve(problem, dp.ILQR(), *start, search, **options)
+
+    stands = solve(jnp.float32)
+    assert stands.result == dp.RESULTS.no_descent
+    assert stands.stats["num_steps"] < 10
+    assert "use float64, loosen `rtol`" in str(stands)
+    assert solve(jnp.float32, rtol=1e-4).success
+    assert solve(jnp.float64).success
+
+
+def test_a_search_that_recovers_from_a_large_damping_is_not_ended():
+    problem, x0, us = helpers.pendulum(20, dtype=jnp.float32)
+    one, zero, large = map(jnp.float32, (1, 0, 1e9))
+    careful = dp.SearchState(one, zero, large, jnp.int32(0))
+    start = problem, dp.ILQR(), x0, us, dp.AdaptiveDamping()
+    solution = dp.solve(*start, state=careful, history=True)
+    cost = np.asarray(solution.history["cost"])
+    assert cost[0] == cost[1] == cost[2] > cost[10]
+    assert solution.success
 
 
 def test_numpy_arrays_and_python_floats_are_data():

@@ -225,9 +225,15 @@ class Solver(eqx.Module):
         verdict, horizon = passes.trials.verdict, self.chain.horizon
         noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
         quiet = passes.promised <= noise
-        failed, falls = verdict.fail, after.cost < before.cost
-        stalled = (verdict.accept | failed) & ~falls & quiet
-        diverged = failed & ~(passes.trials.last.first_nonfinite > horizon)
+        failed = verdict.fail
+        stalled = (verdict.accept | failed) & (after.cost >= before.cost) & quiet
+        # Where neither controls nor search change, no iteration changes anything.
+        search, left = passes.trials.search, loop.search
+        same = (search.stepsize == left.stepsize) & (search.damping == left.damping)
+        for us, left in zip(after.us, before.us):
+            same &= jnp.all(us == left)
+        stalled |= verdict.accept & same
+        diverged = failed & (passes.trials.last.first_nonfinite <= horizon)
         # Only a search that is not monotone leaves a better iterate behind.
         ended = passes.converged | ~usable
         worse = ended & ~stop & (loop.best.cost < before.cost)
@@ -337,7 +343,7 @@ class Solver(eqx.Module):
         purpose = Purpose.where(first > self.chain.horizon, purpose, Purpose.end)
 
         latest = lambda new, old: jnp.where(positive, new, old)
-        known = p.known
+        known, seen = p.known, p.promised  # NaN at first
         return Passes(
             purpose=purpose,
             known=Known(
@@ -353,7 +359,7 @@ class Solver(eqx.Module):
             trials=trials,
             damping=damping,
             positive=positive,
-            promised=latest(jnp.fmax(p.promised, promised), p.promised),
+            promised=latest(jnp.where(seen > promised, seen, promised), seen),
             converged=p.converged | converged,
             refuted=p.refuted | (testing & refuted),
             first_nonfinite=first,

@@ -26,9 +26,9 @@ GROWN = f"{BOUNDED} {STIFF}"
 ADVICE = dict(
     max_steps_reached="Raise `max_steps`, loosen `rtol` and `atol`, or continue from "
     "`solution.us` with `state=solution.state`.",
-    no_descent="The derivatives may not belong to the cost (non-smooth functions, "
-    "gradients cut inside): check them, scale the problem, use float64, or loosen the "
-    "tolerances.",
+    no_descent="The rounding of the cost may hide what is left to gain: use float64, "
+    "loosen `rtol`, scale the problem, or take another search. Or the derivatives do "
+    "not belong to the cost (non-smooth functions, gradients cut inside): check them.",
     damping_limit="The model of the problem is not convex or not accurate enough here: "
     "start from better `us`, scale the controls, raise the `max_damping` of the search "
     "or, with `dp.Newton()` or `dp.DDP()`, try `dp.ILQR()`, which needs convex costs "
@@ -118,7 +118,7 @@ class Solution(eqx.Module):
     us: PyTree[Array]
     cost: Float[Array, "*batch"]
     policy: Any
-    multipliers: Multipliers | None
+    multipliers: Any
     result: RESULTS
     stats: dict[str, Any]
     history: dict[str, Float[Array, "*batch rows"]]

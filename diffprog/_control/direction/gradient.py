@@ -52,7 +52,7 @@ def _within_limits(chain, trajectory, model, penalty) -> Sweep:
 
     found = chain.map(stage, trajectory.us, model, *chain.limits)
     k, change, gradients = zip(*found, strict=True)
-    slope, curvature = sum(jnp.sum(rows, 0) for rows in change)
+    slope, curvature = jnp.sum(jnp.concatenate(change), 0)
     gradient = norm(gradients)
     known = gradient**2 / 2, gradient, jnp.isfinite(norm(model))
     return Sweep(feedforward(trajectory, k), slope, curvature, *known)

@@ -44,7 +44,8 @@ def bellman(
     H = Z[u:, :u]  # [h H]: h = r + B'(p + Pc), H = B'PA + M'
     damped = G + damping * jnp.eye(m, dtype=Z.dtype)
     if box:
-        gains, positive = solve_in_box(damped, H, *box, valid)
+        lower, upper = box
+        gains, positive = solve_in_box(damped, H, lower, upper, valid)
     else:  # [k K] = -inv(damped) [h H]
         gains, positive = solve_positive(damped, -H, valid)
     k = gains[:, 0]
