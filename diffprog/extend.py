@@ -6,6 +6,7 @@ made of. The contract is a weaker one: what stands here may change in any minor 
 with a note in the changelog.
 """
 
+from ._chain.limits import moved as moved, projected as projected
 from ._chain.vector import run as run, simulate as simulate, vectorize as vectorize
 from ._common.linalg import matmul as matmul
 from ._common.tree import norm as norm, vdot as vdot

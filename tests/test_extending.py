@@ -32,15 +32,17 @@ class Clipped(dp.AbstractRollout):
 
     limit: float = 1e3
 
+    keeps_limits: ClassVar[bool] = True
+
     def roll(self, chain, trajectory, model, gains, stepsize):
-        def control(segment, x_new, _, x, u, gains):
+        def control(segment, x_new, _, x, u, gains, *limits):
             y = segment.difference(x_new, x)
             v = stepsize * gains[:, 0] + extend.matmul(gains[:, 1:], y)
-            v = jnp.clip(v, -self.limit, self.limit)
-            return u + v, None, v
+            u, v = extend.moved(u, jnp.clip(v, -self.limit, self.limit), *limits)
+            return u, None, v
 
         x0, data = trajectory.xs[0][0], (trajectory.xs, trajectory.us, gains)
-        return extend.simulate(chain, control, x0, None, *data)
+        return extend.simulate(chain, control, x0, None, *data, *chain.limits)
 
 
 class ProjectedNewton(dp.AbstractDirection):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools as ft
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -487,13 +487,15 @@ def test_crossed_limits_that_are_traced_have_a_code():
     for lower in (rows, jnp.where(rows > 0, jnp.nan, rows)):
         solution = jax.jit(solve)(lower)
         assert solution.result == dp.RESULTS.infeasible
-        assert "No point satisfies the constraints. It is so at stage 7." in repr(
+        assert "No point satisfies the constraints. That is so at stage 7." in repr(
             solution
         )
 
 
 class Loose(dp.AbstractRollout):
     """A roll-out that knows of no limits."""
+
+    keeps_limits: ClassVar[bool] = False
 
     def roll(self, chain, trajectory, model, gains, stepsize):
         return dp.Feedback().roll(chain, trajectory, model, gains, stepsize)
@@ -508,7 +510,7 @@ class Careless(dp.ILQR):
     [
         (dp.MoreauGradient(), "`MoreauGradient` takes no `control_bounds`"),
         (dp.GaussNewton(dp.ParallelRiccati()), "`ParallelRiccati` takes no"),
-        (Careless(), "`Loose` does not say that it keeps the limits of the controls"),
+        (Careless(), "`Loose` does not keep the limits of the controls"),
     ],
     ids=lambda value: name(value),
 )

@@ -110,6 +110,11 @@ def _cast(leaf: Any, dtype: Any) -> Array:
     return jnp.asarray(leaf).astype(dtype)
 
 
+def cut_off(u: Array, lower: Array, upper: Array) -> Array:
+    """The nearest within the limits; NaN where there is none."""
+    return jnp.where(lower <= upper, jnp.clip(u, lower, upper), jnp.nan)
+
+
 def moved(u: Float[Array, " m"], v: Float[Array, " m"], *limits: Float[Array, " m"]):
     """u + v within the limits, if there are any, and the v that is left of it.
 

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import eval_jaxpr, Tracer
 from jax.experimental import checkify
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._common.capture import put_together, Taken
 from .._common.door import door
@@ -22,7 +22,7 @@ from .._common.tree import all_finite, float_dtype, Layout, strong, vary
 from .._common.types import Rows
 from .._common.written import taken_back
 from .calls import about_state, call, check_dtype, scalar
-from .limits import like_controls
+from .limits import cut_off, like_controls
 from .problem import AbstractChain, ControlProblem, Phase
 
 
@@ -98,10 +98,16 @@ class VectorChain(eqx.Module):
         )
 
     def within(self, us: Rows) -> Rows:
-        """The controls, cut off at their limits."""
+        """The controls, cut off at their limits; NaN where these are crossed."""
         if not self.limits:
             return us
-        return self.map(lambda _, *row: jnp.clip(*row), us, *self.limits)
+        return self.map(lambda _, *row: cut_off(*row), us, *self.limits)
+
+    @property
+    def is_crossed(self) -> Bool[Array, ""]:
+        """Whether a lower limit is above the upper one, or one of them NaN."""
+        crossed = lambda _, lower, upper: ~jnp.all(lower <= upper)
+        return jnp.any(jnp.concatenate(self.map(crossed, *self.limits)))
 
 
 class VectorTrajectory(eqx.Module):
@@ -297,12 +303,6 @@ def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Arr
     when = lambda flag, t: jnp.min(jnp.where(flag, T + 1, t).astype(jnp.int32))
     stages = [when(flag, t) for flag, t in zip(flags, chain.ts, strict=True)]
     return ft.reduce(jnp.minimum, [*stages, when(last, T)])
-
-
-def first_crossed(chain: VectorChain) -> Int[Array, ""]:
-    """The first stage with a lower limit above the upper one, or with a NaN."""
-    ordered = lambda _, lower, upper: jnp.all(lower <= upper)
-    return first_false(chain, chain.map(ordered, *chain.limits), True)
 
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:

@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._chain.vector import first_crossed, run, VectorChain, VectorTrajectory
+from .._chain.vector import run, VectorChain, VectorTrajectory
 from .._common.result import RESULTS
 from .._common.tree import no, vary, where
 from .._common.types import Stacks
@@ -146,23 +146,18 @@ class Solver(eqx.Module):
         widths = [1 + x.shape[1] for x in trajectory.xs]
         gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
         nan, rows = number(jnp.nan), (self.max_steps + 1) * history
-        result = RESULTS.max_steps_reached, RESULTS.nonfinite_rollout
-        result = RESULTS.where(finite, *result)
-        never, stage = count(self.max_steps + 1), trajectory.first_nonfinite
+        wrong = RESULTS.nonfinite_rollout
         if chain.limits:
-            crossed = first_crossed(chain)
-            stage = jnp.minimum(stage, crossed)
-            crosses = crossed < chain.horizon
-            result = RESULTS.where(crosses, RESULTS.infeasible, result)
-            finite = finite & ~crosses
-        never = jnp.where(finite, never, 0)
+            wrong = RESULTS.where(chain.is_crossed, RESULTS.infeasible, wrong)
+        result = RESULTS.where(finite, RESULTS.max_steps_reached, wrong)
+        never = jnp.where(finite, count(self.max_steps + 1), 0)
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
             search=where(jnp.isnan(given.stepsize), memory, given),
             known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
             counts=Counts(count(0), count(1), count(0)),
-            trouble=Trouble(stage, never),
+            trouble=Trouble(trajectory.first_nonfinite, never),
             result=result,
             stopping=~finite,
             done=~finite,

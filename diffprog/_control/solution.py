@@ -182,7 +182,7 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "to leave a maximum or a saddle."
         )
     elif name == "infeasible":
-        where = f"It is so at stage {stage}."
+        where = f"That is so at stage {stage}."
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
         if (largest := _largest(solution.xs)) > RUNAWAY:

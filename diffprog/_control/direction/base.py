@@ -73,9 +73,8 @@ class AbstractDirection(AbstractPart):
         """The trajectory of u + v at `stepsize` s, and v of every stage."""
         if chain.limits and not self.rollout.keeps_limits:
             raise ValueError(
-                f"`{type(self.rollout).__name__}` does not say that it keeps the "
-                "limits of the controls: give it `keeps_limits = True` if it does, or "
-                "take `dp.Feedback()`."
+                f"`{type(self.rollout).__name__}` does not keep the limits of the "
+                "controls; `dp.Feedback()` does."
             )
         found = self.rollout.roll(chain, trajectory, model, sweep.gains, stepsize)
         like = shapes((trajectory, trajectory.us))

@@ -1,6 +1,7 @@
 import abc
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,7 +18,7 @@ class AbstractRollout(AbstractPart):
         are problems with such ones taken.
     """
 
-    keeps_limits: ClassVar[bool] = False
+    keeps_limits: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def roll(

@@ -17,10 +17,10 @@ from .base import (
     LQR,
     LQRSolution,
     NEVER,
-    Policy,
     summarize,
     Value,
 )
+from .policy import Policy
 
 
 class Riccati(AbstractRiccati):
