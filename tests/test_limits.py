@@ -35,7 +35,8 @@ def limited(problem, bounds):
 def solved(chain, method, search=dp.Backtracking()):
     """A problem with limits, some of them reached, and its solution."""
     problem, x0, us = helpers.PROBLEMS[chain]()
-    problem, tolerances = limited(problem, LIMITS[chain]), {**TIGHT}
+    problem = limited(problem, LIMITS[chain])
+    tolerances: dict[str, Any] = TIGHT
     if isinstance(method, dp.Gradient):
         tolerances = dict(rtol=0.0, atol=1e-10, max_steps=5000)
     return problem, x0, dp.solve(problem, method, x0, us, search, **tolerances)
@@ -353,7 +354,7 @@ def test_a_batch_of_limits():
     many = limited(problem, (jnp.array([-0.1, -0.2, -0.3]), 0.3))
     axes = jtu.tree_map(lambda _: None, many)
     axes = eqx.tree_at(
-        lambda p: p.control_bounds[0], axes, 0, is_leaf=lambda leaf: leaf is None
+        lambda p: p.bounds[0], axes, 0, is_leaf=lambda leaf: leaf is None
     )
     batch = dp.solve_batch(many, dp.DDP(), x0s, uss, in_axes=axes)
     assert np.all(batch.success)

@@ -337,6 +337,32 @@ def test_a_step_that_cannot_be_trusted_is_zero_and_leaves_no_trace(kind, result)
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_batch_with_hardly_any_curvature_does_not_make_a_long_step():
+    def lengths(growth):
+        """Of the step of such a batch, and of the ones after it, in mean lengths."""
+        optimizer = exact(growth=growth)
+        params, state = take(optimizer, steps=3)
+        mean, found = state.length, []
+        for _ in range(4):  # small inputs: a minimum that is far away
+            params, state = take(optimizer, params, 1, X / 1000, state)
+            found.append(float(jnp.linalg.norm(state.coefficients) / mean))
+            assert state.result == dp.RESULTS.successful
+        return found
+
+    assert lengths(jnp.inf)[0] > 100
+    close(jnp.array(lengths(3.0)), 3.0 * 1.2 ** jnp.arange(4.0))
+
+
+def test_without_curvature_the_length_is_that_of_the_damping_and_the_result_says_so():
+    plane = hessian(lambda z, y: z[:, 0] + y[:, 0], linear)
+    optimizer = model_step(DESCENT, rule=Minimize(damping=0.1), scale=1.0)
+    g, state = jax.grad(lambda p: jnp.mean(linear(p, X)))(PARAMS), None
+    at, state = plane(PARAMS, X, Y), optimizer.init(PARAMS)
+    updates, state = optimizer.update(g, state, PARAMS, curvature=at)
+    assert state.result == dp.RESULTS.cost_unbounded
+    close(flat(updates), -flat(g) / (0.1 * (1 + 1e-4)), scale="norm")
+
+
 def test_the_exact_length_raises_the_score_of_a_direction():
     g = jax.grad(h)(PARAMS)
     found, _ = take(exact())
@@ -384,6 +410,7 @@ WRONG = {
     ),
     r"`scale` is 0.0; a number > 0": lambda: model_step(DESCENT, scale=0.0),
     r"`ema` is 1.0; a number from 0 to below 1": lambda: model_step(DESCENT, ema=1.0),
+    r"`growth` is 0.5; a number of at least 1": lambda: exact(growth=0.5),
     r"`every` is 0; a Python int >= 1": lambda: model_step(DESCENT, every=0),
     r"`start` is -1; a Python int >= 0": lambda: model_step(DESCENT, start=-1),
     r"`damping` is -1.0; a number >= 0": lambda: Minimize(-1.0),

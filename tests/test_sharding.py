@@ -14,8 +14,10 @@ import diffprog as dp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests import helpers
 
-problem, _, us = helpers.spring()
-x0s = jnp.linspace(-1.0, 1.0, 32).reshape(16, 2)
+problem, _, us = helpers.linear()
+limits = jnp.array([-0.3, -1.0]), jnp.array([0.5, 0.4])
+problem = dp.ControlProblem.from_system(problem.system, 12, limits)
+x0s = jnp.linspace(-1.0, 1.0, 48).reshape(16, 3)
 mesh = jax.make_mesh((8,), ("batch",))
 sharded = jax.device_put(x0s, NamedSharding(mesh, P("batch")))
 solve = jax.vmap(lambda x0: dp.solve(problem, dp.DDP(), x0, us, dp.AdaptiveDamping()))

@@ -36,8 +36,8 @@ of rates; the best by the final training loss on one seed is run on three other 
 whose medians stand here. `recommended` and the model steps have one setting, fixed
 before. Rates fall linearly to 0 but where "constant" is said. The training loss is that
 of the whole training set, looked at every 10 steps; seconds are those of the processor,
-one thread, without the evaluation and without compiling. The photograph and the tumors
-played no part in choosing defaults.
+one thread, without the evaluation and without compiling. The photograph played no part
+in choosing defaults; the tumors none but for the limit to the growth of lengths.
 
 """
 RESULTS = {

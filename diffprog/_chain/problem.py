@@ -75,12 +75,12 @@ class ControlProblem(AbstractChain):
     the problem: new values never compile again.
 
     - `system`: the object that holds the three functions and their numbers.
-    - `control_bounds`: the limits of the controls, a pair or `None`.
+    - `bounds`: the limits that were given, a pair, or else `None`.
     """
 
     system: Any
     horizon: int = eqx.field(static=True)
-    _bounds: Any
+    bounds: Any
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ControlProblem(AbstractChain):
     ):
         self.system = _Functions(dynamics, cost, terminal_cost)
         self.horizon = horizon
-        self._bounds = as_bounds(control_bounds)
+        self.bounds = as_bounds(control_bounds)
 
     def __check_init__(self):
         _check_functions(self.system, "dynamics", "cost", "terminal_cost")
@@ -116,7 +116,7 @@ class ControlProblem(AbstractChain):
         functions = system.dynamics, system.cost, system.terminal_cost
         problem = cls(*functions, horizon, control_bounds)
         object.__setattr__(problem, "system", system)  # itself, not a copy
-        as_bounds(problem.control_bounds)
+        _ = problem.phases  # raises for limits that are wrong
         return problem
 
     @property
@@ -133,7 +133,8 @@ class ControlProblem(AbstractChain):
 
     @property
     def control_bounds(self) -> tuple[PyTree, PyTree] | None:
-        return self._bounds or getattr(self.system, "control_bounds", None)
+        """The limits of the controls: those given, or else those of the system."""
+        return self.bounds or getattr(self.system, "control_bounds", None)
 
     @property
     def phases(self) -> tuple[Phase, ...]:

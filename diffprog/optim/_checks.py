@@ -1,11 +1,13 @@
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._common.types import came, check_number
+from .._common.tree import cast, norm, working_dtype
+from .._common.types import came, check_number, is_known
 from ._curvature import Curvature, LossModel, Recipe
 
 
@@ -52,6 +54,24 @@ def check_floating(name: str, params: PyTree):
                 "give those of `eqx.filter(model, eqx.is_inexact_array)`, or convert "
                 "it with `.astype(float)`."
             )
+
+
+def check_gradient(g: PyTree, curvature: Curvature) -> PyTree:
+    """g. Raises where it is not the gradient of the curvature, but for rounding."""
+    gradient = curvature.linearize().gradient
+    own = cast(g, working_dtype(gradient))
+    difference = norm(jtu.tree_map(jnp.subtract, own, gradient))
+    eps = jnp.finfo(difference.dtype).eps
+    wrong = difference > jnp.sqrt(eps) * norm(gradient)
+    message = (
+        "The gradient that `update` was given is not that of its `curvature`: give "
+        "both the same model, batch, loss and `reduction`."
+    )
+    if not is_known(wrong):
+        return eqx.error_if(g, wrong, message)
+    if wrong:
+        raise ValueError(message)
+    return g
 
 
 def check_average(name: str, value: Any):

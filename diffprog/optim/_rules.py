@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._common.linalg import matmul, solve_positive, symmetrize
+from .._common.tree import norm
 from .._common.types import AbstractPart, check_not_negative, Number, number
 
 
@@ -90,3 +91,18 @@ def _divided(b: Array, curvature: Array, damping) -> Array:
     """b / (|curvature| + damping), and 0 for nothing over nothing."""
     size = jnp.abs(curvature) + damping
     return jnp.where(b == 0, 0, b / jnp.where(b == 0, 1, size))
+
+
+# The weight of the past in the mean of the lengths.
+PAST = 0.9
+
+
+def held(a: Array, mean: Array, growth: Number) -> tuple[Array, Array]:
+    """a, at most `growth` times as long as the mean of those before; the new mean."""
+    length = norm(a)
+    limit = jnp.where(mean > 0, growth * mean, jnp.inf)  # 0 before the first
+    long = length > limit
+    a = jnp.where(long, limit / jnp.where(long, length, 1), 1) * a
+    length = jnp.minimum(length, limit)
+    mixed = jnp.where(mean > 0, PAST * mean + (1 - PAST) * length, length)
+    return a.astype(mean.dtype), jnp.where(length > 0, mixed, mean).astype(mean.dtype)
