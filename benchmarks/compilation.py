@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,13 +30,13 @@ NOTES = (
 )
 
 
-def first_call(problem, method) -> tuple[float, float]:
+def first_call(problem, method, clock=time.perf_counter) -> tuple[float, float]:
     """Seconds to trace and to compile."""
     jax.clear_caches()
     found = []
     solve, arguments = jax.jit(ours.solver(problem, method)), ours.start(problem)
-    trace = once(lambda: found.append(solve.lower(*arguments)), time.perf_counter)
-    return trace, once(found[0].compile, time.perf_counter)
+    trace = once(lambda: found.append(solve.lower(*arguments)), clock)
+    return trace, once(found[0].compile, clock)
 
 
 def one(problem, method) -> dict:
@@ -70,8 +69,8 @@ def measure_limits() -> dict[str, dict[str, float]]:
     for problem in LIMITED:
         pair = problem, dataclasses.replace(problem, limits=None)
         for method in ours.METHODS:
-            rounds = [[sum(first_call(p, method)) for p in pair] for _ in range(3)]
-            limited, free = map(statistics.median, zip(*rounds))
+            seconds = lambda p: sum(first_call(p, method, time.process_time))
+            limited, free = map(min, zip(*(map(seconds, pair) for _ in range(3))))
             solver = f"diffprog {type(method).__name__}"
             found.setdefault(problem.name, {})[solver] = limited / free
     return found
