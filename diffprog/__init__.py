@@ -13,7 +13,7 @@ from ._chain.problem import (
     Phase as Phase,
 )
 from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
-from ._chain.vector import rollout as rollout, Trajectory as Trajectory
+from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
 from ._control.batch import solve_batch as solve_batch
 from ._control.direction import (

@@ -7,7 +7,8 @@ with a note in the changelog.
 """
 
 from ._chain.limits import moved as moved, projected as projected
-from ._chain.vector import run as run, simulate as simulate, vectorize as vectorize
+from ._chain.vector import run as run, simulate as simulate
+from ._chain.vectorize import vectorize as vectorize
 from ._common.linalg import matmul as matmul
 from ._common.tree import norm as norm, vdot as vdot
 from ._common.types import number as number

@@ -10,7 +10,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._chain.vector import run, vectorize
+from diffprog._chain.vector import run
+from diffprog._chain.vectorize import vectorize
 
 
 DIRECTIONS = [dp.Gradient(), dp.GaussNewton(), dp.Newton(), dp.ILQR(), dp.DDP()]

@@ -17,7 +17,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._chain.vector import run, vectorize
+from diffprog._chain.vector import run
+from diffprog._chain.vectorize import vectorize
 
 from . import environments as env, helpers
 

@@ -11,7 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
-from diffprog._chain.vector import run, vectorize
+from diffprog._chain.vector import run
+from diffprog._chain.vectorize import vectorize
 from diffprog._control.layerwise.door import _in_parameters
 from diffprog._control.layerwise.recursion import value_and_gradient
 

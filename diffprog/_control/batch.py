@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .._chain.problem import AbstractChain
-from .._chain.vector import vectorize
+from .._chain.vectorize import vectorize
 from .._common.capture import put_together, Taken
 from .._common.changes import is_data, is_list, shape_of
 from .._common.door import door

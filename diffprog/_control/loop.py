@@ -20,14 +20,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
 from .._chain.vector import run, VectorChain, VectorTrajectory
 from .._common.result import RESULTS
 from .._common.tree import no, vary, where
-from .._common.types import Stacks
 from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
+from .records import Counts, Known, Loop, Passes, Purpose, Trials, Trouble
 from .report import HISTORY, report
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
@@ -42,83 +41,6 @@ UNBOUNDED = 1e15
 # Steps along negative curvature away from a stationary point: each so many times the
 # one before, down to the least.
 LEAVE, LEAST = 1 / 8, 1e-5
-
-
-class Purpose(eqx.Enumeration):
-    """What a backward pass is for."""
-
-    search = "A direction to search along."
-    test = "Without damping: the convergence that a damped pass suspects."
-    policy = "Without damping: the policy at the end."
-    fallback = "The policy, with the last damping that had a minimum."
-    end = "No pass is left."
-
-
-class Counts(eqx.Module):
-    """What was done so far."""
-
-    steps: Int[Array, ""]
-    rollouts: Int[Array, ""]
-    backwards: Int[Array, ""]
-
-
-class Known(eqx.Module):
-    """What the passes found out about an iterate."""
-
-    gains: Stacks
-    feasible_damping: Float[Array, ""]  # the last that a search had a minimum with
-    slope: Float[Array, ""]
-    gradient: Float[Array, ""]
-    decrement: Float[Array, ""]
-    minimum: Bool[Array, ""]  # of the model without damping, at every stage
-
-
-class Trouble(eqx.Module):
-    """The latest number that was not finite."""
-
-    stage: Int[Array, ""]  # T + 1 if there was none
-    step: Int[Array, ""]
-
-
-class Loop(eqx.Module):
-    """The state of the outer loop."""
-
-    trajectory: VectorTrajectory
-    best: VectorTrajectory
-    search: SearchState
-    known: Known
-    counts: Counts
-    trouble: Trouble
-    result: RESULTS
-    stopping: Bool[Array, ""]  # only the backward pass for the policy is left
-    done: Bool[Array, ""]
-    first_cost: Float[Array, ""]
-    history: Float[Array, "rows columns"]
-
-
-class Trials(eqx.Module):
-    """The trials along a direction, and what the search says of the last one."""
-
-    search: SearchState
-    last: VectorTrajectory
-    verdict: Verdict
-    rollouts: Int[Array, ""]
-    first_nonfinite: Int[Array, ""]  # the first stage of any that is not finite
-
-
-class Passes(eqx.Module):
-    """The state of the loop over backward passes at one iterate."""
-
-    purpose: Purpose
-    known: Known
-    trials: Trials
-    damping: Float[Array, ""]
-    positive: Bool[Array, ""]
-    promised: Float[Array, ""]  # largest decrement at the iterate, NaN if there is none
-    converged: Bool[Array, ""]
-    refuted: Bool[Array, ""]  # a test denied the convergence
-    first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
-    backwards: Int[Array, ""]
 
 
 class Solver(eqx.Module):

@@ -13,13 +13,8 @@ from jaxtyping import Array, Float, PyTree
 from .._chain.limits import projected
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import (
-    run,
-    VectorChain,
-    vectorize,
-    Vectorized,
-    VectorTrajectory,
-)
+from .._chain.vector import run, VectorChain, VectorTrajectory
+from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
 from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._chain.problem import AbstractChain
-from .._chain.vector import vectorize
+from .._chain.vectorize import vectorize
 from .._common.door import door, undifferentiated
 from .._common.result import RESULTS
 from .direction import AbstractDirection

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, PyTree
 
 from ..._chain.network import is_linear, parametrized
 from ..._chain.network_problem import ADVICE, NetworkProblem
-from ..._chain.vector import run, vectorize, Vectorized, VectorTrajectory
+from ..._chain.vector import run, VectorTrajectory
+from ..._chain.vectorize import vectorize, Vectorized
 from ..._common.door import door
 from ..._common.linalg import symmetrize
 from ..._common.result import explain, RESULTS, throw_unless_successful

@@ -13,7 +13,8 @@ import jax.scipy.linalg as jsl
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..._chain.vector import VectorChain, Vectorized, VectorTrajectory
+from ..._chain.vector import VectorChain, VectorTrajectory
+from ..._chain.vectorize import Vectorized
 from ..._common.linalg import matmul, symmetrize
 from ..._common.result import RESULTS
 from ..._common.tree import all_finite, where
