@@ -14,10 +14,14 @@ ARMIJO = 0.1  # the part of the promised decrease that a step has to keep
 MAX_STEPS = 40  # one or two are taken; shorter steps count as well
 
 
-class _State(NamedTuple):
+class _Point(NamedTuple):
     k: Float[Array, " m"]
     g: Float[Array, " m"]  # the gradient there
     held: Bool[Array, " m"]  # at a limit, and pushed against it
+
+
+class _State(NamedTuple):
+    point: _Point
     stepsize: Float[Array, ""]
     done: Bool[Array, ""]
     steps: Int[Array, ""]
@@ -45,10 +49,9 @@ def solve_in_box(
     clip = lambda k: jnp.clip(k, lower, upper)
 
     def at(k):
-        """k, the gradient there, and which controls a limit holds."""
         g = matmul(G, k) + h
         pushes = ((k <= lower) & (g > 0)) | ((k >= upper) & (g < 0))
-        return k, g, pushes | (lower == upper)
+        return _Point(k, g, pushes | (lower == upper))
 
     def over_free(held, rhs):
         """The solution of G z = rhs in the free controls, with 0 for the others."""
@@ -58,31 +61,31 @@ def solve_in_box(
         return solve_positive(free, rhs)[0]
 
     def step(state: _State) -> _State:
-        k, g, held = before = state[:3]
+        k, g, held = state.point
         whole = k + over_free(held, -g[:, None])[:, 0]
-        new, new_g, new_held = after = at(clip(k + state.stepsize * (whole - k)))
-        v = new - k
-        descends = matmul(v, (g + new_g) / 2) <= ARMIJO * matmul(v, g)
-        exact = descends & jnp.all(new == whole) & jnp.all(new_held == held)
+        new = at(clip(k + state.stepsize * (whole - k)))
+        v = new.k - k
+        descends = matmul(v, (g + new.g) / 2) <= ARMIJO * matmul(v, g)
+        exact = descends & jnp.all(new.k == whole) & jnp.all(new.held == held)
         stepsize = jnp.where(descends, 1, state.stepsize / 2)
-        return _State(*where(descends, after, before), stepsize, exact, state.steps + 1)
+        point = where(descends, new, state.point)
+        return _State(point, stepsize, exact, state.steps + 1)
 
     if m == 1:  # which is at its minimum where it is cut off
         gains, positive = solve_positive(G, -hH, valid)
         w = gains[:, 0]
-        k, _, held = at(clip(w))
-        K = jnp.where(held[:, None], 0, gains[:, 1:])
+        found = at(clip(w))
+        K = jnp.where(found.held[:, None], 0, gains[:, 1:])
     else:
         without, positive = solve_positive(G, -hH[:, :1], valid)
         w = without[:, 0]
         first = at(clip(w))
-        inside = jnp.all(first[0] == w) | ~positive
+        inside = jnp.all(first.k == w) | ~positive
         one, zero = jnp.ones_like(h[0]), inside.astype(jnp.int32) * 0
-        start = _State(*first, one, inside, zero)
+        start = _State(first, one, inside, zero)
         unfinished = lambda state: ~state.done & (state.steps < MAX_STEPS)
-        found = while_loop(unfinished, step, start, (G, hH, lower, upper))
-        k, K = found.k, over_free(found.held, -H)
+        found = while_loop(unfinished, step, start, (G, hH, lower, upper)).point
+        K = over_free(found.held, -H)
     # A way down that is closed in one sense may be open in the other.
-    down = jnp.where(positive | jnp.any(k != 0), k, clip(-w))
-    K = jnp.where(positive, K, 0)
-    return jnp.concatenate([down[:, None], K], 1), positive
+    k = jnp.where(positive | jnp.any(found.k != 0), found.k, clip(-w))
+    return jnp.concatenate([k[:, None], jnp.where(positive, K, 0)], 1), positive
