@@ -44,10 +44,13 @@ if args.car is None:
 # rewards progress and punishes the crossing of a border; little holds the car to the
 # center line, so it is free to cut corners. `margin` [m] keeps the sides of the car
 # away from the borders. All these numbers are data: change them without recompiling.
+# The controls are the duty of the motor, the steering as a share of the largest angle,
+# and the acceleration of the progress. The car knows the limits of the first two; they
+# come with the race into every problem made from it.
 if args.car == "full-size":
     track = Track.chicane() if user_track is None else user_track
     race = dataclasses.replace(
-        Race.full_size(track, dt=0.06, v_ref=50.0),
+        Race.full_size(track, dt=0.06, v_ref=50.0, squashed=False),
         q_contour=1e-3,
         q_border=30.0,
         margin=0.75,
@@ -56,7 +59,7 @@ if args.car == "full-size":
 else:
     track = Track.simple() if user_track is None else user_track
     race = dataclasses.replace(
-        Race.miniature(track, dt=0.02, v_ref=3.0),
+        Race.miniature(track, dt=0.02, v_ref=3.0, squashed=False),
         q_contour=1e-3,
         margin=0.01,
         method="midpoint",
@@ -88,10 +91,12 @@ def control(race, x, us, memory):
 
 
 # %%
-# The lap, from a plan of zeros. What a control step computes is known at its end, so
-# the loop stops where the car has been round.
+# The lap, from a plan in the middle between the limits. What a control step computes is
+# known at its end, so the loop stops where the car has been round.
+lower, upper = map(np.asarray, race.car.control_bounds)
+middle = jnp.append((lower + upper) / 2, 0.0)
 x = race.x0
-us = jnp.zeros((horizon, 3))
+us = jnp.tile(middle, (horizon, 1))
 memory = dp.Backtracking().init(us.dtype)
 start = time.perf_counter()
 jax.block_until_ready(control(race, x, us, memory))
@@ -112,11 +117,17 @@ states, controls = np.stack(states), np.stack(controls)
 speed = np.hypot(states[:, 3], states[:, 4])
 lateral = np.asarray(jax.vmap(race.lateral_error)(states))
 margins = np.asarray(jax.vmap(race.border_margin)(states))
+at_limit = (controls[:, :2] <= lower) | (controls[:, :2] >= upper)
 
 print(f"{len(controls)} control steps of {1e3 * seconds:.1f} ms each")
 print(f"{np.mean(iterations):.1f} iterations per step")
 print(f"lap time {len(controls) * race.dt:.2f} s, mean speed {speed.mean():.2f} m/s")
 print(f"speed {speed.min():.2f} to {speed.max():.2f} m/s")
+print(
+    "at a limit: drive in {:.0f} % of the steps, steering in {:.0f} %".format(
+        *100 * at_limit.mean(0)
+    )
+)
 print(f"least distance of the car's side to a border {margins.min():.3f} m")
 print(f"center of the car {lateral.min():.2f} to {lateral.max():.2f} m off the middle")
 
@@ -140,7 +151,7 @@ print(
     f"{'stationarity':>12} {'first call':>10} {'later':>10}  result"
 )
 for method, search in cases if not args.fast else cases[3:4]:
-    guess = jnp.zeros((long_horizon, 3))
+    guess = jnp.tile(middle, (long_horizon, 1))
     times = []
     for _ in range(2):
         start = time.perf_counter()
@@ -160,9 +171,7 @@ for method, search in cases if not args.fast else cases[3:4]:
 
 # %%
 # Pictures.
-drive, steer = controls[:, 0], controls[:, 1]
-duty = np.asarray(race.car.drivetrain.duty(drive))
-angle = np.degrees(2 / np.pi * race.car.max_steer * np.arctan(steer))
+units = np.array([1.0, np.degrees(race.car.max_steer)])
 
 
 def save(name, ax):
@@ -172,10 +181,11 @@ def save(name, ax):
 save("race.png", plot.race(states, speed, track))
 save("convergence.png", plot.convergence(solutions))
 axes = plot.inputs(
-    np.stack([duty, angle], axis=1),
+    units * controls[:, :2],
     speed,
     dt=race.dt,
     names=["drive [duty]", "steering [deg]"],
+    limits=[units * limit for limit in (lower, upper)],
 )
 save("inputs.png", axes[0])
 if not args.fast:
@@ -195,6 +205,7 @@ print(f"\npictures in {args.out}/")
 # %%
 # What must hold.
 assert np.all(margins > 0), "the car left the track"
+assert np.all((lower <= controls[:, :2]) & (controls[:, :2] <= upper))
 for label, solution in solutions.items():
     assert solution.cost < solution.history["cost"][0], label
 if not args.fast:

@@ -216,6 +216,14 @@ MISTAKES = {
         lambda s, t: plot.inputs(s, np.ones(3)),
         r"`speed` is an array of shape \(3,\)",
     ),
+    "limits of another shape": (
+        lambda s, t: plot.inputs(s, limits=(np.zeros(3), None)),
+        r"`limits\[0\]` has shape \(3,\); .* broadcast to \(4, 1\)",
+    ),
+    "one limit": (
+        lambda s, t: plot.inputs(s, limits=3.0),
+        r"`limits` is 3.0; a pair `\(lo, hi\)`",
+    ),
     "no speed": (lambda s, t: plot.race(s), r"`race\(problem, solution\)`"),
     "a race without its solution": (
         lambda s, t: plot.race(dp.systems.Race.miniature(t), s.xs),
@@ -284,6 +292,15 @@ def test_inputs(tmp_path):
         np.testing.assert_array_equal(ax.patches[0].get_data().values, column)
     _draw(axes[0], tmp_path)
     assert len(plot.inputs(us)) == 2
+    # Limits are dashed, where there are any.
+    rows = np.linspace(12.0, 20.0, 6)
+    upper = np.stack([rows, np.full(6, np.inf)], axis=1)
+    drive, steer = plot.inputs(us, limits=([-1.0, -np.inf], upper), dt=0.5)
+    low, high = [curve for curve in drive.patches if curve.get_linestyle() == "--"]
+    np.testing.assert_array_equal(low.get_data().values, np.full(6, -1.0))
+    np.testing.assert_array_equal(high.get_data().values, rows)
+    assert len(steer.patches) == 1
+    _draw(drive, tmp_path)
 
 
 def test_animation(circuit, drive, tmp_path):

@@ -43,6 +43,7 @@ NEVER = {("losses", "_chain")}
 CONTROL = [
     ["lqr", "report"],
     ["direction", "search"],
+    ["records"],
     ["loop", "solution"],
     ["solve", "layerwise"],
     ["stepping", "batch"],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffprog as dp
 from diffprog.systems import (
     Car,
     CartPole,
@@ -431,7 +432,7 @@ def test_full_size_car_corners_steadily(speed):
     """The axles are neutral: at any speed it turns in by about wheelbase / radius."""
     car = Car.full_size(squashed=False)
     yaw_rate = 4.0 / speed
-    u = jnp.array([0.0, (1.6 + 1.4) * yaw_rate / speed])
+    u = jnp.array([0.0, (1.6 + 1.4) * yaw_rate / speed / car.max_steer])
 
     def step(x, _):
         middle = x + 0.005 * car.vector_field(x, u, 0.0)
@@ -448,16 +449,94 @@ def test_controls_are_squashed():
     drive = jnp.array([-50.0, 0.0, 50.0])
     duty = jax.vmap(car.drivetrain.duty)(drive)
     np.testing.assert_allclose(duty, [-0.1, 0.45, 1.0], atol=1e-12)
-    raw = Car.miniature(squashed=False)
-    x = car.state(jnp.zeros(2), jnp.array(0.3), 1.5)
-    steer = 0.4
-    squashed = car.vector_field(x, jnp.array([0.0, steer]), 0.0)
-    direct = raw.vector_field(x, jnp.array([0.45, 2 / 3 * math.atan(steer)]), 0.0)
-    np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
     kinematic = KinematicCar(max_steer=0.3)
     x = kinematic.state(jnp.zeros(2), jnp.array(0.0), 1.0)
     fast = kinematic.vector_field(x, jnp.array([0.0, 1e9]), 0.0)
     np.testing.assert_allclose(fast[2], math.tan(0.3) / 0.09, rtol=1e-6)
+
+
+def limits(owner):
+    assert owner.control_bounds is not None
+    return owner.control_bounds
+
+
+@pytest.mark.parametrize(
+    "car",
+    [Car.miniature(), Car.full_size(), KinematicCar()],
+    ids=["mini", "full", "kinematic"],
+)
+def test_limits_of_a_car_are_what_squashing_allows(car):
+    """Squashed inputs drive as the duty and the angle that they mean, to the limits."""
+    limited = dataclasses.replace(car, squashed=False)
+    assert car.control_bounds is None
+    lower, upper = limits(limited)
+    assert lower.shape == upper.shape == (2,) and -lower[1] == upper[1] == 1
+    part = jnp.array([0.0, 1e-3, 0.3, 0.5, 0.9, 1.0])
+    if isinstance(car, KinematicCar):
+        np.testing.assert_array_equal([lower[0], upper[0]], [-np.inf, np.inf])
+        drive = inputs = jnp.linspace(-3.0, 3.0, 6)
+    else:
+        span = upper[0] - lower[0]
+        inputs = lower[0] + part * span
+        drive = span / 4 * jnp.log(part / (1 - part))
+    shares = 2 * part[::-1] - 1
+    steer = jnp.tan(math.pi / 2 * shares)
+    x = car.state(jnp.array([1.0, 2.0]), jnp.array(0.3), 1.5)
+    slopes = lambda car: jax.jit(
+        jax.vmap(lambda *u: car.vector_field(x, jnp.stack(u), 0.0))
+    )
+    squashed, direct = slopes(car)(drive, steer), slopes(limited)(inputs, shares)
+    np.testing.assert_allclose(squashed, direct, rtol=1e-12, atol=1e-12)
+
+
+def test_a_problem_has_the_limits_of_its_car():
+    track, car = Track.circle(), KinematicCar(max_steer=0.4, squashed=False)
+    for system, free in (
+        (PathTracking(car, track), 0),
+        (Race(car, track), 1),
+        (Race.miniature(track, squashed=False), 1),
+        (Race.full_size(track, squashed=False), 1),
+    ):
+        problem = dp.ControlProblem.from_system(system, 4)
+        both = limits(problem), limits(system.car), (-np.inf, np.inf)
+        for side, own, none in zip(*both, strict=True):
+            np.testing.assert_array_equal(side, [*own, *free * [none]])
+        assert len(jax.tree.leaves(problem)) == len(jax.tree.leaves(system))
+    for system in (PathTracking(KinematicCar(), track), Race.full_size(track)):
+        problem = dp.ControlProblem.from_system(system, 4)
+        assert problem.control_bounds is system.control_bounds is None
+
+
+def test_limits_follow_the_numbers_of_the_car():
+    """They may be traced, batched, differentiated, and of any dtype."""
+    race = Race.miniature(Track.circle(), squashed=False)
+
+    def upper(most):
+        car = eqx.tree_at(lambda car: car.drivetrain.max_duty, race.car, most)
+        return limits(dataclasses.replace(race, car=car))[1]
+
+    for dtype in (jnp.float32, jnp.float64):
+        most = jnp.array([0.2, 0.3], dtype)
+        batch = jax.jit(jax.vmap(upper))(most)
+        assert batch.dtype == dtype
+        expected = [[0.2, 1, np.inf], [0.3, 1, np.inf]]
+        np.testing.assert_array_equal(batch, np.asarray(expected, dtype))
+        np.testing.assert_array_equal(jax.jacobian(upper)(most[1]), [1, 0, 0])
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_race_keeps_the_limits_of_its_car(dtype):
+    track = Track.bend().scaled(150.0)
+    race = Race.full_size(track, v_ref=60.0, squashed=False)
+    problem = dp.ControlProblem.from_system(race, 15)
+    x0, us = race.x0.astype(dtype), jnp.zeros((15, 3), dtype)
+    solution = dp.solve(problem, dp.DDP(), x0, us, max_steps=30, throw=False)
+    lower, upper = (np.asarray(side, dtype) for side in limits(problem))
+    us = np.asarray(solution.us)
+    assert us.dtype == dtype and np.all((lower <= us) & (us <= upper))
+    assert np.any(us[:, 0] == upper[0])  # full throttle
+    assert solution.cost < solution.history["cost"][0]
 
 
 @pytest.mark.parametrize("name", ["tracking", "kinematic race", "full-size race"])

@@ -65,6 +65,7 @@ def inputs(
     *,
     dt: float | None = None,
     names: Sequence[str] | None = None,
+    limits: Any = None,
     ax: Any = None,
 ):
     """Draws each input over time in axes of its own, and the speed above them.
@@ -76,11 +77,15 @@ def inputs(
     - `speed`: shape `(T,)` or `(T+1,)` [m/s]; not drawn if `None`.
     - `dt`: duration of a stage [s]; without it the axis counts stages.
     - `names`: a name, with its unit, for each input.
+    - `limits`: a pair `(lo, hi)`, dashed; each a number, or an array for the inputs,
+        shape `(m,)`, or for all stages, shape `(T, m)`. What is `None` or infinite is
+        not drawn.
     - `ax`: an array of axes, one for each curve; a new figure if `None`.
 
     **Returns:** the axes.
 
-    **Raises:** `ValueError` for a wrong number of names, and for a batch of solutions.
+    **Raises:** `ValueError` for a wrong number of names, for limits of another shape,
+    and for a batch of solutions.
     """
     need_matplotlib()
     us = us.us if holds(us) else us
@@ -95,6 +100,7 @@ def inputs(
             f"`speed` is {came(np.asarray(speed))}; one number for each of the "
             f"{len(values)} stages, or one more, is expected."
         )
+    sides = _limits(limits, values.shape)
     axes = new_axes(rows, (7.5, 0.9 + 1.5 * rows)) if ax is None else ax
     unit = 1.0 if dt is None else float(dt)
     rest = list(axes)
@@ -106,6 +112,10 @@ def inputs(
     for i, (ax, name, column) in enumerate(zip(rest, names, values.T, strict=True)):
         edges = unit * np.arange(len(column) + 1)
         ax.stairs(column, edges, baseline=None, color=f"C{i}", linewidth=1.2)
+        for side in sides:
+            if np.any(np.isfinite(side[:, i])):
+                dashed = dict(color="0.35", linewidth=1.0, linestyle="--")
+                ax.stairs(side[:, i], edges, baseline=None, **dashed)
         style(ax, "", name)
     axes[-1].set_xlabel("stage" if dt is None else "time [s]")
     axes[-1].set_xlim(0.0, unit * len(values))
@@ -190,6 +200,29 @@ def _named(tree, names, letter):
             "give one for each."
         )
     return values, list(names)
+
+
+def _limits(limits: Any, shape: tuple) -> list[np.ndarray]:
+    """What there is of a pair of limits, with the shape of the inputs."""
+    if limits is None:
+        return []
+    if not isinstance(limits, tuple | list) or len(limits) != 2:
+        raise TypeError(
+            f"`limits` is {came(limits)}; a pair `(lo, hi)` is expected, each a "
+            "number, an array or `None`."
+        )
+    sides = []
+    for i, side in enumerate(limits):
+        if side is None:
+            continue
+        try:
+            sides.append(np.broadcast_to(np.asarray(side, float), shape))
+        except ValueError as error:
+            raise ValueError(
+                f"`limits[{i}]` has shape {np.shape(side)}; one that can be broadcast "
+                f"to {shape} is expected."
+            ) from error
+    return sides
 
 
 def _legend(ax, num: int):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._system import Scalar, Time
+from ._system import ControlBounds, Scalar, Time
 
 
 class AbstractCar(eqx.Module):
@@ -30,6 +30,11 @@ class AbstractCar(eqx.Module):
     ) -> Float[Array, " n"]:
         """The state of the car that runs straight ahead."""
 
+    @property
+    @abc.abstractmethod
+    def control_bounds(self) -> ControlBounds:
+        """The least and the largest control, each of shape `(2,)`; `None` for none."""
+
 
 class KinematicCar(AbstractCar):
     r"""A car whose wheels do not slip.
@@ -39,8 +44,8 @@ class KinematicCar(AbstractCar):
 
     State: position (x, y) [m], heading [rad], speed [m/s], shape `(4,)`; the position
     is that of the rear axle. Control: acceleration a [m/s^2] and steer, shape `(2,)`.
-    The angle of the wheels is `(2/pi) max_steer arctan(steer)`, or steer itself [rad]
-    where `squashed` is false.
+    The angle of the wheels is `(2/pi) max_steer arctan(steer)`. With `squashed` false
+    it is `max_steer steer`, and `control_bounds` keep steer between -1 and 1.
     """
 
     wheelbase: Scalar = 0.09
@@ -65,13 +70,18 @@ class KinematicCar(AbstractCar):
     def state(self, position, heading, speed):
         return _join(position, heading, speed)
 
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """The limits of acceleration (none) and steer; `None` where it is squashed."""
+        return None if self.squashed else (_row(-math.inf, -1.0), _row(math.inf, 1.0))
+
 
 KinematicCar.__init__.__doc__ = """**Arguments:**
 
 - `wheelbase`: distance L between the axles [m].
 - `max_steer`: limit of the angle of the wheels [rad], below pi/2.
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the steer input is unbounded and squashed, or an angle.
+- `squashed`: whether the steer input is unbounded and squashed, or has limits.
 """
 
 
@@ -147,9 +157,12 @@ class Car(AbstractCar):
     State: position (x, y) [m], heading [rad], forward and leftward velocity v_x, v_y of
     the center of mass [m/s], yaw rate [rad/s], shape `(6,)`. Control: drive and steer,
     shape `(2,)`, squashed to the duty of the drivetrain and to the angle
-    `(2/pi) max_steer arctan(steer)`; with `squashed` false they are the duty and the
-    angle [rad]. Steering to the left is positive. The forces along and across an axle
-    are independent (no friction ellipse). The model holds for v_x > 0 only.
+    `(2/pi) max_steer arctan(steer)`. With `squashed` false they are the duty itself and
+    the share of `max_steer`, an angle of `max_steer steer`, and `control_bounds` keep
+    them where squashing would: between `min_duty` and `max_duty`, and -1 and 1.
+    (An angle in radians is a small number: damping, which counts all inputs alike,
+    would hardly hold it.) Steering to the left is positive. The forces along and across
+    an axle are independent (no friction ellipse). The model holds for v_x > 0 only.
 
     Source: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing of
     1:43 scale RC cars", 2015, arXiv:1711.07300.
@@ -268,6 +281,14 @@ class Car(AbstractCar):
     def state(self, position, heading, speed):
         return _join(position, heading, speed, 0.0, 0.0)
 
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """The limits of duty and steer; `None` where they are squashed."""
+        if self.squashed:
+            return None
+        duties = self.drivetrain.min_duty, self.drivetrain.max_duty
+        return _row(duties[0], -1.0), _row(duties[1], 1.0)
+
 
 Car.__init__.__doc__ = """**Arguments:**
 
@@ -278,15 +299,22 @@ Car.__init__.__doc__ = """**Arguments:**
 - `drivetrain`: a [`diffprog.systems.Drivetrain`][].
 - `max_steer`: limit of the angle of the wheels [rad].
 - `length`, `width`: outer dimensions [m].
-- `squashed`: whether the inputs are unbounded and squashed, or duty and angle.
+- `squashed`: whether the inputs are unbounded and squashed, or have limits.
 """
 
 
 def _steering(steer, max_steer, squashed):
-    # Unbounded steer -> angle in (-max_steer, max_steer).
-    return 2 / math.pi * max_steer * jnp.arctan(steer) if squashed else steer
+    # Steer, unbounded or in [-1, 1] -> angle in [-max_steer, max_steer].
+    return (
+        2 / math.pi * max_steer * jnp.arctan(steer) if squashed else max_steer * steer
+    )
 
 
 def _join(position, *numbers):
     rest = [jnp.asarray(number, position.dtype) for number in numbers]
     return jnp.concatenate([position, jnp.stack(rest)])
+
+
+def _row(*numbers):
+    dtype = jnp.result_type(*numbers)
+    return jnp.stack([jnp.asarray(number, dtype) for number in numbers])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._car import AbstractCar, Car
-from ._system import AbstractSystem, Scalar
+from ._system import AbstractSystem, ControlBounds, Scalar
 from ._track import right_normal, Track
 
 
@@ -15,9 +15,9 @@ class PathTracking(AbstractSystem):
     $$h_t = \|(x, y) - c(s)\|^2 + \lambda \|u\|^2, \qquad \dot s = v_{ref}$$
 
     State: that of the car, relative to the origin of the track, and the parameter s [m]
-    of the point, shape `(n+1,)`; control: that of the car, shape `(2,)`. Since the
-    point is part of the state, no cost depends on the stage, and a controller may start
-    anywhere.
+    of the point, shape `(n+1,)`; control: that of the car, shape `(2,)`, with its
+    limits. Since the point is part of the state, no cost depends on the stage, and a
+    controller may start anywhere.
 
     Source: V. Roulet, S. Srinivasa, M. Fazel, Z. Harchaoui, "Iterative Linear
     Quadratic Optimization for Nonlinear Control: Differentiable Programming
@@ -46,6 +46,11 @@ class PathTracking(AbstractSystem):
     def x0(self) -> Float[Array, " state"]:
         """On the center line at s = 0, with the speed `v_start`."""
         return self.start()
+
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """Those of the car, or `None`."""
+        return self.car.control_bounds
 
     def vector_field(self, x, u, t):
         point_speed = jnp.full_like(x[-1:], self.v_ref)
@@ -88,9 +93,12 @@ class Race(AbstractSystem):
     rate of the progress that is not positive makes the cost NaN, which a solver
     rejects. Positions are relative to the origin of the track.
 
-    State: car, s, rate of s, shape `(n+2,)`; control: car, acceleration of s, shape
-    `(3,)`. The control weight counts for the inputs of the car and `progress_weight`
-    for the acceleration of s.
+    State: car, s, rate of s, shape `(n+2,)`; control: car, acceleration of s [m/s^2],
+    shape `(3,)`. The control weight counts for the inputs of the car and
+    `progress_weight` for the acceleration of s. Where the inputs of the car are not
+    squashed, a problem made by [`diffprog.ControlProblem.from_system`][] keeps their
+    limits, `control_bounds`. Zeros are then a car that rolls to a stop, where the model
+    ends: begin in the middle between the limits, which zeros are for a squashed car.
 
     Sources: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing
     of 1:43 scale RC cars", 2015, arXiv:1711.07300, for the cost; V. Roulet, S.
@@ -119,7 +127,12 @@ class Race(AbstractSystem):
 
     @classmethod
     def miniature(
-        cls, track: Track, *, dt: Scalar = 0.02, v_ref: Scalar = 3.0
+        cls,
+        track: Track,
+        *,
+        dt: Scalar = 0.02,
+        v_ref: Scalar = 3.0,
+        squashed: bool = True,
     ) -> "Race":
         """The 1:43 car with the published weights.
 
@@ -128,12 +141,18 @@ class Race(AbstractSystem):
         - `track`: a miniature track, about 0.4 m wide.
         - `dt`: duration of a stage [s].
         - `v_ref`: desired rate of the progress [m/s].
+        - `squashed`: as in [`diffprog.systems.Car`][].
         """
-        return cls(Car.miniature(), track, dt=dt, v_ref=v_ref)
+        return cls(Car.miniature(squashed=squashed), track, dt=dt, v_ref=v_ref)
 
     @classmethod
     def full_size(
-        cls, track: Track, *, dt: Scalar = 0.1, v_ref: Scalar = 30.0
+        cls,
+        track: Track,
+        *,
+        dt: Scalar = 0.1,
+        v_ref: Scalar = 30.0,
+        squashed: bool = True,
     ) -> "Race":
         """The full-size race car, with weights for meters instead of centimeters.
 
@@ -145,9 +164,10 @@ class Race(AbstractSystem):
         - `track`: a track about 10 m wide.
         - `dt`: duration of a stage [s], at most 0.1.
         - `v_ref`: desired rate of the progress [m/s].
+        - `squashed`: as in [`diffprog.systems.Car`][].
         """
         return cls(
-            Car.full_size(),
+            Car.full_size(squashed=squashed),
             track,
             dt=dt,
             v_ref=v_ref,
@@ -174,6 +194,14 @@ class Race(AbstractSystem):
     def x0(self) -> Float[Array, " state"]:
         """On the center line at s = 0, with the speed `v_start`."""
         return self.start()
+
+    @property
+    def control_bounds(self) -> ControlBounds:
+        """Those of the car, and none for the acceleration of s; or `None`."""
+        limits = self.car.control_bounds
+        if limits is None:
+            return None
+        return jnp.append(limits[0], -jnp.inf), jnp.append(limits[1], jnp.inf)
 
     def vector_field(self, x, u, t):
         progress = jnp.stack([x[-1], u[-1]])

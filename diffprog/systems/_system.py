@@ -13,6 +13,7 @@ import diffprog as dp
 Scalar: TypeAlias = float | Float[Array, ""]
 Time: TypeAlias = float | Float[Array, ""]
 Stage: TypeAlias = int | Int[Array, ""]
+ControlBounds: TypeAlias = tuple[Float[Array, " m"], Float[Array, " m"]] | None
 
 
 def _check_step(system: Any):
