@@ -120,10 +120,8 @@ for i in range(0, horizon + 1, horizon // 5):
     shade = str(0.75 * (1 - i / horizon))
     draw(way, xs[i], angles[i], fill=False, edgecolor=shade, linewidth=0.8)
 names = ["angle [rad]", "acceleration [m/s$^2$]"]
-plot.inputs(us, dt=car.dt, names=names, ax=rows)
+plot.inputs(us, dt=car.dt, names=names, limits=(lower, upper), ax=rows)
 rows[0].sharex(rows[1])
-for ax, *limits in zip(rows, lower, upper):
-    ax.hlines(limits, 0.0, horizon * car.dt, "0.3", linestyles="--", linewidth=0.8)
 figure.savefig(args.out / "parking.png", dpi=110)
 
 # %%
