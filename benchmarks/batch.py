@@ -59,14 +59,14 @@ def measure_ours(problem, x0s: numpy.ndarray, **options) -> dict:
 
 
 def measure_crocoddyl(crocoddyl, problem, x0s: numpy.ndarray) -> dict:
-    solver, costs, finished = crocoddyl.FDDP(problem), [], []
+    solver, costs, finished = crocoddyl.Solver(problem), [], []
     start = time.process_time()
     for x0 in x0s:
         solver(x0)
         costs.append(solver.cost)
         finished.append(solver.converged)
     return dict(
-        solver=crocoddyl.NAME,
+        solver=crocoddyl.name(),
         rate=len(x0s) / (time.process_time() - start),
         costs=numpy.array(costs),
         finished=numpy.array(finished),

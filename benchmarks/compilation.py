@@ -10,7 +10,7 @@ import time
 import jax
 
 from . import ours
-from .problems import PROBLEMS, UNSEEN
+from .problems import LIMITED, PROBLEMS, UNSEEN
 from .timing import once
 
 
@@ -30,13 +30,13 @@ NOTES = (
 )
 
 
-def first_call(problem, method) -> tuple[float, float]:
+def first_call(problem, method, clock=time.perf_counter) -> tuple[float, float]:
     """Seconds to trace and to compile."""
     jax.clear_caches()
     found = []
     solve, arguments = jax.jit(ours.solver(problem, method)), ours.start(problem)
-    trace = once(lambda: found.append(solve.lower(*arguments)), time.perf_counter)
-    return trace, once(found[0].compile, time.perf_counter)
+    trace = once(lambda: found.append(solve.lower(*arguments)), clock)
+    return trace, once(found[0].compile, clock)
 
 
 def one(problem, method) -> dict:
@@ -62,11 +62,36 @@ def measure() -> list[dict]:
         return [one(problem, method) for problem in problems for method in ours.METHODS]
 
 
-def run() -> list[dict]:
-    command = [sys.executable, "-m", "benchmarks.compilation"]
+def measure_limits() -> dict[str, dict[str, float]]:
+    """First calls with limits over those without, by problem and solver."""
+    first_call(dataclasses.replace(PROBLEMS[0], horizon=10), ours.METHODS[0])
+    found = {}
+    for problem in LIMITED:
+        pair = problem, dataclasses.replace(problem, limits=None)
+        for method in ours.METHODS:
+            seconds = lambda p: sum(first_call(p, method, time.process_time))
+            limited, free = map(min, zip(*(map(seconds, pair) for _ in range(3))))
+            solver = f"diffprog {type(method).__name__}"
+            found.setdefault(problem.name, {})[solver] = limited / free
+    return found
+
+
+MEASURE = {"all": measure, "limits": measure_limits}
+
+
+def in_a_process(what: str):
+    command = [sys.executable, "-m", "benchmarks.compilation", what]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def with_limits() -> dict[str, dict[str, float]]:
+    return in_a_process("limits")
+
+
+def run() -> list[dict]:
+    return in_a_process("all")
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(MEASURE[sys.argv[1]]()))

@@ -19,12 +19,12 @@ def chain(problem) -> dp.ControlProblem:
         lambda x, u, t: problem.cost(jnp, x, u),
         lambda x: problem.terminal_cost(jnp, x),
         problem.horizon,
+        control_bounds=problem.bounds if problem.limits else None,
     )
 
 
 def start(problem) -> tuple[jax.Array, jax.Array]:
-    us = jnp.zeros((problem.horizon, problem.controls))
-    return jnp.array(problem.x0), us
+    return jnp.array(problem.x0), jnp.array(problem.us)
 
 
 def solver(problem, method, **options):
@@ -53,6 +53,10 @@ class Solver:
     @property
     def cost(self) -> float:
         return float(self.solution.cost)
+
+    @property
+    def us(self) -> jax.Array:
+        return self.solution.us
 
     @property
     def steps(self) -> int:

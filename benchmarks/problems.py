@@ -17,8 +17,10 @@ class Problem:
     """Minimize the sum of `cost(np, x, u)` and `terminal_cost(np, x)` from `x0`.
 
     - `dynamics(np, x, u)`: the next state.
-    - `controls`: how many there are; the first guess is zero.
+    - `controls`: how many there are.
     - `spread`: standard deviations of the starts of a batch.
+    - `limits(t)`: the lower and the upper limits of the controls at all stages.
+    - `guess(t)`: the first guess of the controls, else zero.
     """
 
     name: str
@@ -29,6 +31,21 @@ class Problem:
     controls: int
     horizon: int
     spread: tuple[float, ...] = ()
+    limits: Callable | None = None
+    guess: Callable | None = None
+
+    @property
+    def us(self) -> numpy.ndarray:
+        shape, t = (self.horizon, self.controls), numpy.arange(self.horizon)
+        return numpy.stack(self.guess(t), 1) if self.guess else numpy.zeros(shape)
+
+    @property
+    def bounds(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Both limits, shape `(horizon, controls)`, infinite where there is none."""
+        none, t = (-math.inf, math.inf), numpy.arange(self.horizon)
+        sides = self.limits(t) if self.limits else none
+        shape = self.horizon, self.controls
+        return tuple(numpy.broadcast_to(side, shape) for side in sides)
 
     def starts(self, count: int) -> numpy.ndarray:
         noise = numpy.random.default_rng(0).normal(size=(count, len(self.x0)))
@@ -250,6 +267,29 @@ PROBLEMS = (
         controls=4,
         horizon=100,
         spread=(0.3,) * 3 + (0.1,) * 9,
+    ),
+)
+
+
+def changing(t):
+    """Limits that move with the stage; some stages have none."""
+    lower = numpy.where(t >= 70, -math.inf, -3 - 2 * numpy.sin(t / 8))
+    upper = numpy.where(t < 10, math.inf, 3 + 2 * numpy.cos(t / 11))
+    return lower[:, None], upper[:, None]
+
+
+LIMITED = (
+    dataclasses.replace(
+        PROBLEMS[0], name="pendulum with limits", limits=lambda t: (-3.0, 3.0)
+    ),
+    dataclasses.replace(
+        PROBLEMS[0], name="pendulum, limits that change", limits=changing
+    ),
+    dataclasses.replace(
+        PROBLEMS[2],
+        name="car parking with limits",
+        limits=lambda t: ((-0.5, -2.0), (0.5, 2.0)),
+        guess=lambda t: (0.1 * numpy.sin(0.7 * t), 0.1 * numpy.cos(1.3 * t)),
     ),
 )
 

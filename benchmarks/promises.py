@@ -18,6 +18,8 @@ COLUMNS = {
 CROCODDYL_NAME = "Crocoddyl FDDP, C++"
 FATROP = {"pendulum": 0.4, "cart-pole": 0.15, "quadrotor": 0.5, "car parking": 0.05}
 CROCODDYL = {"pendulum": 0.6, "cart-pole": 0.6, "car parking": 0.6, "quadrotor": 1.0}
+LIMITS = {"pendulum with limits": 0.35, "pendulum, limits that change": 0.45}
+FIRST_CALL = 1.5
 LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
@@ -56,6 +58,19 @@ def of_single(rows: list[dict]):
     yield from plain_loops(rows)
 
 
+def of_limits(rows: list[dict]):
+    yield from times(rows, "Fatrop", LIMITS)
+    yield from times(rows, "Fatrop, expanded", LIMITS)
+    parking = [row for row in rows if row["problem"] == "car parking with limits"]
+    steps = {row["solver"]: row["ms / iteration"] for row in parking}
+    for name, ms in steps.items():
+        if name.startswith("Crocoddyl"):
+            text = f"time per iteration over {name}: car parking with limits"
+            yield promise(text, 1.0, steps["diffprog DDP"] / ms)
+    largest = max(row["first call x"] or 0.0 for row in rows)
+    yield promise("time of a first call over one without limits", FIRST_CALL, largest)
+
+
 def of_door(rows: list[dict]):
     largest = max(row["difference us"] for row in rows)
     yield promise("microseconds of the public door, at most", DOOR, largest)
@@ -80,6 +95,7 @@ def of_compilation(rows: list[dict]):
 
 PARTS = {
     "single": of_single,
+    "limits": of_limits,
     "door": of_door,
     "lqr": of_lqr,
     "batch": of_batch,

@@ -7,8 +7,21 @@ from . import pictures, promises
 
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = {
+    "benchmarks": (
+        "single",
+        "door",
+        "lqr",
+        "batch",
+        "others",
+        "compilation",
+        "scaling",
+    ),
+    "benchmarks-limits": ("limits",),
+}
+TITLES = {"benchmarks": "Benchmarks", "benchmarks-limits": "Benchmarks with limits"}
 INTRODUCTION = """\
-# Benchmarks
+# {title}
 
 diffprog beside other solvers of the same problems, on one machine, in one run. The
 command
@@ -91,20 +104,22 @@ def picture_name(section: str) -> str:
     return f"benchmarks_{section}.png"
 
 
-def write_page(results: dict):
-    """`docs/benchmarks.md` and its pictures, from the results alone."""
-    machine, sections = results["machine"], results["sections"]
+def write_page(page: str, results: dict):
+    """A page of the documentation and its pictures, from the results alone."""
+    machine = results["machine"]
+    sections = {name: results["sections"][name] for name in PAGES[page]}
+    introduction = INTRODUCTION.format(title=TITLES[page], command=machine["command"])
     for name, rows in sections.items():
         if name in pictures.DRAW:
             pictures.save(name, rows, DOCS / "images" / picture_name(name))
     parts = [
-        INTRODUCTION.format(command=machine["command"]) + machine_list(machine),
+        introduction + machine_list(machine),
         *(section_text(name, rows) for name, rows in sections.items()),
         f"## {promises.TITLE}",
         promises.NOTE,
-        markdown_table(results["promises"], promises.COLUMNS),
+        markdown_table(promises.check(sections), promises.COLUMNS),
     ]
-    (DOCS / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+    (DOCS / f"{page}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def gpu_page(machine: dict, sections: dict, columns: dict) -> str:

@@ -40,7 +40,7 @@ def solvers(problem) -> dict:
         found["Fatrop, expanded"] = casadi.MultipleShooting(problem, "fatrop", True)
         found["Ipopt, expanded"] = casadi.MultipleShooting(problem, "ipopt", True)
     if crocoddyl := load("crocoddyl"):
-        found[crocoddyl.NAME] = crocoddyl.FDDP(problem)
+        found[crocoddyl.name()] = crocoddyl.Solver(problem)
     return found
 
 

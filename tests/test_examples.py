@@ -16,6 +16,7 @@ FILES = {
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
+    "parking.py": {"parking.png", "parking.gif"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
     "prox_linear_regression.py": {"prox_linear_regression.png"},
     "robust_regression.py": {"robust_regression.png"},

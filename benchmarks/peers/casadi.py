@@ -87,20 +87,34 @@ class MultipleShooting:
                 print_level=0, sb="yes", tol=TOLERANCE, max_iter=MAX_STEPS
             )
         self.solver = casadi.nlpsol("solver", solver, nlp, options)
-        self.x0 = numpy.array(problem.x0)
-        self.guess = self.roll_out(problem)
+        self.sizes, self.x0 = (n, m, T), numpy.array(problem.x0)
+        self.guess = self.roll_out(problem.us)
+        self.limits = {}
+        if problem.limits:
+            sides = zip(("lbx", "ubx"), (-numpy.inf, numpy.inf), problem.bounds)
+            for name, none, side in sides:
+                self.limits[name] = self.in_order(numpy.full((T + 1, n), none), side)
         self()
 
-    def roll_out(self, problem) -> numpy.ndarray:
+    def roll_out(self, us) -> numpy.ndarray:
         """States and controls of the first guess, which meets all constraints."""
-        x, u, parts = self.x0, numpy.zeros(problem.controls), []
-        for _ in range(problem.horizon):
-            parts += [x, u]
-            x = self.stage(x, u)[0].full().ravel()
-        return numpy.concatenate([*parts, x])
+        xs = [self.x0]
+        for u in us:
+            xs.append(self.stage(xs[-1], u)[0].full().ravel())
+        return self.in_order(numpy.array(xs), us)
+
+    def in_order(self, xs, us) -> numpy.ndarray:
+        """The variables of the program: each state is followed by its controls."""
+        return numpy.concatenate([numpy.hstack([xs[:-1], us]).ravel(), xs[-1]])
 
     def __call__(self):
-        self.answer = self.solver(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
+        options = dict(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
+        self.answer = self.solver(**options, **self.limits)
+
+    @property
+    def us(self) -> numpy.ndarray:
+        n, m, T = self.sizes
+        return self.answer["x"].full()[:-n].reshape(T, n + m)[:, n:]
 
     @property
     def cost(self) -> float:

@@ -1,13 +1,14 @@
-"""Crocoddyl's FDDP, on functions that CasADi derives.
+"""Crocoddyl's FDDP, BoxDDP and BoxFDDP, on functions that CasADi derives.
 
 With a C++ compiler the functions become C code compiled for this processor, called by
-the action model of `fddp.cpp`, which is compiled once for the processors that the wheel
-is made for, against the headers in the wheel. Without a compiler the action model is
-written in Python, and slow.
+the action model of `crocoddyl.cpp`, which is compiled once for the processors that the
+wheel is made for, against the headers in the wheel. Without a compiler the action model
+is written in Python, and slow.
 """
 
 import ctypes
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -44,7 +45,7 @@ def shared_library(source: pathlib.Path, *options) -> ctypes.CDLL:
 def interface() -> ctypes.CDLL:
     BUILD.mkdir(parents=True, exist_ok=True)
     library = shared_library(
-        pathlib.Path(__file__).with_name("fddp.cpp"),
+        pathlib.Path(__file__).with_name("crocoddyl.cpp"),
         "-std=c++17",
         "-w",
         f"-I{PREFIX / 'include'}",
@@ -52,17 +53,17 @@ def interface() -> ctypes.CDLL:
         f"-L{PREFIX / 'lib'}",
         "-lcrocoddyl",
     )
-    integer = ctypes.c_int
-    library.fddp_create.argtypes = [*[integer] * 3, Functions, ctypes.c_double]
-    library.fddp_create.restype = ctypes.c_void_p
-    arrays = [POINTER, POINTER]
-    library.fddp_solve.argtypes = [ctypes.c_void_p, *arrays, integer, POINTER]
+    integer, pair = ctypes.c_int, [POINTER, POINTER]
+    numbers = [*[integer] * 3, Functions, ctypes.c_double]
+    library.create.argtypes = [ctypes.c_char_p, *numbers, *pair]
+    library.create.restype = ctypes.c_void_p
+    library.solve.argtypes = [ctypes.c_void_p, *pair, integer, *pair]
     return library
 
 
 def generated(problem) -> Functions:
     """The C functions of a problem, written only when they change."""
-    name = problem.name.replace(" ", "_").replace("-", "_")
+    name = re.sub(r"\W+", "_", problem.name)
     generator = casadi.CodeGenerator(name, dict(cpp=True))
     for function in functions(problem).values():
         generator.add(function)
@@ -75,23 +76,33 @@ def generated(problem) -> Functions:
     return Functions(*map(address, NAMES))
 
 
-class CompiledFDDP:
-    """Solves a problem from a start, by default its own, and zero controls."""
+def limits(problem) -> list[numpy.ndarray]:
+    """Both limits; a stage with one that is infinite would have none at all."""
+    sides = numpy.clip(problem.bounds, -1e10, 1e10) if problem.limits else ()
+    return [numpy.ascontiguousarray(side) for side in sides]
 
-    def __init__(self, problem):
+
+class Compiled:
+    """Solves a problem from a start, by default its own, and its first guess."""
+
+    def __init__(self, problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
         self.library = interface()
         sizes = len(problem.x0), problem.controls, problem.horizon
-        self.solver = self.library.fddp_create(*sizes, generated(problem), TOLERANCE)
-        self.x0 = numpy.array(problem.x0)
-        self.us = numpy.zeros((problem.horizon, problem.controls))
+        numbers = *sizes, generated(problem), tolerance
+        sides = [side.ctypes.data_as(POINTER) for side in limits(problem)]
+        sides = sides or [None, None]
+        self.solver = self.library.create(solver.encode(), *numbers, *sides)
+        self.x0, self.guess = numpy.array(problem.x0), problem.us
+        self.us = numpy.empty_like(self.guess)
         self.answer = ctypes.c_double()
         self()
 
     def __call__(self, x0=None):
         x0 = self.x0 if x0 is None else numpy.ascontiguousarray(x0)
-        arrays = [array.ctypes.data_as(POINTER) for array in (x0, self.us)]
-        answer = ctypes.byref(self.answer)
-        steps = self.library.fddp_solve(self.solver, *arrays, MAX_STEPS, answer)
+        arrays = (x0, self.guess, self.us)
+        x0, us, found = (array.ctypes.data_as(POINTER) for array in arrays)
+        answer = ctypes.byref(self.answer), found
+        steps = self.library.solve(self.solver, x0, us, MAX_STEPS, *answer)
         self.steps, self.converged = abs(steps), steps > 0
 
     @property
@@ -125,29 +136,35 @@ class PythonModel(crocoddyl.ActionModelAbstract):
         data.Lx, data.Lu = parts[2].ravel(), parts[3].ravel()
 
 
-class InterpretedFDDP:
+class Interpreted:
     """The same with the model in Python."""
 
-    def __init__(self, problem):
+    def __init__(self, problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
+        self.x0, self.guess = numpy.array(problem.x0), list(problem.us)
         model = PythonModel(problem)
-        self.x0 = numpy.array(problem.x0)
-        self.us = [numpy.zeros(problem.controls)] * problem.horizon
         stages = [model] * problem.horizon
+        for t, sides in enumerate(zip(*limits(problem))):
+            stages[t] = PythonModel(problem)
+            stages[t].u_lb, stages[t].u_ub = sides
         self.problem = crocoddyl.ShootingProblem(self.x0, stages, model)
         self.problem.nthreads = 1
-        self.solver = crocoddyl.SolverFDDP(self.problem)
-        self.solver.th_stop = TOLERANCE
+        self.solver = getattr(crocoddyl, f"Solver{solver}")(self.problem)
+        self.solver.th_stop = tolerance
         self()
 
     def __call__(self, x0=None):
         self.problem.x0 = self.x0 if x0 is None else x0
-        xs = self.problem.rollout(self.us)
-        self.converged = self.solver.solve(xs, self.us, MAX_STEPS, True)
+        xs = self.problem.rollout(self.guess)
+        self.converged = self.solver.solve(xs, self.guess, MAX_STEPS, True)
         self.steps, self.cost = self.solver.iter, self.solver.cost
+        self.us = numpy.array(self.solver.us)
 
 
-FDDP = CompiledFDDP if COMPILER else InterpretedFDDP
-NAME = "Crocoddyl FDDP, C++" if COMPILER else "Crocoddyl FDDP, Python model"
+Solver = Compiled if COMPILER else Interpreted
+
+
+def name(solver: str = "FDDP") -> str:
+    return f"Crocoddyl {solver}, {'C++' if COMPILER else 'Python model'}"
 
 
 class OneIteration:

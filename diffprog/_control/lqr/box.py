@@ -14,8 +14,14 @@ ARMIJO = 0.1  # the part of the promised decrease that a step has to keep
 MAX_STEPS = 40  # one or two are taken; shorter steps count as well
 
 
-class _State(NamedTuple):
+class _Point(NamedTuple):
     k: Float[Array, " m"]
+    g: Float[Array, " m"]  # the gradient there
+    held: Bool[Array, " m"]  # at a limit, and pushed against it
+
+
+class _State(NamedTuple):
+    point: _Point
     stepsize: Float[Array, ""]
     done: Bool[Array, ""]
     steps: Int[Array, ""]
@@ -39,48 +45,47 @@ def solve_in_box(
     Optimization Problems with Simple Constraints", 1982; Y. Tassa, N. Mansard, E.
     Todorov, "Control-Limited Differential Dynamic Programming", 2014.
     """
-    h, m = hH[:, 0], len(G)
+    h, H, m = hH[:, 0], hH[:, 1:], len(G)
     clip = lambda k: jnp.clip(k, lower, upper)
-    eye = jnp.eye(m, dtype=G.dtype)
 
-    def held(k):
-        """Which controls are at a limit that they push against."""
+    def at(k):
         g = matmul(G, k) + h
         pushes = ((k <= lower) & (g > 0)) | ((k >= upper) & (g < 0))
-        return pushes | (lower == upper)
+        return _Point(k, g, pushes | (lower == upper))
 
-    def over_free(at_limit, rhs):
+    def over_free(held, rhs):
         """The solution of G z = rhs in the free controls, with 0 for the others."""
-        both = at_limit[:, None] | at_limit[None, :]
-        rhs = jnp.where(at_limit[:, None], 0, rhs)
-        return solve_positive(jnp.where(both, eye, G), rhs)[0]
+        both = held[:, None] | held[None, :]
+        rhs = jnp.where(held[:, None], 0, rhs)
+        free = jnp.where(both, jnp.eye(m, dtype=G.dtype), G)
+        return solve_positive(free, rhs)[0]
 
     def step(state: _State) -> _State:
-        k, at_limit = state.k, held(state.k)
-        g = matmul(G, k) + h
-        whole = k + over_free(at_limit, -g[:, None])[:, 0]
-        new = clip(k + state.stepsize * (whole - k))
-        v = new - k
-        descends = matmul(v, matmul(G, v)) / 2 <= (1 - ARMIJO) * -matmul(g, v)
-        exact = descends & jnp.all(new == whole) & jnp.all(held(new) == at_limit)
+        k, g, held = state.point
+        whole = k + over_free(held, -g[:, None])[:, 0]
+        new = at(clip(k + state.stepsize * (whole - k)))
+        v = new.k - k
+        descends = matmul(v, (g + new.g) / 2) <= ARMIJO * matmul(v, g)
+        exact = descends & jnp.all(new.k == whole) & jnp.all(new.held == held)
         stepsize = jnp.where(descends, 1, state.stepsize / 2)
-        return _State(where(descends, new, k), stepsize, exact, state.steps + 1)
+        point = where(descends, new, state.point)
+        return _State(point, stepsize, exact, state.steps + 1)
 
-    without, positive = solve_positive(G, -hH[:, :1], valid)
-    w = without[:, 0]
-    k = clip(w)
-    if m > 1:  # one control is at its minimum
-        inside = jnp.all(k == w) | ~positive
-        start = _State(k, jnp.ones_like(h[0]), inside, inside.astype(jnp.int32) * 0)
+    if m == 1:  # which is at its minimum where it is cut off
+        gains, positive = solve_positive(G, -hH, valid)
+        w = gains[:, 0]
+        found = at(clip(w))
+        K = jnp.where(found.held[:, None], 0, gains[:, 1:])
+    else:
+        without, positive = solve_positive(G, -hH[:, :1], valid)
+        w = without[:, 0]
+        first = at(clip(w))
+        inside = jnp.all(first.k == w) | ~positive
+        one, zero = jnp.ones_like(h[0]), inside.astype(jnp.int32) * 0
+        start = _State(first, one, inside, zero)
         unfinished = lambda state: ~state.done & (state.steps < MAX_STEPS)
-        k = while_loop(unfinished, step, start, (G, hH, lower, upper)).k
-    at_limit = held(k)
-    fixed = jnp.where(at_limit, k, 0)
-    moving = jnp.concatenate([(h + matmul(G, fixed))[:, None], hH[:, 1:]], 1)
-    gains = over_free(at_limit, -moving)
-    gains = gains.at[:, 0].set(clip(fixed + gains[:, 0]))
+        found = while_loop(unfinished, step, start, (G, hH, lower, upper)).point
+        K = over_free(found.held, -H)
     # A way down that is closed in one sense may be open in the other.
-    down = jnp.where(jnp.any(k != 0), k, clip(-w))
-    nowhere = jnp.zeros_like(gains[:, 1:])
-    fallback = jnp.concatenate([down[:, None], nowhere], 1)
-    return jnp.where(positive, gains, fallback), positive
+    k = jnp.where(positive | jnp.any(found.k != 0), found.k, clip(-w))
+    return jnp.concatenate([k[:, None], jnp.where(positive, K, 0)], 1), positive
