@@ -46,11 +46,13 @@ if args.car is None:
 # away from the borders. All these numbers are data: change them without recompiling.
 # The controls are the duty of the motor, the steering as a share of the largest angle,
 # and the acceleration of the progress. The car knows the limits of the first two; they
-# come with the race into every problem made from it.
+# come with the race into every problem made from it. Steering weighs more than drive:
+# else it pays to brake by sawing at the wheel.
 if args.car == "full-size":
     track = Track.chicane() if user_track is None else user_track
     race = dataclasses.replace(
         Race.full_size(track, dt=0.06, v_ref=50.0, squashed=False),
+        control_weight=jnp.array([0.1, 10.0]),
         q_contour=1e-3,
         q_border=30.0,
         margin=0.75,

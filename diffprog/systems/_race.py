@@ -29,7 +29,7 @@ class PathTracking(AbstractSystem):
     dt: Scalar = 0.04
     v_ref: Scalar = 3.0
     v_start: Scalar = 1.0
-    control_weight: Scalar = 1e-6
+    control_weight: Scalar | Float[Array, " 2"] = 1e-6
     method: Any = eqx.field(static=True, default="euler")
 
     def __check_init__(self):
@@ -57,7 +57,7 @@ class PathTracking(AbstractSystem):
         return jnp.concatenate([self.car.vector_field(x[:-1], u, t), point_speed])
 
     def cost(self, x, u, t):
-        return self.terminal_cost(x) + self.control_weight * jnp.sum(u**2)
+        return self.terminal_cost(x) + jnp.sum(self.control_weight * u**2)
 
     def terminal_cost(self, x: Float[Array, " state"]) -> Float[Array, ""]:
         """The cost of the last state: the squared distance from the point."""
@@ -71,7 +71,7 @@ PathTracking.__init__.__doc__ = """**Arguments:**
 - `dt`: duration of a stage [s].
 - `v_ref`: speed of the point [m/s].
 - `v_start`: speed of the car in `x0` [m/s].
-- `control_weight`: weight of the squared control.
+- `control_weight`: weight of the squared control, one for both inputs or for each.
 - `method`: how a stage is integrated, see [`diffprog.discretize`][].
 """
 
@@ -116,7 +116,7 @@ class Race(AbstractSystem):
     q_speed: Scalar = 0.1
     q_border: Scalar = 100.0
     q_log: Scalar = 1e-6
-    control_weight: Scalar = 1e-6
+    control_weight: Scalar | Float[Array, " 2"] = 1e-6
     progress_weight: Scalar = 1e-6
     margin: Scalar = 0.0
     border_power: int = eqx.field(static=True, default=3)
@@ -208,7 +208,7 @@ class Race(AbstractSystem):
         return jnp.concatenate([self.car.vector_field(x[:-2], u[:-1], t), progress])
 
     def cost(self, x, u, t):
-        control = self.control_weight * jnp.sum(u[:-1] ** 2)
+        control = jnp.sum(self.control_weight * u[:-1] ** 2)
         return self.terminal_cost(x) + control + self.progress_weight * u[-1] ** 2
 
     def terminal_cost(self, x: Float[Array, " state"]) -> Float[Array, ""]:
@@ -261,7 +261,7 @@ Race.__init__.__doc__ = """**Arguments:**
 - `q_speed`: weight of the squared distance lost to `v_ref` in a stage.
 - `q_border`: weight of a border crossed, to the power `border_power`.
 - `q_log`: weight beta that keeps the rate of the progress positive.
-- `control_weight`: weight of the squared inputs of the car.
+- `control_weight`: weight of the squared inputs of the car, one for both or for each.
 - `progress_weight`: weight of the squared acceleration of the progress.
 - `margin`: distance to keep between the car and a border [m].
 - `border_power`: the power kappa, at least 2 (a smooth second derivative needs 3).
