@@ -2,6 +2,11 @@
 
 import importlib.metadata
 
+from ._chain.constraints import (
+    Equality as Equality,
+    Inequality as Inequality,
+    StateBounds as StateBounds,
+)
 from ._chain.discretize import discretize as discretize
 from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage
@@ -51,6 +56,7 @@ from ._control.lqr.expand import (
     QuadraticModel as QuadraticModel,
     quadratize as quadratize,
 )
+from ._control.outer import AugmentedLagrangian as AugmentedLagrangian
 from ._control.search import (
     AbstractSearch as AbstractSearch,
     AdaptiveDamping as AdaptiveDamping,

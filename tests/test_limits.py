@@ -156,7 +156,7 @@ def test_solutions_are_optimal_within_the_limits(chain, method):
         np.testing.assert_array_equal(
             us[np.asarray(multiplier) > 0], limit[np.asarray(multiplier) > 0]
         )
-    assert found.constraints == found.terminal == ()
+    assert found.constraints == found.terminal == {}
     close(found.costates, dp.costates(problem, x0, solution.us), 1e-12)
     _, _, newton = solved(chain, dp.Newton())
     close(us, newton.us, 1e-3 if first_order else 1e-7)

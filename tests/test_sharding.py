@@ -219,7 +219,13 @@ print("agree")
 @pytest.mark.costly
 @pytest.mark.parametrize(
     "program",
-    (PROGRAM, VOCABULARY, CURVATURES, FACTORS, PRECONDITIONERS),
+    (
+        PROGRAM,
+        VOCABULARY,
+        pytest.param(CURVATURES, marks=pytest.mark.slow),
+        FACTORS,
+        PRECONDITIONERS,
+    ),
     ids=("solves", "vocabulary", "curvatures", "factors", "preconditioners"),
 )
 def test_what_is_split_over_devices_equals_what_is_on_one(program):

@@ -42,8 +42,9 @@ NEVER = {("losses", "_chain")}
 # And so do the parts of a room that has some.
 CONTROL = [
     ["lqr", "report"],
-    ["direction", "search"],
+    ["direction", "search", "outer"],
     ["records"],
+    ["outer_loop"],
     ["loop", "solution"],
     ["solve", "layerwise"],
     ["stepping", "batch"],

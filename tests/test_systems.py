@@ -524,7 +524,7 @@ def test_limits_follow_the_numbers_of_the_car():
         np.testing.assert_array_equal(jax.jacobian(upper)(most[1]), [1, 0, 0])
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_race_keeps_the_limits_of_its_car(dtype):
     track = Track.bend().scaled(150.0)

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -77,6 +77,8 @@ class NetworkProblem(AbstractChain):
     targets: PyTree
     reduction: Reduction = eqx.field(static=True)
     metric: Callable | StageMetric | None
+
+    terminal_constraints: ClassVar[tuple] = ()
 
     @with_advice(lambda name, _, known: _NOT_IN_NETWORK.get(name, known))
     def __init__(

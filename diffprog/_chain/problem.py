@@ -1,4 +1,5 @@
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .constraints import as_constraints
 from .limits import as_bounds
 
 
@@ -17,6 +19,9 @@ class Phase(eqx.Module):
     cost: Callable
     horizon: int = eqx.field(static=True)
     control_bounds: Any = eqx.field(default=None, converter=as_bounds)
+    constraints: Any = eqx.field(
+        default=(), converter=ft.partial(as_constraints, "constraints")
+    )
 
     def __check_init__(self):
         _check_functions(self, "dynamics", "cost")
@@ -31,6 +36,7 @@ Phase.__init__.__doc__ = """**Arguments:**
 - `horizon`: number of stages, at least 1.
 - `control_bounds`: as in [`diffprog.ControlProblem`][]; T is the number of stages of
     the phase.
+- `constraints`: as in [`diffprog.ControlProblem`][].
 """
 
 
@@ -39,10 +45,12 @@ class AbstractChain(eqx.Module):
 
     - `phases`: the runs of equal stages, in order.
     - `terminal_cost`: a function `(x) ->` scalar.
+    - `terminal_constraints`: those of the last state.
     """
 
     phases: eqx.AbstractVar[tuple[Phase, ...]]
     terminal_cost: eqx.AbstractVar[Any]
+    terminal_constraints: eqx.AbstractVar[tuple]
 
     @abc.abstractmethod
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
@@ -68,7 +76,9 @@ class ControlProblem(AbstractChain):
 
     $$\min_{u_0, \dots, u_{T-1}} \sum_{t=0}^{T-1} h_t(x_t, u_t) + h_T(x_T)
     \quad \text{subject to} \quad x_{t+1} = f_t(x_t, u_t), \; x_0 \text{ given}, \;
-    l_t \le u_t \le h_t.$$
+    l_t \le u_t \le h_t,$$
+
+    and constraints h(x, u) = 0 or g(x, u) <= 0 of any stages and of the last state.
 
     States and controls are any pytrees of floating arrays, dicts with sorted keys. The
     numbers inside the functions (fields of an [`equinox.Module`][], say) are leaves of
@@ -76,11 +86,14 @@ class ControlProblem(AbstractChain):
 
     - `system`: the object that holds the three functions and their numbers.
     - `bounds`: the limits that were given, a pair, or else `None`.
+    - `constraints`, `terminal_constraints`: tuples of constraints.
     """
 
     system: Any
     horizon: int = eqx.field(static=True)
     bounds: Any
+    constraints: tuple
+    terminal_constraints: tuple
 
     def __init__(
         self,
@@ -89,10 +102,15 @@ class ControlProblem(AbstractChain):
         terminal_cost: Callable,
         horizon: int,
         control_bounds: tuple[PyTree, PyTree] | None = None,
+        constraints: Any = (),
+        terminal_constraints: Any = (),
     ):
         self.system = _Functions(dynamics, cost, terminal_cost)
         self.horizon = horizon
         self.bounds = as_bounds(control_bounds)
+        self.constraints = as_constraints("constraints", constraints)
+        name = "terminal_constraints"
+        self.terminal_constraints = as_constraints(name, terminal_constraints)
 
     def __check_init__(self):
         _check_functions(self.system, "dynamics", "cost", "terminal_cost")
@@ -104,6 +122,8 @@ class ControlProblem(AbstractChain):
         system: Any,
         horizon: int,
         control_bounds: tuple[PyTree, PyTree] | None = None,
+        constraints: Any = (),
+        terminal_constraints: Any = (),
     ) -> "ControlProblem":
         """A problem from one object with methods `dynamics`, `cost`, `terminal_cost`.
 
@@ -114,7 +134,8 @@ class ControlProblem(AbstractChain):
         """
         _check_functions(system, "dynamics", "cost", "terminal_cost")
         functions = system.dynamics, system.cost, system.terminal_cost
-        problem = cls(*functions, horizon, control_bounds)
+        rows = constraints, terminal_constraints
+        problem = cls(*functions, horizon, control_bounds, *rows)
         object.__setattr__(problem, "system", system)  # itself, not a copy
         _ = problem.phases  # raises for limits that are wrong
         return problem
@@ -138,8 +159,8 @@ class ControlProblem(AbstractChain):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        stage = self.dynamics, self.cost, self.horizon, self.control_bounds
-        return (Phase(*stage),)
+        limits = self.control_bounds, self.constraints
+        return (Phase(self.dynamics, self.cost, self.horizon, *limits),)
 
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
         return (us,)
@@ -162,6 +183,9 @@ ControlProblem.__init__.__doc__ = """**Arguments:**
     `-jnp.inf`, `jnp.inf` and `None` are no limit, and lo = hi fixes a control. The
     numbers are leaves, so that new ones never compile again. [`diffprog.solve`][] keeps
     them exactly, also on the way; [`diffprog.rollout`][] runs what it is given.
+- `constraints`: [`diffprog.Equality`][], [`diffprog.Inequality`][] and
+    [`diffprog.StateBounds`][] at all stages t = 0 to T - 1; one, or a tuple.
+- `terminal_constraints`: those of the last state.
 
 **Raises:** `TypeError` for something that is no function or no pair of limits,
 `ValueError` for a horizon below 1, and for limits that are NaN or crossed.
@@ -179,6 +203,9 @@ class Chain(AbstractChain):
 
     phases: tuple[Phase, ...]
     terminal_cost: Callable
+    terminal_constraints: Any = eqx.field(
+        default=(), converter=ft.partial(as_constraints, "terminal_constraints")
+    )
 
     def __check_init__(self):
         if not self.phases or not all(isinstance(p, Phase) for p in self.phases):
@@ -210,6 +237,7 @@ Chain.__init__.__doc__ = """**Arguments:**
 
 - `phases`: a tuple of [`diffprog.Phase`][]s.
 - `terminal_cost`: `(x) ->` scalar, the cost of the last state.
+- `terminal_constraints`: as in [`diffprog.ControlProblem`][].
 """
 
 

@@ -1,5 +1,6 @@
 """Chains of vectors, traced once: what every recursion of the library runs on."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +9,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._common.fast_loops import Loops, scan
+from .._common.linalg import matmul
 from .._common.loops import chained
 from .._common.tree import all_finite, vary
 from .._common.types import Rows
+from .constraints import Duals, Rows as RowSet
 from .limits import can_be_kept, cut_off
 
 
@@ -24,6 +28,31 @@ class Segment(eqx.Module):
     cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
     start: int = eqx.field(static=True)
     horizon: int = eqx.field(static=True)
+    rows: RowSet | None = None  # constraints
+    linear_rows: Callable | None = eqx.field(static=True, default=None)
+
+    def priced(self, dual: Array | None, penalty: Array | None) -> "Segment":
+        """With the augmented Lagrangian of its constraints in the cost."""
+        rows = self.rows
+        if rows is None or dual is None or penalty is None:
+            return self
+
+        def cost(x, u, t):
+            return self.cost(x, u, t) + rows.merit(rows.values(x, u, t), dual, penalty)
+
+        def linear(x, u, t):
+            near = linearized(lambda x, u: rows.values(x, u, t), x, u)
+            return lambda x, u: (
+                self.cost(x, u, t) + rows.merit(near(x, u), dual, penalty)
+            )
+
+        return dataclasses.replace(self, cost=cost, linear_rows=linear)
+
+    def cost_near(self, x: Array, u: Array, t: Array) -> Callable:
+        """The cost with constraints linearized at a point: for Gauss-Newton."""
+        if self.linear_rows is None:
+            return lambda x, u: self.cost(x, u, t)
+        return self.linear_rows(x, u, t)
 
     @staticmethod
     def difference(x: Array, y: Array) -> Array:
@@ -43,7 +72,46 @@ class VectorChain(eqx.Module):
     terminal_cost: Callable = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     limits: tuple[Rows, ...] = ()
+    terminal_rows: RowSet | None = None
+    names: tuple[str, ...] = eqx.field(static=True, default=())  # of the constraints
+    duals: Duals | None = None
+    linear_terminal: Callable | None = eqx.field(static=True, default=None)
     loops: Loops = eqx.field(static=True, default="plain")
+
+    def priced(self, duals: Duals) -> "VectorChain":
+        """The chain whose costs are augmented Lagrangians; `self` has none."""
+        rows, dual, penalty = self.terminal_rows, duals.terminal, duals.penalty
+        if rows is None or dual is None:
+            return dataclasses.replace(self, duals=duals)
+
+        def cost(x):
+            return self.terminal_cost(x) + rows.merit(rows.values(x), dual, penalty)
+
+        def linear(x):
+            near = linearized(rows.values, x)
+            return lambda x: self.terminal_cost(x) + rows.merit(near(x), dual, penalty)
+
+        changed: Any = dict(terminal_cost=cost, linear_terminal=linear)
+        return dataclasses.replace(self, duals=duals, **changed)
+
+    @property
+    def no_duals(self) -> Duals:
+        """Multipliers of 0."""
+        zeros = lambda *shape: jnp.zeros(shape, self.dtype)
+        rows = [*(segment.rows for segment in self.segments), self.terminal_rows]
+        groups = tuple(r.groups if r else () for r in rows)
+        stages = tuple(
+            zeros(s.horizon, len(s.rows.groups)) if s.rows else None
+            for s in self.segments
+        )
+        last = zeros(len(groups[-1])) if groups[-1] else None
+        return Duals(stages, last, zeros(len(self.names)), groups)
+
+    def terminal_cost_near(self, x: Array) -> Callable:
+        """The same as `Segment.cost_near` at the last state."""
+        if self.linear_terminal is None:
+            return self.terminal_cost
+        return self.linear_terminal(x)
 
     @property
     def recomputes(self) -> bool:
@@ -70,23 +138,40 @@ class VectorChain(eqx.Module):
 
         def run(segment, carry, *rows):
             if segment.horizon > 1:
-                body = lambda carry, row: fn(segment, carry, *row)
+                body = lambda carry, row: stage(segment, carry, *row)
                 return scan(body, carry, rows, reverse, self.loops)
             row = jtu.tree_map(lambda a: a[0], rows)
-            carry, out = fn(segment, carry, *row)
+            carry, out = stage(segment, carry, *row)
             return carry, jtu.tree_map(lambda a: a[None], out)
 
-        return chained(run, self.segments, carry, data, reverse)
+        def stage(segment, carry, dual, *row):
+            return fn(segment.priced(dual, self._penalty), carry, *row)
+
+        return chained(run, self.segments, carry, (self._dual_rows, *data), reverse)
 
     def map(self, fn: Callable, *data: tuple) -> tuple:
         """`out = fn(segment, *row)` at every stage: all at once, or one by one."""
         if self.loops == "fused":
             step = lambda segment, carry, *row: (carry, fn(segment, *row))
             return self.scan(step, None, *data)[1]
+
+        def stage(segment, dual, *row):
+            return fn(segment.priced(dual, self._penalty), *row)
+
         return tuple(
-            jax.vmap(lambda *row, segment=segment: fn(segment, *row))(*rows)
-            for segment, *rows in zip(self.segments, *data, strict=True)
+            jax.vmap(ft.partial(stage, segment))(*rows)
+            for segment, *rows in zip(
+                self.segments, self._dual_rows, *data, strict=True
+            )
         )
+
+    @property
+    def _dual_rows(self) -> tuple:
+        return self.duals.stages if self.duals else (None,) * len(self.segments)
+
+    @property
+    def _penalty(self) -> Array | None:
+        return self.duals.penalty if self.duals else None
 
     def within(self, us: Rows) -> Rows:
         """The controls, cut off at their limits; NaN where these are crossed."""
@@ -147,12 +232,28 @@ def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *
     return VectorTrajectory(xs, final, us, cost + last, end), outs
 
 
+def linearized(fn: Callable, *at: Array) -> Callable:
+    """`fn` of vectors, of first order around a point."""
+    sizes = np.cumsum([len(x) for x in at])[:-1]
+    of = lambda z: fn(*jnp.split(z, sizes))
+    z = jnp.concatenate(at)
+    value, slope = of(z), jax.jacfwd(of)(z)
+    return lambda *args: value + matmul(slope, jnp.concatenate(args) - z)
+
+
 def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Array, ""]:
     """The first stage whose flag is false; T for `last` only, T + 1 if all are true."""
     T = chain.horizon
     when = lambda flag, t: jnp.min(jnp.where(flag, T + 1, t).astype(jnp.int32))
     stages = [when(flag, t) for flag, t in zip(flags, chain.ts, strict=True)]
     return ft.reduce(jnp.minimum, [*stages, when(last, T)])
+
+
+def objective(chain: VectorChain, trajectory: VectorTrajectory) -> Float[Array, ""]:
+    """The sum of all costs, priced or not."""
+    cost = lambda segment, *row: segment.cost(*row)
+    costs = chain.map(cost, trajectory.xs, trajectory.us, chain.ts)
+    return sum(map(jnp.sum, costs), chain.terminal_cost(trajectory.final))
 
 
 def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:

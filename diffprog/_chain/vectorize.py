@@ -12,8 +12,9 @@ from jax.core import eval_jaxpr
 from jaxtyping import Array, PyTree
 
 from .._common.tree import float_dtype, Layout, vary
-from .._common.types import Rows
+from .._common.types import Rows as Stacked
 from .calls import about_state, call, check_dtype, scalar
+from .constraints import AbstractConstraint, Rows, value_of
 from .limits import like_controls
 from .problem import AbstractChain, ControlProblem, Phase
 from .vector import Segment, VectorChain
@@ -63,9 +64,11 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
     if x_layouts[0].size == 0:
         raise ValueError("`x0` has no entries; a state has at least one.")
+    names = []
     for phase, u in zip(problem.phases, parts, strict=True):
         u_layouts.append(_stage_layout(u, phase.horizon, dtype))
-        segment, x_layout = _trace(phase, start, x_layouts[-1], u_layouts[-1], zeros)
+        layouts = x_layouts[-1], u_layouts[-1]
+        segment, x_layout = _trace(phase, start, *layouts, zeros, names)
         x_layouts.append(x_layout)
         segments.append(segment)
         start += phase.horizon
@@ -78,13 +81,16 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         zeros(x_layouts[-1]),
     )
     limits = _limits(problem, parts, u_layouts, dtype)
-    chain = VectorChain(tuple(segments), terminal, dtype, limits)
+    last, given = x_layouts[-1], problem.terminal_constraints
+    rows = _rows_of("terminal_constraints", given, names, dtype, [last], zeros(last))
+    functions = tuple(segments), terminal, dtype
+    chain = VectorChain(*functions, limits, rows, tuple(names))
     return Vectorized(chain, problem, tuple(x_layouts), tuple(u_layouts))
 
 
 def _limits(
     problem: AbstractChain, parts: tuple, layouts: Sequence[Layout], dtype
-) -> tuple[Rows, ...]:
+) -> tuple[Stacked, ...]:
     """The limits of the controls of every stage, if any phase has some."""
     bounds = [phase.control_bounds for phase in problem.phases]
     if not any(bounds):
@@ -115,7 +121,12 @@ def _traced(fn: Callable, *examples: Array) -> Callable:
 
 
 def _trace(
-    phase: Phase, start: int, x_layout: Layout, u_layout: Layout, zeros: Callable
+    phase: Phase,
+    start: int,
+    x_layout: Layout,
+    u_layout: Layout,
+    zeros: Callable,
+    names: list[str],
 ):
     dtype, next_layout = x_layout.dtype, x_layout
 
@@ -135,7 +146,45 @@ def _trace(
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
     traced = _traced(dynamics, *examples), _traced(cost, *examples)
-    return Segment(*traced, start, phase.horizon), next_layout
+    layouts, given = (x_layout, u_layout), phase.constraints
+    rows = _rows_of("constraints", given, names, dtype, layouts, *examples)
+    return Segment(*traced, start, phase.horizon, rows), next_layout
+
+
+def _rows_of(
+    kind: str,
+    constraints: Sequence[AbstractConstraint],
+    names: list[str],
+    dtype,
+    layouts: Sequence[Layout],
+    *examples: Array,
+) -> Rows | None:
+    """Constraints as one vector; their names are added to the list."""
+    if not constraints:
+        return None
+    sizes = []
+
+    def values(*args):
+        *vectors, t = args if len(args) > len(layouts) else (*args, None)
+        trees = [a.unravel(v) for a, v in zip(layouts, vectors, strict=True)]
+        given = trees if t is None else (*trees, t)
+        found = [
+            value_of(name, constraint, dtype, *given)
+            for name, constraint in zip(own, constraints, strict=True)
+        ]
+        sizes[:] = map(len, found)
+        return jnp.concatenate(found)
+
+    named = ((getattr(c, "name", None), i) for i, c in enumerate(constraints))
+    own = [name or f"{kind}[{i}]" for name, i in named]
+    if len(set(own)) < len(own):
+        raise ValueError(f"`{kind}` have the names {own}; different ones are expected.")
+    traced, first = _traced(values, *examples), len(names)
+    names += own
+    each = lambda of: np.repeat(of, sizes).tolist()
+    equal = each([c.equal for c in constraints])
+    groups = each(range(first, first + len(constraints)))
+    return Rows(traced, tuple(equal), tuple(groups))
 
 
 def _check_next(layout: Layout, before: Layout):

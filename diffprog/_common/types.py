@@ -71,6 +71,17 @@ def number(default: float, check: Callable[[str, Any], None] | None = None) -> A
     return checked(check, default=default, converter=to_float)
 
 
+def number_or_none() -> Any:
+    """A field with a positive number, or `None` for what fits the dtype."""
+    to_float = lambda value: float(value) if isinstance(value, int) else value
+
+    def check(name, value):
+        if value is not None:
+            check_positive(name, value)
+
+    return checked(check, default=None, converter=to_float)
+
+
 def positive_int(default: int) -> Any:
     """A field with a number of steps and the like, which is part of the program."""
     return checked(check_count, default=default, static=True)

@@ -21,6 +21,7 @@ from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .direction import AbstractDirection
+from .outer import AbstractOuter
 from .report import print_batch
 from .search import AbstractSearch, Backtracking, SearchState
 from .solution import Solution
@@ -28,15 +29,15 @@ from .solve import solve, tolerance
 
 
 @door
-def _solve_all(shared, method, mapped, search, rtol, atol, options):
+def _solve_all(shared, method, mapped, search, rtol, atol, outer, options):
     max_steps, history, fast_loops = options
 
     def one(arguments, fast_loops):
         numbers, x0, us, state = arguments
         problem = eqx.combine(numbers, shared)
         return solve(
-            problem, method, x0, us, search, max_steps=max_steps, rtol=rtol, atol=atol,
-            state=state, history=history, fast_loops=fast_loops,
+            problem, method, x0, us, search, outer=outer, max_steps=max_steps,
+            rtol=rtol, atol=atol, state=state, history=history, fast_loops=fast_loops,
         )  # fmt: skip
 
     if fast_loops is not False:
@@ -226,6 +227,7 @@ def solve_batch(
     uss: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    outer: AbstractOuter | None = None,
     in_axes: Any = ...,
     batch_size: int | None = None,
     max_steps: int = 256,
@@ -244,8 +246,8 @@ def solve_batch(
 
     **Arguments:**
 
-    - `problem`, `method`, `search`, `max_steps`, `rtol`, `atol`, `fast_loops`: as in
-        [`diffprog.solve`][].
+    - `problem`, `method`, `search`, `outer`, `max_steps`, `rtol`, `atol`,
+        `fast_loops`: as in [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
     - `in_axes`: which numbers differ from problem to problem: `None` for none; `0`
@@ -297,7 +299,9 @@ def solve_batch(
             some = lambda leaf, rows=rows: jnp.asarray(leaf)[rows]
             batch = jtu.tree_map(some, mapped)
         with noted(ft.partial(_note, *mapped, problem, num_problems)):
-            solution = _solve_all(shared, method, batch, search, *tolerances, options)
+            solution = _solve_all(
+                shared, method, batch, search, *tolerances, outer, options
+            )
         solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
         if verbose and not isinstance(solution.cost, Tracer):
             number = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"

@@ -14,6 +14,7 @@ A pass has a purpose, and what it finds says what is next: the first row that ap
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -26,8 +27,12 @@ from .._common.result import RESULTS
 from .._common.tree import no, vary, where
 from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
-from .records import Counts, Known, Loop, Passes, Purpose, Trials, Trouble
-from .report import HISTORY, report
+from .lqr import Sweep
+from .outer import AbstractOuter
+from .outer.base import measure
+from .outer_loop import after_step
+from .records import Constrained, Counts, Known, Loop, Passes, Purpose, Trials, Trouble
+from .report import CONSTRAINED, HISTORY, report
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
 
@@ -43,6 +48,9 @@ UNBOUNDED = 1e15
 LEAVE, LEAST = 1 / 8, 1e-5
 
 
+PURPOSES = Purpose.search, Purpose.test, Purpose.policy, Purpose.fallback
+
+
 class Solver(eqx.Module):
     """What stays the same during a solve."""
 
@@ -53,9 +61,14 @@ class Solver(eqx.Module):
     atol: Any
     max_steps: int = eqx.field(static=True)
     verbose: bool | Callable = eqx.field(static=True)
+    outer: AbstractOuter | None = None
+    omega: Any = None  # the gradient that ends iterations before an update
 
     def init(self, x0, us, state: SearchState, history: bool) -> Loop:
         chain, dtype = self.chain, self.chain.dtype
+        outer = self.outer and self.outer.init(chain.no_duals)
+        if outer:
+            chain = chain.priced(outer.duals)
         number = lambda value: jnp.asarray(value, dtype)
         count = lambda value: jnp.asarray(value, jnp.int32)
         trajectory = run(chain, x0, chain.within(us))
@@ -67,24 +80,34 @@ class Solver(eqx.Module):
         given = jtu.tree_map(cast, state, memory)
         widths = [1 + x.shape[1] for x in trajectory.xs]
         gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
-        nan, rows = number(jnp.nan), (self.max_steps + 1) * history
+        nan = number(jnp.nan)
         wrong = RESULTS.nonfinite_rollout
         if chain.limits:
             wrong = RESULTS.where(chain.is_crossed, RESULTS.infeasible, wrong)
         result = RESULTS.where(finite, RESULTS.max_steps_reached, wrong)
         never = jnp.where(finite, count(self.max_steps + 1), 0)
+        search = where(jnp.isnan(given.stepsize), memory, given)
+        rows, columns = (self.max_steps + 1) * history, len(HISTORY)
+        constrained = None
+        if outer:
+            found = measure(self.chain, trajectory, outer.duals)
+            constrained = Constrained(outer, found, trajectory, memory)
+            columns += len(CONSTRAINED)
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
-            search=where(jnp.isnan(given.stepsize), memory, given),
-            known=Known(gains, number(0.0), nan, nan, number(jnp.inf), no(finite)),
+            search=search,
+            known=Known(
+                gains, number(0.0), nan, nan, number(jnp.inf), no(finite), outer and nan
+            ),
             counts=Counts(count(0), count(1), count(0)),
             trouble=Trouble(trajectory.first_nonfinite, never),
             result=result,
             stopping=~finite,
             done=~finite,
             first_cost=cost,
-            history=jnp.full((rows, len(HISTORY)), jnp.nan, dtype),
+            history=jnp.full((rows, columns), jnp.nan, dtype),
+            constrained=constrained,
         )
         return vary(loop, like=x0)
 
@@ -99,6 +122,14 @@ class Solver(eqx.Module):
     def step(self, loop: Loop, stop) -> Loop:
         """One accepted iteration; with `stop`, only the pass that gives the policy."""
         stop = stop | loop.stopping
+        at, outer = loop.constrained, self.outer
+        if at is None or outer is None:
+            return self._step(loop, stop)
+        chain = self.chain.priced(at.state.duals)
+        inner = replace(self, chain=chain, omega=outer.omega(at.state))
+        return after_step(self, loop, inner._step(loop, stop), stop)
+
+    def _step(self, loop: Loop, stop) -> Loop:
         before = loop.trajectory
         if not self.search.monotone:
             before = where(stop, loop.best, before)
@@ -135,6 +166,7 @@ class Solver(eqx.Module):
             done=done,
             first_cost=loop.first_cost,
             history=self._record(loop, before, passes, stop),
+            constrained=loop.constrained,
         )
 
     def _judge(self, loop, before, after, passes: Passes, stop, usable):
@@ -156,6 +188,8 @@ class Solver(eqx.Module):
         worse = ended & ~stop & (loop.best.cost < before.cost)
         unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
         denied = stop & (loop.result == RESULTS.successful) & ~quiet
+        if self.omega is not None:  # the outer method has judged
+            denied = no(stop)
 
         result = RESULTS.max_steps_reached
         for applies, code in (  # the last one that applies counts
@@ -176,13 +210,18 @@ class Solver(eqx.Module):
     def _record(self, loop: Loop, before: VectorTrajectory, passes: Passes, stop):
         """The history with a row about the iterate and the step from it."""
         state, step = passes.trials.search, loop.counts.steps
+        at, cost, more = loop.constrained, before.cost, ()
+        if at is not None:
+            cost = at.found.cost
+            more = jnp.max(at.found.violation), jnp.max(at.state.duals.penalty)
         row = jnp.stack([
-            before.cost,
+            cost,
             jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),
             passes.damping,
             passes.known.slope,
             jnp.where(stop, 0, state.trials).astype(before.cost.dtype),
             passes.known.gradient,
+            *more,
         ])  # fmt: skip
         if self.verbose:
             report(self.verbose, step, row)
@@ -190,7 +229,10 @@ class Solver(eqx.Module):
             return loop.history
         # The row of a search that failed stays.
         written = loop.history[step]
-        row = jnp.where(jnp.isnan(written[0]), row, written)
+        kept = ~jnp.isnan(written[0])
+        if at is not None:  # an update takes no step, and the next row is a new one
+            kept = kept & stop
+        row = jnp.where(kept, written, row)
         return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)
 
     def _begin(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
@@ -204,7 +246,15 @@ class Solver(eqx.Module):
         usable = expansion.first_nonfinite > T
         return Passes(
             purpose=Purpose.where(usable, start, Purpose.end),
-            known=Known(gains, loop.known.feasible_damping, nan, nan, inf, false),
+            known=Known(
+                gains,
+                loop.known.feasible_damping,
+                nan,
+                nan,
+                inf,
+                false,
+                None if self.omega is None else nan,
+            ),
             trials=Trials(
                 where(stop, loop.search, begun),
                 before,
@@ -224,16 +274,15 @@ class Solver(eqx.Module):
     def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
         """One backward pass, its trials, and what comes next: a row of the table."""
         is_for = lambda purpose: p.purpose == purpose
-        searching, testing = is_for(Purpose.search), is_for(Purpose.test)
-        policy, fallback = is_for(Purpose.policy), is_for(Purpose.fallback)
+        searching, testing, policy, fallback = map(is_for, PURPOSES)
         damping = jnp.where(fallback, p.known.feasible_damping, 0)
         damping = jnp.where(searching, p.trials.search.damping, damping)
         sweep = self.method.backward(self.chain, before, expansion.model, damping)
         check_sweep(self.method, before, sweep)
         positive, promised, damped = sweep.positive, sweep.promised, damping > 0
         tolerance = self.atol + self.rtol * jnp.abs(before.cost)
-        small = positive & (promised <= tolerance)
-        suspected, refuted = small & ~(p.refuted & damped), positive & ~small
+        small, doubtful = self._is_small(sweep, promised, tolerance, damped)
+        suspected, refuted = small & ~(p.refuted & doubtful), positive & ~small
         # Where the model has no minimum the iterate may be a maximum or a saddle.
         leaving = testing & ~positive
         trying = leaving | (searching & positive & ~suspected)
@@ -248,7 +297,7 @@ class Solver(eqx.Module):
         trials = eqx.tree_at(lambda t: (t.search, t.verdict), trials, (state, verdict))
         purpose, converged = Purpose.end, suspected
         for applies, then, confirmed in reversed((
-            (searching & suspected & damped, Purpose.test, False),
+            (searching & suspected & doubtful, Purpose.test, False),
             (searching & verdict.refresh, Purpose.search, False),
             (testing & refuted, Purpose.search, False),
             (testing & ~positive & ~verdict.accept, Purpose.fallback, True),
@@ -272,6 +321,7 @@ class Solver(eqx.Module):
                 gradient=sweep.gradient,
                 decrement=latest(promised, known.decrement),
                 minimum=jnp.where(damped, known.minimum, positive),
+                largest=None if self.omega is None else sweep.largest_entry,
             ),
             trials=trials,
             damping=damping,
@@ -282,6 +332,12 @@ class Solver(eqx.Module):
             first_nonfinite=first,
             backwards=p.backwards + 1,
         )
+
+    def _is_small(self, sweep: Sweep, promised, tolerance, damped):
+        """Whether the pass finds little to gain; whether only its damping says so."""
+        if self.omega is not None:  # a gradient says as much with damping
+            return sweep.largest_entry <= self.omega, no(damped)
+        return sweep.positive & (promised <= tolerance), damped
 
     def _trials(
         self, trials: Trials, before, expansion, sweep, trying, leaving, tolerance

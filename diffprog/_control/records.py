@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._chain.vector import VectorTrajectory
 from .._common.result import RESULTS
 from .._common.types import Stacks
+from .outer.base import OuterState, Residuals
 from .search.base import SearchState, Verdict
 
 
@@ -36,6 +37,7 @@ class Known(eqx.Module):
     gradient: Float[Array, ""]
     decrement: Float[Array, ""]
     minimum: Bool[Array, ""]  # of the model without damping, at every stage
+    largest: Float[Array, ""] | None = None  # entry of the gradient, for constraints
 
 
 class Trouble(eqx.Module):
@@ -43,6 +45,15 @@ class Trouble(eqx.Module):
 
     stage: Int[Array, ""]  # T + 1 if there was none
     step: Int[Array, ""]
+
+
+class Constrained(eqx.Module):
+    """What a solve with constraints carries along."""
+
+    state: OuterState
+    found: Residuals  # at the iterate
+    first: VectorTrajectory  # the first guess
+    search: SearchState  # before the first iteration
 
 
 class Loop(eqx.Module):
@@ -59,6 +70,7 @@ class Loop(eqx.Module):
     done: Bool[Array, ""]
     first_cost: Float[Array, ""]
     history: Float[Array, "rows columns"]
+    constrained: Constrained | None  # where there are constraints
 
 
 class Trials(eqx.Module):

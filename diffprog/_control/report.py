@@ -10,19 +10,24 @@ from .._common.types import counted
 # The columns of the history, in the order in which a step writes them.
 HISTORY = ("cost", "stepsize", "damping", "slope", "trials", "gradient")
 
+# And where there are constraints.
+CONSTRAINED = ("violation", "penalty")
+
 _HEADER = (
     f"{'step':>5} {'cost':>18} {'stepsize':>10} {'damping':>10} {'slope':>11} "
     f"{'trials':>6} {'gradient':>10}\n"
 )
 
 
-def _print_row(step, cost, stepsize, damping, slope, trials, gradient):
+def _print_row(step, cost, stepsize, damping, slope, trials, gradient, **more):
     if step == 0:
         sys.stdout.write(_HEADER)
     sys.stdout.write(
         f"{int(step):5d} {float(cost):18.10e} {float(stepsize):10.2e} "
         f"{float(damping):10.2e} {float(slope):11.3e} {int(trials):6d} "
-        f"{float(gradient):10.2e}\n"
+        f"{float(gradient):10.2e}"
+        + "".join(f" {name} {float(value):.1e}" for name, value in more.items())
+        + "\n"
     )
 
 
@@ -43,4 +48,5 @@ def report(
 ):
     """Prints one row, or hands it to the user's function by name."""
     receive = verbose if callable(verbose) else _print_row
-    jax.debug.callback(receive, step=step, **dict(zip(HISTORY, row, strict=True)))
+    columns = (*HISTORY, *CONSTRAINED)[: len(row)]
+    jax.debug.callback(receive, step=step, **dict(zip(columns, row, strict=True)))

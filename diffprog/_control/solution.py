@@ -44,6 +44,10 @@ ADVICE = dict(
     "with the wrong sign, or add one that grows faster.",
 )
 
+VIOLATED = (
+    "Loosen that constraint, start from other `us`, or give another `penalty` to "
+    "`dp.AugmentedLagrangian`."
+)
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 FINDER = (
@@ -65,18 +69,21 @@ RUNAWAY = 1e9
 class Multipliers(eqx.Module):
     r"""The multipliers of a solution: what a limit costs, to first order.
 
-    $$\nabla_u J + \mu^{upper} - \mu^{lower} = 0, \quad \mu \ge 0,$$
+    $$\nabla_u L + \mu^{upper} - \mu^{lower} = 0, \quad \mu \ge 0, \quad
+    L = J + \sum y^\top h + \sum \lambda^\top g,$$
 
     0 where a control is not at that limit. `upper` is the decrease of the cost per unit
     by which the upper limit is raised.
 
-    - `constraints`, `terminal`: of rows of constraints; empty where there are none.
+    - `constraints`, `terminal`: of the constraints of the stages, an array `(T, rows)`
+        for each by its name, and of the last state, `(rows,)`; for a
+        [`diffprog.Chain`][] a dictionary for each phase.
     - `lower`, `upper`: of the limits of the controls, arranged like `us`.
-    - `costates`: the gradient of the cost in each state, arranged like `xs`.
+    - `costates`: the gradient of L in each state, arranged like `xs`.
     """
 
-    constraints: PyTree[Array]
-    terminal: PyTree[Array]
+    constraints: Any
+    terminal: dict[str, Array]
     lower: PyTree[Array]
     upper: PyTree[Array]
     costates: PyTree[Array]
@@ -93,7 +100,8 @@ class Solution(eqx.Module):
     - `policy`: the feedback around them, see [`diffprog.Policy`][], from a backward
         pass without damping (with the last damping that worked where there is none);
         zeros if there was no pass. For a [`diffprog.Chain`][], one for each phase.
-    - `multipliers`: [`diffprog.Multipliers`][] where controls have limits, else `None`.
+    - `multipliers`: [`diffprog.Multipliers`][] where there are limits or constraints,
+        else `None`.
     - `result`: a [`diffprog.RESULTS`][] code.
     - `stats`: a dictionary: `num_steps` (accepted iterations), `num_rollouts`,
         `num_backwards`, `max_steps`, `gradient` (norm of the gradient in the controls),
@@ -106,9 +114,14 @@ class Solution(eqx.Module):
         `nonfinite_step` (that iteration); horizon + 1 and `max_steps` + 1 if there was
         none, or if the solve succeeded. Where controls have limits, `gradient` is that
         of the controls as far as they can move, and `stationarity` its largest entry.
+        With constraints these are of L, see [`diffprog.Multipliers`][], and there are
+        `violation` (the largest), `complementarity`, `num_outer` (updates of the
+        multipliers), `num_attempts`, `penalty` (the largest) and `violated`: the number
+        of the constraint that is violated most, the terminal ones last, and the stage.
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
-        `damping`, `slope`, `trials`, `gradient`. Entry i is about iterate i and the
-        step from it; NaN after the end. Empty if `history=False`.
+        `damping`, `slope`, `trials`, `gradient`, and with constraints `violation` and
+        `penalty`. Entry i is about iterate i and the step from it; NaN after the end.
+        Empty if `history=False`.
     - `state`: the memory of the search, for `state=` of the next solve.
 
     Property: `success`, whether the result is `successful`; in a batch, of each.
@@ -156,8 +169,19 @@ class Solution(eqx.Module):
             f"{int(stats['num_backwards'])} backward passes)",
             f"  stationarity  {float(stats['decrement']):.2e} predicted decrease, "
             f"{float(stats['gradient']):.2e} gradient norm",
+            *_describe_constraints(stats),
             f"  {explain_solution(self)}",
         ])  # fmt: skip
+
+
+def _describe_constraints(stats: Mapping[str, Any]) -> list[str]:
+    if "violation" not in stats:
+        return []
+    return [
+        f"  constraints   {float(stats['violation']):.2e} violation, "
+        f"{counted(int(stats['num_outer']), 'update')} of multipliers, "
+        f"penalty {float(stats['penalty']):.0e}"
+    ]
 
 
 def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
@@ -181,8 +205,10 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "some controls. Start from other `us`, such as these with a little noise, "
             "to leave a maximum or a saddle."
         )
-    elif name == "infeasible":
+    elif name == "infeasible" and "violation" not in solution.stats:
         where = f"That is so at stage {stage}."
+    elif name == "infeasible":
+        where, instead = _violated(solution), VIOLATED
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
         if (largest := _largest(solution.xs)) > RUNAWAY:
@@ -190,11 +216,24 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             instead = GROWN
     elif name in ("max_steps_reached", "no_descent", "damping_limit"):
         where, instead = _hindrances(solution, name, stage)
+        if "violation" in solution.stats:
+            where = f"{_violated(solution)} {where}".strip()
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
     if instead and advice is ADVICE:  # a network has neither `dt` nor root finder
         advice = {**advice, name: instead}
     return explain(solution.result, advice, where)
+
+
+def _violated(solution: Solution) -> str:
+    """The constraint that is violated most, and where."""
+    stages, terminal = solution.multipliers.constraints, solution.multipliers.terminal
+    phases = stages if isinstance(stages, tuple) else (stages,)
+    names = [*(name for phase in phases for name in phase), *terminal]
+    group, stage = map(int, solution.stats["violated"])
+    size = float(solution.stats["violation"])
+    of = f"that of `{names[group]}` at stage {stage}"
+    return f"The largest violation, {size:.1e}, is {of}."
 
 
 def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:

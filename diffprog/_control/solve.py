@@ -8,25 +8,28 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._chain.limits import projected
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import run, VectorChain, VectorTrajectory
+from .._chain.vector import run, VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
 from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
 from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import all_finite, strong
-from .._common.types import check_kind, check_one_number, Rows, with_advice
+from .._common.types import check_kind, check_one_number, with_advice
 from .direction import AbstractDirection
 from .direction.base import check_expansion, check_sweep
-from .loop import Loop, Solver
+from .loop import Solver
 from .lqr import Policy
 from .lqr.expand import adjoints
-from .report import HISTORY
+from .outer import AbstractOuter, AugmentedLagrangian
+from .records import Constrained, Loop
+from .report import CONSTRAINED, HISTORY
 from .search import AbstractSearch, Backtracking
 from .search.base import SearchState
 from .solution import ADVICE, explain_solution, Multipliers, Solution
@@ -39,26 +42,50 @@ def tolerance(value: Any, dtype) -> Any:
     return _float(value)
 
 
-def solver_of(chain, method, search, rtol, atol, max_steps, verbose) -> Solver:
+def solver_of(
+    chain, method, search, rtol, atol, max_steps, verbose, outer=None
+) -> Solver:
     dtype = chain.dtype
     cast = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     search, tolerances = jtu.tree_map(cast, search), (cast(rtol), cast(atol))
-    return Solver(chain, method, search, *tolerances, max_steps, verbose)
+    if not chain.names:
+        outer = None
+    return Solver(chain, method, search, *tolerances, max_steps, verbose, outer)
 
 
-def duals_of(chain: VectorChain, trajectory: VectorTrajectory) -> Any:
+def duals_of(chain: VectorChain, loop: Loop) -> Any:
     """Costates and gradients, of which the multipliers of limits are made."""
-    return adjoints(chain, trajectory) if chain.limits else None
+    if loop.constrained is not None:
+        chain = chain.priced(loop.constrained.state.duals)
+    elif not chain.limits:
+        return None
+    return adjoints(chain, loop.trajectory)
 
 
-def _multipliers(vectorized: Vectorized, us: Rows, duals: Any):
+def _rows(values: Any, groups: tuple, names: tuple) -> dict[str, Array]:
+    """The columns of each constraint."""
+    pick = lambda group: [i for i, g in enumerate(groups) if g == group]
+    return {names[g]: values[..., np.array(pick(g))] for g in dict.fromkeys(groups)}
+
+
+def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
     """The multipliers, and the largest entry of the gradient that is left."""
-    first, lams, gradients = duals
+    chain, us, (first, lams, gradients) = vectorized.chain, loop.trajectory.us, duals
     starts = [first, *(rows[-1] for rows in lams)]
     # A segment of one stage may change the shape of the state.
     before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
     costates = tuple(map(before, starts, lams))
-    sides = zip(gradients, us, *vectorized.chain.limits, strict=True)
+    infinite = tuple(jnp.full_like(u, jnp.inf) for u in us)
+    limits = chain.limits or (tuple(-side for side in infinite), infinite)
+    sides = zip(gradients, us, *limits, strict=True)
+    stages, terminal = tuple({} for _ in us), {}
+    if loop.constrained is not None:
+        found = loop.constrained.found.duals
+        *parts, terminal = (
+            _rows(values, groups, chain.names)
+            for values, groups in zip(found.stacks, found.groups, strict=True)
+        )
+        stages = tuple(parts)
     lower, upper, largest = [], [], []
     for gradient, u, low, high in sides:
         lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
@@ -66,8 +93,8 @@ def _multipliers(vectorized: Vectorized, us: Rows, duals: Any):
         left = projected(gradient, u, low, high)
         largest.append(jnp.max(jnp.abs(left)))
     multipliers = Multipliers(
-        constraints=(),
-        terminal=(),
+        constraints=vectorized.problem.join_controls(stages),
+        terminal=terminal,
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
         costates=vectorized.states(costates, starts[-1]),
@@ -80,7 +107,8 @@ def solution_of(
 ) -> Solution:
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
-        history = {name: loop.history[:, i] for i, name in enumerate(HISTORY)}
+        columns = (*HISTORY, *CONSTRAINED)[: loop.history.shape[1]]
+        history = {name: loop.history[:, i] for i, name in enumerate(columns)}
     policies = tuple(
         Policy(
             K=gains[:, :, 1:],
@@ -109,25 +137,45 @@ def solution_of(
     )
     multipliers = None
     if duals:
-        multipliers, stationarity = _multipliers(vectorized, trajectory.us, duals)
+        multipliers, stationarity = _multipliers(vectorized, loop, duals)
         stats["stationarity"] = stationarity
+    cost, state = trajectory.cost, loop.search
+    if loop.constrained is not None:
+        cost = loop.constrained.found.cost
+        stats |= _constraint_stats(loop.constrained)
     xs = vectorized.states(trajectory.xs, trajectory.final)
     us = vectorized.controls(trajectory.us)
     policy = vectorized.problem.join_controls(policies)
-    found = xs, us, trajectory.cost, policy, multipliers, loop.result
-    return Solution(*found, stats, history, loop.search)
+    found = xs, us, cost, policy, multipliers, loop.result
+    return Solution(*found, stats, history, state)
+
+
+def _constraint_stats(at: Constrained) -> dict[str, Any]:
+    found, state = at.found, at.state
+    worst = jnp.argmax(found.violation)
+    return dict(
+        violation=jnp.max(found.violation),
+        complementarity=jnp.max(found.complementarity),
+        num_outer=state.num_outer,
+        num_attempts=state.attempt,
+        penalty=jnp.max(state.duals.penalty),
+        violated=(worst.astype(jnp.int32), found.stage[worst]),
+    )
 
 
 @door
-def _solve(problem, method, x0, us, search, state, rtol, atol, options) -> Solution:
+def _solve(
+    problem, method, x0, us, search, state, rtol, atol, outer, options
+) -> Solution:
     max_steps, history, verbose, fast_loops = options
     vectorized = vectorize(problem, x0, us)
 
     def run(loops: Loops) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
-        solver = solver_of(chain, method, search, rtol, atol, max_steps, verbose.value)
+        tolerances = rtol, atol, max_steps, verbose.value
+        solver = solver_of(chain, method, search, *tolerances, outer)
         loop = solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
-        return loop, duals_of(chain, loop.trajectory)
+        return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
     return undifferentiated(solution_of(vectorized, loop, duals, max_steps))
@@ -162,14 +210,17 @@ def check(
 
 
 def arguments(
-    problem, method, x0, us, search, state, rtol, atol, max_steps, *options
+    problem, method, x0, us, search, state, rtol, atol, outer, max_steps, *options
 ) -> tuple:
     """Those of a solve: checked, floating, with defaults; options are one of them."""
     check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
+    outer = AugmentedLagrangian() if outer is None else outer
+    check_kind("outer", outer, AbstractOuter, "dp.AugmentedLagrangian()")
     (x0, us), dtype = strong(x0, us)
     state = SearchState.none(dtype) if state is None else state
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
-    return problem, method, x0, us, search, state, *tolerances, (max_steps, *options)
+    given = problem, method, x0, us, search, state, *tolerances, outer
+    return *given, (max_steps, *options)
 
 
 def _float(value):
@@ -192,6 +243,7 @@ def solve(
     us: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    outer: AbstractOuter | None = None,
     max_steps: int = 256,
     rtol: Any = None,
     atol: Any = None,
@@ -217,6 +269,8 @@ def solve(
     - `us`: the first guess of the controls, `(T, m)` or a pytree of arrays with T rows.
     - `search`: [`diffprog.Backtracking`][], [`diffprog.AdaptiveDamping`][] or
         [`diffprog.FixedStep`][].
+    - `outer`: what turns constraints into costs, [`diffprog.AugmentedLagrangian`][]
+        unless given. Without constraints it does nothing.
     - `max_steps`: the most accepted iterations; a Python int.
     - `rtol`, `atol`: tolerances; 1e-9 in float64 and 1e-6 in float32 unless given.
     - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
@@ -253,7 +307,8 @@ def solve(
             "expected."
         )
     options = max_steps, bool(history), Same(verbose), fast_loops
-    given = arguments(problem, method, x0, us, search, state, rtol, atol, *options)
+    tolerances = rtol, atol, outer
+    given = arguments(problem, method, x0, us, search, state, *tolerances, *options)
     return judged(_solve(*given), problem, throw)
 
 
@@ -272,6 +327,11 @@ def _advice(problem: AbstractChain) -> Mapping[str, str]:
 def _direction(problem, method, x0, us, damping):
     vectorized = vectorize(problem, x0, us)
     chain = vectorized.chain
+    if chain.names:
+        raise ValueError(
+            "`dp.direction` takes no constraints, whose multipliers only a solve "
+            "finds: `dp.solve(..., max_steps=1)` takes one step."
+        )
     first, given = vectorized.ravel(x0, us)
     trajectory = run(chain, first, chain.within(given))
     expansion = method.expand(chain, trajectory)

@@ -11,7 +11,8 @@ from .._chain.vectorize import vectorize
 from .._common.door import door, undifferentiated
 from .._common.result import RESULTS
 from .direction import AbstractDirection
-from .loop import Loop
+from .outer import AbstractOuter
+from .records import Loop
 from .search import AbstractSearch, Backtracking
 from .search.base import SearchState
 from .solution import Solution
@@ -23,7 +24,8 @@ class SolverState(eqx.Module):
 
     - `x0`: the first state.
     - `xs`, `us`: the iterate.
-    - `method`, `search`, `rtol`, `atol`, `max_steps`: as given to [`diffprog.init`][].
+    - `method`, `search`, `outer`, `rtol`, `atol`, `max_steps`: as given to
+        [`diffprog.init`][].
 
     Properties: `cost` of the iterate, `num_steps` accepted so far, `done` and `result`.
     """
@@ -33,6 +35,7 @@ class SolverState(eqx.Module):
     us: PyTree[Array]
     method: AbstractDirection
     search: AbstractSearch
+    outer: AbstractOuter
     rtol: Any
     atol: Any
     max_steps: int = eqx.field(static=True)
@@ -57,22 +60,32 @@ class SolverState(eqx.Module):
 
 @door
 def _first_state(
-    problem, method, x0, us, search, state, rtol, atol, options
+    problem, method, x0, us, search, state, rtol, atol, outer, options
 ) -> SolverState:
     max_steps, history = options
     vectorized = vectorize(problem, x0, us)
-    solver = solver_of(vectorized.chain, method, search, rtol, atol, max_steps, False)
+    rest = rtol, atol, max_steps, False, outer
+    solver = solver_of(vectorized.chain, method, search, *rest)
     loop = solver.init(*vectorized.ravel(x0, us), state, history)
     xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
     us = vectorized.controls(loop.trajectory.us)
     return SolverState(
-        x0, xs, us, method, search, solver.rtol, solver.atol, max_steps, loop
+        x0,
+        xs,
+        us,
+        method,
+        search,
+        outer,
+        solver.rtol,
+        solver.atol,
+        max_steps,
+        loop,
     )
 
 
 def _stepped(problem, state: SolverState, last: bool):
     vectorized = vectorize(problem, state.x0, state.us)
-    options = (state.rtol, state.atol, state.max_steps, False)
+    options = (state.rtol, state.atol, state.max_steps, False, state.outer)
     solver = solver_of(vectorized.chain, state.method, state.search, *options)
     stop = last | (state.num_steps >= state.max_steps)
     stay, go = lambda loop: loop, lambda loop: solver.step(loop, stop)
@@ -92,7 +105,7 @@ def _next_state(problem, state: SolverState) -> SolverState:
 @door
 def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
-    duals = duals_of(vectorized.chain, loop.trajectory)
+    duals = duals_of(vectorized.chain, loop)
     return undifferentiated(solution_of(vectorized, loop, duals, state.max_steps))
 
 
@@ -103,6 +116,7 @@ def init(
     us: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    outer: AbstractOuter | None = None,
     max_steps: int = 256,
     rtol: Any = None,
     atol: Any = None,
@@ -119,7 +133,8 @@ def init(
     ```
     """
     options = max_steps, bool(history)
-    given = arguments(problem, method, x0, us, search, state, rtol, atol, *options)
+    tolerances = rtol, atol, outer
+    given = arguments(problem, method, x0, us, search, state, *tolerances, *options)
     return _first_state(*given)
 
 

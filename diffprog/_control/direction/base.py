@@ -123,14 +123,16 @@ def linear_quadratic(
     weights ask for it; else they may be found again by each pass, where that is faster.
     """
     data = (trajectory.xs, trajectory.us, chain.ts)
-    V, T = terminal(chain, trajectory.final), jnp.int32(chain.horizon)
+    exact = second_order or weights is not None
+    V, T = terminal(chain, trajectory.final, exact), jnp.int32(chain.horizon)
     if chain.recomputes and weights is None and not stored:
         norms = chain.map(cost_gradient, *data)
         first = jnp.where(all_finite(V), T + 1, T)
         return Expansion(Recomputed(V, second_order), norm(norms, V[0]), first)
 
     def stage(segment, x, u, t, *weight):
-        F, W = linear(segment, x, u, t), curved(segment, x, u, t, *weight)
+        F = linear(segment, x, u, t)
+        W = curved(segment, x, u, t, *weight, exact=second_order)
         more = (second_derivatives(segment, x, u, t),) if second_order else ()
         # A costate passes what is not finite down to all earlier W: look at the
         # gradient (q_t, r_t) of the cost first.

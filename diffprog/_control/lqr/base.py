@@ -1,4 +1,5 @@
 import abc
+import functools as ft
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -69,6 +70,7 @@ class Sweep(eqx.Module):
     - `positive`: whether every stage had a minimum.
     - `first_nonfinite`: first stage from which the pass finds no finite numbers; a
         large one, the default, if there is none.
+    - `largest`: the largest entry of that gradient, where there are constraints.
     """
 
     gains: Stacks
@@ -78,6 +80,12 @@ class Sweep(eqx.Module):
     gradient: Float[Array, ""]
     positive: Bool[Array, ""]
     first_nonfinite: Int[Array | np.number, ""] = NEVER
+    largest: Float[Array, ""] | None = None
+
+    @property
+    def largest_entry(self) -> Float[Array, ""]:
+        """At least the largest entry of the gradient."""
+        return self.gradient if self.largest is None else self.largest
 
     @property
     def promised(self) -> Float[Array, ""]:
@@ -98,6 +106,7 @@ def summarize(
     positive: Array,
     first_nonfinite: Array | np.number = NEVER,
     limited: bool = False,
+    priced: bool = False,
 ) -> Sweep:
     """The `Sweep` of gains, from the sums of what `bellman` says of the `change`.
 
@@ -113,7 +122,12 @@ def summarize(
         promised = jnp.where(at_limits, -(slope + curvature / 2), promised)
     model = slope, curvature + damping * squares, jnp.where(slope == 0, 0.0, promised)
     known = norm(gradients), positive & jnp.isfinite(slope), first_nonfinite
-    return Sweep(gains, *model, *known)
+    return Sweep(gains, *model, *known, largest(gradients) if priced else None)
+
+
+def largest(rows: Rows) -> Float[Array, ""]:
+    """The largest absolute value."""
+    return ft.reduce(jnp.maximum, [jnp.max(jnp.abs(row)) for row in rows])
 
 
 class Value(eqx.Module):

@@ -193,8 +193,16 @@ def linear(segment: Segment, x: Array, u: Array, t: Array) -> Array:
     return affine(jnp.zeros_like(AB[:, 0]), AB)
 
 
-def curved(segment: Segment, x: Array, u: Array, t: Array, *weight: Array) -> Array:
-    """W of a stage. With a weight w the Hessian is that of h_t + w' f_t."""
+def curved(
+    segment: Segment, x: Array, u: Array, t: Array, *weight: Array, exact: bool = False
+) -> Array:
+    """W of a stage. With a weight w the Hessian is that of h_t + w' f_t.
+
+    Constraints are linear, unless it is `exact` or there is a weight.
+    """
+    if not weight and not exact:
+        h, z = _joint(segment.cost_near(x, u, t), x, u)
+        return quadratic(*_gradient_and_hessian(h, z))
     h, z = _joint(lambda x, u: segment.cost(x, u, t), x, u)
     if not weight:
         return quadratic(*_gradient_and_hessian(h, z))
@@ -202,9 +210,10 @@ def curved(segment: Segment, x: Array, u: Array, t: Array, *weight: Array) -> Ar
     return quadratic(*_gradient_and_hessian(h, z, lambda z: matmul(weight[0], f(z))))
 
 
-def terminal(chain: VectorChain, x: Array) -> Array:
-    """V of the last state."""
-    return quadratic(*_gradient_and_hessian(chain.terminal_cost, x))
+def terminal(chain: VectorChain, x: Array, exact: bool = False) -> Array:
+    """V of the last state, with linear constraints unless it is `exact`."""
+    h = chain.terminal_cost if exact else chain.terminal_cost_near(x)
+    return quadratic(*_gradient_and_hessian(h, x))
 
 
 def _gradient_and_hessian(h, z, more=None):

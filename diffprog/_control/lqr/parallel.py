@@ -227,12 +227,12 @@ class ParallelRiccati(AbstractRiccati):
         check_count("max_policies", self.max_policies)
 
     def backward(self, chain, trajectory, model, damping):
+        model = model.stored(chain, trajectory)
         if chain.limits:
             raise ValueError(
                 "`ParallelRiccati` takes no `control_bounds`: it joins stages before "
                 "it knows which controls are at a limit. `dp.Riccati()` keeps limits."
             )
-        model = model.stored(chain, trajectory)
         V = symmetrize(model.V)
         lam, rows = V[0], []
         for F, W, u in zip(model.F[::-1], model.W[::-1], trajectory.us[::-1]):

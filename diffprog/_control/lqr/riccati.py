@@ -72,7 +72,7 @@ class Riccati(AbstractRiccati):
         gains, gradients = zip(*rows, strict=True)
         change, positive, first = sums
         found = gains, gradients, change, damping, positive, first
-        return summarize(*found, bool(limited))
+        return summarize(*found, bool(limited), chain.duals is not None)
 
     def values(self, lqr, scan):
         """`bellman` with the terms of a stage apart.

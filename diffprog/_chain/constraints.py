@@ -1,0 +1,190 @@
+"""Constraints of states and controls: rows h = 0 and g <= 0."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._common.multipliers import merit
+from .._common.types import came, check_function, is_number
+from .calls import call, check_dtype
+
+
+class AbstractConstraint(eqx.Module):
+    """Values of states and controls that are 0, or at most 0.
+
+    - `equal`: whether the values are 0.
+
+    A field `name` is what messages call it.
+    """
+
+    equal: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def __call__(self, x: PyTree, *rest: Any) -> PyTree[Array]:
+        """The values at a state, and at a control and stage unless it is the last."""
+
+
+class AbstractFunction(AbstractConstraint):
+    """A constraint that a function gives."""
+
+    fn: Callable
+    name: str | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_function("fn", self.fn, "(x, u, t) -> array")
+        _check_name(self.name)
+
+    def __call__(self, x, *rest):
+        return self.fn(x, *rest)
+
+
+class Equality(AbstractFunction):
+    """The constraint `fn(x, u, t)` = 0; among the terminal ones `fn(x)` = 0."""
+
+    equal: ClassVar[bool] = True
+
+
+class Inequality(AbstractFunction):
+    """The constraint `fn(x, u, t)` <= 0; among the terminal ones `fn(x)` <= 0."""
+
+    equal: ClassVar[bool] = False
+
+
+for _kind in (Equality, Inequality):
+    _kind.__init__.__doc__ = """**Arguments:**
+
+- `fn`: a function of state, control and stage, or of the last state; it returns floats,
+    any pytree of arrays. Scale it so that 1e-8 is a small violation.
+- `name`: for messages; else its place, such as `constraints[0]`.
+"""
+
+
+class StateBounds(AbstractConstraint):
+    """The constraint lo <= x <= hi."""
+
+    lo: PyTree
+    hi: PyTree
+    name: str | None = eqx.field(static=True, default=None)
+
+    equal: ClassVar[bool] = False
+
+    def __check_init__(self):
+        _check_name(self.name)
+        for name in ("lo", "hi"):
+            for leaf in jtu.tree_leaves(getattr(self, name)):
+                if not is_number(leaf):
+                    raise TypeError(
+                        f"`{name}` is {came(leaf)}; a number, an array, or a tree of "
+                        "them like the state is expected."
+                    )
+
+    def __call__(self, x, *rest):
+        sides = ((self.lo, -1), (self.hi, 1))
+        return [_beyond(x, side, sign) for side, sign in sides if side is not None]
+
+
+StateBounds.__init__.__doc__ = """**Arguments:**
+
+- `lo`, `hi`: a number for all states, or a tree like the state; `None`, or -inf and inf
+    in arrays, for no bound.
+- `name`: for messages; else its place, such as `constraints[0]`.
+"""
+
+
+def _beyond(x: PyTree, side: PyTree, sign: int) -> PyTree:
+    """sign (x - side), and -1 where there is no bound."""
+    if is_number(side) and not jtu.all_leaves([x]):
+        side = jtu.tree_map(lambda _: side, x)
+
+    def rows(x, bound):
+        bound = jnp.broadcast_to(jnp.asarray(bound).astype(x.dtype), x.shape)
+        known = jnp.isfinite(bound)
+        return jnp.where(known, sign * (x - jnp.where(known, bound, 0)), -1)
+
+    return jtu.tree_map(rows, x, side)
+
+
+def _check_name(name: Any):
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"`name` is {came(name)}; a string is expected.")
+
+
+def as_constraints(name: str, constraints: Any) -> tuple:
+    """A tuple of constraints; raises for anything else."""
+    if isinstance(constraints, AbstractConstraint):
+        constraints = (constraints,)
+    good = isinstance(constraints, tuple | list)
+    for item in constraints if good else [constraints]:
+        if not isinstance(item, AbstractConstraint):
+            raise TypeError(
+                f"`{name}` has {came(item)}; a tuple of `dp.Equality(fn)`, "
+                "`dp.Inequality(fn)` and `dp.StateBounds(lo, hi)` is expected."
+            )
+    return tuple(constraints)
+
+
+class Rows(eqx.Module):
+    """The constraints of a stage as one vector.
+
+    - `values`: a function of vectors.
+    - `equal`: which entries are equalities.
+    - `groups`: the number of the constraint that each entry comes from.
+    """
+
+    values: Callable = eqx.field(static=True)
+    equal: tuple[bool, ...] = eqx.field(static=True)
+    groups: tuple[int, ...] = eqx.field(static=True)
+
+    def penalties(self, penalty: Array) -> Array:
+        """That of every entry, from one for each constraint."""
+        return jnp.stack([penalty[group] for group in self.groups])
+
+    def merit(self, values: Array, dual: Array, penalty: Array) -> Float[Array, ""]:
+        """What they add to the cost."""
+        terms = merit(values, dual, self.penalties(penalty), np.array(self.equal))
+        return jnp.sum(terms)
+
+
+class Duals(eqx.Module):
+    """Multipliers of the constraints, and a penalty for each of them.
+
+    - `stages`: of every stage, one stack for each segment; `None` without constraints.
+    - `terminal`: of the last state, or `None`.
+    - `groups`: the number of the constraint of each entry of a segment, and at the end.
+    """
+
+    stages: tuple[Float[Array, "_ _"] | None, ...]
+    terminal: Float[Array, " _"] | None
+    penalty: Float[Array, " _"]
+    groups: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+
+    @property
+    def stacks(self) -> tuple[Array | None, ...]:
+        return *self.stages, self.terminal
+
+    def chosen(self, which: Array, others: "Duals") -> "Duals":
+        """The multipliers of these constraints, and those of the others."""
+        stacks = []
+        for a, b, groups in zip(self.stacks, others.stacks, self.groups, strict=True):
+            if a is not None and b is not None:
+                a = jnp.where(jnp.stack([which[group] for group in groups]), a, b)
+            stacks.append(a)
+        return Duals(tuple(stacks[:-1]), stacks[-1], self.penalty, self.groups)
+
+
+def value_of(name: str, constraint: AbstractConstraint, dtype, *args: Any) -> Array:
+    """The entries of a constraint as a vector, checked."""
+    value = call(name, constraint, *args)
+    leaves = jtu.tree_leaves(value)
+    if not sum(map(np.size, leaves)):
+        raise ValueError(
+            f"`{name}` returned no numbers; an array of floats is expected."
+        )
+    check_dtype(name, constraint, value, dtype)
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])

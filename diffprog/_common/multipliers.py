@@ -1,0 +1,57 @@
+r"""Multipliers and penalties of rows h = 0 and g <= 0, entry by entry.
+
+The augmented Lagrangian with multipliers y and a penalty c adds to an objective
+
+$$y h + \tfrac c2 h^2, \qquad \tfrac{1}{2c} ([y + c g]_+^2 - y^2).$$
+
+Its gradient is that of the Lagrangian at the multipliers y + c h and [y + c g]_+. All
+hold at a penalty of 0 as well. `equal` says which entries are equalities.
+
+Source: Powell, 1969, Hestenes, 1969, and Rockafellar, 1973; see D. Bertsekas,
+"Constrained Optimization and Lagrange Multiplier Methods", 1982.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def merit(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:
+    """What an entry adds to the objective."""
+    active = equal | ~(dual + penalty * value <= 0)  # so that NaN stays NaN
+    one = jnp.ones_like(penalty)
+    inactive = -(dual**2) / (2 * jnp.where(penalty > 0, penalty, one))
+    return jnp.where(active, value * (dual + penalty * value / 2), inactive)
+
+
+def multiplier(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:
+    """The derivative of the merit in the value: the multiplier of the next update."""
+    new = dual + penalty * value
+    return jnp.where(equal, new, jnp.maximum(new, 0))
+
+
+def curvature(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:
+    """The second derivative of the merit in the value."""
+    return jnp.where(equal | (dual + penalty * value > 0), penalty, 0)
+
+
+def violation(value: Array, equal: Any) -> Array:
+    """How far an entry is from being satisfied."""
+    return jnp.where(equal, jnp.abs(value), jnp.maximum(value, 0))
+
+
+def residual(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:
+    """How far an entry and its multiplier are from the conditions of optimality.
+
+    |h| and |max(g, -y / c)|: the change of the multiplier by an update, over the
+    penalty.
+    """
+    one = jnp.ones_like(penalty)
+    slack = jnp.maximum(value, -dual / jnp.where(penalty > 0, penalty, one))
+    return jnp.abs(jnp.where(equal, value, slack))
+
+
+def complementarity(value: Array, dual: Array, equal: Any) -> Array:
+    """|min(y, -g)|, and 0 for equalities."""
+    return jnp.where(equal, 0, jnp.abs(jnp.minimum(dual, -value)))

@@ -1,0 +1,80 @@
+"""What follows an iteration where there are constraints.
+
+| after an iteration                         | next                                  |
+| ------------------------------------------ | ------------------------------------- |
+| all conditions hold                        | the policy, `successful`              |
+| the gradient is small, or no step is found | new multipliers and penalties         |
+| so often, without a step between           | the policy, with the code of the last |
+| penalties have risen in vain               | the first guess, or `infeasible`      |
+| too many iterations since the last update  | new multipliers                       |
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+
+from .._chain.vector import objective
+from .._common.result import RESULTS
+from .._common.tree import no, where
+from .outer.base import measure
+from .records import Loop
+
+
+MAX_IDLE = 3
+
+
+def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
+    """The loop after an iteration, with multipliers, penalties and codes of its own."""
+    at: Any = before.constrained
+    outer, chain, state = solver.outer, solver.chain, at.state
+    found = measure(chain, loop.trajectory, state.duals)
+
+    # What the iteration says: a row of the table.
+    broken = loop.result == RESULTS.nonfinite_derivative
+    usable = ~stop & ~broken & ~(loop.result == RESULTS.cost_unbounded)
+    solved = usable & (loop.done | loop.stopping)
+    late = usable & (loop.counts.steps - state.started >= outer.max_inner)
+    finished = solved & outer.finished(state, found, loop.known.largest)
+    stepped = loop.counts.steps > before.counts.steps
+    idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))
+    stuck = solved & ~finished & (idle >= MAX_IDLE)
+    go_on = (solved | late) & ~finished & ~stuck
+    updated, in_vain = outer.update(state, found, solved)
+    second, is_left = outer.again(state)
+    again, infeasible = go_on & in_vain & is_left, go_on & in_vain & ~is_left
+    changed, ending = go_on & ~infeasible, finished | infeasible | stuck
+
+    updated = replace(updated, started=loop.counts.steps)
+    state = where(changed, where(again, second, updated), state)
+    state = replace(state, idle=jnp.where(again, 0, idle))
+
+    def priced(trajectory):
+        cost = objective(chain.priced(state.duals), trajectory)
+        trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
+        return trajectory, measure(chain, trajectory, state.duals)
+
+    start = where(again, at.first, loop.trajectory)
+    same = lambda trajectory: (trajectory, found)
+    trajectory, found = lax.cond(changed, priced, same, start)
+    result = RESULTS.where(stop, before.result, loop.result)
+    for applies, code in (
+        (changed, RESULTS.max_steps_reached),
+        (finished, RESULTS.successful),
+        (infeasible, RESULTS.infeasible),
+    ):
+        result = RESULTS.where(applies, code, result)
+    return replace(
+        loop,
+        trajectory=trajectory,
+        best=trajectory,
+        search=where(changed, at.search, loop.search),
+        counts=replace(loop.counts, steps=jnp.where(again, 0, loop.counts.steps)),
+        result=result,
+        stopping=jnp.where(changed, no(stop), loop.stopping | ending),
+        done=jnp.where(changed | ending, no(stop), loop.done),
+        history=jnp.where(again, jnp.nan, loop.history),
+        constrained=replace(at, state=state, found=found),
+    )

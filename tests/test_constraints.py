@@ -1,0 +1,361 @@
+"""Constraints: reference values, the conditions of optimality, and what is refused."""
+
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffprog as dp
+from diffprog._common import multipliers
+from diffprog._common.multipliers import merit, multiplier
+
+from . import helpers
+from .helpers import close, name
+
+
+def mass(horizon=20, most=1.2, constraints=(), dt=0.1):
+    """A mass that has to stop at 0, with limits of its force."""
+
+    def dynamics(x, u, t):
+        step = jnp.stack([x[1] + dt / 2 * u[0], u[0]])
+        return x + jnp.asarray(dt, x.dtype) * step
+
+    problem = dp.ControlProblem(
+        dynamics,
+        lambda x, u, t: dt * u[0] ** 2 / 2,
+        lambda x: 0.0 * x[0],
+        horizon,
+        (-most, most),
+        constraints,
+        dp.Equality(lambda x: x, name="stop"),
+    )
+    return problem, jnp.array([1.0, 0.0]), jnp.zeros((horizon, 1))
+
+
+def slow():
+    return mass(30, 1.2, dp.Inequality(lambda x, u, t: -x[1] - 0.45, name="speed"))
+
+
+def swing_up():
+    system = helpers.Pendulum()
+    upright = dp.Equality(lambda x: x - jnp.array([jnp.pi, 0.0]), name="upright")
+    problem = dp.ControlProblem(
+        system.dynamics,
+        lambda x, u, t: 0.025 * u[0] ** 2,
+        lambda x: 0.0 * x[0],
+        100,
+        (-2.0, 2.0),
+        terminal_constraints=upright,
+    )
+    return problem, jnp.zeros(2), jnp.zeros((100, 1))
+
+
+def car():
+    """A car between two round obstacles, with a limit of its speed."""
+    centers = jnp.array([[1.5, 0.8], [3.0, 2.6]])
+
+    def dynamics(x, u, t):
+        speed, heading = x[3], x[2]
+        turn = speed / 0.5 * jnp.tan(u[0])
+        forward = speed * jnp.cos(heading), speed * jnp.sin(heading)
+        return x + 0.1 * jnp.stack([*forward, turn, u[1]])
+
+    def cost(x, u, t):
+        goal = (x[0] - 4) ** 2 + (x[1] - 3) ** 2
+        return 0.05 * (0.1 * goal + 2 * u[0] ** 2 + 0.5 * u[1] ** 2)
+
+    def terminal_cost(x):
+        goal = (x[0] - 4) ** 2 + (x[1] - 3) ** 2
+        return 0.5 * (50 * goal + 10 * x[2] ** 2 + 10 * x[3] ** 2)
+
+    def inside(x, *_):
+        square = jnp.sum((x[None, :2] - centers) ** 2, 1)
+        return jnp.array([0.6, 0.5]) ** 2 - square
+
+    limit = jnp.array([0.5, 1.5])
+    speed = dp.StateBounds(None, jnp.array([jnp.inf, jnp.inf, jnp.inf, 1.5]), "speed")
+    problem = dp.ControlProblem(
+        dynamics,
+        cost,
+        terminal_cost,
+        60,
+        (-limit, limit),
+        (dp.Inequality(inside, name="obstacles"), speed),
+        dp.Inequality(inside, name="obstacles"),
+    )
+    us = jnp.broadcast_to(jnp.array([0.0, 0.1]), (60, 2))
+    return problem, jnp.zeros(4), us
+
+
+# Cost, the most iterations, and multipliers of the last state.
+REFERENCES = {
+    "mass": (mass, 0.7628659340715, 12, [1.705495, -1.705495]),
+    "slow": (slow, 0.2318618881183, 20, [0.664336, -0.773601]),
+    "swing_up": (swing_up, 5.724055101156, 40, [-5.666517, 1.666222]),
+    "car": (car, 3.649650563075, 60, None),
+    "touching": (lambda: mass(20, 1 / 0.7), 0.7518796992481203, 20, [1.503762] * 2),
+}
+
+
+@ft.cache
+def solved(which):
+    make, *_ = REFERENCES[which]
+    problem, x0, us = make()
+    return problem, x0, dp.solve(problem, dp.DDP(), x0, us, max_steps=500)
+
+
+def conditions(problem, x0, solution):
+    """What is left of the gradient of the Lagrangian, written without the library."""
+    found = solution.multipliers
+
+    def lagrangian(us):
+        trajectory = dp.rollout(problem, x0, us)
+        total = trajectory.cost
+        for c in problem.constraints:
+            g = jax.vmap(lambda x, u, t, c=c: flat(c(x, u, t)))
+            values = g(trajectory.xs[:-1], us, jnp.arange(len(us)))
+            total += jnp.sum(values * found.constraints[c.name])
+        for c in problem.terminal_constraints:
+            total += jnp.sum(flat(c(trajectory.xs[-1])) * found.terminal[c.name])
+        return total
+
+    return jax.grad(lagrangian)(solution.us) + found.upper - found.lower
+
+
+def flat(tree):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("which", REFERENCES)
+def test_reference_problems(which):
+    _, cost, most, terminal = REFERENCES[which]
+    problem, x0, solution = solved(which)
+    stats = solution.stats
+    assert solution.success and stats["num_steps"] <= most
+    np.testing.assert_allclose(solution.cost, cost, rtol=1e-7)
+    assert stats["violation"] <= 1e-7 and stats["stationarity"] <= 1e-7
+    assert stats["complementarity"] <= 1e-7
+    np.testing.assert_allclose(conditions(problem, x0, solution), 0, atol=1e-7)
+    if terminal is not None:
+        found = np.abs(next(iter(solution.multipliers.terminal.values())))
+        np.testing.assert_allclose(found, np.abs(terminal), rtol=1e-4)
+    for c in problem.constraints:
+        if not c.equal:
+            assert np.all(np.asarray(solution.multipliers.constraints[c.name]) >= 0)
+    expected = dp.rollout(problem, x0, solution.us).cost
+    np.testing.assert_allclose(solution.cost, expected, rtol=1e-12)
+
+
+def test_history_tells_of_costs_not_of_merits():
+    problem, x0, solution = solved("car")
+    steps = solution.stats["num_steps"]
+    history = solution.history
+    np.testing.assert_allclose(history["cost"][steps], solution.cost, rtol=1e-12)
+    violation = history["violation"][: steps + 1]
+    assert violation[0] == 0 and np.max(violation) > 0.01 and violation[-1] <= 1e-7
+    assert np.all(np.diff(history["penalty"][: steps + 1]) >= 0)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("method", [*helpers.DIRECTIONS[1:]], ids=name)
+def test_every_direction_of_second_order(method):
+    problem, x0, us = slow()
+    solution = dp.solve(problem, method, x0, us, max_steps=200)
+    assert solution.success
+    np.testing.assert_allclose(solution.cost, REFERENCES["slow"][1], rtol=1e-7)
+
+
+def test_what_cannot_be_satisfied_is_infeasible():
+    problem, x0, us = mass(10, 0.5)
+    solution = dp.solve(problem, dp.DDP(), x0, us, throw=False)
+    assert solution.result == dp.RESULTS.infeasible
+    assert solution.stats["num_attempts"] == 2
+    np.testing.assert_allclose(solution.stats["violation"], 0.795, rtol=1e-6)
+    np.testing.assert_allclose(jnp.abs(solution.us), 0.5)
+    message = "The largest violation, 8.0e-01, is that of `stop` at stage 10. Loosen"
+    assert message in repr(solution)
+    with pytest.raises(dp.SolveError, match="No point satisfies the constraints"):
+        dp.solve(problem, dp.DDP(), x0, us)
+
+
+def test_a_second_attempt_begins_at_the_first_guess():
+    problem, x0, us = mass(10, 0.5)
+    once = dp.AugmentedLagrangian(penalty=1e3)
+    solution = dp.solve(problem, dp.DDP(), x0, us, outer=once, throw=False)
+    assert solution.stats["num_attempts"] == 1
+    assert solution.result == dp.RESULTS.infeasible
+
+
+def test_constraints_that_are_not_reached_change_only_the_tolerance():
+    problem, x0, us = helpers.spring()
+    far = dp.ControlProblem.from_system(
+        problem.system, 12, constraints=dp.StateBounds(-100.0, 100.0)
+    )
+    free = dp.solve(problem, dp.DDP(), x0, us, rtol=1e-15, atol=1e-15)
+    bound = dp.solve(far, dp.DDP(), x0, us)
+    close(bound.us, free.us, 1e-7)
+    assert not np.any(np.asarray(bound.multipliers.constraints["constraints[0]"]))
+
+
+def test_stepping_by_hand_batches_and_vmap_equal_a_solve():
+    problem, x0, us = mass()
+    solution = solved("mass")[2]
+    state = dp.init(problem, dp.DDP(), x0, us, max_steps=500)
+    while not state.done:
+        state = dp.step(problem, state)
+    by_hand = dp.finish(problem, state)
+    close(by_hand.us, solution.us, 1e-12)
+    assert by_hand.stats["num_outer"] == solution.stats["num_outer"]
+    x0s = x0[None] * jnp.array([[1.0], [0.5], [3.0]])
+    uss = jnp.broadcast_to(us, (3, *us.shape))
+    batch = dp.solve_batch(problem, dp.DDP(), x0s, uss, max_steps=500)
+    mapped = jax.vmap(lambda x0: dp.solve(problem, dp.DDP(), x0, us, max_steps=500))
+    mapped = jax.jit(mapped)(x0s)
+    np.testing.assert_array_equal(batch.success, [True, True, False])
+    np.testing.assert_array_equal(mapped.result._value, batch.result._value)
+    for part in ("num_steps", "num_outer", "num_attempts"):
+        np.testing.assert_array_equal(mapped.stats[part], batch.stats[part])
+    close(batch.us[0], solution.us, 1e-10)
+    close(mapped.us[:2], batch.us[:2], 1e-9)
+
+
+def test_float32():
+    problem, x0, us = mass()
+    x0, us = x0.astype(jnp.float32), us.astype(jnp.float32)
+    solution = dp.solve(problem, dp.DDP(), x0, us)
+    assert solution.success and solution.us.dtype == jnp.float32
+    for part in ("stationarity", "violation", "complementarity"):
+        assert solution.stats[part] <= 1e-4
+
+
+def test_phases_have_constraints_of_their_own():
+    chain, x0, us = helpers.two_phase()
+    free = dp.solve(chain, dp.DDP(), x0, us)
+    most = 0.5 * float(jnp.max(free.us[0]))
+    first = dp.Phase(
+        chain.phases[0].dynamics,
+        chain.phases[0].cost,
+        5,
+        constraints=dp.Inequality(lambda x, u, t: u - most, name="thrust"),
+    )
+    phases = (first, *chain.phases[1:])
+    rows = dp.Chain(phases, chain.terminal_cost, dp.Equality(lambda x: x[0] - 0.3))
+    solution = dp.solve(rows, dp.DDP(), x0, us, max_steps=500)
+    np.testing.assert_allclose(jnp.max(solution.us[0]), most, atol=1e-7)
+    np.testing.assert_allclose(solution.xs[-1][0], 0.3, atol=1e-7)
+    found = solution.multipliers
+    assert [list(phase) for phase in found.constraints] == [["thrust"], [], []]
+    assert list(found.terminal) == ["terminal_constraints[0]"]
+
+
+# Entry by entry.
+
+
+def test_the_merit_is_smooth_and_its_slope_the_multiplier():
+    rng = np.random.default_rng(0)
+    value, dual = jnp.asarray(rng.normal(size=(2, 200)))
+    dual = jnp.abs(dual)
+    penalty = jnp.asarray(rng.uniform(0.1, 10, 200)).at[::3].set(0.0)
+    for equal in (True, False):
+        slope = jax.vmap(jax.grad(lambda v, y, c, e=equal: merit(v, y, c, e)))
+        found = slope(value, dual, penalty)
+        close(found, multiplier(value, dual, penalty, equal), 1e-13)
+        bend = jax.vmap(jax.grad(lambda v, y, c, e=equal: multiplier(v, y, c, e)))
+        second = multipliers.curvature(value, dual, penalty, equal)
+        close(bend(value, dual, penalty), second, 1e-13)
+    square = penalty > 0
+    c, y, g = penalty[square], dual[square], value[square]
+    textbook = (jnp.maximum(y + c * g, 0) ** 2 - y**2) / (2 * c)
+    close(merit(g, y, c, False), textbook, 1e-12)
+    at_zero = merit(value, dual, 0 * penalty, False)
+    np.testing.assert_allclose(at_zero[dual > 0], (dual * value)[dual > 0])
+
+
+def test_residuals_vanish_at_the_conditions_of_optimality():
+    value = jnp.array([-1.0, 0.0, 0.0, -1.0, 0.5])
+    dual, penalty = jnp.array([0.0, 2.0, 0.0, 1.0, 0.0]), jnp.full(5, 10.0)
+    found = multipliers.residual(value, dual, penalty, False)
+    np.testing.assert_allclose(found, [0, 0, 0, 0.1, 0.5])
+    np.testing.assert_allclose(multipliers.violation(value, True), np.abs(value))
+    slack = multipliers.complementarity(value, dual, False)
+    np.testing.assert_allclose(slack, [0, 0, 0, 1, 0.5])
+
+
+# What is refused.
+
+
+def anything(make) -> Any:
+    """The same, to be called wrongly."""
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: anything(dp.Equality)(3.0),
+            "`fn` is 3.0; a function `(x, u, t) -> array`",
+        ),
+        (
+            lambda: anything(dp.Equality)(abs, name=3),
+            "`name` is 3; a string is expected",
+        ),
+        (lambda: dp.StateBounds("a", 1.0), "`lo` is 'a'; a number, an array, or a"),
+        (
+            lambda: mass(constraints=[abs]),
+            "`constraints` has <built-in function abs>; a tuple of `dp.Equality(fn)`",
+        ),
+        (lambda: dp.AugmentedLagrangian(penalty=0.0), "`penalty` is 0.0; a number > 0"),
+        (lambda: dp.AugmentedLagrangian(tol=-1.0), "`tol` is -1.0; a number > 0"),
+    ],
+)
+def test_wrong_constraints_are_refused(make, message, unchecked):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def solve_with(constraints, **options: Any):
+    problem, x0, us = mass(constraints=constraints)
+    return dp.solve(problem, dp.DDP(), x0, us, **options)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        (dp.Equality(lambda x, u, t: ()), "`constraints[0]` returned no numbers"),
+        (
+            dp.Equality(lambda x, u, t: x.astype(jnp.float32)),
+            "`constraints[0]` returned float32",
+        ),
+        (
+            [dp.Equality(lambda x, u, t: x, "a"), dp.Equality(lambda x, u, t: x, "a")],
+            "`constraints` have the names ['a', 'a']; different ones are expected",
+        ),
+    ],
+)
+def test_what_a_constraint_returns_is_checked(constraints, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        solve_with(constraints)
+    assert message in str(caught.value)
+
+
+def test_a_constraint_that_is_not_finite_is_found():
+    wrong = dp.Inequality(lambda x, u, t: jnp.where(t == 3, jnp.nan, x[0] - 9))
+    solution = solve_with(wrong, throw=False)
+    assert solution.result == dp.RESULTS.nonfinite_rollout
+    assert solution.stats["first_nonfinite"] == 3
+
+
+def test_a_direction_alone_takes_no_constraints():
+    problem, x0, us = mass()
+    with pytest.raises(ValueError, match="`dp.direction` takes no constraints"):
+        dp.direction(problem, dp.DDP(), x0, us)
+
+
+def test_an_outer_method_is_checked(unchecked):
+    with pytest.raises(TypeError, match="`outer` is 10.0; something like"):
+        solve_with((), outer=10.0)
