@@ -129,6 +129,17 @@ def test_where_there_is_no_minimum_the_way_down_lies_within_the_box():
     assert np.any(k < 0) and np.all(k >= -0.5) and np.all(k <= 0)
 
 
+def test_what_pushes_against_a_limit_is_no_gradient():
+    lower, upper = jnp.array([0.0, 0.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 1.0, 1.0])
+    u, gradient = jnp.array([0.0, 1.0, 0.5, 1.0]), jnp.array([2.0, 2.0, 2.0, -2.0])
+    found = dp.extend.projected(gradient, u, lower, upper)
+    np.testing.assert_array_equal(found, [0.0, 2.0, 2.0, 0.0])
+    np.testing.assert_array_equal(dp.extend.projected(gradient, u), gradient)
+    moved, v = dp.extend.moved(u, gradient, lower, upper)
+    np.testing.assert_array_equal(moved, [1.0, 1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(v, moved - u)
+
+
 # Solutions.
 
 
