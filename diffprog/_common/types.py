@@ -67,19 +67,21 @@ def checked(check: Callable[[str, Any], None] | None, **options: Any) -> Any:
 
 def number(default: float, check: Callable[[str, Any], None] | None = None) -> Any:
     """A field with a number; an int becomes a float, since an int would be static."""
-    to_float = lambda value: float(value) if isinstance(value, int) else value
-    return checked(check, default=default, converter=to_float)
+    return checked(check, default=default, converter=_to_float)
 
 
 def number_or_none() -> Any:
     """A field with a positive number, or `None` for what fits the dtype."""
-    to_float = lambda value: float(value) if isinstance(value, int) else value
 
     def check(name, value):
         if value is not None:
             check_positive(name, value)
 
-    return checked(check, default=None, converter=to_float)
+    return checked(check, default=None, converter=_to_float)
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
 
 
 def positive_int(default: int) -> Any:

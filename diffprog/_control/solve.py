@@ -139,7 +139,7 @@ def solution_of(
     if duals:
         multipliers, stationarity = _multipliers(vectorized, loop, duals)
         stats["stationarity"] = stationarity
-    cost, state = trajectory.cost, loop.search
+    cost = trajectory.cost
     if loop.constrained is not None:
         cost = loop.constrained.found.cost
         stats |= _constraint_stats(loop.constrained)
@@ -147,7 +147,7 @@ def solution_of(
     us = vectorized.controls(trajectory.us)
     policy = vectorized.problem.join_controls(policies)
     found = xs, us, cost, policy, multipliers, loop.result
-    return Solution(*found, stats, history, state)
+    return Solution(*found, stats, history, loop.search)
 
 
 def _constraint_stats(at: Constrained) -> dict[str, Any]:

@@ -200,10 +200,8 @@ def curved(
 
     Constraints are linear, unless it is `exact` or there is a weight.
     """
-    if not weight and not exact:
-        h, z = _joint(segment.cost_near(x, u, t), x, u)
-        return quadratic(*_gradient_and_hessian(h, z))
-    h, z = _joint(lambda x, u: segment.cost(x, u, t), x, u)
+    cost = lambda x, u: segment.cost(x, u, t)
+    h, z = _joint(cost if weight or exact else segment.cost_near(x, u, t), x, u)
     if not weight:
         return quadratic(*_gradient_and_hessian(h, z))
     f, _ = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
