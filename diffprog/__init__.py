@@ -66,7 +66,11 @@ from ._control.search import (
     Trial as Trial,
     Verdict as Verdict,
 )
-from ._control.solution import Multipliers as Multipliers, Solution as Solution
+from ._control.solution import (
+    Multipliers as Multipliers,
+    Solution as Solution,
+    WarmStart as WarmStart,
+)
 from ._control.solve import direction as direction, solve as solve
 from ._control.stepping import (
     finish as finish,

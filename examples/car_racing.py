@@ -99,7 +99,7 @@ lower, upper = map(np.asarray, race.car.control_bounds)
 middle = jnp.append((lower + upper) / 2, 0.0)
 x = race.x0
 us = jnp.tile(middle, (horizon, 1))
-memory = dp.Backtracking().init(us.dtype)
+memory = dp.WarmStart(dp.Backtracking().init(us.dtype))
 start = time.perf_counter()
 jax.block_until_ready(control(race, x, us, memory))
 print(f"compiled one control step in {time.perf_counter() - start:.1f} s")

@@ -200,6 +200,58 @@ def test_constraints_that_are_not_reached_change_only_the_tolerance():
     assert not np.any(np.asarray(bound.multipliers.constraints["constraints[0]"]))
 
 
+def test_a_warm_start_at_a_solution_takes_no_step():
+    for which in ("mass", "car"):
+        problem, x0, cold = solved(which)
+        again = dp.solve(problem, dp.DDP(), x0, cold.us, state=cold.state)
+        assert again.success
+        assert again.stats["num_steps"] == again.stats["num_outer"] == 0
+        np.testing.assert_allclose(again.cost, cold.cost, rtol=1e-12)
+        close(again.multipliers, cold.multipliers, 1e-7)
+        close(again.state.penalty, cold.state.penalty, 0)
+        assert np.max(cold.state.penalty) < cold.stats["penalty"]
+
+
+def test_a_warm_start_elsewhere_saves_iterations():
+    problem, _, cold = solved("car")
+    noise = 0.03 * np.random.default_rng(0).normal(size=(4, 4))
+    solve = ft.partial(dp.solve, problem, dp.DDP(), max_steps=500)
+    counts = []
+    for x in jnp.asarray(noise):
+        warm = solve(x, cold.us, state=cold.state)
+        fresh = solve(x, car()[2])
+        np.testing.assert_allclose(warm.cost, fresh.cost, rtol=1e-7)
+        counts.append([s.stats["num_steps"] for s in (warm, fresh)])
+    warm, fresh = np.mean(counts, 0)
+    assert warm <= fresh / 2
+
+
+def test_a_warm_start_is_of_the_same_constraints():
+    _, x0, cold = solved("mass")
+    problem, x0, us = slow()
+    with pytest.raises(ValueError, match="`state` has multipliers of the shapes"):
+        dp.solve(problem, dp.DDP(), x0, us, state=cold.state)
+    search = dp.WarmStart(cold.state.search)
+    assert dp.solve(problem, dp.DDP(), x0, us, state=search).success
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_first_state_that_violates_what_no_control_changes(free):
+    speed = lambda x, u, t: x[1] - 0.2 + (0 * u[0] if free else 0)
+    fast = dp.Inequality(speed, "speed")
+    rest = dp.Inequality(lambda x, u, t: u[0] - 9, name="force")
+    problem, x0, us = mass(constraints=(rest, fast))
+    x0 = x0.at[1].set(0.3)
+    solution = dp.solve(problem, dp.DDP(), x0, us, throw=False)
+    assert solution.result == dp.RESULTS.infeasible
+    assert (solution.stats["num_backwards"] == 0) != free
+    if not free:
+        np.testing.assert_allclose(solution.stats["violation"], 0.1)
+        message = "1.0e-01, is that of `speed` at stage 0. No control changes it there"
+        assert message in repr(solution)
+        assert dp.solve(problem, dp.DDP(), x0 - 0.2, us).success
+
+
 def test_stepping_by_hand_batches_and_vmap_equal_a_solve():
     problem, x0, us = mass()
     solution = solved("mass")[2]
@@ -328,6 +380,10 @@ def solve_with(constraints, **options: Any):
     [
         (dp.Equality(lambda x, u, t: ()), "`constraints[0]` returned no numbers"),
         (
+            dp.Equality(lambda x, u, t: jnp.ones(2)),
+            "`constraints[0]` does not depend on x or u, so that no solve can change",
+        ),
+        (
             dp.Equality(lambda x, u, t: x.astype(jnp.float32)),
             "`constraints[0]` returned float32",
         ),
@@ -348,6 +404,12 @@ def test_a_constraint_that_is_not_finite_is_found():
     solution = solve_with(wrong, throw=False)
     assert solution.result == dp.RESULTS.nonfinite_rollout
     assert solution.stats["first_nonfinite"] == 3
+
+
+def test_moreau_takes_no_constraints():
+    problem, x0, us = mass(most=jnp.inf)
+    with pytest.raises(ValueError, match="`MoreauGradient` takes no constraints"):
+        dp.solve(problem, dp.MoreauGradient(), x0, us)
 
 
 def test_a_direction_alone_takes_no_constraints():

@@ -20,9 +20,17 @@ problem = dp.ControlProblem.from_system(problem.system, 12, limits)
 x0s = jnp.linspace(-1.0, 1.0, 48).reshape(16, 3)
 mesh = jax.make_mesh((8,), ("batch",))
 sharded = jax.device_put(x0s, NamedSharding(mesh, P("batch")))
-solve = jax.vmap(lambda x0: dp.solve(problem, dp.DDP(), x0, us, dp.AdaptiveDamping()))
-whole = jax.device_get(jax.jit(solve)(x0s))
-for check in (True, False):
+stop = dp.Equality(lambda x: x[:2], name="stop")
+to_rest = dp.ControlProblem.from_system(
+    problem.system, 12, terminal_constraints=stop
+)
+for given, search, check in (
+    (problem, dp.AdaptiveDamping(), True),
+    (problem, dp.AdaptiveDamping(), False),
+    (to_rest, dp.Backtracking(), True),
+):
+    solve = jax.vmap(lambda x0: dp.solve(given, dp.DDP(), x0, us, search))
+    whole = jax.device_get(jax.jit(solve)(x0s))
     split = jax.shard_map(
         solve, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=check
     )

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -135,11 +136,13 @@ class Rows(eqx.Module):
     - `values`: a function of vectors.
     - `equal`: which entries are equalities.
     - `groups`: the number of the constraint that each entry comes from.
+    - `free`: which entries depend on the controls.
     """
 
     values: Callable = eqx.field(static=True)
     equal: tuple[bool, ...] = eqx.field(static=True)
     groups: tuple[int, ...] = eqx.field(static=True)
+    free: tuple[bool, ...] = eqx.field(static=True)
 
     def penalties(self, penalty: Array) -> Array:
         """That of every entry, from one for each constraint."""
@@ -156,6 +159,7 @@ class Duals(eqx.Module):
 
     - `stages`: of every stage, one stack for each segment; `None` without constraints.
     - `terminal`: of the last state, or `None`.
+    - `penalty`: NaN is one that is not known yet.
     - `groups`: the number of the constraint of each entry of a segment, and at the end.
     """
 
@@ -170,12 +174,49 @@ class Duals(eqx.Module):
 
     def chosen(self, which: Array, others: "Duals") -> "Duals":
         """The multipliers of these constraints, and those of the others."""
+        return self._joined(jnp.where, which, others)
+
+    def mixed(self, weight: Array, others: "Duals") -> "Duals":
+        """The multipliers on the way to the others, for each constraint."""
+        return self._joined(lambda w, a, b: a + w * (b - a), weight, others)
+
+    def _joined(self, fn: Callable, each: Array, others: "Duals") -> "Duals":
         stacks = []
         for a, b, groups in zip(self.stacks, others.stacks, self.groups, strict=True):
-            if a is not None and b is not None:
-                a = jnp.where(jnp.stack([which[group] for group in groups]), a, b)
+            if a is not None:
+                own = jnp.stack([each[group] for group in groups])
+                a = fn(jnp.broadcast_to(own, a.shape), a, b)
             stacks.append(a)
-        return Duals(tuple(stacks[:-1]), stacks[-1], self.penalty, self.groups)
+        return replace(self, stages=tuple(stacks[:-1]), terminal=stacks[-1])
+
+    def named(self, names: tuple[str, ...]) -> tuple[tuple[dict, ...], dict]:
+        """Those of each constraint by its name: of every segment, and of the end."""
+
+        def split(values, groups):
+            own = {g: [i for i, h in enumerate(groups) if h == g] for g in groups}
+            return {names[g]: values[..., np.array(i)] for g, i in own.items()}
+
+        *stages, terminal = map(split, self.stacks, self.groups)
+        return tuple(stages), terminal
+
+    def given(
+        self, names: tuple[str, ...], stages: tuple[dict, ...], terminal: dict
+    ) -> "Duals":
+        """With what `named` returned of a problem with the same constraints."""
+        shapes = lambda parts: [{k: np.shape(v) for k, v in p.items()} for p in parts]
+        own, last = self.named(names)
+        came, expected = shapes([*stages, terminal]), shapes([*own, last])
+        if came != expected:
+            raise ValueError(
+                f"`state` has multipliers of the shapes {came}, of stages and of the "
+                f"last state; {expected} are expected: give that of a solve with these "
+                "constraints and this horizon, or `dp.WarmStart(state.search)`."
+            )
+        stacks = [
+            None if old is None else jnp.concatenate(list(new.values()), -1)
+            for new, old in zip([*stages, terminal], self.stacks, strict=True)
+        ]
+        return replace(self, stages=tuple(stacks[:-1]), terminal=stacks[-1])
 
 
 def value_of(name: str, constraint: AbstractConstraint, dtype, *args: Any) -> Array:

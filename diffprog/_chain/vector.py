@@ -96,7 +96,7 @@ class VectorChain(eqx.Module):
 
     @property
     def no_duals(self) -> Duals:
-        """Multipliers of 0."""
+        """Multipliers of 0, and no penalties."""
         zeros = lambda *shape: jnp.zeros(shape, self.dtype)
         rows = [*(segment.rows for segment in self.segments), self.terminal_rows]
         groups = tuple(r.groups if r else () for r in rows)
@@ -105,7 +105,8 @@ class VectorChain(eqx.Module):
             for s in self.segments
         )
         last = zeros(len(groups[-1])) if groups[-1] else None
-        return Duals(stages, last, zeros(len(self.names)), groups)
+        penalty = jnp.full(len(self.names), jnp.nan, self.dtype)
+        return Duals(stages, last, penalty, groups)
 
     def terminal_cost_near(self, x: Array) -> Callable:
         """The same as `Segment.cost_near` at the last state."""

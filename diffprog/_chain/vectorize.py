@@ -1,7 +1,9 @@
 """A problem as a chain of vectors, each of its functions traced once."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,12 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import eval_jaxpr
+from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from .._common.tree import float_dtype, Layout, vary
 from .._common.types import Rows as Stacked
 from .calls import about_state, call, check_dtype, scalar
-from .constraints import AbstractConstraint, Rows, value_of
+from .constraints import AbstractConstraint, Duals, Rows, value_of
 from .limits import like_controls
 from .problem import AbstractChain, ControlProblem, Phase
 from .vector import Segment, VectorChain
@@ -39,6 +42,16 @@ class Vectorized(eqx.Module):
 
     def controls(self, us: tuple) -> PyTree:
         return self.problem.join_controls(_rows(Layout.unravel, self.u_layouts, us))
+
+    def duals(self, multipliers: Any, penalty: Any) -> Duals:
+        """From those of an earlier solution, if there was one."""
+        none, dtype = self.chain.no_duals, self.chain.dtype
+        if multipliers is None:
+            return none
+        stages = self.problem.split(multipliers.constraints)
+        given = none.given(self.chain.names, stages, multipliers.terminal)
+        given = dataclasses.replace(given, penalty=penalty)
+        return jtu.tree_map(lambda a: jnp.asarray(a).astype(dtype), given)
 
 
 def _rows(convert: Callable, layouts: Sequence[Layout], stacks: tuple) -> tuple:
@@ -165,6 +178,7 @@ def _rows_of(
     sizes = []
 
     def values(*args):
+        """A vector for each constraint."""
         *vectors, t = args if len(args) > len(layouts) else (*args, None)
         trees = [a.unravel(v) for a, v in zip(layouts, vectors, strict=True)]
         given = trees if t is None else (*trees, t)
@@ -173,18 +187,42 @@ def _rows_of(
             for name, constraint in zip(own, constraints, strict=True)
         ]
         sizes[:] = map(len, found)
-        return jnp.concatenate(found)
+        return found
 
     named = ((getattr(c, "name", None), i) for i, c in enumerate(constraints))
     own = [name or f"{kind}[{i}]" for name, i in named]
     if len(set(own)) < len(own):
         raise ValueError(f"`{kind}` have the names {own}; different ones are expected.")
-    traced, first = _traced(values, *examples), len(names)
+    closed, first = jax.make_jaxpr(values)(*examples), len(names)
     names += own
-    each = lambda of: np.repeat(of, sizes).tolist()
-    equal = each([c.equal for c in constraints])
-    groups = each(range(first, first + len(constraints)))
-    return Rows(traced, tuple(equal), tuple(groups))
+    inputs = _dependence(closed.jaxpr)
+    for name, of in zip(own, inputs, strict=True):
+        if not of & {*range(len(layouts))}:
+            arguments = "x or u" if len(layouts) > 1 else "x"
+            raise ValueError(
+                f"`{name}` does not depend on {arguments}, so that no solve can change "
+                "it; a function of them is expected."
+            )
+    each = lambda of: tuple(np.repeat(of, sizes).tolist())
+    return Rows(
+        lambda *args: jnp.concatenate(eval_jaxpr(closed.jaxpr, closed.consts, *args)),
+        equal=each([c.equal for c in constraints]),
+        groups=each(range(first, first + len(constraints))),
+        free=each([1 in of for of in inputs]),
+    )
+
+
+def _dependence(jaxpr: Jaxpr) -> list[set[int]]:
+    """The numbers of the inputs that each output is computed from."""
+    known: dict[Any, set[int]] = {v: {i} for i, v in enumerate(jaxpr.invars)}
+
+    def of(atoms) -> set[int]:
+        variables = (v for v in atoms if not isinstance(v, Literal))
+        return set().union(*(known.get(v, ()) for v in variables))
+
+    for equation in jaxpr.eqns:
+        known |= dict.fromkeys(equation.outvars, of(equation.invars))
+    return [of([v]) for v in jaxpr.outvars]
 
 
 def _check_next(layout: Layout, before: Layout):

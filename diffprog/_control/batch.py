@@ -24,7 +24,7 @@ from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
 from .search import AbstractSearch, Backtracking, SearchState
-from .solution import Solution
+from .solution import Solution, WarmStart
 from .solve import solve, tolerance
 
 
@@ -233,7 +233,7 @@ def solve_batch(
     max_steps: int = 256,
     rtol: Any = None,
     atol: Any = None,
-    state: SearchState | None = None,
+    state: WarmStart | None = None,
     history: bool = False,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
@@ -286,7 +286,8 @@ def solve_batch(
     options = (max_steps, bool(history), fast_loops)
     (x0s, uss), dtype = strong(x0s, uss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
-    state = SearchState.none(dtype, (num_problems,)) if state is None else state
+    if state is None:
+        state = WarmStart(SearchState.none(dtype, (num_problems,)))
     if not asked and num_problems > 1:  # of one problem both readings are the same
         with taken_back(problem):
             _check_shared(problem, num_problems, _first(x0s), _first(uss))

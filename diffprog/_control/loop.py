@@ -29,9 +29,8 @@ from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
 from .lqr import Sweep
 from .outer import AbstractOuter
-from .outer.base import measure
-from .outer_loop import after_step
-from .records import Constrained, Counts, Known, Loop, Passes, Purpose, Trials, Trouble
+from .outer_loop import after_step, before_steps
+from .records import Counts, Known, Loop, Passes, Purpose, Trials, Trouble
 from .report import CONSTRAINED, HISTORY, report
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
@@ -64,9 +63,9 @@ class Solver(eqx.Module):
     outer: AbstractOuter | None = None
     omega: Any = None  # the gradient that ends iterations before an update
 
-    def init(self, x0, us, state: SearchState, history: bool) -> Loop:
+    def init(self, x0, us, state: SearchState, duals, history: bool) -> Loop:
         chain, dtype = self.chain, self.chain.dtype
-        outer = self.outer and self.outer.init(chain.no_duals)
+        outer = self.outer and self.outer.init(duals)
         if outer:
             chain = chain.priced(outer.duals)
         number = lambda value: jnp.asarray(value, dtype)
@@ -88,11 +87,11 @@ class Solver(eqx.Module):
         never = jnp.where(finite, count(self.max_steps + 1), 0)
         search = where(jnp.isnan(given.stepsize), memory, given)
         rows, columns = (self.max_steps + 1) * history, len(HISTORY)
-        constrained = None
+        constrained, ended = None, ~finite
         if outer:
-            found = measure(self.chain, trajectory, outer.duals)
-            constrained = Constrained(outer, found, trajectory, memory)
-            columns += len(CONSTRAINED)
+            constrained, hopeless = before_steps(self, outer, trajectory, memory)
+            result = RESULTS.where(finite & hopeless, RESULTS.infeasible, result)
+            columns, ended = columns + len(CONSTRAINED), ended | hopeless
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
@@ -103,8 +102,8 @@ class Solver(eqx.Module):
             counts=Counts(count(0), count(1), count(0)),
             trouble=Trouble(trajectory.first_nonfinite, never),
             result=result,
-            stopping=~finite,
-            done=~finite,
+            stopping=ended,
+            done=ended,
             first_cost=cost,
             history=jnp.full((rows, columns), jnp.nan, dtype),
             constrained=constrained,

@@ -1,4 +1,4 @@
-"""What follows an iteration where there are constraints.
+"""What comes before and after the iterations where there are constraints.
 
 | after an iteration                         | next                                  |
 | ------------------------------------------ | ------------------------------------- |
@@ -14,16 +14,40 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from .._chain.vector import objective
+from .._chain.vector import objective, VectorTrajectory
+from .._common.multipliers import violation
 from .._common.result import RESULTS
 from .._common.tree import no, where
-from .outer.base import measure
-from .records import Loop
+from .outer.base import measure, OuterState
+from .records import Constrained, Loop
+from .search.base import SearchState
 
 
 MAX_IDLE = 3
+
+
+def before_steps(
+    solver: Any, state: OuterState, trajectory: VectorTrajectory, search: SearchState
+) -> tuple[Constrained, Any]:
+    """The first guess, and whether the first state violates what no control changes."""
+    outer, chain = solver.outer, solver.chain
+    found = measure(chain, trajectory, state.duals)
+    begun = lambda found: Constrained(state, found, trajectory, search)
+    rows = chain.segments[0].rows
+    if rows is None or all(rows.free):
+        return begun(found), no(found.cost)
+    first = trajectory.xs[0][0], trajectory.us[0][0], chain.ts[0][0]
+    size = violation(rows.values(*first), np.array(rows.equal))
+    fixed, groups = ~np.array(rows.free), np.array(rows.groups)
+    of = lambda group: jnp.max(jnp.where(fixed & (groups == group), size, 0))
+    worst = jnp.stack([of(group) for group in range(len(chain.names))])
+    stage = jnp.zeros_like(found.stage)
+    start = replace(found, violation=worst, residual=worst, stage=stage)
+    hopeless = ~outer.finished(state, start, jnp.zeros_like(found.cost))
+    return begun(where(hopeless, start, found)), hopeless
 
 
 def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
@@ -57,8 +81,12 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
         return trajectory, measure(chain, trajectory, state.duals)
 
     start = where(again, at.first, loop.trajectory)
-    same = lambda trajectory: (trajectory, found)
-    trajectory, found = lax.cond(changed, priced, same, start)
+    # A loop of at most one turn, since `vmap` inside `shard_map` refuses `lax.cond`.
+    _, trajectory, found = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (no(changed), *priced(carry[1])),
+        (changed, start, found),
+    )
     result = RESULTS.where(stop, before.result, loop.result)
     for applies, code in (
         (changed, RESULTS.max_steps_reached),

@@ -48,6 +48,7 @@ VIOLATED = (
     "Loosen that constraint, start from other `us`, or give another `penalty` to "
     "`dp.AugmentedLagrangian`."
 )
+UNMOVED = "No control changes it there: move `x0`, or loosen the constraint."
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 FINDER = (
@@ -89,6 +90,23 @@ class Multipliers(eqx.Module):
     costates: PyTree[Array]
 
 
+class WarmStart(eqx.Module):
+    """What a solve leaves to the next one, which takes it as `state`.
+
+    - `search`: the memory of the search, see [`diffprog.SearchState`][].
+    - `multipliers`: [`diffprog.Multipliers`][], `None` without constraints; with
+        these penalties they make the gradient 0 that is 0 with the solution's.
+    - `penalty`: of each constraint, the terminal ones last; `None` without.
+
+    Numbers are all that may change: constraints and horizon are the same. Of a batch
+    every array has the problem as first axis.
+    """
+
+    search: SearchState
+    multipliers: Any = None
+    penalty: Any = None
+
+
 class Solution(eqx.Module):
     """What a solve returns, whether it succeeded or not.
 
@@ -122,7 +140,7 @@ class Solution(eqx.Module):
         `damping`, `slope`, `trials`, `gradient`, and with constraints `violation` and
         `penalty`. Entry i is about iterate i and the step from it; NaN after the end.
         Empty if `history=False`.
-    - `state`: the memory of the search, for `state=` of the next solve.
+    - `state`: a [`diffprog.WarmStart`][], for `state=` of the next solve.
 
     Property: `success`, whether the result is `successful`; in a batch, of each.
     """
@@ -135,7 +153,7 @@ class Solution(eqx.Module):
     result: RESULTS
     stats: dict[str, Any]
     history: dict[str, Float[Array, "*batch rows"]]
-    state: SearchState
+    state: WarmStart
 
     @property
     def success(self) -> Bool[Array, "*batch"]:
@@ -205,10 +223,11 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "some controls. Start from other `us`, such as these with a little noise, "
             "to leave a maximum or a saddle."
         )
-    elif name == "infeasible" and "violation" not in solution.stats:
+    elif name == "infeasible" and not np.isfinite(solution.cost):
         where = f"That is so at stage {stage}."
     elif name == "infeasible":
-        where, instead = _violated(solution), VIOLATED
+        at_once = solution.stats["num_backwards"] == 0
+        where, instead = _violated(solution), UNMOVED if at_once else VIOLATED
     elif name == "nonfinite_derivative":
         where = f"It is one of the dynamics or of the cost at stage {stage}."
         if (largest := _largest(solution.xs)) > RUNAWAY:
@@ -216,7 +235,7 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             instead = GROWN
     elif name in ("max_steps_reached", "no_descent", "damping_limit"):
         where, instead = _hindrances(solution, name, stage)
-        if "violation" in solution.stats:
+        if solution.stats.get("violation", 0) > 0:
             where = f"{_violated(solution)} {where}".strip()
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)

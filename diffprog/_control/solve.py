@@ -8,7 +8,6 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._chain.limits import projected
@@ -32,7 +31,7 @@ from .records import Constrained, Loop
 from .report import CONSTRAINED, HISTORY
 from .search import AbstractSearch, Backtracking
 from .search.base import SearchState
-from .solution import ADVICE, explain_solution, Multipliers, Solution
+from .solution import ADVICE, explain_solution, Multipliers, Solution, WarmStart
 
 
 def tolerance(value: Any, dtype) -> Any:
@@ -62,12 +61,6 @@ def duals_of(chain: VectorChain, loop: Loop) -> Any:
     return adjoints(chain, loop.trajectory)
 
 
-def _rows(values: Any, groups: tuple, names: tuple) -> dict[str, Array]:
-    """The columns of each constraint."""
-    pick = lambda group: [i for i, g in enumerate(groups) if g == group]
-    return {names[g]: values[..., np.array(pick(g))] for g in dict.fromkeys(groups)}
-
-
 def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
     """The multipliers, and the largest entry of the gradient that is left."""
     chain, us, (first, lams, gradients) = vectorized.chain, loop.trajectory.us, duals
@@ -80,12 +73,7 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
     sides = zip(gradients, us, *limits, strict=True)
     stages, terminal = tuple({} for _ in us), {}
     if loop.constrained is not None:
-        found = loop.constrained.found.duals
-        *parts, terminal = (
-            _rows(values, groups, chain.names)
-            for values, groups in zip(found.stacks, found.groups, strict=True)
-        )
-        stages = tuple(parts)
+        stages, terminal = loop.constrained.found.duals.named(chain.names)
     lower, upper, largest = [], [], []
     for gradient, u, low, high in sides:
         lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
@@ -103,7 +91,7 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
 
 
 def solution_of(
-    vectorized: Vectorized, loop: Loop, duals: Any, max_steps: int
+    vectorized: Vectorized, loop: Loop, duals: Any, outer: AbstractOuter, max_steps: int
 ) -> Solution:
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
@@ -146,8 +134,29 @@ def solution_of(
     xs = vectorized.states(trajectory.xs, trajectory.final)
     us = vectorized.controls(trajectory.us)
     policy = vectorized.problem.join_controls(policies)
+    state = _warm_start(vectorized, loop, outer, multipliers)
     found = xs, us, cost, policy, multipliers, loop.result
-    return Solution(*found, stats, history, loop.search)
+    return Solution(*found, stats, history, state)
+
+
+def _warm_start(vectorized: Vectorized, loop: Loop, outer: AbstractOuter, multipliers):
+    at = loop.constrained
+    if at is None:
+        return WarmStart(loop.search)
+    duals = outer.left(at.state, at.found, loop.result == RESULTS.successful)
+    stages, terminal = duals.named(vectorized.chain.names)
+    used = vectorized.problem.join_controls(stages), terminal
+    of = lambda m: (m.constraints, m.terminal)
+    return WarmStart(loop.search, eqx.tree_at(of, multipliers, used), duals.penalty)
+
+
+def begun(vectorized: Vectorized, solver: Solver, x0, us, state, history) -> Loop:
+    """The state before the first iteration."""
+    duals = None
+    if solver.outer:
+        duals = vectorized.duals(state.multipliers, state.penalty)
+    first = vectorized.ravel(x0, us)
+    return solver.init(*first, state.search, duals, history)
 
 
 def _constraint_stats(at: Constrained) -> dict[str, Any]:
@@ -174,11 +183,11 @@ def _solve(
         chain = dataclasses.replace(vectorized.chain, loops=loops)
         tolerances = rtol, atol, max_steps, verbose.value
         solver = solver_of(chain, method, search, *tolerances, outer)
-        loop = solver.run(solver.init(*vectorized.ravel(x0, us), state, history))
+        loop = solver.run(begun(vectorized, solver, x0, us, state, history))
         return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
-    return undifferentiated(solution_of(vectorized, loop, duals, max_steps))
+    return undifferentiated(solution_of(vectorized, loop, duals, outer, max_steps))
 
 
 def check(
@@ -193,12 +202,12 @@ def check(
     check_kind("problem", problem, AbstractChain, "dp.ControlProblem(...)")
     check_kind("method", method, AbstractDirection, "dp.ILQR()")
     check_kind("search", search, AbstractSearch, "dp.Backtracking()")
-    check_kind("state", state, SearchState | None, "solution.state")
+    check_kind("state", state, WarmStart | None, "solution.state")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int):
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
         raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
-    if any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state)):
+    if any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state and state.search)):
         raise ValueError(
             "`state` holds a batch; give the state of one solve, or `jax.vmap` over it."
         )
@@ -217,7 +226,7 @@ def arguments(
     outer = AugmentedLagrangian() if outer is None else outer
     check_kind("outer", outer, AbstractOuter, "dp.AugmentedLagrangian()")
     (x0, us), dtype = strong(x0, us)
-    state = SearchState.none(dtype) if state is None else state
+    state = WarmStart(SearchState.none(dtype)) if state is None else state
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     given = problem, method, x0, us, search, state, *tolerances, outer
     return *given, (max_steps, *options)
@@ -248,7 +257,7 @@ def solve(
     rtol: Any = None,
     atol: Any = None,
     throw: bool = True,
-    state: SearchState | None = None,
+    state: WarmStart | None = None,
     history: bool = True,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
@@ -275,7 +284,8 @@ def solve(
     - `rtol`, `atol`: tolerances; 1e-9 in float64 and 1e-6 in float32 unless given.
     - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
         inputs are concrete; under `jit` and `vmap` look at `solution.result`.
-    - `state`: `solution.state` of an earlier solve: its step size and damping.
+    - `state`: `solution.state` of an earlier solve: its step size and damping, and with
+        constraints its multipliers and penalties.
     - `history`: whether to record cost, step size and more of each iteration.
     - `verbose`: `True` prints a row for each iteration; a function receives it as named
         arrays.

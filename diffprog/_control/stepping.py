@@ -14,9 +14,8 @@ from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .records import Loop
 from .search import AbstractSearch, Backtracking
-from .search.base import SearchState
-from .solution import Solution
-from .solve import arguments, duals_of, judged, solution_of, solver_of
+from .solution import Solution, WarmStart
+from .solve import arguments, begun, duals_of, judged, solution_of, solver_of
 
 
 class SolverState(eqx.Module):
@@ -66,7 +65,7 @@ def _first_state(
     vectorized = vectorize(problem, x0, us)
     rest = rtol, atol, max_steps, False, outer
     solver = solver_of(vectorized.chain, method, search, *rest)
-    loop = solver.init(*vectorized.ravel(x0, us), state, history)
+    loop = begun(vectorized, solver, x0, us, state, history)
     xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
     us = vectorized.controls(loop.trajectory.us)
     return SolverState(
@@ -106,7 +105,8 @@ def _next_state(problem, state: SolverState) -> SolverState:
 def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
     duals = duals_of(vectorized.chain, loop)
-    return undifferentiated(solution_of(vectorized, loop, duals, state.max_steps))
+    options = state.outer, state.max_steps
+    return undifferentiated(solution_of(vectorized, loop, duals, *options))
 
 
 def init(
@@ -120,7 +120,7 @@ def init(
     max_steps: int = 256,
     rtol: Any = None,
     atol: Any = None,
-    state: SearchState | None = None,
+    state: WarmStart | None = None,
     history: bool = True,
 ) -> SolverState:
     """Starts a solve that is stepped by hand; arguments as in [`diffprog.solve`][].

@@ -51,6 +51,11 @@ class MoreauGradient(AbstractDirection):
         return gradients(chain, trajectory)
 
     def backward(self, chain, trajectory, model, damping):
+        if chain.names:
+            raise ValueError(
+                "`MoreauGradient` takes no constraints: its steps are not 0 at an "
+                "optimum, where multipliers are updated. `dp.DDP()` takes them."
+            )
         if chain.limits:
             raise ValueError(
                 "`MoreauGradient` takes no `control_bounds`: its envelopes minimize "

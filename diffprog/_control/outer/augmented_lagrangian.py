@@ -51,7 +51,8 @@ class AugmentedLagrangian(AbstractOuter):
         return jnp.asarray(cap, dtype), jnp.asarray(tol, dtype)
 
     def init(self, duals):
-        return self._start(duals, self.penalty, 1)
+        given = duals.penalty
+        return self._start(duals, jnp.where(jnp.isnan(given), self.penalty, given), 1)
 
     def _start(self, duals: Duals, penalty: Any, attempt: int) -> OuterState:
         like = duals.penalty
@@ -101,6 +102,15 @@ class AugmentedLagrangian(AbstractOuter):
             num_outer=state.num_outer + 1,
         )
         return new, gave_up
+
+    def left(self, state, found, successful):
+        # Good multipliers need no high penalties. At the same point the gradient is
+        # the same: y + c h = new, and z + d h is as well for z = new + d / c (y - new).
+        c = state.duals.penalty
+        lower = jnp.minimum(c, GROWTH * self.penalty)
+        lower = jnp.where(successful, lower, c)
+        duals = found.duals.mixed(lower / c, state.duals)
+        return replace(duals, penalty=lower)
 
     def again(self, state):
         zeros = jtu.tree_map(jnp.zeros_like, state.duals)

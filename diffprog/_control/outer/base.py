@@ -107,7 +107,10 @@ class AbstractOuter(AbstractPart):
 
     @abc.abstractmethod
     def init(self, duals: Duals) -> OuterState:
-        """The state before the first iteration, from multipliers of 0."""
+        """The state before the first iteration, from multipliers of 0 or known ones.
+
+        A penalty of NaN is not known.
+        """
 
     @abc.abstractmethod
     def omega(self, state: OuterState) -> Float[Array, ""]:
@@ -127,6 +130,12 @@ class AbstractOuter(AbstractPart):
 
         Called when the iterations have `solved` the last one, or went on for too long.
         """
+
+    @abc.abstractmethod
+    def left(
+        self, state: OuterState, found: Residuals, successful: Bool[Array, ""]
+    ) -> Duals:
+        """The multipliers and penalties that the next solve starts from."""
 
     @abc.abstractmethod
     def again(self, state: OuterState) -> tuple[OuterState, Bool[Array, ""]]:
