@@ -92,7 +92,7 @@ def test_a_batch_starts_from_the_state_of_another():
     np.testing.assert_array_equal(again.stats["num_steps"], 0)
     # Each problem takes its own row.
     dampings = jnp.arange(1.0, 6.0)
-    state = eqx.tree_at(lambda state: state.damping, first.state, dampings)
+    state = eqx.tree_at(lambda state: state.search.damping, first.state, dampings)
     damped = solve(uss, state)
     np.testing.assert_array_equal(damped.history["damping"][:, 0], dampings)
     close(damped.cost, first.cost)

@@ -39,7 +39,7 @@ def test_damping_cannot_pass_off_a_short_step_as_convergence(method):
     fixed = dp.FixedStep(damping=1.0)
     solution = dp.solve(problem, method, x0, us, fixed, max_steps=3, throw=False)
     assert solution.result == dp.RESULTS.max_steps_reached
-    warm = dp.FixedStep(damping=1.0).init(jnp.float64)
+    warm = dp.WarmStart(dp.FixedStep(damping=1.0).init(jnp.float64))
     solution = dp.solve(problem, method, x0, us, state=warm)
     tolerance = 1e-9 * (1 + abs(solution.cost))
     assert solution.cost <= tolerance and solution.stats["decrement"] <= tolerance
@@ -132,7 +132,7 @@ def test_a_failed_solve_leaves_a_state_that_is_fit_to_start_from(search):
     x0, us = jnp.zeros(1), jnp.zeros((1, 1))
     failed = dp.solve(rough, dp.Gradient(), x0, us, search, throw=False)
     assert failed.result != dp.RESULTS.successful
-    assert failed.state.damping <= search.max_damping / 1e6
+    assert failed.state.search.damping <= search.max_damping / 1e6
     problem, x0, us = helpers.spring()
     warm = dp.solve(problem, dp.ILQR(), x0, us, search, state=failed.state)
     cold = dp.solve(problem, dp.ILQR(), x0, us, search)
@@ -244,7 +244,7 @@ def helpers_policy():
 
 
 def _state():
-    return dp.Backtracking().init(jnp.float64)
+    return dp.WarmStart(dp.Backtracking().init(jnp.float64))
 
 
 @pytest.mark.parametrize("case", CALLS)

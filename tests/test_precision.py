@@ -108,7 +108,7 @@ def test_a_search_that_recovers_from_a_large_damping_is_not_ended():
     one, zero, large = map(jnp.float32, (1, 0, 1e9))
     careful = dp.SearchState(one, zero, large, jnp.int32(0))
     start = problem, dp.ILQR(), x0, us, dp.AdaptiveDamping()
-    solution = dp.solve(*start, state=careful, history=True)
+    solution = dp.solve(*start, state=dp.WarmStart(careful), history=True)
     cost = np.asarray(solution.history["cost"])
     assert cost[0] == cost[1] == cost[2] > cost[10]
     assert solution.success

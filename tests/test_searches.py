@@ -33,7 +33,7 @@ below = st.floats(-2.0, -0.01)
 def test_backtracking_accepts_by_the_armijo_condition(change, slope, stepsize):
     search = as_arrays(dp.Backtracking(slope_fraction=0.1))
     state = dp.SearchState(
-        number(stepsize), number(0.3), number(0.0), jnp.asarray(0, jnp.int32)
+        number(stepsize), number(0.3), number(1.0), jnp.asarray(0, jnp.int32)
     )
     new, verdict = judge(search, state, change, slope)
     margin = change - 0.1 * stepsize * slope
@@ -43,7 +43,7 @@ def test_backtracking_accepts_by_the_armijo_condition(change, slope, stepsize):
     assert new.trials == 1
     if verdict.accept:
         assert new.stepsize == stepsize
-        lowered = 0.03 if stepsize == 1.0 else 0.3
+        lowered = 0.3 / 2.4 if stepsize >= 0.25 else 0.3
         np.testing.assert_allclose(new.damping, lowered, rtol=1e-12)
     else:
         np.testing.assert_allclose(new.stepsize, stepsize / 2, rtol=1e-12)
@@ -86,9 +86,26 @@ def test_rejections_end(search):
         dampings.append(float(state.damping))
     assert verdict.fail  # pyright: ignore
     assert dampings[0] == search.min_damping and dampings[-1] <= search.max_damping
-    factors = np.divide(dampings[1:], dampings[:-1])
-    np.testing.assert_allclose(factors, factors[0])
+    growth = np.divide(dampings[1:-1], dampings[:-2])
+    if isinstance(search, dp.Backtracking):  # in a row of rises the factor grows
+        growth = growth[1:] / growth[:-1]
+        np.testing.assert_allclose(growth, search.damping_factor)
+    np.testing.assert_allclose(growth, growth[0])
     assert dampings[-1] > 0.05 * search.max_damping
+
+
+def test_a_row_of_falls_becomes_steeper_and_a_rise_begins_anew():
+    search = dp.Backtracking(damping_factor=2.0, min_damping=1e-9)
+    start = search.init(jnp.float64)
+    state = dp.SearchState(start.stepsize, number(64.0), start.scale, start.trials)
+    found = []
+    for _ in range(3):
+        state, _ = search.step(state, trial(0.0))
+        found.append(float(state.damping))
+    for _ in range(2):
+        state, _ = search.reject(state)
+        found.append(float(state.damping))
+    np.testing.assert_allclose(found, [32.0, 8.0, 1.0, 2.0, 8.0])
 
 
 def test_backtracking_starts_near_the_last_step_size():
@@ -134,7 +151,7 @@ def test_a_state_of_another_precision_or_search_warms_a_solve_up():
     double = dp.solve(problem, dp.ILQR(), x0, us, dp.AdaptiveDamping())
     single, x0, us = helpers.spring(dtype=jnp.float32)
     warm = dp.solve(single, dp.ILQR(), x0, us, state=double.state)
-    assert warm.us.dtype == jnp.float32 and warm.state.damping.dtype == jnp.float32
-    first = warm.history["damping"][0]
-    assert first > 0 and first == double.state.damping.astype(jnp.float32)
+    damping = double.state.search.damping.astype(jnp.float32)
+    assert warm.us.dtype == warm.state.search.damping.dtype == jnp.float32
+    assert damping > 0 and damping == warm.history["damping"][0]
     np.testing.assert_allclose(warm.cost, double.cost, rtol=1e-5)

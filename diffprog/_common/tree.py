@@ -14,8 +14,9 @@ from .types import shapes
 
 
 def where(condition, if_true: PyTree, if_false: PyTree) -> PyTree:
-    """`jnp.where` on every leaf."""
-    return jtu.tree_map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+    """`jnp.where` on every leaf; what is the same in both stays."""
+    choose = lambda a, b: a if a is b else jnp.where(condition, a, b)
+    return jtu.tree_map(choose, if_true, if_false)
 
 
 def no(like: Array) -> Array:

@@ -41,7 +41,7 @@ class AugmentedLagrangian(AbstractOuter):
     second_penalty: Number = number(1e3, check_positive)
     max_penalty: Number | None = number_or_none()
     tol: Number | None = number_or_none()
-    max_inner: int = positive_int(200)
+    max_inner: int = positive_int(50)
 
     def _limits(self, dtype: Any):
         double = dtype == jnp.float64
@@ -90,14 +90,14 @@ class AugmentedLagrangian(AbstractOuter):
         worst = jnp.max(found.residual)
         vain = (worst > state.worst / 4) & (worst > jnp.sqrt(tol))
         rises = jnp.where(vain, state.rises + 1, 0)
-        rises = jnp.where(every | ~solved, state.rises, rises)
-        gave_up = solved & (jnp.any(~good & (c >= cap)) | (rises >= RISES))
+        rises = jnp.where(every, state.rises, rises)
+        gave_up = (solved & jnp.any(~good & (c >= cap))) | (rises >= RISES)
         new = replace(
             state,
             duals=replace(duals, penalty=penalty),
             eta=jnp.where(good, state.eta / base**0.9, 0.1 / penalty**0.1),
             omega=jnp.where(every, state.omega / largest, 0.1 / largest**0.5),
-            worst=jnp.where(every | ~solved, state.worst, worst),
+            worst=jnp.where(every, state.worst, worst),
             rises=rises,
             num_outer=state.num_outer + 1,
         )

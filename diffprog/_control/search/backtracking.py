@@ -26,15 +26,19 @@ class Backtracking(AbstractSearch):
     $J(\text{trial}) - J \le \text{slope\_fraction} \cdot s \cdot \text{slope}$, else
     multiplies it by `decrease`. The first trial of an iteration is `increase` times the
     last accepted step size, at most 1. When `max_trials` run out, or the factorization
-    fails, the damping rises by `damping_factor` and the direction is computed anew;
-    full steps lower it again, below `min_damping` to 0.
+    fails, the damping rises and the direction is computed anew; accepted steps after
+    which the next trial is a full one lower it again, below `min_damping` to 0. In a
+    row of rises, or of falls, the factor itself grows each time by `damping_factor`.
+
+    Source of the rule of the damping: Tassa, Erez, Todorov, "Synthesis and
+    Stabilization of Complex Behaviors through Online Trajectory Optimization", 2012.
     """
 
     slope_fraction: Number = number(1e-4)
     decrease: Number = number(0.5)
     increase: Number = number(4.0)
     max_trials: int = eqx.field(static=True, default=20)
-    damping_factor: Number = number(10.0)
+    damping_factor: Number = number(2.4)
     min_damping: Number = number(1e-6)
     max_damping: Number = number(1e10)
 
@@ -55,7 +59,7 @@ class Backtracking(AbstractSearch):
         )
 
     def init(self, dtype):
-        return SearchState.first(dtype)
+        return SearchState.first(dtype, scale=1.0)
 
     def begin(self, state, cost_gradient):
         stepsize = jnp.minimum(self.increase * state.stepsize, 1)
@@ -66,9 +70,11 @@ class Backtracking(AbstractSearch):
         s = state.stepsize
         accept = trial.decreases(self.slope_fraction * s * trial.slope)
         state = replace(state, trials=state.trials + 1)
-        lower = state.damping / self.damping_factor
+        scale = jnp.minimum(state.scale, 1) / self.damping_factor
+        lower = scale * state.damping
         lower = jnp.where(lower < self.min_damping, 0, lower)
-        accepted = replace(state, damping=jnp.where(s < 1, state.damping, lower))
+        lowered = replace(state, damping=lower, scale=scale)
+        accepted = where(self.increase * s < 1, state, lowered)
         shorter = replace(state, stepsize=s * self.decrease)
         exhausted = ~accept & (state.trials % self.max_trials == 0)
         raised, verdict = self.reject(shorter)
@@ -77,12 +83,13 @@ class Backtracking(AbstractSearch):
         return state, Verdict(accept, again, fail)
 
     def reject(self, state):
-        damping = jnp.maximum(state.damping * self.damping_factor, self.min_damping)
-        # Also for numbers that are NaN or do not grow: the solve must end.
-        fail = ~(damping <= self.max_damping) | ~(damping > state.damping)
+        scale = self.damping_factor * jnp.maximum(state.scale, 1)
+        raised = scale * state.damping
+        damping = jnp.clip(raised, self.min_damping, self.max_damping)
+        fail = ~(damping > state.damping)  # also for NaN: the solve must end
         one = jnp.ones_like(state.stepsize)
         verdict = Verdict(jnp.zeros_like(fail), ~fail, fail)
-        return replace(state, stepsize=one, damping=damping), verdict
+        return replace(state, stepsize=one, damping=damping, scale=scale), verdict
 
 
 Backtracking.__init__.__doc__ = """**Arguments:**
@@ -92,7 +99,7 @@ Backtracking.__init__.__doc__ = """**Arguments:**
 - `increase`: factor of the last accepted step size at the next iterate; `jnp.inf`
     starts every iteration at 1.
 - `max_trials`: roll-outs along one direction; a Python int.
-- `damping_factor`: factor by which the damping rises and falls.
+- `damping_factor`: factor of the first rise or fall of the damping in a row.
 - `min_damping`: the first damping above 0; a lower one counts as 0.
 - `max_damping`: above it the search gives up.
 """

@@ -57,7 +57,9 @@ class SearchState(eqx.Module):
 
     - `stepsize`: step size of the next trial.
     - `damping`: damping of the next backward pass.
-    - `scale`: last accepted damping relative to the gradient of the costs.
+    - `scale`: of [`diffprog.AdaptiveDamping`][] the last accepted damping relative to
+        the gradient of the costs, of [`diffprog.Backtracking`][] the factor of the last
+        change of the damping.
     - `trials`: roll-outs of the current direction so far.
     """
 
