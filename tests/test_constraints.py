@@ -93,7 +93,7 @@ def car():
 # Cost, the most iterations, and multipliers of the last state.
 REFERENCES = {
     "mass": (mass, 0.7628659340715, 12, [1.705495, -1.705495]),
-    "slow": (slow, 0.2318618881183, 20, [0.664336, -0.773601]),
+    "slow": (slow, 0.2318618881183, 12, [0.664336, -0.773601]),
     "swing_up": (swing_up, 5.724055101156, 40, [-5.666517, 1.666222]),
     "car": (car, 3.649650563075, 60, None),
     "touching": (lambda: mass(20, 1 / 0.7), 0.7518796992481203, 20, [1.503762] * 2),

@@ -27,9 +27,10 @@ class AugmentedLagrangian(AbstractOuter):
 
     is minimized until its gradient is small enough for the present multipliers y. Where
     the constraint is satisfied well enough by then, they become $y + c h$ and
-    $[y + c g]_+$; else the penalty c rises tenfold. Each constraint has its own. Where
-    penalties rise in vain, the solve starts once more from the first guess, with
-    `second_penalty`, before it is `infeasible`. A first penalty that is too small lets
+    $[y + c g]_+$; else the penalty c rises tenfold, and both happen where it is nearly
+    satisfied. Each constraint has its own. Where penalties rise in vain, the solve
+    starts once more from the first guess, with `second_penalty`, before it is
+    `infeasible`. A first penalty that is too small lets
     the first iterations run into a place where the constraints cannot be met, one that
     is too large holds them at the first guess.
 
@@ -81,11 +82,13 @@ class AugmentedLagrangian(AbstractOuter):
         c = state.duals.penalty
         cap, tol = self._limits(c.dtype)
         good = found.residual <= jnp.maximum(state.eta, tol)
+        near = solved & (found.residual <= tol**0.25)
         raised = jnp.minimum(GROWTH * c, cap)
         penalty = jnp.where(good | ~solved, c, raised)
-        duals = found.duals.chosen(good, state.duals)
+        duals = found.duals.chosen(good | near, state.duals)
         base = jnp.maximum(c, 10)
         largest = jnp.maximum(jnp.max(penalty), 10)
+        looser = jnp.where(near, state.eta, 0.1 / penalty**0.1)
         every = jnp.all(good)
         worst = jnp.max(found.residual)
         vain = (worst > state.worst / 4) & (worst > jnp.sqrt(tol))
@@ -95,7 +98,7 @@ class AugmentedLagrangian(AbstractOuter):
         new = replace(
             state,
             duals=replace(duals, penalty=penalty),
-            eta=jnp.where(good, state.eta / base**0.9, 0.1 / penalty**0.1),
+            eta=jnp.where(good, state.eta / base**0.9, looser),
             omega=jnp.where(every, state.omega / largest, 0.1 / largest**0.5),
             worst=jnp.where(every, state.worst, worst),
             rises=rises,
