@@ -33,6 +33,7 @@ def one_by_one():
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *each)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_a_batch_equals_its_problems(fast_loops, one_by_one):
     problem, x0s, uss = batch()
@@ -207,6 +208,7 @@ HOLDERS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_arrays_that_functions_hold_are_asked_about(holder):
     weights, (_, x0s, uss) = jnp.array([2.0, 5.0]), batch(2)

@@ -670,6 +670,7 @@ class TunedModel(eqx.Module):
         return self.held["w"] * (x @ self.W)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("place", ["loss", "predict", "model"])
 def test_training_sees_a_change_in_a_static_field(place):
     held, gradient = dict(w=1.0), dp.oracles.Gradient()
@@ -1022,6 +1023,7 @@ class SharedFields(eqx.Module):
 WRITING = [Memo, TracedMemo, Log, Nested, Missing, Made, Property, Slots]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", WRITING, ids=lambda kind: kind.__name__)
 def test_a_method_may_write_into_its_object_while_it_is_traced(kind):
     def found(kind):

@@ -129,6 +129,7 @@ def test_decrement_is_that_of_the_undamped_model_along_the_direction(method):
         np.testing.assert_allclose(sweep.decrement, -sweeps[0].slope / 2, rtol=1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [*DIRECTIONS, *BIASED], ids=name)
 def test_large_damping_tends_to_the_gradient(method):
     problem, x0, us = helpers.spring()
@@ -247,6 +248,7 @@ def test_gaps_of_the_dynamics_live_in_the_model(getkey):
         np.testing.assert_allclose(sweep.decrement, promised, rtol=1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("second_order", [False, True])
 def test_models_of_a_chain_agree(second_order):
     """What is found again by each pass is what is stored, stage by stage."""

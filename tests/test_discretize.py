@@ -242,6 +242,7 @@ class Backward(eqx.Module):
         return jnp.sum(x**2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["euler", "rk4", diffrax.Heun()], ids=str)
 def test_a_traced_step_that_is_not_positive_is_nan(method):
     for dt in (-0.1, 0.0, jnp.nan):

@@ -263,6 +263,7 @@ def damped(name, damping):
     return d.gauss_newton + damping * jnp.eye(d.J.shape[1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("count", [1, 3])
 def test_iterates_in_outputs_are_those_in_parameters(count):
     best = krylov(damped("softmax", 0.01), dense("softmax").gradient, count)

@@ -154,6 +154,7 @@ def test_direction_is_the_dense_solve(name, method):
     matches(float(slope), gradient @ expected, 1e-10)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne"])
 def test_a_direction_alone_is_that_of_a_step(method):
     problem, x0, us = SMALL["pendulum"]()
@@ -302,6 +303,7 @@ def test_pendulum_gradient_descent():
     assert int(solution.stats["num_steps"]) == 120
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["dir", "reg"])
 @pytest.mark.parametrize("method", ["gn", "ddp_lq", "ne", "ddp_q"])
 def test_pendulum_iterates(method, mode):

@@ -45,6 +45,7 @@ def test_damping_cannot_pass_off_a_short_step_as_convergence(method):
     assert solution.cost <= tolerance and solution.stats["decrement"] <= tolerance
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_overflow_of_norms_in_float32_is_no_convergence(search):
     J = lambda x: 1e20 * jnp.sum((x - 3.0) ** 2)

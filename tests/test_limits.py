@@ -76,6 +76,7 @@ def stages(seed, width, m, n=3):
     return found, lower, upper
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("m", [1, 2, 5])
 def test_a_stage_minimizes_within_its_box(m):
     """k = clip(k - (G k + h)), and the cost-to-go is that of any gains, [k K]."""

@@ -269,6 +269,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("structure, shape", SHAPES, ids=str)
 def test_a_structure_is_a_matrix_that_starts_as_the_identity(structure, shape):
     size = int(np.prod(shape))

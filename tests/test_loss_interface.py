@@ -198,6 +198,7 @@ def network(scale):
     return apply(params), J, jnp.asarray(labels)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_the_step_in_float32(scale):
     u, J, labels = network(scale)
@@ -300,6 +301,7 @@ def test_conjugate_prox(name):
     assert (more >= -1e-12 * (1 + tau)).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", ["Logistic", "Poisson", "Hinge-labels", "CE-labels", "CE-soft", "Alpha3"]
 )

@@ -667,6 +667,7 @@ def test_float32_mass(name, k, q):
     assert np.abs(np.asarray(p, float) - np.asarray(exact)).sum(-1).max() < 5e-6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("LeCam", "ChiSquare", "JensenShannon", "1.5"))
 def test_float32_mass_of_nearly_equal_scores(name):
     theta = (1e-3 * np.random.default_rng(8).normal(size=(1, 32_768))).astype("f4")
@@ -847,6 +848,7 @@ def test_one_class_ties_and_distant_scores(name):
     np.testing.assert_allclose(single, f_softargmax(rounded, f, "unit"), atol=5e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_short_floats_are_computed_in_float32(dtype):
     scores = jnp.asarray(np.tile(THETA, (1, 50)), dtype)

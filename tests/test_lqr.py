@@ -200,6 +200,7 @@ def test_value_is_the_cost_to_go_of_the_policy(shape):
         close_costs(kkt(lqr, first, start)[3], cost, parts, rtol=1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", SHAPES)
 def test_costs(shape):
     lqr, x0, solution = solved(*shape)
@@ -303,6 +304,7 @@ def test_only_the_symmetric_part_of_a_weight_counts(shape, fast_loops):
         close_costs(given.cost(xs, us), solution.cost, xs, us)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_in_a_weight_is_symmetric(method):
     given, _, x0 = skewed_lqr(6, 3, 2)

@@ -193,6 +193,7 @@ def test_more_parameters_than_outputs(name, solver):
         assert found.num_inner <= MOST[type(solver)]
 
 
+@pytest.mark.costly
 @each
 def test_float32(solver):
     for seed, damping in enumerate((10.0, 1e-2, 1e-4)):
@@ -204,6 +205,7 @@ def test_float32(solver):
         assert float(P) - least < 2e-4 * (float(value) - least)
 
 
+@pytest.mark.costly
 @each
 def test_many_models_at_once(solver):
     loss, targets = LOSSES["euclidean"]
@@ -225,6 +227,7 @@ def test_many_models_at_once(solver):
         assert most <= 1.2 * fewest + 2
 
 
+@pytest.mark.costly
 @each
 def test_excluded_classes_are_as_ones_of_no_chance(solver):
     rng = np.random.default_rng(1)
@@ -269,6 +272,7 @@ def test_without_matrices():
 # Its steps ------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["absolute", "euclidean", "huber", "LeCam"])
 def test_a_step_solves_the_linearized_equations(name):
     loss, targets = LOSSES[name]
@@ -311,6 +315,7 @@ def test_a_step_solves_the_linearized_equations(name):
 # In the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.costly("solver")
 @pytest.mark.parametrize("loss", [Hinge(), FLoss(ChiSquare(), "unit")])
 @pytest.mark.parametrize(
     "solver",

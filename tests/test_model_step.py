@@ -315,6 +315,7 @@ def bad(kind):
     return optimizer, state, updates, after
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "kind, result",
     [

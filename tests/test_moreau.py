@@ -275,6 +275,7 @@ CHAIN: Any = dict(state=ChainRule(), weights=ChainRule(), seed=ChainRule())
 ONCE: Any = dict(state=MoreauRule(ONE), weights=InverseRule(1.0, ONE), seed=ChainRule())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "model, rules",
     [(dp.Network, CHAIN), (dp.Network, ONCE | dict(split=True)), (Marked, ONCE)],
@@ -494,6 +495,7 @@ def by_hand(problem, x0, us, alpha, solver):
     return jnp.stack(found[::-1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("solver", [InnerNewton(3), InnerGradient(2)])
 def test_control_equals_the_recursion_written_out(solver):
     problem, x0, us = helpers.spring(T=4)

@@ -306,6 +306,7 @@ def test_only_the_symmetric_part_of_a_hessian_counts():
         assert given.slope < 0 and given.positive
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "direction, chain, chunk",
     [

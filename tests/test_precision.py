@@ -68,6 +68,7 @@ def test_float32_solves_and_stays_float32(method, search):
     np.testing.assert_allclose(solution.cost, exact.cost, rtol=1e-4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [dp.ILQR(), dp.DDP()], ids=name)
 def test_float32_stops_successfully_at_its_own_round_off(method):
     problem, x0, us = helpers.pendulum(dtype=jnp.float32)
@@ -83,6 +84,7 @@ def test_float64_stops_successfully_at_its_own_round_off(method):
     assert solution.stats["gradient"] < 1e-6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_a_solve_that_stands_at_rounding_ends_and_says_so(search):
     # Positions are rounded to 6e-5, which moves the cost more than a step does.

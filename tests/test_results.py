@@ -97,6 +97,7 @@ SHORTEN = "shorten .*, or give `discretize` an implicit solver"
 LATE = f"shortens steps. Where an explicit rule .* stiff vector field, {SHORTEN}"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "method, rate, horizon, message",
     [

@@ -207,6 +207,7 @@ def test_value_is_primal_value(f):
         assert abs(h - (jnp.sum(q * LOSSES) - 0.3 * divergence(f, q))) < 1e-14
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_gradient_of_risk_is_weights(name):
     f = GENERATORS[name]
@@ -227,6 +228,7 @@ def test_mean_and_risk_enclose_the_smoothed_risk(f):
             assert plain - h <= nu * divergence(f, sigma) + 1e-14
 
 
+@pytest.mark.costly
 @every_f
 @every_sigma
 def test_much_smoothing_gives_the_mean(f, sigma):
@@ -328,6 +330,7 @@ def test_weights_are_isotonic_regression(f):
 # Derivatives ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_derivatives_of_weights(name):
     f, nu, n = GENERATORS[name], jnp.asarray(0.3), compiled_weights(GENERATORS[name])
@@ -404,6 +407,7 @@ def test_traced_alpha():
     assert abs(dh - (h1 - h0) / 2e-6) < 1e-8
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "Le Cam"])
 def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
     # The largest have weight sigma whatever their order: q does not change there.
@@ -437,6 +441,7 @@ def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
             np.testing.assert_allclose(p, q, rtol=0, atol=1e-13)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "Neyman"])
 def test_derivatives_of_capped_softargmax(name):
     f, direction = GENERATORS[name], jnp.cos(jnp.arange(1.0 * N))
@@ -485,6 +490,7 @@ def test_capped_softargmax_of_rows_and_masks():
 # Batches and precision ------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
 def test_vmap_equals_loop(name):
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
@@ -496,6 +502,7 @@ def test_vmap_equals_loop(name):
         assert abs(h - value) < 1e-14
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
 def test_float32(name):
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
@@ -715,6 +722,7 @@ def check_tables(state, sigma, f):
     np.testing.assert_allclose(state.weights, q, rtol=0, atol=1e-14)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["prospect", "lsvrg"])
 def test_the_mean_of_a_step_is_the_gradient(name):
     params, data = regression()

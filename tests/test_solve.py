@@ -148,6 +148,7 @@ def test_repeated_stages_as_one_segment_or_many_agree():
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "method, search",
     [(dp.GaussNewton(), MONOTONE[0]), (dp.DDP(), MONOTONE[1])],
@@ -492,6 +493,7 @@ def test_nothing_is_thrown_under_transformations():
     assert np.all(np.isfinite(batch.us))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["grad", "jvp", "closure", "problem"])
 def test_derivatives_of_a_solve_are_refused_with_our_message(mode):
     problem, x0, us = helpers.spring()

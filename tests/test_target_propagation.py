@@ -116,6 +116,7 @@ every_kind = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.costly
 @every_kind
 def test_target_propagation_is_the_recursion_written_out(inverse, local):
     net = recurrent()
@@ -318,6 +319,7 @@ def test_saturated_units_stay_finite(inverse):
     leaves_close(found, expected, 1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("local", [True, False])
 def test_a_loop_of_stages_is_the_network_written_out(local):
     inputs = (INPUTS, LABELS)
@@ -379,6 +381,7 @@ class Classifier(eqx.Module):
         return self.head(self.loop(xs))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("local", [True, False])
 def test_marked_layers_are_like_those_of_a_network(local):
     net = recurrent()

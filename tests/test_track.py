@@ -332,6 +332,7 @@ COARSE = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", COARSE)
 def test_sharp_turns_of_few_points_are_no_steps_back(name):
     points = np.array(COARSE[name], float)
@@ -879,6 +880,7 @@ def test_float32_points_that_are_accepted_have_their_curvature(radius, num):
         Track.from_waypoints(ring(radius, 3101)[:-1].astype("f4"), 5.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", [1.0, 1.8])
 @pytest.mark.parametrize("spacing", [1.0, 5.0])
 def test_circuits_in_float32_load(tracks, size, spacing):

@@ -140,6 +140,7 @@ def test_marginals_sum_to_one_and_shifts_pass_through(f, reference):
         np.testing.assert_allclose(same, marginals, atol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("f, reference", [(KL, "unit"), (JS, "unit")], ids=str)
 def test_products_with_the_hessian(f, reference):
     Z, Y, step = potentials(4), potentials(5), 1e-5
