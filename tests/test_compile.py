@@ -75,7 +75,7 @@ def test_new_numbers_anywhere_never_compile_again(search, caplog):
     assert first != second
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_closures_over_traced_values_work_inside_jit(search):
     problem, x0, us = helpers.spring()

@@ -84,7 +84,7 @@ def test_rk4_is_exact_for_a_cubic_in_time():
     np.testing.assert_allclose(step(jnp.zeros(1), None, 2), 1.5**4 - 1.0, rtol=1e-14)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rk4", diffrax.Heun()])
 def test_pytrees_dtypes_and_derivatives(method):
     field = lambda x, u, time: dict(p=x["v"], v=u - jnp.sin(x["p"]))
@@ -102,6 +102,7 @@ def test_pytrees_dtypes_and_derivatives(method):
     jax.test_util.check_grads(jax.jit(total), args, order=2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_discretized_dynamics_in_a_problem():
     step = dp.discretize(field, 0.1, diffrax.Tsit5())
     problem = dp.ControlProblem(

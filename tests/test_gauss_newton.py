@@ -221,6 +221,7 @@ def test_slopes_of_iterates_are_ordered():
     assert primal[0] < 0 and np.all(np.diff(primal) < 0) and primal[-1] > exact
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),

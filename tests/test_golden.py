@@ -381,6 +381,7 @@ def test_cart_pole_with_the_intended_physics(method, mode):
     matches(float(solution.xs[-1, 1]), float(last), 1e-8)
 
 
+@pytest.mark.slow
 def test_cart_pole_with_the_intended_physics_first_iterates():
     row = (65.595119, 62.661847, 59.372941)
     matches(costs(cart_pole_solution("ddp_lq", "reg", False, 1e-2))[1:4], row, 1e-6)

@@ -274,6 +274,7 @@ def last(k):
     return [eqx.nn.Linear(3, k, key=KEYS[3])]
 
 
+@pytest.mark.slow
 def test_sampled_factors_are_exact_on_average():
     net = dp.Network([eqx.nn.Linear(4, 3, key=KEYS[2]), jnp.tanh, *last(3)])
     at = fisher(SoftmaxCrossEntropy())(net, INPUTS, LABELS)
@@ -367,6 +368,7 @@ def test_new_numbers_are_the_same_program():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_float32_steps_are_those_of_float64():
     net, inputs, targets, loss = problem("G1")
     single = jax.tree.map(
@@ -488,7 +490,7 @@ def test_wrong_calls_say_what_to_do(message, unchecked):
 BIASES = {False: "without biases", True: "with biases"}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", BIASES, ids=BIASES.values())
 @pytest.mark.parametrize(
     "structure",

@@ -376,6 +376,7 @@ def test_third_derivatives_of_a_value(name):
     close(cubic @ h, twice, 1e-11)  # third derivatives of the value: any order
 
 
+@pytest.mark.slow
 def test_derivatives_in_alpha_and_temperature():
     theta, y = jnp.asarray(THETA[1]), jnp.asarray(MEASURE / MEASURE.sum())
 
@@ -541,6 +542,7 @@ class Scaled(AbstractDivergence):
         return S * jnp.log(S)
 
 
+@pytest.mark.slow
 def test_fields_of_a_divergence_have_derivatives():
     # c KL at temperature 1 is KL at temperature c.
     theta, labels = jnp.asarray(THETA), jnp.arange(4)
@@ -676,7 +678,7 @@ def test_float32_mass_of_nearly_equal_scores(name):
     assert jnp.abs(p.astype(float) - exact).sum() < 5e-6
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", (3.0, 5.0))
 def test_float32_mass_of_large_alpha(alpha):
     rng = np.random.default_rng(9)
@@ -692,6 +694,7 @@ def test_float32_mass_of_large_alpha(alpha):
     close(jax.grad(value)(jnp.asarray(theta)), p, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_generator_given_as_a_function():
     def jensen_shannon(u):  # not normalized
         return u * jnp.log(u) - (u + 1) * jnp.log((u + 1) / 2) + 3 * u
@@ -888,6 +891,7 @@ def test_axes_batches_and_alpha_per_row():
     close(jitted(scores), p, 1e-14)
 
 
+@pytest.mark.slow
 def test_classes_on_several_axes():
     scores = np.random.default_rng(7).normal(size=(2, 3, 2, 2))
     flat, f = np.moveaxis(scores, 1, -1).transpose(0, 1, 3, 2), Alpha(1.5)
@@ -1145,6 +1149,7 @@ def test_wrong_parts_of_energies_and_risks(unchecked):
             call()
 
 
+@pytest.mark.slow
 def test_gradients_in_both_modes_to_second_order():
     f = lambda t, q: f_softargmax(t, LeCam(), q)  # pyright: ignore
     check_grads(f, (jnp.asarray(THETA[1]), jnp.asarray(MEASURE)), 2, ("fwd", "rev"))

@@ -212,7 +212,7 @@ def network(width: int, dtypes, key=jr.key(7)):
 CASES = [("bfloat16", 4), ("float16", 40), ("mixed", 4), ("mixed", 40)]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, width", CASES)
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_every_oracle_takes_16_bits(oracle, dtype, width):
@@ -273,7 +273,7 @@ INSIDE = {  # rules that meet factorizations, conjugate gradients and loops
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("make, oracle", INSIDE.values(), ids=INSIDE)
 def test_rules_of_layers_take_16_bits(make, oracle):
     x, labels = jr.normal(jr.key(3), (5, 2, 3)).astype("bfloat16"), jnp.arange(5) % 2
@@ -291,7 +291,7 @@ def test_rules_of_layers_take_16_bits(make, oracle):
     assert 0 < np.linalg.norm(low - desired) <= 4 * eps * np.linalg.norm(desired)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [MadsenNielsen(1.0), Threshold(1.0)], ids=name)
 def test_dampings_rest_at_the_rounding_of_bfloat16(rule):
     keys = jr.split(jr.key(0), 3)

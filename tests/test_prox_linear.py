@@ -256,6 +256,7 @@ def test_strong_damping_gives_the_gradient(name):
     np.testing.assert_allclose(-1e7 * step, pulled, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_few_steps_still_descend():
     for name, solver in (("hinge", CoordinateAscent(max_steps=1)),
                          ("absolute", ProximalGradient(max_steps=1))):  # fmt: skip
@@ -276,6 +277,7 @@ def test_too_few_passes_are_no_success_without_a_step():
     assert moved == (aux.result == dp.RESULTS.successful)
 
 
+@pytest.mark.slow
 def test_float32_is_kept():
     cast = lambda a: a.astype("f4") if eqx.is_inexact_array(a) else a
     net, inputs = jax.tree.map(cast, (network(), INPUTS))

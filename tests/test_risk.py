@@ -387,6 +387,7 @@ def test_risk_changes_with_spectrum_and_smoothing(name):
     assert abs(by_nu + divergence(f, q)) < 1e-14
 
 
+@pytest.mark.slow
 def test_traced_alpha():
     sigma = SPECTRA["extremile"]
 
@@ -519,6 +520,7 @@ def test_float32(name):
         np.testing.assert_allclose(p, q64, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_one_loss():
     few, sigma = LOSSES[:4].astype(jnp.bfloat16), L.spectrum("extremile", 4, 2)
     q = compiled_weights(CHI2)(few, sigma, 0.3)
@@ -616,6 +618,7 @@ def descent(name, **options):
     return getattr(dp.optim, name)(square, **(usual | options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_lists_and_python_numbers_describe_a_method():
     data, key = jnp.array([0.0, 1.0]), jax.random.key(0)
@@ -695,7 +698,7 @@ CASES = [
 ]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind, parameter, f", CASES)
 def test_methods_converge_linearly(name, kind, parameter, f):
     sigma = L.spectrum(kind, 20, parameter)

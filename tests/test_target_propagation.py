@@ -410,6 +410,7 @@ def test_marked_dense_layers():
         close(found.layers[i].layer.layers[0], expected[2 * i])
 
 
+@pytest.mark.slow
 def test_gated_cells_are_inverted_by_gauss_newton():
     gru = eqx.nn.GRUCell(P, N, key=KEYS[3])
     net = dp.Network([dp.Recurrent(gru, N), eqx.nn.Linear(N, K, key=KEYS[5])])
@@ -496,6 +497,7 @@ def test_recurrent_layer():
     assert not other.input_weight.any()
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_float32():
     net = recurrent()
     oracle = TargetPropagation(GAMMA, R)

@@ -252,6 +252,7 @@ def test_an_ignored_label_is_an_int(label, unchecked):
             build(label)
 
 
+@pytest.mark.slow
 def test_masked_rows_may_hold_any_target(unchecked):
     f_loss = losses.f_loss
     where = (jnp.array([0, -100, 1]) != -100)[:, None]

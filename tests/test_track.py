@@ -498,6 +498,7 @@ def test_scaled(tracks):
     np.testing.assert_allclose(np.angle(np.exp(1j * turn)), 0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_keeps_float32_and_batches(tracks):
     for track in (tracks["simple"], tracks["bend"]):
         s = jnp.linspace(0.0, 1.0, 6).reshape(2, 3)

@@ -133,6 +133,7 @@ class Attention(eqx.Module):
         return self.head(jnp.mean(h, 0))
 
 
+@pytest.mark.slow
 def test_an_unmodified_model_of_many_kinds_of_layers():
     model = Attention(KEYS[3])
     loss, labels = SoftmaxCrossEntropy(), jnp.arange(6) % 2

@@ -178,6 +178,7 @@ def test_padding():
     assert (path[MOVES:] == states[-1]).all()
 
 
+@pytest.mark.slow
 def test_derivatives_in_everything_else():
     rng = np.random.default_rng(10)
     start, final, q = np.array([0.3, -1, 2]), np.array([1, 0, 0.5]), np.array([1, 2, 3])
