@@ -101,6 +101,7 @@ def test_a_batch_starts_from_the_state_of_another():
     close(damped.cost, first.cost)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
     problem, x0s, uss = batch()

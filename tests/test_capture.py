@@ -290,6 +290,7 @@ ORDERED += [lambda weights: Weights(weights).cost]
 DICTS = [dict, collections.OrderedDict, ft.partial(collections.defaultdict, lambda: 1)]
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
 @pytest.mark.parametrize("kind", DICTS, ids=["dict", "OrderedDict", "defaultdict"])
 @pytest.mark.parametrize("hold", ORDERED, ids=range(len(ORDERED)))
@@ -556,6 +557,7 @@ def call_cost(systems, x, u, t):
     return systems[0].cost(x, u, t)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("place", PLACES)
 def test_a_change_is_seen_wherever_the_static_field_is(place):
     held = dict(w=1.0)
@@ -1071,6 +1073,7 @@ def test_a_number_that_appears_behind_the_trace_is_not_taken_for_another():
         np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("system", [Shared(), SharedFields(1.0, {})], ids=type)
 def test_a_number_that_is_lost_with_its_trace_is_named(entry, system):

@@ -33,6 +33,7 @@ class Counted:
         return self.system.terminal_cost(x)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_functions_are_traced_once_and_data_never_compile_again(method):
     _, x0, us = helpers.spring()

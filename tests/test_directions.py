@@ -194,6 +194,7 @@ class Follower(dp.AbstractDirection):
         return dp.Riccati().backward(chain, trajectory, model, damping)
 
 
+@pytest.mark.slow
 def test_a_direction_of_a_user_gets_the_fast_path_unasked(monkeypatch):
     """Its model is found again by each pass in loops that are one function."""
     problem, x0, us = helpers.spring()
@@ -216,6 +217,7 @@ def affine_model(F, W, V):
     return helpers.vectors(problem, jnp.zeros(len(V) - 1), jnp.zeros((T, m)))
 
 
+@pytest.mark.slow
 def test_gaps_of_the_dynamics_live_in_the_model(getkey):
     """With c in F gains, controls, slope and curvature are those of the LQR problem."""
     lqr = helpers.random_lqr(getkey(), T=6, n=3, m=2)

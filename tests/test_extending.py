@@ -282,10 +282,12 @@ SAID = [
 
 # What others of the list show as well, of the same parts.
 AGAIN = [
+    test_directions.test_one_full_step_solves_a_linear_quadratic_problem,
     test_directions.test_gradients_flow_through_a_direction,
     test_solve.test_all_directions_reach_the_same_optimum,
     test_solve.test_chains_of_several_segments,
     test_solve.test_vmap_equals_loop,
+    test_solve.test_stepping_by_hand_equals_solve,
     test_losses.test_first_and_second_derivatives,
     test_value_and_direction.test_any_optimizer_takes_the_direction,
 ]

@@ -179,6 +179,7 @@ def test_what_is_not_known_to_compile_is_said_and_runs_anyway(reason):
     agree(compiled(lambda _: fn(x), None), fn(x))
 
 
+@pytest.mark.slow
 def test_dynamics_with_lapack_still_solve():
     def dynamics(x, u, t):
         mass = jnp.diag(1.0 + 0.1 * x**2)
@@ -223,6 +224,7 @@ def test_a_second_derivative_that_is_not_finite_has_the_same_code():
     assert fast.stats["first_nonfinite"] == plain.stats["first_nonfinite"] == 2
 
 
+@pytest.mark.slow
 def test_vmap_takes_the_ordinary_loops():
     problem, x0, us = helpers.spring()
     x0s = jnp.stack([x0, -x0, 0.5 * x0])

@@ -157,6 +157,7 @@ def test_without_iterations_the_dual_is_the_gradient():
     assert aux.num_inner == 0
 
 
+@pytest.mark.costly
 @every_loss
 def test_the_gradient_of_a_damping(name):
     step, _ = run(Gradient(0.1), name)

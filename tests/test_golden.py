@@ -177,7 +177,7 @@ def test_ilqr_has_the_slope_of_gauss_newton():
 # Linear-quadratic problems.
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gn", "ne", "ddp_lq", "ddp_q"])
 def test_one_step_solves_a_linear_quadratic_problem(method):
     lqr, x0 = env.golden_lqr(1.0)
@@ -205,6 +205,7 @@ def test_one_step_solves_a_linear_quadratic_problem(method):
 # Limits.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["pendulum", "cart_pole"])
 def test_feedback_rollout_leaves_the_linear_one_at_second_order(name):
     problem, x0, us = SMALL[name]()
@@ -220,6 +221,7 @@ def test_feedback_rollout_leaves_the_linear_one_at_second_order(name):
     matches(ratios, ratios[1], 1e-2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne", "ddp_lq", "ddp_q"])
 def test_large_damping_gives_the_gradient(method):
     problem, x0, us = SMALL["pendulum"]()

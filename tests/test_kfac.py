@@ -263,6 +263,7 @@ def test_undamped_steps_do_not_depend_on_coordinates_of_inputs_and_outputs():
     close(changes[0], changes[1], 1e-10)
 
 
+@pytest.mark.slow
 def test_sampled_factors_of_one_output_are_exact():
     net = dp.Network([eqx.nn.Linear(4, 3, key=KEYS[2]), jnp.tanh, *last(1)])
     at = ggn(Logistic())(net, INPUTS, jnp.where(REAL[:, :1] > 0, 1.0, -1.0))

@@ -163,6 +163,7 @@ def test_the_step_is_the_dense_one(method):
         close_all(found.step, step)
 
 
+@pytest.mark.costly
 @every_method
 def test_the_objective_is_the_quadratic_model_anywhere(method):
     u = jr.normal(KEYS[10], flat(NET.params).shape)

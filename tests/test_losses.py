@@ -155,6 +155,7 @@ def test_sparsemax_and_entmax_of_known_scores():
     close(losses.entmax(theta, 1.3), f_softargmax(theta, Alpha(1.3), "unit"))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("alpha", (-0.5, 0.5, 1.5, 2.0, 2.5))
 def test_constant_measures_rescale_scores(alpha):
     c = 0.3
@@ -177,6 +178,7 @@ def test_shifts_permutations_and_equal_scores(name):
     assert (jnp.abs(p - equal).max(-1) > 1e-4).all()
 
 
+@pytest.mark.costly
 @family
 def test_the_derivative_of_f_is_the_inverse_link(name):
     f = FAMILIES[name]
@@ -185,6 +187,7 @@ def test_the_derivative_of_f_is_the_inverse_link(name):
     close(f_softargmax(theta, f, MEASURE), p, 1e-10)
 
 
+@pytest.mark.costly
 @family
 def test_value_is_score_minus_divergence(name):
     f, q = FAMILIES[name], jnp.asarray(np.tile(MEASURE, (4, 1)))
@@ -222,6 +225,7 @@ def test_the_residual_is_the_l1_error(name):
     np.testing.assert_allclose(excess / (W * h * h / 2), 1, rtol=0.02)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_losses_have_a_margin(name):
     f = FAMILIES[name]
@@ -602,6 +606,7 @@ def test_brackets_and_bisection(name):
     close(f_softargmax(THETA, f, "unit"), halved, 1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", [n for n, f in FAMILIES.items() if f.convex_ratio is True]
 )
@@ -763,6 +768,7 @@ def test_excluded_classes(name):
     close(uniform[:, keep], even, 1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["KL", "1.5", "traced 0.3"])
 def test_nan_is_no_missing_class(name):
     f, scores = FAMILIES[name], jnp.array([[jnp.nan, jnp.nan], [1.0, 2.0]])

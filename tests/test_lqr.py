@@ -126,6 +126,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rho", GOLDEN)
 def test_published_numbers_of_three_control_weights(rho, method):
@@ -148,6 +149,7 @@ def test_published_numbers_of_three_control_weights(rho, method):
 # The dense system, term by term.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", SHAPES)
 def test_solution_is_that_of_the_dense_system(shape):
     lqr, x0, solution = solved(*shape)
@@ -277,6 +279,7 @@ def skewed_lqr(T, n, m):
     return dp.LQR(**(terms | weights)), lqr, x0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 def test_one_stage_with_a_triangular_weight(method):
     # u'u / 2 + x'Q_final x / 2 at x = (1, u): 1/2 + u/2 + u^2.

@@ -315,7 +315,7 @@ def test_a_step_solves_the_linearized_equations(name):
 # In the oracle --------------------------------------------------------------------
 
 
-@pytest.mark.costly("solver")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Hinge(), FLoss(ChiSquare(), "unit")])
 @pytest.mark.parametrize(
     "solver",

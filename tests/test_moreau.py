@@ -511,6 +511,7 @@ def test_control_equals_the_recursion_written_out(solver):
     close(damped, step(0.1 * ONE_WEIGHT))
 
 
+@pytest.mark.slow
 def test_control_by_one_gradient_step_is_the_gradient():
     problem, x0, us = helpers.two_phase()
     du, _ = dp.direction(problem, dp.MoreauGradient(0.5, ONE), x0, us)

@@ -204,6 +204,7 @@ def stiff_lqr(T: int, n: int, m: int, smallest: float):
     return lqr, jnp.asarray(rng.standard_normal(n))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6])
 def test_float32_is_as_accurate_as_the_sequential_recursion(smallest):
     lqr, x0 = stiff_lqr(256, 4, 2, smallest)
@@ -309,7 +310,7 @@ def test_only_the_symmetric_part_of_a_hessian_counts():
         assert given.slope < 0 and given.positive
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "direction, chain, chunk",
     [
@@ -328,6 +329,7 @@ def test_solves_take_the_same_steps(direction, chain, chunk):
         assert parallel.stats[count] == sequential.stats[count] > 0
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     lqr, x0 = random_lqr(7, 3, 2)
     batch = jax.tree.map(lambda a: a[None], (lqr, x0))

@@ -244,6 +244,7 @@ def test_much_smoothing_gives_the_mean(f, sigma):
     np.testing.assert_allclose(nu * (h - mean), curvature * variance / 2, rtol=1e-3)
 
 
+@pytest.mark.costly
 @every_f
 def test_no_smoothing_gives_the_risk(f):
     sigma = SPECTRA["extremile"]  # without zeros, the blocks are single losses
@@ -426,6 +427,7 @@ def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
 # The capped softargmax ------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["KL", "chi2", "alpha 3", "Neyman", "Jeffreys"])
 def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
     f = GENERATORS[name]

@@ -218,6 +218,7 @@ def test_warm_start_at_a_solution_takes_no_step(search):
     np.testing.assert_allclose(second.cost, first.cost, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_counts_are_true():
     calls = dict(rollouts=0, total=0)
 

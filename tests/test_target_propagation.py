@@ -266,6 +266,7 @@ def test_nothing_moves_at_a_minimum():
     assert all(np.max(np.abs(leaf)) < 1e-16 for leaf in numbers(found))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
 def test_generic_inverse(shape, monkeypatch):
     W = jr.normal(KEYS[6], shape)
@@ -442,6 +443,7 @@ class Tokens(eqx.Module):
         return self.cell(self.table[x], state)
 
 
+@pytest.mark.slow
 def test_states_of_several_arrays_and_integer_inputs():
     tokens = Tokens(jr.normal(KEYS[6], (5, P)), eqx.nn.LSTMCell(P, 2, key=KEYS[7]))
     loop = dp.Recurrent(tokens, (2, 2))

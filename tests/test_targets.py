@@ -100,6 +100,7 @@ def test_targets_that_are_accepted(name, unchecked):
             loss(U, targets + 0j)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", WRONG)
 def test_targets_that_are_not(name, unchecked):
     loss, accepted = ACCEPTED[name]

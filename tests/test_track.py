@@ -76,6 +76,7 @@ def test_spot_values_of_the_simple_track(tracks):
     close(track.heading(0.0), 0.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CLOSED)
 def test_seam_is_smooth(tracks, name):
     track = tracks[name]
@@ -102,6 +103,7 @@ def test_knots_are_smooth(tracks, name):
     np.testing.assert_allclose(left, right, atol=1e-5 * np.abs(right).max())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", MINIATURE + CIRCUITS)
 def test_derivative_is_that_of_the_points(tracks, name):
     track = tracks[name]

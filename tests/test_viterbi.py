@@ -153,6 +153,7 @@ def test_products_with_the_hessian(f, reference):
         np.testing.assert_allclose(HZ, (ahead - behind) / (2 * step), atol=1e-7)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("f", [KL, JS], ids=str)
 def test_no_path_at_all(f):
     nowhere = potentials(7)
