@@ -38,12 +38,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# XLA's older way to generate code, in one piece, compiles in half the time. Later
+# To move what is constant out of loops XLA first runs each of them, which is a third of
+# compiling. Its older way to generate code, in one piece, takes half the time. Later
 # versions no longer have it, and stop at flags that they do not know.
+FAST_TO_COMPILE = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
 OLD_EMITTERS = jax.__version_info__ < (0, 11)
-FAST_TO_COMPILE = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+if OLD_EMITTERS:
+    FAST_TO_COMPILE += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 # Programs are large and live long: it does not pay to look for garbage often.
 gc.set_threshold(50_000, 20, 100)
 
@@ -72,10 +75,9 @@ def pytest_configure(config):
         # Compiling is what costs here, not running. XLA reads the variable when it
         # compiles for the first time.
         jax.config.update("jax_disable_most_optimizations", True)
-        if OLD_EMITTERS:
-            flags = os.environ.get("XLA_FLAGS", "")
-            if FAST_TO_COMPILE not in flags:
-                os.environ["XLA_FLAGS"] = f"{flags} {FAST_TO_COMPILE}".strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        if FAST_TO_COMPILE not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {FAST_TO_COMPILE}".strip()
     if config.getoption("--plain-loops"):
         from diffprog._common import fast_loops
 
@@ -115,16 +117,19 @@ def pytest_collection_modifyitems(config, items):
         return
     if config.getoption("--all"):
         return
-    costly = collections.defaultdict(list)
+    costly = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in items:
-        if item.get_closest_marker("costly"):
-            costly[item.nodeid.split("[")[0]].append(item)
+        mark = item.get_closest_marker("costly")
+        if mark:
+            values = tuple(id(item.callspec.params[name]) for name in mark.args)
+            costly[item.nodeid.split("[")[0]][values].append(item)
     dropped = {item for item in items if item.get_closest_marker("slow")}
     # Other tests, and other seeds, take other parameters: together they see every
     # direction, loss and solver.
-    for name, group in costly.items():
-        kept = (zlib.crc32(name.encode()) + config.getoption("--seed")) % len(group)
-        dropped |= {item for i, item in enumerate(group) if i != kept}
+    for name, groups in costly.items():
+        first = zlib.crc32(name.encode()) + config.getoption("--seed")
+        for kept, group in enumerate(groups.values(), first):
+            dropped |= {item for i, item in enumerate(group) if i != kept % len(group)}
     if len(dropped) < len(items):  # else they were asked for by name
         drop(config, items, dropped)
 

@@ -33,6 +33,7 @@ def one_by_one():
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *each)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_a_batch_equals_its_problems(fast_loops, one_by_one):
     problem, x0s, uss = batch()
@@ -44,6 +45,7 @@ def test_a_batch_equals_its_problems(fast_loops, one_by_one):
     assert jnp.all(solution.result == dp.RESULTS.successful)
 
 
+@pytest.mark.slow
 def test_batches_of_a_size_that_does_not_divide(one_by_one, capsys):
     problem, x0s, uss = batch()
     solution = dp.solve_batch(
@@ -65,6 +67,7 @@ def test_the_average_cost_is_that_of_finite_ones(capsys):
     assert re.search(line, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_function_receives_the_figures_and_jit_works():
     problem, x0s, uss = batch()
     figures = []
@@ -98,6 +101,7 @@ def test_a_batch_starts_from_the_state_of_another():
     close(damped.cost, first.cost)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_problems_that_fail_leave_the_others_alone(fast_loops, one_by_one):
     problem, x0s, uss = batch()
@@ -207,6 +211,7 @@ HOLDERS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_arrays_that_functions_hold_are_asked_about(holder):
     weights, (_, x0s, uss) = jnp.array([2.0, 5.0]), batch(2)
@@ -254,6 +259,7 @@ def test_numbers_that_are_no_rows_of_an_array_are_asked_about(kind):
         dp.solve_batch(problem, dp.ILQR(), x0s, uss)
 
 
+@pytest.mark.slow
 def test_the_axis_that_is_advised_gives_each_problem_its_own():
     _, x0s, uss = batch(2)
     problem = lambda weights: dp.ControlProblem.from_system(Asking(weights=weights), 12)
@@ -277,6 +283,7 @@ def test_a_list_that_functions_hold_is_asked_about():
             dp.solve_batch(problem, dp.ILQR(), x0s, uss)
 
 
+@pytest.mark.slow
 def test_numbers_that_have_one_reading_are_not_asked_about():
     class Indexed(helpers.Spring):
         pair: Any = (2.0, 5.0)

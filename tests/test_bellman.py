@@ -84,6 +84,7 @@ def test_they_are_the_same_distribution(eos):
 WAYS = [(KL, None), (KL, 1), (losses.Alpha(1.5), 1)]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("f, eos", WAYS, ids=str)
 def test_there_and_back(f, eos):
     given = tables(1)
@@ -211,6 +212,7 @@ def test_impossible_tokens():
         np.testing.assert_allclose(back[t], rewards[t], atol=1e-12)
 
 
+@pytest.mark.costly
 @EOS
 def test_rewards_of_given_sequences(eos):
     logits = tables(12)

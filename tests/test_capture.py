@@ -290,6 +290,7 @@ ORDERED += [lambda weights: Weights(weights).cost]
 DICTS = [dict, collections.OrderedDict, ft.partial(collections.defaultdict, lambda: 1)]
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
 @pytest.mark.parametrize("kind", DICTS, ids=["dict", "OrderedDict", "defaultdict"])
 @pytest.mark.parametrize("hold", ORDERED, ids=range(len(ORDERED)))
@@ -556,6 +557,7 @@ def call_cost(systems, x, u, t):
     return systems[0].cost(x, u, t)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("place", PLACES)
 def test_a_change_is_seen_wherever_the_static_field_is(place):
     held = dict(w=1.0)
@@ -670,6 +672,7 @@ class TunedModel(eqx.Module):
         return self.held["w"] * (x @ self.W)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("place", ["loss", "predict", "model"])
 def test_training_sees_a_change_in_a_static_field(place):
     held, gradient = dict(w=1.0), dp.oracles.Gradient()
@@ -1022,6 +1025,7 @@ class SharedFields(eqx.Module):
 WRITING = [Memo, TracedMemo, Log, Nested, Missing, Made, Property, Slots]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", WRITING, ids=lambda kind: kind.__name__)
 def test_a_method_may_write_into_its_object_while_it_is_traced(kind):
     def found(kind):
@@ -1069,6 +1073,7 @@ def test_a_number_that_appears_behind_the_trace_is_not_taken_for_another():
         np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("system", [Shared(), SharedFields(1.0, {})], ids=type)
 def test_a_number_that_is_lost_with_its_trace_is_named(entry, system):

@@ -71,6 +71,7 @@ def test_from_system_holds_the_system_itself():
     np.testing.assert_array_equal(costs, [2, 5])
 
 
+@pytest.mark.slow
 def test_rollout_is_differentiable_in_everything():
     def total(stiffness, x0, us):
         spring = dp.ControlProblem.from_system(helpers.Spring(stiffness), 4)

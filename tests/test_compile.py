@@ -33,6 +33,7 @@ class Counted:
         return self.system.terminal_cost(x)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_functions_are_traced_once_and_data_never_compile_again(method):
     _, x0, us = helpers.spring()
@@ -75,7 +76,7 @@ def test_new_numbers_anywhere_never_compile_again(search, caplog):
     assert first != second
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_closures_over_traced_values_work_inside_jit(search):
     problem, x0, us = helpers.spring()

@@ -243,6 +243,7 @@ def test_a_tap_keeps_the_derivatives_of_functions_behind_it():
     close(g, jax.grad(lambda x: jnp.sum(jax.vmap(model)(x)))(INPUTS))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("rho", [0.3, 1e-3])
 def test_scores_are_shares_of_the_best_decrease(rho):
     recipe, targets, h, C = dense("softmax")

@@ -86,7 +86,7 @@ MODELS = {"equinox": (of_equinox, 1e-12), "linen": (of_linen, 1e-12)}
 MODELS |= {"nnx": (of_nnx, 1e-6)}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", MODELS)
 def test_products_of_models_as_they_are_equal_dense_ones(framework):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -129,6 +129,7 @@ def test_decrement_is_that_of_the_undamped_model_along_the_direction(method):
         np.testing.assert_allclose(sweep.decrement, -sweeps[0].slope / 2, rtol=1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [*DIRECTIONS, *BIASED], ids=name)
 def test_large_damping_tends_to_the_gradient(method):
     problem, x0, us = helpers.spring()
@@ -193,6 +194,7 @@ class Follower(dp.AbstractDirection):
         return dp.Riccati().backward(chain, trajectory, model, damping)
 
 
+@pytest.mark.slow
 def test_a_direction_of_a_user_gets_the_fast_path_unasked(monkeypatch):
     """Its model is found again by each pass in loops that are one function."""
     problem, x0, us = helpers.spring()
@@ -215,6 +217,7 @@ def affine_model(F, W, V):
     return helpers.vectors(problem, jnp.zeros(len(V) - 1), jnp.zeros((T, m)))
 
 
+@pytest.mark.slow
 def test_gaps_of_the_dynamics_live_in_the_model(getkey):
     """With c in F gains, controls, slope and curvature are those of the LQR problem."""
     lqr = helpers.random_lqr(getkey(), T=6, n=3, m=2)
@@ -247,6 +250,7 @@ def test_gaps_of_the_dynamics_live_in_the_model(getkey):
         np.testing.assert_allclose(sweep.decrement, promised, rtol=1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("second_order", [False, True])
 def test_models_of_a_chain_agree(second_order):
     """What is found again by each pass is what is stored, stage by stage."""

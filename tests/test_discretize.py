@@ -84,7 +84,7 @@ def test_rk4_is_exact_for_a_cubic_in_time():
     np.testing.assert_allclose(step(jnp.zeros(1), None, 2), 1.5**4 - 1.0, rtol=1e-14)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rk4", diffrax.Heun()])
 def test_pytrees_dtypes_and_derivatives(method):
     field = lambda x, u, time: dict(p=x["v"], v=u - jnp.sin(x["p"]))
@@ -102,6 +102,7 @@ def test_pytrees_dtypes_and_derivatives(method):
     jax.test_util.check_grads(jax.jit(total), args, order=2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_discretized_dynamics_in_a_problem():
     step = dp.discretize(field, 0.1, diffrax.Tsit5())
     problem = dp.ControlProblem(
@@ -146,6 +147,7 @@ def test_derivatives_of_an_implicit_step():
     assert jnp.max(jnp.abs(second)) > 0.01
 
 
+@pytest.mark.slow
 def test_an_implicit_step_that_fails_is_nan_and_differentiable():
     """Where it fails the derivative is 0, in every lane of a batch."""
     step = dp.discretize(stiff, 0.05, IMPLICIT)
@@ -242,6 +244,7 @@ class Backward(eqx.Module):
         return jnp.sum(x**2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["euler", "rk4", diffrax.Heun()], ids=str)
 def test_a_traced_step_that_is_not_positive_is_nan(method):
     for dt in (-0.1, 0.0, jnp.nan):

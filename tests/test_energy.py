@@ -73,6 +73,7 @@ def constant(f, mass):
     return f.at_zero * (mass - 1) if np.isfinite(f.at_zero) else 0.0
 
 
+@pytest.mark.costly
 @MASS
 @SCORES
 def test_the_minimum_over_t_is_the_smoothed_maximum(f, mass):

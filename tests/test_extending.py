@@ -280,8 +280,28 @@ SAID = [
     test_value_and_direction.test_numbers_that_go_wrong,
 ]
 
+# What others of the list show as well, of the same parts.
+AGAIN = [
+    test_directions.test_one_full_step_solves_a_linear_quadratic_problem,
+    test_directions.test_gradients_flow_through_a_direction,
+    test_solve.test_all_directions_reach_the_same_optimum,
+    test_solve.test_chains_of_several_segments,
+    test_solve.test_vmap_equals_loop,
+    test_solve.test_stepping_by_hand_equals_solve,
+    test_losses.test_first_and_second_derivatives,
+    test_value_and_direction.test_any_optimizer_takes_the_direction,
+]
+CASES = [
+    pytest.param(
+        said,
+        id=said.__name__.removeprefix("test_"),
+        marks=[pytest.mark.slow] if said in AGAIN else [],
+    )
+    for said in SAID
+]
 
-@pytest.mark.parametrize("said", SAID, ids=lambda said: said.__name__[5:])
+
+@pytest.mark.parametrize("said", CASES)
 def test_what_holds_for_ours_holds_for_yours(said, optimum, monkeypatch):
     Y, U = test_loss_interface.Y, test_loss_interface.U
     monkeypatch.setitem(test_loss_interface.CASES, "yours", (Quantile(), U, Y))

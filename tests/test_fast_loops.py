@@ -52,6 +52,7 @@ def test_solutions_equal_those_of_ordinary_loops(method):
         assert fast.stats[key] == plain.stats[key]
 
 
+@pytest.mark.slow
 def test_float32_solutions_equal_those_of_ordinary_loops():
     problem, x0, us = helpers.spring(dtype=jnp.float32)
     fast, plain = both(problem, x0, us, dp.DDP())
@@ -81,6 +82,7 @@ def test_long_horizons_equal_ordinary_loops():
     agree(fast.us, plain.us)
 
 
+@pytest.mark.slow
 def test_a_chain_of_phases_equals_ordinary_loops():
     problem, x0, us = helpers.two_phase()
     fast, plain = both(problem, x0, us, dp.GaussNewton())
@@ -131,7 +133,7 @@ def test_every_primitive_of_the_list_compiles():
         agree(fast(x, i), jax.jit(every)(x, i), **close)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("size, terms", [(1024, 35), (16, 2400)])
 def test_what_is_just_small_enough_compiles(size, terms):
     """Loop bodies at the limits, where XLA would fuse them into one operation."""
@@ -177,6 +179,7 @@ def test_what_is_not_known_to_compile_is_said_and_runs_anyway(reason):
     agree(compiled(lambda _: fn(x), None), fn(x))
 
 
+@pytest.mark.slow
 def test_dynamics_with_lapack_still_solve():
     def dynamics(x, u, t):
         mass = jnp.diag(1.0 + 0.1 * x**2)
@@ -199,7 +202,7 @@ def test_verbose_takes_the_ordinary_loops():
         dp.solve(problem, dp.ILQR(), x0, us, verbose=print, fast_loops=True)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [dp.FixedStep(), dp.Backtracking()], ids=name)
 def test_a_missing_minimum_has_the_same_code(search):
     saddle = lambda x, u, t: x[0] ** 2 - u[0] ** 2
@@ -210,6 +213,7 @@ def test_a_missing_minimum_has_the_same_code(search):
     assert fast.result == plain.result != dp.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_a_second_derivative_that_is_not_finite_has_the_same_code():
     step = lambda x, u, t: x + jnp.sign(u) * jnp.abs(u) ** 1.5
     cost = lambda x, u, t: x[0] ** 2 + 0.1 * (u[0] - 1.0) ** 2
@@ -220,6 +224,7 @@ def test_a_second_derivative_that_is_not_finite_has_the_same_code():
     assert fast.stats["first_nonfinite"] == plain.stats["first_nonfinite"] == 2
 
 
+@pytest.mark.slow
 def test_vmap_takes_the_ordinary_loops():
     problem, x0, us = helpers.spring()
     x0s = jnp.stack([x0, -x0, 0.5 * x0])

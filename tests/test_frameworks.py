@@ -111,7 +111,7 @@ def of_haiku() -> Case:
     return Case(predict, params, start, mean, dict(key=jr.key(4)))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [of_nnx, of_linen, of_haiku])
 def test_statistics_are_handed_on_and_the_rest_is_trained(make):
     case = make(statistics=True, dropout=True) if make is of_nnx else make()

@@ -157,6 +157,7 @@ def test_without_iterations_the_dual_is_the_gradient():
     assert aux.num_inner == 0
 
 
+@pytest.mark.costly
 @every_loss
 def test_the_gradient_of_a_damping(name):
     step, _ = run(Gradient(0.1), name)
@@ -221,6 +222,7 @@ def test_slopes_of_iterates_are_ordered():
     assert primal[0] < 0 and np.all(np.diff(primal) < 0) and primal[-1] > exact
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),
@@ -263,6 +265,7 @@ def damped(name, damping):
     return d.gauss_newton + damping * jnp.eye(d.J.shape[1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("count", [1, 3])
 def test_iterates_in_outputs_are_those_in_parameters(count):
     best = krylov(damped("softmax", 0.01), dense("softmax").gradient, count)

@@ -154,6 +154,7 @@ def test_direction_is_the_dense_solve(name, method):
     matches(float(slope), gradient @ expected, 1e-10)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne"])
 def test_a_direction_alone_is_that_of_a_step(method):
     problem, x0, us = SMALL["pendulum"]()
@@ -176,7 +177,7 @@ def test_ilqr_has_the_slope_of_gauss_newton():
 # Linear-quadratic problems.
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gn", "ne", "ddp_lq", "ddp_q"])
 def test_one_step_solves_a_linear_quadratic_problem(method):
     lqr, x0 = env.golden_lqr(1.0)
@@ -204,6 +205,7 @@ def test_one_step_solves_a_linear_quadratic_problem(method):
 # Limits.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["pendulum", "cart_pole"])
 def test_feedback_rollout_leaves_the_linear_one_at_second_order(name):
     problem, x0, us = SMALL[name]()
@@ -219,6 +221,7 @@ def test_feedback_rollout_leaves_the_linear_one_at_second_order(name):
     matches(ratios, ratios[1], 1e-2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["gn", "ne", "ddp_lq", "ddp_q"])
 def test_large_damping_gives_the_gradient(method):
     problem, x0, us = SMALL["pendulum"]()
@@ -302,6 +305,7 @@ def test_pendulum_gradient_descent():
     assert int(solution.stats["num_steps"]) == 120
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["dir", "reg"])
 @pytest.mark.parametrize("method", ["gn", "ddp_lq", "ne", "ddp_q"])
 def test_pendulum_iterates(method, mode):
@@ -379,6 +383,7 @@ def test_cart_pole_with_the_intended_physics(method, mode):
     matches(float(solution.xs[-1, 1]), float(last), 1e-8)
 
 
+@pytest.mark.slow
 def test_cart_pole_with_the_intended_physics_first_iterates():
     row = (65.595119, 62.661847, 59.372941)
     matches(costs(cart_pole_solution("ddp_lq", "reg", False, 1e-2))[1:4], row, 1e-6)

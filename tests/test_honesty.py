@@ -45,6 +45,7 @@ def test_damping_cannot_pass_off_a_short_step_as_convergence(method):
     assert solution.cost <= tolerance and solution.stats["decrement"] <= tolerance
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_overflow_of_norms_in_float32_is_no_convergence(search):
     J = lambda x: 1e20 * jnp.sum((x - 3.0) ** 2)
@@ -161,6 +162,7 @@ def test_trials_of_the_history_add_up_at_the_step_limit():
     assert trials + 1 == float(solution.stats["num_rollouts"])
 
 
+@pytest.mark.slow
 def test_numpy_scalars_are_numbers_like_any_other():
     problem, x0, us = helpers.spring(dtype=jnp.float32)
     search = dp.Backtracking(decrease=np.float64(0.5), min_damping=np.float64(1e-6))
@@ -275,7 +277,7 @@ def test_reprs_never_fail():
 TABLE = jnp.arange(10.0)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["dynamics", "cost", "terminal_cost"])
 def test_a_table_that_is_too_short_is_found(where):
     read = lambda here, t: TABLE[t] if here == where else 0.0

@@ -449,7 +449,7 @@ def test_oracles_of_anything(oracle):
     check()
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_that_takes_a_loss_agrees(dtype):
     @property_test(3)

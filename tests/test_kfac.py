@@ -263,6 +263,7 @@ def test_undamped_steps_do_not_depend_on_coordinates_of_inputs_and_outputs():
     close(changes[0], changes[1], 1e-10)
 
 
+@pytest.mark.slow
 def test_sampled_factors_of_one_output_are_exact():
     net = dp.Network([eqx.nn.Linear(4, 3, key=KEYS[2]), jnp.tanh, *last(1)])
     at = ggn(Logistic())(net, INPUTS, jnp.where(REAL[:, :1] > 0, 1.0, -1.0))
@@ -274,6 +275,7 @@ def last(k):
     return [eqx.nn.Linear(3, k, key=KEYS[3])]
 
 
+@pytest.mark.slow
 def test_sampled_factors_are_exact_on_average():
     net = dp.Network([eqx.nn.Linear(4, 3, key=KEYS[2]), jnp.tanh, *last(3)])
     at = fisher(SoftmaxCrossEntropy())(net, INPUTS, LABELS)
@@ -367,6 +369,7 @@ def test_new_numbers_are_the_same_program():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_float32_steps_are_those_of_float64():
     net, inputs, targets, loss = problem("G1")
     single = jax.tree.map(
@@ -488,7 +491,7 @@ def test_wrong_calls_say_what_to_do(message, unchecked):
 BIASES = {False: "without biases", True: "with biases"}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", BIASES, ids=BIASES.values())
 @pytest.mark.parametrize(
     "structure",

@@ -163,6 +163,7 @@ def test_the_step_is_the_dense_one(method):
         close_all(found.step, step)
 
 
+@pytest.mark.costly
 @every_method
 def test_the_objective_is_the_quadratic_model_anywhere(method):
     u = jr.normal(KEYS[10], flat(NET.params).shape)
@@ -386,7 +387,7 @@ def test_merged_stages_and_passive_layers_change_nothing():
 # Programs -------------------------------------------------------------------------
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["stages", "information"])
 def test_mapped_over_parameters_and_compiled(form):
     call = lambda params: dp.layerwise_lqr(
@@ -400,7 +401,7 @@ def test_mapped_over_parameters_and_compiled(form):
         close(row(found), call(row(many)), 1e-12, scale="largest")
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["stages", "information"])
 def test_in_float32(form):
     half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
@@ -410,6 +411,7 @@ def test_in_float32(form):
     close(found.logabsdet, np.float32(exact("ggn").logabsdet), 2e-6)
 
 
+@pytest.mark.slow
 def test_the_derivative_of_the_determinant():
     def logabsdet(damping):
         return dp.layerwise_lqr(PROBLEM, *START, damping=damping).logabsdet

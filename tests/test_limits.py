@@ -76,6 +76,7 @@ def stages(seed, width, m, n=3):
     return found, lower, upper
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("m", [1, 2, 5])
 def test_a_stage_minimizes_within_its_box(m):
     """k = clip(k - (G k + h)), and the cost-to-go is that of any gains, [k K]."""
@@ -143,7 +144,7 @@ def test_what_pushes_against_a_limit_is_no_gradient():
 # Solutions.
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 @pytest.mark.parametrize("chain", LIMITS)
 def test_solutions_are_optimal_within_the_limits(chain, method):
@@ -235,6 +236,7 @@ def test_the_policy_cuts_off_and_does_not_answer_at_a_limit():
         close(policy(t, solution.xs[t]), solution.us[t], 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES[1:], ids=name)
 def test_a_warm_start_at_a_solution_takes_no_step(search):
     problem, x0, solution = solved("linear", dp.ILQR(), search)
@@ -343,6 +345,7 @@ def test_parking(method):
 # Batches, numbers, phases, trees.
 
 
+@pytest.mark.slow
 def test_vmap_equals_the_loop():
     problem, x0, us = helpers.spring()
     tops = jnp.array([0.05, 0.3, 1.0, -5.0])  # the last one lies below the lower limit
@@ -375,6 +378,7 @@ def test_a_batch_of_limits():
     )
 
 
+@pytest.mark.slow
 def test_float32():
     problem, x0, us = helpers.linear(dtype=jnp.float32)
     bounds = tuple(side.astype(jnp.float32) for side in LIMITS["linear"])
@@ -385,6 +389,7 @@ def test_float32():
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_phases_have_limits_of_their_own():
     chain, x0, us = helpers.two_phase()
     free = dp.solve(chain, dp.DDP(), x0, us)
@@ -426,6 +431,7 @@ def test_limits_are_trees_like_a_control_or_like_all():
     assert jtu.tree_structure(one.policy(0, jnp.zeros(2))) == jtu.tree_structure(point)
 
 
+@pytest.mark.slow
 def test_a_system_may_have_limits():
     class Limited(helpers.Spring):
         most: float = 0.3
@@ -545,6 +551,7 @@ def test_a_network_takes_no_limits(unchecked):
         make(net, lambda o, t: o, jnp.zeros(2), control_bounds=(0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_new_limits_do_not_compile_again():
     problem, x0, us = helpers.spring()
     traces = 0

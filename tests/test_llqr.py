@@ -269,6 +269,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("structure, shape", SHAPES, ids=str)
 def test_a_structure_is_a_matrix_that_starts_as_the_identity(structure, shape):
     size = int(np.prod(shape))
@@ -478,7 +479,7 @@ def test_no_array_moves_further_than_the_bound(structure, scale):
         assert max(jax.tree.leaves(moved)) > 0.1 * bound
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [GaussianProbe(2000), RademacherProbe(2000)], ids=str)
 def test_random_probes_come_near_to_their_limit(probe):
     _, state, _ = fit(Diagonal(), NormalEquations(), probe=probe)
@@ -503,6 +504,7 @@ def test_a_layer_without_gradient_keeps_its_scalar():
     assert state.U.layers[0].weight == 1 and state.U.layers[1].bias != 1
 
 
+@pytest.mark.slow
 def test_averages_floors_and_warm_starts():
     fitted = lambda **options: fit(Diagonal(), LinearCG(5), **options)[1]
     U = lambda state: ravel_pytree(state.U)[0]
@@ -707,6 +709,7 @@ def test_a_mask_may_hide_a_whole_part():
     )
 
 
+@pytest.mark.slow
 def test_the_judge_is_the_score_on_its_own_batch():
     tx, state, _ = fit(Diagonal(), LinearCG(20))
     tx = llqr(Diagonal(), damping=RHO, solver=LinearCG(20))
@@ -719,6 +722,7 @@ def test_the_judge_is_the_score_on_its_own_batch():
     assert jnp.isnan(refresh(state, PARAMS, curvature())[1].score)
 
 
+@pytest.mark.slow
 def test_a_line_search_of_optax_refuses_what_it_does_not_know():
     x, y = batch()
     loss = SoftmaxCrossEntropy()

@@ -166,6 +166,7 @@ def gauss_newton(loss, u, y, J, c):
     return whitened, -J.T @ (g - R @ x) / c, R, g, e
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", ["Huber", "Euclidean", "CE-labels", "sparsemax", "custom"]
 )
@@ -198,6 +199,7 @@ def network(scale):
     return apply(params), J, jnp.asarray(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_the_step_in_float32(scale):
     u, J, labels = network(scale)
@@ -214,6 +216,7 @@ def test_the_step_in_float32(scale):
     assert scale > 1 or error > 1e-3
 
 
+@pytest.mark.slow
 def test_labels_without_probability():
     u = jnp.array([[0.0, 200.0, 1.0], [0.0, 0.0, 0.0]], jnp.float32)
     labels = jnp.array([0, 1])
@@ -300,6 +303,7 @@ def test_conjugate_prox(name):
     assert (more >= -1e-12 * (1 + tau)).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", ["Logistic", "Poisson", "Hinge-labels", "CE-labels", "CE-soft", "Alpha3"]
 )
@@ -408,6 +412,7 @@ def test_block_updates(name):
     assert lower.dtype == jnp.float32 and lower.shape == u.shape
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name",
     ["Squared", "Logistic", "Huber", "Absolute", "Euclidean", "Poisson", "Hinge"],
@@ -431,6 +436,7 @@ def some(loss, u, y):
     return g, a, loss.conjugate(a, y), loss.dual_projection(u, y)
 
 
+@pytest.mark.slow
 def test_excluded_classes():
     loss = losses.FLoss(ChiSquare(), jnp.array([1.0, 0.0, 2.0]))
     small = losses.FLoss(ChiSquare(), jnp.array([1.0, 2.0]))

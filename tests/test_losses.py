@@ -155,6 +155,7 @@ def test_sparsemax_and_entmax_of_known_scores():
     close(losses.entmax(theta, 1.3), f_softargmax(theta, Alpha(1.3), "unit"))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("alpha", (-0.5, 0.5, 1.5, 2.0, 2.5))
 def test_constant_measures_rescale_scores(alpha):
     c = 0.3
@@ -177,6 +178,7 @@ def test_shifts_permutations_and_equal_scores(name):
     assert (jnp.abs(p - equal).max(-1) > 1e-4).all()
 
 
+@pytest.mark.costly
 @family
 def test_the_derivative_of_f_is_the_inverse_link(name):
     f = FAMILIES[name]
@@ -185,6 +187,7 @@ def test_the_derivative_of_f_is_the_inverse_link(name):
     close(f_softargmax(theta, f, MEASURE), p, 1e-10)
 
 
+@pytest.mark.costly
 @family
 def test_value_is_score_minus_divergence(name):
     f, q = FAMILIES[name], jnp.asarray(np.tile(MEASURE, (4, 1)))
@@ -222,6 +225,7 @@ def test_the_residual_is_the_l1_error(name):
     np.testing.assert_allclose(excess / (W * h * h / 2), 1, rtol=0.02)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_losses_have_a_margin(name):
     f = FAMILIES[name]
@@ -376,6 +380,7 @@ def test_third_derivatives_of_a_value(name):
     close(cubic @ h, twice, 1e-11)  # third derivatives of the value: any order
 
 
+@pytest.mark.slow
 def test_derivatives_in_alpha_and_temperature():
     theta, y = jnp.asarray(THETA[1]), jnp.asarray(MEASURE / MEASURE.sum())
 
@@ -541,6 +546,7 @@ class Scaled(AbstractDivergence):
         return S * jnp.log(S)
 
 
+@pytest.mark.slow
 def test_fields_of_a_divergence_have_derivatives():
     # c KL at temperature 1 is KL at temperature c.
     theta, labels = jnp.asarray(THETA), jnp.arange(4)
@@ -600,6 +606,7 @@ def test_brackets_and_bisection(name):
     close(f_softargmax(THETA, f, "unit"), halved, 1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", [n for n, f in FAMILIES.items() if f.convex_ratio is True]
 )
@@ -667,6 +674,7 @@ def test_float32_mass(name, k, q):
     assert np.abs(np.asarray(p, float) - np.asarray(exact)).sum(-1).max() < 5e-6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ("LeCam", "ChiSquare", "JensenShannon", "1.5"))
 def test_float32_mass_of_nearly_equal_scores(name):
     theta = (1e-3 * np.random.default_rng(8).normal(size=(1, 32_768))).astype("f4")
@@ -675,7 +683,7 @@ def test_float32_mass_of_nearly_equal_scores(name):
     assert jnp.abs(p.astype(float) - exact).sum() < 5e-6
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", (3.0, 5.0))
 def test_float32_mass_of_large_alpha(alpha):
     rng = np.random.default_rng(9)
@@ -691,6 +699,7 @@ def test_float32_mass_of_large_alpha(alpha):
     close(jax.grad(value)(jnp.asarray(theta)), p, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_generator_given_as_a_function():
     def jensen_shannon(u):  # not normalized
         return u * jnp.log(u) - (u + 1) * jnp.log((u + 1) / 2) + 3 * u
@@ -759,6 +768,7 @@ def test_excluded_classes(name):
     close(uniform[:, keep], even, 1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["KL", "1.5", "traced 0.3"])
 def test_nan_is_no_missing_class(name):
     f, scores = FAMILIES[name], jnp.array([[jnp.nan, jnp.nan], [1.0, 2.0]])
@@ -847,6 +857,7 @@ def test_one_class_ties_and_distant_scores(name):
     np.testing.assert_allclose(single, f_softargmax(rounded, f, "unit"), atol=5e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_short_floats_are_computed_in_float32(dtype):
     scores = jnp.asarray(np.tile(THETA, (1, 50)), dtype)
@@ -886,6 +897,7 @@ def test_axes_batches_and_alpha_per_row():
     close(jitted(scores), p, 1e-14)
 
 
+@pytest.mark.slow
 def test_classes_on_several_axes():
     scores = np.random.default_rng(7).normal(size=(2, 3, 2, 2))
     flat, f = np.moveaxis(scores, 1, -1).transpose(0, 1, 3, 2), Alpha(1.5)
@@ -1143,6 +1155,7 @@ def test_wrong_parts_of_energies_and_risks(unchecked):
             call()
 
 
+@pytest.mark.slow
 def test_gradients_in_both_modes_to_second_order():
     f = lambda t, q: f_softargmax(t, LeCam(), q)  # pyright: ignore
     check_grads(f, (jnp.asarray(THETA[1]), jnp.asarray(MEASURE)), 2, ("fwd", "rev"))

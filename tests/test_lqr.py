@@ -126,6 +126,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rho", GOLDEN)
 def test_published_numbers_of_three_control_weights(rho, method):
@@ -148,6 +149,7 @@ def test_published_numbers_of_three_control_weights(rho, method):
 # The dense system, term by term.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", SHAPES)
 def test_solution_is_that_of_the_dense_system(shape):
     lqr, x0, solution = solved(*shape)
@@ -200,6 +202,7 @@ def test_value_is_the_cost_to_go_of_the_policy(shape):
         close_costs(kkt(lqr, first, start)[3], cost, parts, rtol=1e-11)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", SHAPES)
 def test_costs(shape):
     lqr, x0, solution = solved(*shape)
@@ -276,6 +279,7 @@ def skewed_lqr(T, n, m):
     return dp.LQR(**(terms | weights)), lqr, x0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 def test_one_stage_with_a_triangular_weight(method):
     # u'u / 2 + x'Q_final x / 2 at x = (1, u): 1/2 + u/2 + u^2.
@@ -303,6 +307,7 @@ def test_only_the_symmetric_part_of_a_weight_counts(shape, fast_loops):
         close_costs(given.cost(xs, us), solution.cost, xs, us)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_in_a_weight_is_symmetric(method):
     given, _, x0 = skewed_lqr(6, 3, 2)

@@ -152,7 +152,7 @@ FAR = {**FAMILIES, "-20": Alpha(-20.0), "traced -20": Alpha(jnp.asarray(-20.0))}
 FAR["function"] = losses.generator(lambda u: u * jnp.log(u))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAR)
 def test_scores_far_below_the_largest(name):
     """Of two classes that lead, and with one that leads and is at the cap."""
@@ -211,6 +211,7 @@ def test_risks_where_a_weight_is_lost_to_rounding():
     assert risk(0.3, LOWEST, np.inf, 1.0)[0] == np.inf
 
 
+@pytest.mark.slow
 def test_derivatives_in_targets_of_zero():
     """f'(0) where that is finite, also of a class whose target is 0."""
     y = jnp.array([0.5, 0.5, 0.0])

@@ -182,7 +182,7 @@ def test_the_gap_bounds_what_is_missing(name, solver):
         assert P < value or damping > 9
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @each
 @every
 def test_more_parameters_than_outputs(name, solver):
@@ -193,6 +193,7 @@ def test_more_parameters_than_outputs(name, solver):
         assert found.num_inner <= MOST[type(solver)]
 
 
+@pytest.mark.costly
 @each
 def test_float32(solver):
     for seed, damping in enumerate((10.0, 1e-2, 1e-4)):
@@ -204,6 +205,7 @@ def test_float32(solver):
         assert float(P) - least < 2e-4 * (float(value) - least)
 
 
+@pytest.mark.slow
 @each
 def test_many_models_at_once(solver):
     loss, targets = LOSSES["euclidean"]
@@ -225,6 +227,7 @@ def test_many_models_at_once(solver):
         assert most <= 1.2 * fewest + 2
 
 
+@pytest.mark.slow
 @each
 def test_excluded_classes_are_as_ones_of_no_chance(solver):
     rng = np.random.default_rng(1)
@@ -269,6 +272,7 @@ def test_without_matrices():
 # Its steps ------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["absolute", "euclidean", "huber", "LeCam"])
 def test_a_step_solves_the_linearized_equations(name):
     loss, targets = LOSSES[name]
@@ -311,6 +315,7 @@ def test_a_step_solves_the_linearized_equations(name):
 # In the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Hinge(), FLoss(ChiSquare(), "unit")])
 @pytest.mark.parametrize(
     "solver",
@@ -336,6 +341,7 @@ def test_a_mask_of_any_number(solver, loss):
     np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_gap_that_is_not_reached_withholds_the_step():
     model = eqx.nn.Linear(3, K, key=jax.random.key(0))
     inputs, targets = jnp.asarray(RNG.normal(size=(M, 3))), jnp.asarray(REAL)
@@ -376,6 +382,7 @@ def test_the_solver_is_chosen_by_what_the_loss_offers():
     assert isinstance(size(1100, 1100), AugmentedLagrangian)
 
 
+@pytest.mark.slow
 def test_either_solver():
     for steps in (1, 5000):  # too few, and mostly enough
         first, last = CoordinateAscent(steps), InteriorPoint()

@@ -315,6 +315,7 @@ def bad(kind):
     return optimizer, state, updates, after
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "kind, result",
     [
@@ -337,6 +338,7 @@ def test_a_step_that_cannot_be_trusted_is_zero_and_leaves_no_trace(kind, result)
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_batch_with_hardly_any_curvature_does_not_make_a_long_step():
     def lengths(growth):
         """Of the step of such a batch, and of the ones after it, in mean lengths."""
@@ -375,6 +377,7 @@ def test_the_exact_length_raises_the_score_of_a_direction():
     assert scores["gradient"] < scores["found"] <= 1
 
 
+@pytest.mark.slow
 def test_float32():
     single = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
     optimizer, params = exact(previous=True), single(PARAMS)

@@ -275,6 +275,7 @@ CHAIN: Any = dict(state=ChainRule(), weights=ChainRule(), seed=ChainRule())
 ONCE: Any = dict(state=MoreauRule(ONE), weights=InverseRule(1.0, ONE), seed=ChainRule())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "model, rules",
     [(dp.Network, CHAIN), (dp.Network, ONCE | dict(split=True)), (Marked, ONCE)],
@@ -338,6 +339,7 @@ def test_prox_prop_on_a_linear_layer_is_ridge_regression():
     assert np.linalg.norm(each - ridge) > 0.1 * np.linalg.norm(ridge)
 
 
+@pytest.mark.slow
 def test_batch_and_examples_apart_differ_for_moreau_and_agree_for_one_example():
     stages = [dp.Stage(tuple(layers()[:2])), layers()[-1]]
     marked = eqx.nn.Sequential(
@@ -374,6 +376,7 @@ def test_split_takes_a_stage_apart():
     assert np.linalg.norm(whole - found) > 1e-2 * np.linalg.norm(found)
 
 
+@pytest.mark.slow
 def test_equal_stages_in_a_loop_are_the_same_as_written_out():
     keys = jr.split(jr.key(2), 5)
     parts = sum(([eqx.nn.Linear(3, 3, key=key), jnp.tanh] for key in keys), [])
@@ -388,6 +391,7 @@ def test_equal_stages_in_a_loop_are_the_same_as_written_out():
         assert all(jnp.any(d != 0) for d in jtu.tree_leaves(found))
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_float32_is_kept():
     dtype = jnp.float32
     net = small(dtype)
@@ -494,6 +498,7 @@ def by_hand(problem, x0, us, alpha, solver):
     return jnp.stack(found[::-1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("solver", [InnerNewton(3), InnerGradient(2)])
 def test_control_equals_the_recursion_written_out(solver):
     problem, x0, us = helpers.spring(T=4)
@@ -506,6 +511,7 @@ def test_control_equals_the_recursion_written_out(solver):
     close(damped, step(0.1 * ONE_WEIGHT))
 
 
+@pytest.mark.slow
 def test_control_by_one_gradient_step_is_the_gradient():
     problem, x0, us = helpers.two_phase()
     du, _ = dp.direction(problem, dp.MoreauGradient(0.5, ONE), x0, us)

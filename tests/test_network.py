@@ -157,6 +157,7 @@ def test_sums_weigh_more_than_means():
     assert all(jnp.any(d != 0) for d in jax.tree.leaves(step))
 
 
+@pytest.mark.slow
 def test_a_network_of_equal_layers_is_a_control_problem():
     net = dp.Network(blocks(5))
     x0, loss = INPUTS[:1, :2], dp.losses.Squared()

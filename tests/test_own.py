@@ -182,6 +182,7 @@ def test_a_search_answers_with_its_records(method, answer, message, unchecked):
         solved(search=search)
 
 
+@pytest.mark.costly("search")
 @pytest.mark.parametrize(
     "answer",
     [

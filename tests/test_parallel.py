@@ -101,6 +101,7 @@ def test_equals_the_sequential_recursion(T, chunk):
     assert solution.result == dp.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_many_controls():
     lqr, x0 = random_lqr(9, 2, 6)  # more than the Cholesky factors written out
     agree(*(solved(lqr, x0, method) for method in METHODS))
@@ -159,7 +160,7 @@ def special_problems(dtype):
     return stack, jnp.asarray(x0, dtype), np.arange(10) < len(solvable)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_indefinite_and_singular_problems_in_a_batch(dtype):
     """The same verdicts and numbers; and what `vmap` gives is what one call gives."""
@@ -203,6 +204,7 @@ def stiff_lqr(T: int, n: int, m: int, smallest: float):
     return lqr, jnp.asarray(rng.standard_normal(n))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6])
 def test_float32_is_as_accurate_as_the_sequential_recursion(smallest):
     lqr, x0 = stiff_lqr(256, 4, 2, smallest)
@@ -232,6 +234,7 @@ def test_too_few_policies_are_a_failure_and_no_wrong_answer():
 # Derivatives.
 
 
+@pytest.mark.slow
 def test_first_and_second_derivatives():
     lqr, x0 = random_lqr(5, 2, 1)
     symmetric = lambda a: a + a.swapaxes(-1, -2) if a.shape[-2:] == (2, 2) else a
@@ -281,6 +284,7 @@ def test_sweep_over_a_chain(chain):
     assert positives == [chain == "two_phase", True, True]
 
 
+@pytest.mark.slow
 def test_only_the_symmetric_part_of_a_hessian_counts():
     """Of what a direction hands over: W, V, and second derivatives of the dynamics."""
     problem, x0, us = helpers.two_phase()
@@ -306,6 +310,7 @@ def test_only_the_symmetric_part_of_a_hessian_counts():
         assert given.slope < 0 and given.positive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "direction, chain, chunk",
     [
@@ -324,6 +329,7 @@ def test_solves_take_the_same_steps(direction, chain, chunk):
         assert parallel.stats[count] == sequential.stats[count] > 0
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     lqr, x0 = random_lqr(7, 3, 2)
     batch = jax.tree.map(lambda a: a[None], (lqr, x0))

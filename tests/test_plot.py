@@ -86,6 +86,7 @@ def test_trajectory_of_pytrees(tmp_path):
     _draw(axes[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_draws_into_given_axes(solution, circuit, drive):
     from matplotlib.figure import Figure
 
@@ -148,6 +149,7 @@ def test_solutions_are_drawn_as_they_are(solution):
             )
 
 
+@pytest.mark.slow
 def test_a_race_and_its_solution(circuit, drive, tmp_path):
     tracking = dp.systems.PathTracking(dp.systems.KinematicCar(), circuit)
     sliding = dp.systems.Race.miniature(circuit)

@@ -68,6 +68,7 @@ def test_float32_solves_and_stays_float32(method, search):
     np.testing.assert_allclose(solution.cost, exact.cost, rtol=1e-4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [dp.ILQR(), dp.DDP()], ids=name)
 def test_float32_stops_successfully_at_its_own_round_off(method):
     problem, x0, us = helpers.pendulum(dtype=jnp.float32)
@@ -83,6 +84,7 @@ def test_float64_stops_successfully_at_its_own_round_off(method):
     assert solution.stats["gradient"] < 1e-6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", MONOTONE, ids=name)
 def test_a_solve_that_stands_at_rounding_ends_and_says_so(search):
     # Positions are rounded to 6e-5, which moves the cost more than a step does.
@@ -210,7 +212,7 @@ def network(width: int, dtypes, key=jr.key(7)):
 CASES = [("bfloat16", 4), ("float16", 40), ("mixed", 4), ("mixed", 40)]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, width", CASES)
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_every_oracle_takes_16_bits(oracle, dtype, width):
@@ -271,7 +273,7 @@ INSIDE = {  # rules that meet factorizations, conjugate gradients and loops
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("make, oracle", INSIDE.values(), ids=INSIDE)
 def test_rules_of_layers_take_16_bits(make, oracle):
     x, labels = jr.normal(jr.key(3), (5, 2, 3)).astype("bfloat16"), jnp.arange(5) % 2
@@ -289,7 +291,7 @@ def test_rules_of_layers_take_16_bits(make, oracle):
     assert 0 < np.linalg.norm(low - desired) <= 4 * eps * np.linalg.norm(desired)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [MadsenNielsen(1.0), Threshold(1.0)], ids=name)
 def test_dampings_rest_at_the_rounding_of_bfloat16(rule):
     keys = jr.split(jr.key(0), 3)

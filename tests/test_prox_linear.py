@@ -131,6 +131,7 @@ def test_every_solver_finds_the_minimum(name, solver, damping):
     assert aux.slope < 0 and aux.num_inner < MOST
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["softmax", "huber"])
 def test_the_dual_variable_is_the_gradient_at_the_solution(name):
     # damping d = -J' alpha / m for alpha_i = grad l(f_i + J_i d). The square of the
@@ -142,6 +143,7 @@ def test_the_dual_variable_is_the_gradient_at_the_solution(name):
     np.testing.assert_allclose(0.1 * step, -pulled, rtol=0, atol=1e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["softmax", "hinge"])
 def test_the_gap_is_that_of_the_definition(name):
     step, _, aux = run(name, 0.3, CoordinateAscent(max_steps=2), throw=False)
@@ -196,6 +198,7 @@ def least_absolute_deviations():
     return found.fun, found.x[: A.shape[1]]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "damping, solver", [(0.1, CoordinateAscent(max_steps=MOST)), (1e-4, None)]
 )
@@ -244,6 +247,7 @@ def test_sufficient_damping_decreases_the_loss(name):
     assert value - P > pulled @ pulled / (4 * 20.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", LOSSES)
 def test_strong_damping_gives_the_gradient(name):
     step, _, _ = run(name, 1e7)
@@ -252,6 +256,7 @@ def test_strong_damping_gives_the_gradient(name):
     np.testing.assert_allclose(-1e7 * step, pulled, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_few_steps_still_descend():
     for name, solver in (("hinge", CoordinateAscent(max_steps=1)),
                          ("absolute", ProximalGradient(max_steps=1))):  # fmt: skip
@@ -272,6 +277,7 @@ def test_too_few_passes_are_no_success_without_a_step():
     assert moved == (aux.result == dp.RESULTS.successful)
 
 
+@pytest.mark.slow
 def test_float32_is_kept():
     cast = lambda a: a.astype("f4") if eqx.is_inexact_array(a) else a
     net, inputs = jax.tree.map(cast, (network(), INPUTS))

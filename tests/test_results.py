@@ -68,6 +68,7 @@ def test_a_state_that_is_not_finite_at_once_has_another_reason():
         dp.solve(problem, dp.ILQR(), jnp.ones(1), jnp.zeros((4, 1)))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_lost_late_may_be_a_step_that_fails():
     """Unless it has grown before: then it overflowed."""
     cost = lambda x, u, t: 0.0
@@ -97,6 +98,7 @@ SHORTEN = "shorten .*, or give `discretize` an implicit solver"
 LATE = f"shortens steps. Where an explicit rule .* stiff vector field, {SHORTEN}"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "method, rate, horizon, message",
     [
@@ -177,7 +179,7 @@ PIT = lambda x: jnp.sum(
 )
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "search, max_steps, code",
     [
@@ -226,6 +228,7 @@ def test_a_success_tells_of_no_trials():
     assert solution.stats["nonfinite_step"] == 10
 
 
+@pytest.mark.slow
 def test_the_place_is_found_in_a_chain_of_phases():
     phase = dp.Phase(lambda x, u, t: x + u, lambda x, u, t: jnp.sum(u**2), 2)
     chain = dp.Chain((phase, phase), lambda x: jnp.sum(x**2))
@@ -279,7 +282,7 @@ def test_a_maximum_and_a_saddle_are_left(J, least, method, search):
     assert np.all(np.diff(costs[np.isfinite(costs)]) < 1e-12)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_a_pendulum_leaves_the_worst_position(fast_loops, dtype):
@@ -295,6 +298,7 @@ def test_a_pendulum_leaves_the_worst_position(fast_loops, dtype):
     assert abs(abs(solution.xs[-1, 0]) - jnp.pi) < 0.1
 
 
+@pytest.mark.slow
 def test_a_batch_can_be_taken_apart():
     problem, x0, us = helpers.spring()
     x0s = jnp.stack([x0, jnp.full(2, jnp.nan), 2 * x0])

@@ -207,6 +207,7 @@ def test_value_is_primal_value(f):
         assert abs(h - (jnp.sum(q * LOSSES) - 0.3 * divergence(f, q))) < 1e-14
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_gradient_of_risk_is_weights(name):
     f = GENERATORS[name]
@@ -227,6 +228,7 @@ def test_mean_and_risk_enclose_the_smoothed_risk(f):
             assert plain - h <= nu * divergence(f, sigma) + 1e-14
 
 
+@pytest.mark.costly
 @every_f
 @every_sigma
 def test_much_smoothing_gives_the_mean(f, sigma):
@@ -242,6 +244,7 @@ def test_much_smoothing_gives_the_mean(f, sigma):
     np.testing.assert_allclose(nu * (h - mean), curvature * variance / 2, rtol=1e-3)
 
 
+@pytest.mark.costly
 @every_f
 def test_no_smoothing_gives_the_risk(f):
     sigma = SPECTRA["extremile"]  # without zeros, the blocks are single losses
@@ -328,6 +331,7 @@ def test_weights_are_isotonic_regression(f):
 # Derivatives ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "KL", "Le Cam"])
 def test_derivatives_of_weights(name):
     f, nu, n = GENERATORS[name], jnp.asarray(0.3), compiled_weights(GENERATORS[name])
@@ -384,6 +388,7 @@ def test_risk_changes_with_spectrum_and_smoothing(name):
     assert abs(by_nu + divergence(f, q)) < 1e-14
 
 
+@pytest.mark.slow
 def test_traced_alpha():
     sigma = SPECTRA["extremile"]
 
@@ -404,6 +409,7 @@ def test_traced_alpha():
     assert abs(dh - (h1 - h0) / 2e-6) < 1e-8
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "Le Cam"])
 def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
     # The largest have weight sigma whatever their order: q does not change there.
@@ -421,6 +427,7 @@ def test_equal_losses_of_equal_weight_do_not_share_a_block(name):
 # The capped softargmax ------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["KL", "chi2", "alpha 3", "Neyman", "Jeffreys"])
 def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
     f = GENERATORS[name]
@@ -437,6 +444,7 @@ def test_capped_softargmax_gives_the_weights_of_the_superquantile(name):
             np.testing.assert_allclose(p, q, rtol=0, atol=1e-13)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "Neyman"])
 def test_derivatives_of_capped_softargmax(name):
     f, direction = GENERATORS[name], jnp.cos(jnp.arange(1.0 * N))
@@ -485,6 +493,7 @@ def test_capped_softargmax_of_rows_and_masks():
 # Batches and precision ------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
 def test_vmap_equals_loop(name):
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
@@ -496,6 +505,7 @@ def test_vmap_equals_loop(name):
         assert abs(h - value) < 1e-14
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["chi2", "alpha 1.5"])
 def test_float32(name):
     f, sigma = GENERATORS[name], SPECTRA["superquantile"]
@@ -512,6 +522,7 @@ def test_float32(name):
         np.testing.assert_allclose(p, q64, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_one_loss():
     few, sigma = LOSSES[:4].astype(jnp.bfloat16), L.spectrum("extremile", 4, 2)
     q = compiled_weights(CHI2)(few, sigma, 0.3)
@@ -609,6 +620,7 @@ def descent(name, **options):
     return getattr(dp.optim, name)(square, **(usual | options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_lists_and_python_numbers_describe_a_method():
     data, key = jnp.array([0.0, 1.0]), jax.random.key(0)
@@ -688,7 +700,7 @@ CASES = [
 ]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind, parameter, f", CASES)
 def test_methods_converge_linearly(name, kind, parameter, f):
     sigma = L.spectrum(kind, 20, parameter)
@@ -715,6 +727,7 @@ def check_tables(state, sigma, f):
     np.testing.assert_allclose(state.weights, q, rtol=0, atol=1e-14)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["prospect", "lsvrg"])
 def test_the_mean_of_a_step_is_the_gradient(name):
     params, data = regression()

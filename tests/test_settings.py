@@ -68,6 +68,7 @@ def close(found, desired):
     assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(found))
 
 
+@pytest.mark.costly("setting")
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_healthy_programs_run_under_every_setting(program, setting):

@@ -573,6 +573,7 @@ def test_smooth_relus_leaves_what_is_smooth():
 # The Jacobian that is really there.
 
 
+@pytest.mark.slow
 def test_jacobian_norm(getkey):
     net = dp.Network(TANH_NET)
     x = jr.normal(getkey(), (5, 4))

@@ -53,7 +53,7 @@ def test_quadratic_convergence(method, optimum):
     assert np.all(gradients[1 : len(last) + 1] <= 0.1 * last**2)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DIRECTIONS, ids=name)
 def test_solution_is_stationary_and_consistent(method):
     # Random problems are too ill conditioned for gradient descent.
@@ -129,6 +129,7 @@ def test_chains_of_several_segments(chain, method):
     helpers.close(control, expected, 1e-3, scale=1.0)
 
 
+@pytest.mark.slow
 def test_repeated_stages_as_one_segment_or_many_agree():
     problem, x0, us = helpers.spring(T=6)
     chain = dp.Chain(
@@ -148,6 +149,7 @@ def test_repeated_stages_as_one_segment_or_many_agree():
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "method, search",
     [(dp.GaussNewton(), MONOTONE[0]), (dp.DDP(), MONOTONE[1])],
@@ -190,6 +192,7 @@ def test_stepping_by_hand_equals_solve(search):
     jtu.tree_map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.slow
 def test_finishing_early_gives_the_policy_of_the_iterate():
     problem, x0, us = helpers.spring()
     state = dp.init(problem, dp.ILQR(), x0, us)
@@ -215,6 +218,7 @@ def test_warm_start_at_a_solution_takes_no_step(search):
     np.testing.assert_allclose(second.cost, first.cost, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_counts_are_true():
     calls = dict(rollouts=0, total=0)
 
@@ -466,6 +470,7 @@ def test_the_step_limit_has_its_code_and_a_policy():
     np.testing.assert_array_equal(none.us, us)
 
 
+@pytest.mark.slow
 def test_a_singular_but_optimal_problem_is_successful():
     """No control cost and a control without effect: every Hessian is singular."""
     problem = dp.ControlProblem(
@@ -492,6 +497,7 @@ def test_nothing_is_thrown_under_transformations():
     assert np.all(np.isfinite(batch.us))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["grad", "jvp", "closure", "problem"])
 def test_derivatives_of_a_solve_are_refused_with_our_message(mode):
     problem, x0, us = helpers.spring()

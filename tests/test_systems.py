@@ -211,7 +211,7 @@ def test_keeps_float32(system):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_derivatives_are_finite(system):
     system, m = system
     x, u, t = system.x0, 0.1 * jnp.ones(m), jnp.int32(2)

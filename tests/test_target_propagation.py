@@ -116,6 +116,7 @@ every_kind = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.costly
 @every_kind
 def test_target_propagation_is_the_recursion_written_out(inverse, local):
     net = recurrent()
@@ -265,6 +266,7 @@ def test_nothing_moves_at_a_minimum():
     assert all(np.max(np.abs(leaf)) < 1e-16 for leaf in numbers(found))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
 def test_generic_inverse(shape, monkeypatch):
     W = jr.normal(KEYS[6], shape)
@@ -318,6 +320,7 @@ def test_saturated_units_stay_finite(inverse):
     leaves_close(found, expected, 1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("local", [True, False])
 def test_a_loop_of_stages_is_the_network_written_out(local):
     inputs = (INPUTS, LABELS)
@@ -379,6 +382,7 @@ class Classifier(eqx.Module):
         return self.head(self.loop(xs))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("local", [True, False])
 def test_marked_layers_are_like_those_of_a_network(local):
     net = recurrent()
@@ -407,6 +411,7 @@ def test_marked_dense_layers():
         close(found.layers[i].layer.layers[0], expected[2 * i])
 
 
+@pytest.mark.slow
 def test_gated_cells_are_inverted_by_gauss_newton():
     gru = eqx.nn.GRUCell(P, N, key=KEYS[3])
     net = dp.Network([dp.Recurrent(gru, N), eqx.nn.Linear(N, K, key=KEYS[5])])
@@ -438,6 +443,7 @@ class Tokens(eqx.Module):
         return self.cell(self.table[x], state)
 
 
+@pytest.mark.slow
 def test_states_of_several_arrays_and_integer_inputs():
     tokens = Tokens(jr.normal(KEYS[6], (5, P)), eqx.nn.LSTMCell(P, 2, key=KEYS[7]))
     loop = dp.Recurrent(tokens, (2, 2))
@@ -493,6 +499,7 @@ def test_recurrent_layer():
     assert not other.input_weight.any()
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_float32():
     net = recurrent()
     oracle = TargetPropagation(GAMMA, R)

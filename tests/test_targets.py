@@ -78,6 +78,7 @@ def compiled(loss, u, y):
     return loss(u, y), loss.gradient(u, y), by_autodiff
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_targets_that_are_accepted(name, unchecked):
     loss, targets = ACCEPTED[name]
@@ -99,6 +100,7 @@ def test_targets_that_are_accepted(name, unchecked):
             loss(U, targets + 0j)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", WRONG)
 def test_targets_that_are_not(name, unchecked):
     loss, accepted = ACCEPTED[name]
@@ -174,6 +176,7 @@ def everything(loss, u, v, y):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", IGNORING)
 def test_an_ignored_label_has_no_loss(name, unchecked):
     loss, labels = IGNORING[name], jnp.array([0, -100, 1])
@@ -219,6 +222,7 @@ def test_unsigned_labels():
     assert jnp.any(rewards != 0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("oracle", ["Gradient", "GaussNewton"])
 def test_the_mean_is_over_labels_that_count(oracle):
     labels = jnp.array([0, -100, 1])
@@ -249,6 +253,7 @@ def test_an_ignored_label_is_an_int(label, unchecked):
             build(label)
 
 
+@pytest.mark.slow
 def test_masked_rows_may_hold_any_target(unchecked):
     f_loss = losses.f_loss
     where = (jnp.array([0, -100, 1]) != -100)[:, None]

@@ -76,6 +76,7 @@ def test_spot_values_of_the_simple_track(tracks):
     close(track.heading(0.0), 0.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CLOSED)
 def test_seam_is_smooth(tracks, name):
     track = tracks[name]
@@ -102,6 +103,7 @@ def test_knots_are_smooth(tracks, name):
     np.testing.assert_allclose(left, right, atol=1e-5 * np.abs(right).max())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", MINIATURE + CIRCUITS)
 def test_derivative_is_that_of_the_points(tracks, name):
     track = tracks[name]
@@ -332,6 +334,7 @@ COARSE = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", COARSE)
 def test_sharp_turns_of_few_points_are_no_steps_back(name):
     points = np.array(COARSE[name], float)
@@ -497,6 +500,7 @@ def test_scaled(tracks):
     np.testing.assert_allclose(np.angle(np.exp(1j * turn)), 0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_keeps_float32_and_batches(tracks):
     for track in (tracks["simple"], tracks["bend"]):
         s = jnp.linspace(0.0, 1.0, 6).reshape(2, 3)
@@ -879,6 +883,7 @@ def test_float32_points_that_are_accepted_have_their_curvature(radius, num):
         Track.from_waypoints(ring(radius, 3101)[:-1].astype("f4"), 5.0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", [1.0, 1.8])
 @pytest.mark.parametrize("spacing", [1.0, 5.0])
 def test_circuits_in_float32_load(tracks, size, spacing):

@@ -81,6 +81,7 @@ def test_jit_vmap_and_the_stateful_call_agree(oracle):
     close(jax.tree.map(lambda a: a[0], batched), desired, 1e-9)
 
 
+@pytest.mark.costly
 @every_oracle
 def test_any_optimizer_takes_the_direction(oracle):
     vd = dp.value_and_direction(Squared(), oracle)
@@ -132,6 +133,7 @@ class Attention(eqx.Module):
         return self.head(jnp.mean(h, 0))
 
 
+@pytest.mark.slow
 def test_an_unmodified_model_of_many_kinds_of_layers():
     model = Attention(KEYS[3])
     loss, labels = SoftmaxCrossEntropy(), jnp.arange(6) % 2
@@ -268,6 +270,7 @@ def train(damping, steps=25, targets=TARGETS):
     return np.asarray(found, float)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "rule",
     [MadsenNielsen(1.0), Threshold(1.0), GradientNorm(0.1)],

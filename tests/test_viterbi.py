@@ -140,6 +140,7 @@ def test_marginals_sum_to_one_and_shifts_pass_through(f, reference):
         np.testing.assert_allclose(same, marginals, atol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("f, reference", [(KL, "unit"), (JS, "unit")], ids=str)
 def test_products_with_the_hessian(f, reference):
     Z, Y, step = potentials(4), potentials(5), 1e-5
@@ -152,6 +153,7 @@ def test_products_with_the_hessian(f, reference):
         np.testing.assert_allclose(HZ, (ahead - behind) / (2 * step), atol=1e-7)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("f", [KL, JS], ids=str)
 def test_no_path_at_all(f):
     nowhere = potentials(7)
@@ -177,6 +179,7 @@ def test_padding():
     assert (path[MOVES:] == states[-1]).all()
 
 
+@pytest.mark.slow
 def test_derivatives_in_everything_else():
     rng = np.random.default_rng(10)
     start, final, q = np.array([0.3, -1, 2]), np.array([1, 0, 0.5]), np.array([1, 2, 3])
