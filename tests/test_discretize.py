@@ -147,7 +147,6 @@ def test_derivatives_of_an_implicit_step():
     assert jnp.max(jnp.abs(second)) > 0.01
 
 
-@pytest.mark.slow
 def test_an_implicit_step_that_fails_is_nan_and_differentiable():
     """Where it fails the derivative is 0, in every lane of a batch."""
     step = dp.discretize(stiff, 0.05, IMPLICIT)
