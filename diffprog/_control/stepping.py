@@ -55,7 +55,7 @@ class SolverState(eqx.Module):
         return self._loop.result
 
 
-def _iterate(vectorized: Vectorized, loop: Loop) -> tuple:
+def _iterate(vectorized: Vectorized, loop: Loop) -> tuple[PyTree, PyTree, Any]:
     """States, controls and cost."""
     now, chain = loop.trajectory, vectorized.chain
     cost = objective(chain, now) if chain.names else now.cost
@@ -71,9 +71,12 @@ def _first_state(
     rest = rtol, atol, max_steps, False, outer
     solver = solver_of(vectorized.chain, method, search, *rest)
     loop = begun(vectorized, solver, x0, us, state, history)
+    xs, us, cost = _iterate(vectorized, loop)
     return SolverState(
         x0,
-        *_iterate(vectorized, loop),
+        xs,
+        us,
+        cost,
         method,
         search,
         outer,

@@ -60,28 +60,31 @@ def measure(
 ) -> Residuals:
     """Of a chain whose costs are not priced."""
 
-    def entries(rows: Rows, values, dual):
-        penalties, equal = rows.penalties(duals.penalty), np.array(rows.equal)
+    def entries(rows: Rows, values, dual, penalties):
+        equal = np.array(rows.equal)
         new = multiplier(values, dual, penalties, equal)
         told = (
             violation(values, equal),
             residual(values, dual, penalties, equal),
             complementarity(values, new, equal),
         )
-        return rows.merit(values, dual, duals.penalty), jnp.stack(told), new
+        return rows.merit(values, dual, penalties), jnp.stack(told), new
 
     def stage(segment, x, u, t, dual):
-        cost = segment.cost(x, u, t)
-        if segment.rows is None:
+        cost, rows = segment.cost(x, u, t), segment.rows
+        if rows is None:
             return cost, None
-        return cost, entries(segment.rows, segment.rows.values(x, u, t), dual)
+        return cost, entries(rows, rows.values(x, u, t), dual, own[segment.start])
+
+    *penalties, last = duals.penalties
+    own = {segment.start: c for segment, c in zip(chain.segments, penalties)}
 
     data = trajectory.xs, trajectory.us, chain.ts, duals.stages
     costs, parts = zip(*chain.map(stage, *data), strict=True)
     cost = sum(map(jnp.sum, costs)) + chain.terminal_cost(trajectory.final)
     ends, final = chain.terminal_rows, None
     if ends is not None:
-        final = entries(ends, ends.values(trajectory.final), duals.terminal)
+        final = entries(ends, ends.values(trajectory.final), duals.terminal, last)
     # Of every entry the worst stage. The entries of a constraint stand side by side.
     starts = [segment.start for segment in chain.segments]
     known = [(*part, start) for part, start in zip(parts, starts) if part is not None]
