@@ -149,11 +149,11 @@ class Rows(eqx.Module):
         return jnp.sum(merit(values, dual, penalties, np.array(self.equal)))
 
 
-def of_entries(each: Array, groups: tuple[int, ...]) -> Array | None:
-    """What belongs to each constraint, for every entry; `None` without."""
-    sizes = np.bincount(groups, minlength=len(each))
+def of_entries(each: Array, groups: tuple[int, ...]) -> Array:
+    """What belongs to each constraint, for every entry."""
+    sizes = np.bincount(np.array(groups, int), minlength=len(each))
     parts = [jnp.broadcast_to(each[i : i + 1], n) for i, n in enumerate(sizes) if n]
-    return jnp.concatenate(parts) if parts else None
+    return jnp.concatenate(parts) if parts else each[:0]
 
 
 class Duals(eqx.Module):
@@ -175,7 +175,7 @@ class Duals(eqx.Module):
         return *self.stages, self.terminal
 
     @property
-    def penalties(self) -> tuple[Float[Array, " _"] | None, ...]:
+    def penalties(self) -> tuple[Float[Array, " _"], ...]:
         """A penalty for every entry of the segments, and at the end."""
         return tuple(of_entries(self.penalty, groups) for groups in self.groups)
 

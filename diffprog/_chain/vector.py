@@ -74,7 +74,7 @@ class VectorChain(eqx.Module):
     terminal_rows: RowSet | None = None
     names: tuple[str, ...] = eqx.field(static=True, default=())  # of the constraints
     duals: Duals | None = None
-    penalties: tuple[Array | None, ...] = ()  # of the entries of every segment
+    penalties: tuple[Array, ...] = ()  # of the entries of every segment
     linear_terminal: Callable | None = eqx.field(static=True, default=None)
     loops: Loops = eqx.field(static=True, default="plain")
 
@@ -82,9 +82,9 @@ class VectorChain(eqx.Module):
         """The chain whose costs are augmented Lagrangians; `self` has none."""
         *penalties, last = duals.penalties
         changed: Any = dict(duals=duals, penalties=tuple(penalties))
-        rows = self.terminal_rows
-        if rows is not None and duals.terminal is not None and last is not None:
-            merit = lambda values: rows.merit(values, duals.terminal, last)
+        rows, dual = self.terminal_rows, duals.terminal
+        if rows is not None and dual is not None:
+            merit = lambda values: rows.merit(values, dual, last)
             changed["terminal_cost"] = lambda x: (
                 self.terminal_cost(x) + merit(rows.values(x))
             )

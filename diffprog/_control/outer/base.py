@@ -78,7 +78,6 @@ def measure(
 
     *penalties, last = duals.penalties
     own = {segment.start: c for segment, c in zip(chain.segments, penalties)}
-
     data = trajectory.xs, trajectory.us, chain.ts, duals.stages
     costs, parts = zip(*chain.map(stage, *data), strict=True)
     cost = sum(map(jnp.sum, costs)) + chain.terminal_cost(trajectory.final)
