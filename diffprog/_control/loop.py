@@ -29,7 +29,7 @@ from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
 from .lqr import Sweep
 from .outer import AbstractOuter
-from .outer_loop import after_step, before_steps
+from .outer_loop import after_step, before_step, before_steps
 from .records import Counts, Known, Loop, Passes, Purpose, Trials, Trouble
 from .report import CONSTRAINED, HISTORY, report
 from .search import AbstractSearch
@@ -126,7 +126,8 @@ class Solver(eqx.Module):
             return self._step(loop, stop)
         chain = self.chain.priced(at.state.duals)
         inner = replace(self, chain=chain, omega=outer.omega(at.state))
-        return after_step(self, loop, inner._step(loop, stop), stop)
+        before = before_step(self, loop, stop)
+        return after_step(self, before, inner._step(before, stop), stop)
 
     def _step(self, loop: Loop, stop) -> Loop:
         before = loop.trajectory
