@@ -81,9 +81,8 @@ guess = jnp.zeros((horizon, 2)).at[:, 1].set(0.1)
 solution = dp.solve(problem(centers), dp.DDP(), x0, guess)
 print(solution)
 for name, pushes in solution.multipliers.constraints.items():
-    print(
-        f"{name:9} active at {int((pushes > 1e-6).any(1).sum()):2d} of {horizon} stages"
-    )
+    num = int((pushes > 1e-6).any(1).sum())
+    print(f"{name:9} active at {num:2d} of {horizon} stages")
 
 # %%
 # The first obstacle moves. Its center is data: a new one compiles nothing. A cold solve
