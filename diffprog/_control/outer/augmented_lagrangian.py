@@ -28,9 +28,9 @@ class AugmentedLagrangian(AbstractOuter):
     is minimized until its gradient is small enough for the present multipliers y. Where
     the constraint is satisfied well enough by then, they become $y + c h$ and
     $[y + c g]_+$; else the penalty c rises tenfold, and both happen where it is nearly
-    satisfied. Each constraint has its own. Where penalties rise in vain, the solve
-    starts once more from the first guess, with `second_penalty`, before it is
-    `infeasible`. A first penalty that is too small lets
+    satisfied. Each constraint has its own. Where penalties rise in vain, or the
+    gradient never gets small, the solve starts once more from the first guess, with
+    `second_penalty`, before it is `infeasible`. A first penalty that is too small lets
     the first iterations run into a place where the constraints cannot be met, one that
     is too large holds them at the first guess.
 
@@ -90,6 +90,7 @@ class AugmentedLagrangian(AbstractOuter):
         largest = jnp.maximum(jnp.max(penalty), 10)
         looser = jnp.where(near, state.eta, 0.1 / penalty**0.1)
         every = jnp.all(good)
+        # Since the last update that was in vain, the worst has to fall to a quarter.
         worst = jnp.max(found.residual)
         vain = (worst > state.worst / 4) & (worst > jnp.sqrt(tol))
         rises = jnp.where(vain, state.rises + 1, 0)
