@@ -3,8 +3,10 @@
 | after an iteration                         | next                                  |
 | ------------------------------------------ | ------------------------------------- |
 | all conditions hold                        | the policy, `successful`              |
+| no step has lowered the merit so often:    |                                       |
+| its rounding hides what is left            | the policy, `successful`              |
+| none was found                             | the policy, with the code of the last |
 | the gradient is small, or no step is found | new multipliers and penalties         |
-| so often, without a step between           | the policy, with the code of the last |
 | penalties have risen in vain               | the first guess, or `infeasible`      |
 | too many iterations since the last update  | new multipliers                       |
 """
@@ -22,11 +24,11 @@ from .._common.multipliers import violation
 from .._common.result import RESULTS
 from .._common.tree import no, where
 from .outer.base import measure, OuterState
-from .records import Constrained, Loop
+from .records import Constrained, Loop, rounding
 from .search.base import SearchState
 
 
-MAX_IDLE = 3
+MAX_IDLE = 12  # steps in a row that leave the merit as it is
 
 
 def before_steps(
@@ -62,9 +64,17 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     solved = usable & (loop.done | loop.stopping)
     late = usable & (loop.counts.steps - state.started >= outer.max_inner)
     finished = solved & outer.finished(state, found, loop.known.largest)
+    # Where no step lowers the merit by more than its rounding, no gradient can be known
+    # any better.
+    noise = rounding(before.trajectory.cost)
+    lowered = before.trajectory.cost - loop.trajectory.cost > noise
     stepped = loop.counts.steps > before.counts.steps
-    idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))
-    stuck = solved & ~finished & (idle >= MAX_IDLE)
+    more = (stepped | loop.stopping).astype(jnp.int32)
+    idle = jnp.where(stepped & lowered, 0, state.idle + more)
+    quiet = usable & (loop.known.decrement <= noise) & (idle >= MAX_IDLE)
+    finished |= quiet & outer.finished(state, found, jnp.zeros_like(noise))
+    stuck = usable & loop.stopping & ~stepped & ~finished & (idle >= MAX_IDLE)
+    unmet = stuck & (loop.result == RESULTS.successful)
     go_on = (solved | late) & ~finished & ~stuck
     updated, in_vain = outer.update(state, found, solved)
     second, is_left = outer.again(state)
@@ -90,6 +100,7 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     result = RESULTS.where(stop, before.result, loop.result)
     for applies, code in (
         (changed, RESULTS.max_steps_reached),
+        (unmet, RESULTS.no_descent),
         (finished, RESULTS.successful),
         (infeasible, RESULTS.infeasible),
     ):

@@ -39,7 +39,7 @@ class OuterState(eqx.Module):
     - `worst`: the largest residual at the last rise of a penalty.
     - `rises`: how often in a row a rise did not help.
     - `started`: the number of accepted iterations at the last update.
-    - `idle`: how often in a row the iterations made no step.
+    - `idle`: how often in a row a step, or none, left the merit as it was.
     - `num_outer`, `attempt`: updates, and starts from the first guess.
     """
 
