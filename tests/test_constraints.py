@@ -154,6 +154,8 @@ def test_stepping_by_hand_batches_and_vmap_equal_a_solve():
     solution = solved("mass")[2]
     state = dp.init(problem, dp.DDP(), x0, us, max_steps=500)
     while not state.done:
+        cost = dp.rollout(problem, x0, state.us).cost  # not that of the constraints
+        np.testing.assert_allclose(state.cost, cost, rtol=1e-12)
         state = dp.step(problem, state)
     by_hand = dp.finish(problem, state)
     close(by_hand.us, solution.us, 1e-12)

@@ -144,14 +144,16 @@ class Rows(eqx.Module):
     groups: tuple[int, ...] = eqx.field(static=True)
     free: tuple[bool, ...] = eqx.field(static=True)
 
-    def penalties(self, penalty: Array) -> Array:
-        """That of every entry, from one for each constraint."""
-        return jnp.stack([penalty[group] for group in self.groups])
+    def merit(self, values: Array, dual: Array, penalties: Array) -> Float[Array, ""]:
+        """What they add to the cost, with a penalty for every entry."""
+        return jnp.sum(merit(values, dual, penalties, np.array(self.equal)))
 
-    def merit(self, values: Array, dual: Array, penalty: Array) -> Float[Array, ""]:
-        """What they add to the cost."""
-        terms = merit(values, dual, self.penalties(penalty), np.array(self.equal))
-        return jnp.sum(terms)
+
+def of_entries(each: Array, groups: tuple[int, ...]) -> Array:
+    """What belongs to each constraint, for every entry."""
+    sizes = np.bincount(np.array(groups, int), minlength=len(each))
+    parts = [jnp.broadcast_to(each[i : i + 1], n) for i, n in enumerate(sizes) if n]
+    return jnp.concatenate(parts) if parts else each[:0]
 
 
 class Duals(eqx.Module):
@@ -172,6 +174,11 @@ class Duals(eqx.Module):
     def stacks(self) -> tuple[Array | None, ...]:
         return *self.stages, self.terminal
 
+    @property
+    def penalties(self) -> tuple[Float[Array, " _"], ...]:
+        """A penalty for every entry of the segments, and at the end."""
+        return tuple(of_entries(self.penalty, groups) for groups in self.groups)
+
     def chosen(self, which: Array, others: "Duals") -> "Duals":
         """The multipliers of these constraints, and those of the others."""
         return self._joined(jnp.where, which, others)
@@ -184,8 +191,7 @@ class Duals(eqx.Module):
         stacks = []
         for a, b, groups in zip(self.stacks, others.stacks, self.groups, strict=True):
             if a is not None:
-                own = jnp.stack([each[group] for group in groups])
-                a = fn(jnp.broadcast_to(own, a.shape), a, b)
+                a = fn(jnp.broadcast_to(of_entries(each, groups), a.shape), a, b)
             stacks.append(a)
         return replace(self, stages=tuple(stacks[:-1]), terminal=stacks[-1])
 

@@ -31,20 +31,19 @@ class Segment(eqx.Module):
     rows: RowSet | None = None  # constraints
     linear_rows: Callable | None = eqx.field(static=True, default=None)
 
-    def priced(self, dual: Array | None, penalty: Array | None) -> "Segment":
+    def priced(self, dual: Array | None, penalties: Array | None) -> "Segment":
         """With the augmented Lagrangian of its constraints in the cost."""
         rows = self.rows
-        if rows is None or dual is None or penalty is None:
+        if rows is None or dual is None or penalties is None:
             return self
+        merit = lambda values: rows.merit(values, dual, penalties)
 
         def cost(x, u, t):
-            return self.cost(x, u, t) + rows.merit(rows.values(x, u, t), dual, penalty)
+            return self.cost(x, u, t) + merit(rows.values(x, u, t))
 
         def linear(x, u, t):
             near = linearized(lambda x, u: rows.values(x, u, t), x, u)
-            return lambda x, u: (
-                self.cost(x, u, t) + rows.merit(near(x, u), dual, penalty)
-            )
+            return lambda x, u: self.cost(x, u, t) + merit(near(x, u))
 
         return dataclasses.replace(self, cost=cost, linear_rows=linear)
 
@@ -75,24 +74,27 @@ class VectorChain(eqx.Module):
     terminal_rows: RowSet | None = None
     names: tuple[str, ...] = eqx.field(static=True, default=())  # of the constraints
     duals: Duals | None = None
+    penalties: tuple[Array, ...] = ()  # of the entries of every segment
     linear_terminal: Callable | None = eqx.field(static=True, default=None)
     loops: Loops = eqx.field(static=True, default="plain")
 
     def priced(self, duals: Duals) -> "VectorChain":
         """The chain whose costs are augmented Lagrangians; `self` has none."""
-        rows, dual, penalty = self.terminal_rows, duals.terminal, duals.penalty
-        if rows is None or dual is None:
-            return dataclasses.replace(self, duals=duals)
+        *penalties, last = duals.penalties
+        changed: Any = dict(duals=duals, penalties=tuple(penalties))
+        rows, dual = self.terminal_rows, duals.terminal
+        if rows is not None and dual is not None:
+            merit = lambda values: rows.merit(values, dual, last)
+            changed["terminal_cost"] = lambda x: (
+                self.terminal_cost(x) + merit(rows.values(x))
+            )
 
-        def cost(x):
-            return self.terminal_cost(x) + rows.merit(rows.values(x), dual, penalty)
+            def linear(x):
+                near = linearized(rows.values, x)
+                return lambda x: self.terminal_cost(x) + merit(near(x))
 
-        def linear(x):
-            near = linearized(rows.values, x)
-            return lambda x: self.terminal_cost(x) + rows.merit(near(x), dual, penalty)
-
-        changed: Any = dict(terminal_cost=cost, linear_terminal=linear)
-        return dataclasses.replace(self, duals=duals, **changed)
+            changed["linear_terminal"] = linear
+        return dataclasses.replace(self, **changed)
 
     @property
     def no_duals(self) -> Duals:
@@ -146,7 +148,9 @@ class VectorChain(eqx.Module):
             return carry, jtu.tree_map(lambda a: a[None], out)
 
         def stage(segment, carry, dual, *row):
-            return fn(segment.priced(dual, self._penalty), carry, *row)
+            return fn(segment.priced(dual, own[segment.start]), carry, *row)
+
+        own = self._penalties
 
         return chained(run, self.segments, carry, (self._dual_rows, *data), reverse)
 
@@ -157,7 +161,9 @@ class VectorChain(eqx.Module):
             return self.scan(step, None, *data)[1]
 
         def stage(segment, dual, *row):
-            return fn(segment.priced(dual, self._penalty), *row)
+            return fn(segment.priced(dual, own[segment.start]), *row)
+
+        own = self._penalties
 
         return tuple(
             jax.vmap(ft.partial(stage, segment))(*rows)
@@ -171,8 +177,10 @@ class VectorChain(eqx.Module):
         return self.duals.stages if self.duals else (None,) * len(self.segments)
 
     @property
-    def _penalty(self) -> Array | None:
-        return self.duals.penalty if self.duals else None
+    def _penalties(self) -> dict[int, Array | None]:
+        none = (None,) * len(self.segments)
+        starts = (segment.start for segment in self.segments)
+        return dict(zip(starts, self.penalties or none, strict=True))
 
     def within(self, us: Rows) -> Rows:
         """The controls, cut off at their limits; NaN where these are crossed."""

@@ -19,10 +19,11 @@ from jaxtyping import Array
 
 def merit(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:
     """What an entry adds to the objective."""
-    active = equal | ~(dual + penalty * value <= 0)  # so that NaN stays NaN
-    one = jnp.ones_like(penalty)
-    inactive = -(dual**2) / (2 * jnp.where(penalty > 0, penalty, one))
-    return jnp.where(active, value * (dual + penalty * value / 2), inactive)
+    # An inequality is inactive below -y / c, where the merit is constant.
+    none = penalty <= 0
+    least = -dual / jnp.where(none, 1, penalty)
+    value = jnp.maximum(value, jnp.where(equal | none, -jnp.inf, least))
+    return value * (dual + penalty * value / 2)
 
 
 def multiplier(value: Array, dual: Array, penalty: Array, equal: Any) -> Array:

@@ -29,7 +29,7 @@ from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
 from .lqr import Sweep
 from .outer import AbstractOuter
-from .outer_loop import after_step, before_steps
+from .outer_loop import after_step, before_step, before_steps
 from .records import (
     Counts,
     Known,
@@ -132,7 +132,8 @@ class Solver(eqx.Module):
             return self._step(loop, stop)
         chain = self.chain.priced(at.state.duals)
         inner = replace(self, chain=chain, omega=outer.omega(at.state))
-        return after_step(self, loop, inner._step(loop, stop), stop)
+        before = before_step(self, loop, stop)
+        return after_step(self, before, inner._step(before, stop), stop)
 
     def _step(self, loop: Loop, stop) -> Loop:
         before = loop.trajectory
@@ -192,8 +193,8 @@ class Solver(eqx.Module):
         worse = ended & ~stop & (loop.best.cost < before.cost)
         unbounded = after.cost < -UNBOUNDED * (1 + jnp.abs(loop.first_cost))
         denied = stop & (loop.result == RESULTS.successful) & ~quiet
-        if self.omega is not None:  # the outer method has judged by the gradient
-            denied &= ~(passes.known.largest <= self.omega)
+        if self.omega is not None:  # the outer method has judged
+            denied = no(stop)
 
         result = RESULTS.max_steps_reached
         for applies, code in (  # the last one that applies counts

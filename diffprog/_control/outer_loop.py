@@ -17,13 +17,12 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from .._chain.vector import objective, VectorTrajectory
+from .._chain.vector import VectorTrajectory
 from .._common.multipliers import violation
 from .._common.result import RESULTS
 from .._common.tree import no, where
-from .outer.base import measure, OuterState
+from .outer.base import measure, OuterState, Residuals
 from .records import Constrained, Loop, rounding
 from .search.base import SearchState
 
@@ -35,28 +34,39 @@ def before_steps(
     solver: Any, state: OuterState, trajectory: VectorTrajectory, search: SearchState
 ) -> tuple[Constrained, Any]:
     """The first guess, and whether the first state violates what no control changes."""
-    outer, chain = solver.outer, solver.chain
-    found = measure(chain, trajectory, state.duals)
-    begun = lambda found: Constrained(state, found, trajectory, search)
-    rows = chain.segments[0].rows
-    if rows is None or all(rows.free):
-        return begun(found), no(found.cost)
-    first = trajectory.xs[0][0], trajectory.us[0][0], chain.ts[0][0]
-    size = violation(rows.values(*first), np.array(rows.equal))
-    fixed, groups = ~np.array(rows.free), np.array(rows.groups)
-    of = lambda group: jnp.max(jnp.where(fixed & (groups == group), size, 0))
-    worst = jnp.stack([of(group) for group in range(len(chain.names))])
-    stage = jnp.zeros_like(found.stage)
-    start = replace(found, violation=worst, residual=worst, stage=stage)
-    hopeless = ~outer.finished(state, start, jnp.zeros_like(found.cost))
-    return begun(where(hopeless, start, found)), hopeless
+    chain, none = solver.chain, jnp.zeros_like(state.duals.penalty)
+    stage, zero = none.astype(jnp.int32), jnp.zeros_like(trajectory.cost)
+    start = Residuals(zero, zero, none, none, none, stage, state.duals)
+    rows, hopeless = chain.segments[0].rows, no(zero)
+    if rows is not None and not all(rows.free):
+        first = trajectory.xs[0][0], trajectory.us[0][0], chain.ts[0][0]
+        size = violation(rows.values(*first), np.array(rows.equal))
+        fixed, groups = ~np.array(rows.free), np.array(rows.groups)
+        of = lambda group: jnp.max(jnp.where(fixed & (groups == group), size, 0))
+        worst = jnp.stack([of(group) for group in range(len(chain.names))])
+        start = replace(start, violation=worst, residual=worst)
+        hopeless = ~solver.outer.finished(state, start, zero)
+    return Constrained(state, start, trajectory, search, no(zero)), hopeless
+
+
+def before_step(solver: Any, loop: Loop, stop) -> Loop:
+    """The loop with what is known of the constraints at its iterate."""
+    at: Any = loop.constrained
+    now = loop.trajectory
+    if not solver.search.monotone:
+        now = where(stop, loop.best, now)
+    found = measure(solver.chain, now, at.state.duals)
+    cost = jnp.where(at.changed, found.merit, now.cost)
+    now = eqx.tree_at(lambda t: t.cost, now, cost)
+    best = now if solver.search.monotone else where(stop, now, loop.best)
+    constrained = replace(at, found=found)
+    return replace(loop, trajectory=now, best=best, constrained=constrained)
 
 
 def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     """The loop after an iteration, with multipliers, penalties and codes of its own."""
     at: Any = before.constrained
-    outer, chain, state = solver.outer, solver.chain, at.state
-    found = measure(chain, loop.trajectory, state.duals)
+    outer, state, found = solver.outer, at.state, at.found
 
     # What the iteration says: a row of the table.
     broken = loop.result == RESULTS.nonfinite_derivative
@@ -71,8 +81,10 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     stepped = loop.counts.steps > before.counts.steps
     more = (stepped | loop.stopping).astype(jnp.int32)
     idle = jnp.where(stepped & lowered, 0, state.idle + more)
-    quiet = usable & (loop.known.decrement <= noise) & (idle >= MAX_IDLE)
-    finished |= quiet & outer.finished(state, found, jnp.zeros_like(noise))
+    quiet = (loop.known.decrement <= noise) & (before.search.damping == 0)
+    quiet &= usable & (idle >= MAX_IDLE) & ~finished
+    quiet &= outer.finished(state, found, jnp.zeros_like(noise))
+    finished |= quiet
     stuck = usable & loop.stopping & ~stepped & ~finished & (idle >= MAX_IDLE)
     unmet = stuck & (loop.result == RESULTS.successful)
     go_on = (solved | late) & ~finished & ~stuck
@@ -85,18 +97,12 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     state = where(changed, where(again, second, updated), state)
     state = replace(state, idle=jnp.where(again, 0, idle))
 
-    def priced(trajectory):
-        cost = objective(chain.priced(state.duals), trajectory)
-        trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
-        return trajectory, measure(chain, trajectory, state.duals)
-
-    start = where(again, at.first, loop.trajectory)
-    # A loop of at most one turn, since `vmap` inside `shard_map` refuses `lax.cond`.
-    _, trajectory, found = lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (no(changed), *priced(carry[1])),
-        (changed, start, found),
-    )
+    trajectory = where(quiet, before.trajectory, loop.trajectory)  # that of `found`
+    trajectory = best = where(again, at.first, trajectory)
+    if not solver.search.monotone:  # what was best before the costs changed is not now
+        unknown = jnp.full_like(found.cost, jnp.inf)
+        best = eqx.tree_at(lambda t: t.cost, trajectory, unknown)
+        best = where(changed, best, loop.best)
     result = RESULTS.where(stop, before.result, loop.result)
     for applies, code in (
         (changed, RESULTS.max_steps_reached),
@@ -108,12 +114,12 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     return replace(
         loop,
         trajectory=trajectory,
-        best=trajectory,
+        best=best,
         search=where(changed, at.search, loop.search),
         counts=replace(loop.counts, steps=jnp.where(again, 0, loop.counts.steps)),
         result=result,
         stopping=jnp.where(changed, no(stop), loop.stopping | ending),
         done=jnp.where(changed | ending, no(stop), loop.done),
         history=jnp.where(again, jnp.nan, loop.history),
-        constrained=replace(at, state=state, found=found),
+        constrained=replace(at, state=state, changed=changed),
     )

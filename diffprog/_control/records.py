@@ -64,6 +64,7 @@ class Constrained(eqx.Module):
     found: Residuals  # at the iterate
     first: VectorTrajectory  # the first guess
     search: SearchState  # before the first iteration
+    changed: Bool[Array, ""]  # other multipliers than in the iteration before
 
 
 class Loop(eqx.Module):

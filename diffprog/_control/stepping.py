@@ -7,7 +7,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._chain.problem import AbstractChain
-from .._chain.vectorize import vectorize
+from .._chain.vector import objective
+from .._chain.vectorize import vectorize, Vectorized
 from .._common.door import door, undifferentiated
 from .._common.result import RESULTS
 from .direction import AbstractDirection
@@ -22,16 +23,17 @@ class SolverState(eqx.Module):
     """A solve that is stepped by hand.
 
     - `x0`: the first state.
-    - `xs`, `us`: the iterate.
+    - `xs`, `us`, `cost`: the iterate.
     - `method`, `search`, `outer`, `rtol`, `atol`, `max_steps`: as given to
         [`diffprog.init`][].
 
-    Properties: `cost` of the iterate, `num_steps` accepted so far, `done` and `result`.
+    Properties: `num_steps` accepted so far, `done` and `result`.
     """
 
     x0: PyTree[Array]
     xs: PyTree[Array]
     us: PyTree[Array]
+    cost: Float[Array, ""]
     method: AbstractDirection
     search: AbstractSearch
     outer: AbstractOuter
@@ -39,10 +41,6 @@ class SolverState(eqx.Module):
     atol: Any
     max_steps: int = eqx.field(static=True)
     _loop: Loop
-
-    @property
-    def cost(self) -> Float[Array, ""]:
-        return self._loop.trajectory.cost
 
     @property
     def num_steps(self) -> Int[Array, ""]:
@@ -57,6 +55,13 @@ class SolverState(eqx.Module):
         return self._loop.result
 
 
+def _iterate(vectorized: Vectorized, loop: Loop) -> tuple[PyTree, PyTree, Any]:
+    """States, controls and cost."""
+    now, chain = loop.trajectory, vectorized.chain
+    cost = objective(chain, now) if chain.names else now.cost
+    return vectorized.states(now.xs, now.final), vectorized.controls(now.us), cost
+
+
 @door
 def _first_state(
     problem, method, x0, us, search, state, rtol, atol, outer, options
@@ -66,12 +71,12 @@ def _first_state(
     rest = rtol, atol, max_steps, False, outer
     solver = solver_of(vectorized.chain, method, search, *rest)
     loop = begun(vectorized, solver, x0, us, state, history)
-    xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
-    us = vectorized.controls(loop.trajectory.us)
+    xs, us, cost = _iterate(vectorized, loop)
     return SolverState(
         x0,
         xs,
         us,
+        cost,
         method,
         search,
         outer,
@@ -95,10 +100,8 @@ def _stepped(problem, state: SolverState, last: bool):
 @door
 def _next_state(problem, state: SolverState) -> SolverState:
     vectorized, loop = _stepped(problem, state, False)
-    xs = vectorized.states(loop.trajectory.xs, loop.trajectory.final)
-    us = vectorized.controls(loop.trajectory.us)
-    where = lambda s: (s.xs, s.us, s._loop)
-    return eqx.tree_at(where, state, (xs, us, loop))
+    where = lambda s: (s.xs, s.us, s.cost, s._loop)
+    return eqx.tree_at(where, state, (*_iterate(vectorized, loop), loop))
 
 
 @door

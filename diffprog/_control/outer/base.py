@@ -16,13 +16,14 @@ from ..._common.types import AbstractPart
 class Residuals(eqx.Module):
     """What is known of the constraints at an iterate; numbers for each constraint.
 
-    - `cost`: the objective, without them.
+    - `cost`, `merit`: the objective, and the augmented Lagrangian.
     - `violation`, `residual`, `complementarity`: see `_common/multipliers.py`.
     - `stage`: where the violation is largest.
     - `duals`: the multipliers of the next update, with the same penalties.
     """
 
     cost: Float[Array, ""]
+    merit: Float[Array, ""]
     violation: Float[Array, " _"]
     residual: Float[Array, " _"]
     complementarity: Float[Array, " _"]
@@ -59,47 +60,50 @@ def measure(
 ) -> Residuals:
     """Of a chain whose costs are not priced."""
 
-    def entries(rows: Rows, values, dual):
-        penalties, equal = rows.penalties(duals.penalty), np.array(rows.equal)
+    def entries(rows: Rows, values, dual, penalties):
+        equal = np.array(rows.equal)
         new = multiplier(values, dual, penalties, equal)
         told = (
             violation(values, equal),
             residual(values, dual, penalties, equal),
             complementarity(values, new, equal),
         )
-        return jnp.stack(told), new
+        return rows.merit(values, dual, penalties), jnp.stack(told), new
 
     def stage(segment, x, u, t, dual):
-        cost = segment.cost(x, u, t)
-        if segment.rows is None:
-            return cost, None, None
-        return cost, *entries(segment.rows, segment.rows.values(x, u, t), dual)
+        cost, rows = segment.cost(x, u, t), segment.rows
+        if rows is None:
+            return cost, None
+        return cost, entries(rows, rows.values(x, u, t), dual, own[segment.start])
 
+    *penalties, last = duals.penalties
+    own = {segment.start: c for segment, c in zip(chain.segments, penalties)}
     data = trajectory.xs, trajectory.us, chain.ts, duals.stages
-    costs, told, stages = zip(*chain.map(stage, *data), strict=True)
+    costs, parts = zip(*chain.map(stage, *data), strict=True)
     cost = sum(map(jnp.sum, costs)) + chain.terminal_cost(trajectory.final)
-    ends, last, final = chain.terminal_rows, None, None
+    ends, final = chain.terminal_rows, None
     if ends is not None:
-        last, final = entries(ends, ends.values(trajectory.final), duals.terminal)
-    # Per constraint: the largest of its entries, and the stage of the largest.
-    parts = [(s.rows, rows, s.start) for s, rows in zip(chain.segments, told)]
-    parts.append((ends, None if last is None else last[None], chain.horizon))
-    found = []
-    for group in range(len(chain.names)):
-        numbers, places = [], []
-        for rows, values, start in parts:
-            own = [i for i, g in enumerate(rows.groups if rows else ()) if g == group]
-            for i in own:
-                numbers.append(jnp.max(values[:, :, i], 0))
-                worst = jnp.argmax(values[:, 0, i]).astype(jnp.int32) + start
-                places.append(jnp.where(numbers[-1][0] > 0, worst, start))
-        table = jnp.stack(numbers)
-        first = jnp.argmax(table[:, 0])
-        found.append((jnp.max(table, 0), jnp.stack(places)[first]))
-    table, where = jnp.stack([row for row, _ in found]), [place for _, place in found]
-    new = Duals(stages, final, duals.penalty, duals.groups)
-    violations, residuals, slack = table.T
-    return Residuals(cost, violations, residuals, slack, jnp.stack(where), new)
+        final = entries(ends, ends.values(trajectory.final), duals.terminal, last)
+    # Of every entry the worst stage. The entries of a constraint stand side by side.
+    starts = [segment.start for segment in chain.segments]
+    known = [(*part, start) for part, start in zip(parts, starts) if part is not None]
+    if final is not None:
+        merit, told, new = final
+        known.append((merit, told[None], new, chain.horizon))
+    worst = lambda told, start: jnp.argmax(told[:, 0], 0).astype(jnp.int32) + start
+    merits, tables, _, firsts = zip(*known, strict=True)
+    table = jnp.concatenate([jnp.max(told, 0) for told in tables], 1)
+    places = jnp.concatenate([*map(worst, tables, firsts)])
+    ends_of = np.cumsum(np.bincount([g for groups in duals.groups for g in groups]))
+    own = [slice(a, b) for a, b in zip([0, *ends_of], ends_of)]
+    stages = tuple(part and part[2] for part in parts)
+    return Residuals(
+        cost,
+        cost + sum(map(jnp.sum, merits)),
+        *jnp.stack([jnp.max(table[:, i], 1) for i in own], 1),
+        stage=jnp.stack([places[i][jnp.argmax(table[0, i])] for i in own]),
+        duals=Duals(stages, final and final[2], duals.penalty, duals.groups),
+    )
 
 
 class AbstractOuter(AbstractPart):
