@@ -74,16 +74,17 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     solved = usable & (loop.done | loop.stopping)
     late = usable & (loop.counts.steps - state.started >= outer.max_inner)
     finished = solved & outer.finished(state, found, loop.known.largest)
-    # Where no step lowers the merit by more than its rounding, no gradient can be known
+    # Where nothing is left to gain that the merit could show, no gradient can be known
     # any better.
-    noise = rounding(before.trajectory.cost)
-    lowered = before.trajectory.cost - loop.trajectory.cost > noise
+    merit = before.trajectory.cost
+    unseen = loop.known.decrement <= jnp.finfo(merit.dtype).eps * jnp.abs(merit)
+    unseen &= merit - loop.trajectory.cost <= rounding(merit)
     stepped = loop.counts.steps > before.counts.steps
     more = (stepped | loop.stopping).astype(jnp.int32)
-    idle = jnp.where(stepped & lowered, 0, state.idle + more)
-    quiet = (loop.known.decrement <= noise) & (before.search.damping == 0)
+    idle = jnp.where(stepped & ~unseen, 0, state.idle + more)
+    quiet = unseen & (before.search.damping == 0)
     quiet &= usable & (idle >= MAX_IDLE) & ~finished
-    quiet &= outer.finished(state, found, jnp.zeros_like(noise))
+    quiet &= outer.finished(state, found, jnp.zeros_like(merit))
     finished |= quiet
     stuck = usable & loop.stopping & ~stepped & ~finished & (idle >= MAX_IDLE)
     unmet = stuck & (loop.result == RESULTS.successful)
