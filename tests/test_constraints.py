@@ -320,3 +320,10 @@ def test_a_direction_alone_takes_no_constraints():
 def test_an_outer_method_is_checked(unchecked):
     with pytest.raises(TypeError, match="`outer` is 10.0; something like"):
         solve_with((), outer=10.0)
+
+
+def test_a_solve_and_a_warm_one_are_one_function():
+    problem, x0, us = slow()
+    solve = ft.partial(dp.solve, problem, dp.DDP(), x0, throw=False, fast_loops=True)
+    first = jax.eval_shape(solve, us)  # raises where it is not possible
+    jax.eval_shape(lambda us, state: solve(us, state=state), us, first.state)

@@ -60,7 +60,7 @@ class AugmentedLagrangian(AbstractOuter):
         zero = jnp.zeros((), jnp.int32)
         number = lambda value: jnp.asarray(value, like.dtype)
         return OuterState(
-            duals=replace(duals, penalty=jnp.full_like(like, penalty)),
+            duals=replace(duals, penalty=jnp.broadcast_to(number(penalty), like.shape)),
             eta=jnp.full_like(like, 0.1),
             omega=number(0.1),
             worst=number(jnp.inf),
