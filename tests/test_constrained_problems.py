@@ -36,10 +36,10 @@ def problem_of(which):
     return getattr(constrained, which)()
 
 
-def solve(which, us=None, **options):
+def solve(which, us=None, outer=None):
     problem, x0, guess = problem_of(which)
-    us, options = guess if us is None else us, dict(max_steps=500) | options
-    return dp.solve(problem, dp.DDP(), x0, us, throw=False, **options)
+    us, method = guess if us is None else us, dp.DDP()
+    return dp.solve(problem, method, x0, us, outer=outer, max_steps=500, throw=False)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def by_another_method(problem, x0, us):
 @pytest.mark.parametrize("which", ["ferry", "lander", "courier", "arm"])
 def test_others(which):
     problem, x0, us = problem_of(which)
-    solution = solve(which, max_steps=256)
+    solution = solve(which)
     check_optimal(problem, x0, solution)
     noise = 0.1 * np.random.default_rng(0).normal(size=us.shape)
     for start in (solution.us, solution.us + jnp.asarray(noise)):

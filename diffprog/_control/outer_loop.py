@@ -3,9 +3,8 @@
 | after an iteration                         | next                                  |
 | ------------------------------------------ | ------------------------------------- |
 | all conditions hold                        | the policy, `successful`              |
-| no step has lowered the merit so often:    |                                       |
-| its rounding hides what is left            | the policy, `successful`              |
-| none was found                             | the policy, with the code of the last |
+| gains were too small to be seen for long   | the policy, `successful` if all else  |
+| no step is found, so often                 | holds; else with the code of the last |
 | the gradient is small, or no step is found | new multipliers and penalties         |
 | penalties have risen in vain               | the first guess, or `infeasible`      |
 | too many iterations since the last update  | new multipliers                       |
@@ -27,7 +26,7 @@ from .records import Constrained, Loop, rounding
 from .search.base import SearchState
 
 
-MAX_IDLE = 12  # steps in a row that leave the merit as it is
+MAX_IDLE, MAX_UNSEEN = 3, 30
 
 
 def before_steps(
@@ -63,6 +62,14 @@ def before_step(solver: Any, loop: Loop, stop) -> Loop:
     return replace(loop, trajectory=now, best=best, constrained=constrained)
 
 
+def is_hidden(before: Loop, loop: Loop) -> Any:
+    """Whether the merit is too coarse to show what an iteration gains."""
+    merit = before.trajectory.cost
+    small = loop.known.decrement <= jnp.finfo(merit.dtype).eps * jnp.abs(merit)
+    same = merit - loop.trajectory.cost <= rounding(merit)
+    return small & same & (before.search.damping == 0)
+
+
 def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     """The loop after an iteration, with multipliers, penalties and codes of its own."""
     at: Any = before.constrained
@@ -74,19 +81,15 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     solved = usable & (loop.done | loop.stopping)
     late = usable & (loop.counts.steps - state.started >= outer.max_inner)
     finished = solved & outer.finished(state, found, loop.known.largest)
-    # Where nothing is left to gain that the merit could show, no gradient can be known
-    # any better.
-    merit = before.trajectory.cost
-    unseen = loop.known.decrement <= jnp.finfo(merit.dtype).eps * jnp.abs(merit)
-    unseen &= merit - loop.trajectory.cost <= rounding(merit)
     stepped = loop.counts.steps > before.counts.steps
-    more = (stepped | loop.stopping).astype(jnp.int32)
-    idle = jnp.where(stepped & ~unseen, 0, state.idle + more)
-    quiet = unseen & (before.search.damping == 0)
-    quiet &= usable & (idle >= MAX_IDLE) & ~finished
-    quiet &= outer.finished(state, found, jnp.zeros_like(merit))
+    idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))
+    stuck = solved & ~finished & (idle >= MAX_IDLE)
+    unseen = jnp.where(is_hidden(before, loop), state.unseen + 1, 0)
+    quiet = stuck & (loop.result == RESULTS.successful)
+    quiet |= usable & ~finished & (unseen >= MAX_UNSEEN)
+    quiet &= outer.finished(state, found, jnp.zeros_like(found.cost))
     finished |= quiet
-    stuck = usable & loop.stopping & ~stepped & ~finished & (idle >= MAX_IDLE)
+    stuck &= ~quiet
     unmet = stuck & (loop.result == RESULTS.successful)
     go_on = (solved | late) & ~finished & ~stuck
     updated, in_vain = outer.update(state, found, solved)
@@ -96,7 +99,7 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
 
     updated = replace(updated, started=loop.counts.steps)
     state = where(changed, where(again, second, updated), state)
-    state = replace(state, idle=jnp.where(again, 0, idle))
+    state = replace(state, idle=jnp.where(again, 0, idle), unseen=unseen)
 
     trajectory = where(quiet, before.trajectory, loop.trajectory)  # that of `found`
     trajectory = best = where(again, at.first, trajectory)

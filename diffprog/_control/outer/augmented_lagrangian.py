@@ -67,6 +67,7 @@ class AugmentedLagrangian(AbstractOuter):
             rises=zero,
             started=zero,
             idle=zero,
+            unseen=zero,
             num_outer=zero,
             attempt=zero + attempt,
         )
