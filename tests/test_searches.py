@@ -43,7 +43,7 @@ def test_backtracking_accepts_by_the_armijo_condition(change, slope, stepsize):
     assert new.trials == 1
     if verdict.accept:
         assert new.stepsize == stepsize
-        lowered = 0.3 / 2.3 if stepsize >= 0.25 else 0.3
+        lowered = 0.3 / 2.35 if stepsize >= 0.25 else 0.3
         np.testing.assert_allclose(new.damping, lowered, rtol=1e-12)
     else:
         np.testing.assert_allclose(new.stepsize, stepsize / 2, rtol=1e-12)

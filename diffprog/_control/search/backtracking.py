@@ -38,7 +38,7 @@ class Backtracking(AbstractSearch):
     decrease: Number = number(0.5)
     increase: Number = number(4.0)
     max_trials: int = eqx.field(static=True, default=20)
-    damping_factor: Number = number(2.3)
+    damping_factor: Number = number(2.35)
     min_damping: Number = number(1e-6)
     max_damping: Number = number(1e10)
 
