@@ -30,14 +30,20 @@ from .direction.base import check_expansion, check_sweep
 from .lqr import Sweep
 from .outer import AbstractOuter
 from .outer_loop import after_step, before_step, before_steps
-from .records import Counts, Known, Loop, Passes, Purpose, Trials, Trouble
+from .records import (
+    Counts,
+    Known,
+    Loop,
+    Passes,
+    Purpose,
+    rounding,
+    Trials,
+    Trouble,
+)
 from .report import CONSTRAINED, HISTORY, report
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
 
-
-# A predicted decrease below this many roundings of the cost cannot be seen in it.
-ROUNDINGS = 64
 
 # A cost that fell below minus this many times its first size has no bound.
 UNBOUNDED = 1e15
@@ -172,8 +178,7 @@ class Solver(eqx.Module):
     def _judge(self, loop, before, after, passes: Passes, stop, usable):
         """The result so far; whether only the policy is left to find; whether none."""
         verdict, horizon = passes.trials.verdict, self.chain.horizon
-        noise = ROUNDINGS * jnp.finfo(before.cost.dtype).eps * jnp.abs(before.cost)
-        quiet = passes.promised <= noise
+        quiet = passes.promised <= rounding(before.cost)
         failed = verdict.fail
         stalled = (verdict.accept | failed) & (after.cost >= before.cost) & quiet
         # Where neither controls nor search change, no iteration changes anything.

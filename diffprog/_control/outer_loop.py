@@ -3,8 +3,9 @@
 | after an iteration                         | next                                  |
 | ------------------------------------------ | ------------------------------------- |
 | all conditions hold                        | the policy, `successful`              |
+| gains were too small to be seen for long   | the policy, `successful` if all else  |
+| no step is found, so often                 | holds; else with the code of the last |
 | the gradient is small, or no step is found | new multipliers and penalties         |
-| so often, without a step between           | the policy, with the code of the last |
 | penalties have risen in vain               | the first guess, or `infeasible`      |
 | too many iterations since the last update  | new multipliers                       |
 """
@@ -21,11 +22,11 @@ from .._common.multipliers import violation
 from .._common.result import RESULTS
 from .._common.tree import no, where
 from .outer.base import measure, OuterState, Residuals
-from .records import Constrained, Loop
+from .records import Constrained, Loop, rounding
 from .search.base import SearchState
 
 
-MAX_IDLE = 3
+MAX_IDLE, MAX_UNSEEN = 3, 30
 
 
 def before_steps(
@@ -61,6 +62,14 @@ def before_step(solver: Any, loop: Loop, stop) -> Loop:
     return replace(loop, trajectory=now, best=best, constrained=constrained)
 
 
+def is_hidden(before: Loop, loop: Loop) -> Any:
+    """Whether the merit is too coarse to show what an iteration gains."""
+    merit = before.trajectory.cost
+    small = loop.known.decrement <= jnp.finfo(merit.dtype).eps * jnp.abs(merit)
+    same = merit - loop.trajectory.cost <= rounding(merit)
+    return small & same & (before.search.damping == 0)
+
+
 def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     """The loop after an iteration, with multipliers, penalties and codes of its own."""
     at: Any = before.constrained
@@ -75,6 +84,13 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     stepped = loop.counts.steps > before.counts.steps
     idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))
     stuck = solved & ~finished & (idle >= MAX_IDLE)
+    unseen = jnp.where(is_hidden(before, loop), state.unseen + 1, 0)
+    quiet = stuck & (loop.result == RESULTS.successful)
+    quiet |= usable & ~finished & (unseen >= MAX_UNSEEN)
+    quiet &= outer.finished(state, found, jnp.zeros_like(found.cost))
+    finished |= quiet
+    stuck &= ~quiet
+    unmet = stuck & (loop.result == RESULTS.successful)
     go_on = (solved | late) & ~finished & ~stuck
     updated, in_vain = outer.update(state, found, solved)
     second, is_left = outer.again(state)
@@ -83,9 +99,10 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
 
     updated = replace(updated, started=loop.counts.steps)
     state = where(changed, where(again, second, updated), state)
-    state = replace(state, idle=jnp.where(again, 0, idle))
+    state = replace(state, idle=jnp.where(again, 0, idle), unseen=unseen)
 
-    trajectory = best = where(again, at.first, loop.trajectory)
+    trajectory = where(quiet, before.trajectory, loop.trajectory)  # that of `found`
+    trajectory = best = where(again, at.first, trajectory)
     if not solver.search.monotone:  # what was best before the costs changed is not now
         unknown = jnp.full_like(found.cost, jnp.inf)
         best = eqx.tree_at(lambda t: t.cost, trajectory, unknown)
@@ -93,6 +110,7 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     result = RESULTS.where(stop, before.result, loop.result)
     for applies, code in (
         (changed, RESULTS.max_steps_reached),
+        (unmet, RESULTS.no_descent),
         (finished, RESULTS.successful),
         (infeasible, RESULTS.infeasible),
     ):

@@ -1,6 +1,7 @@
 """What the loop of a solve carries along."""
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .._chain.vector import VectorTrajectory
@@ -8,6 +9,15 @@ from .._common.result import RESULTS
 from .._common.types import Stacks
 from .outer.base import OuterState, Residuals
 from .search.base import SearchState, Verdict
+
+
+# A predicted decrease below this many roundings of the cost cannot be seen in it.
+ROUNDINGS = 64
+
+
+def rounding(cost: Float[Array, ""]) -> Float[Array, ""]:
+    """The change of a cost that cannot be seen in it."""
+    return ROUNDINGS * jnp.finfo(cost.dtype).eps * jnp.abs(cost)
 
 
 class Purpose(eqx.Enumeration):

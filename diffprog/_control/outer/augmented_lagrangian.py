@@ -67,6 +67,7 @@ class AugmentedLagrangian(AbstractOuter):
             rises=zero,
             started=zero,
             idle=zero,
+            unseen=zero,
             num_outer=zero,
             attempt=zero + attempt,
         )
@@ -129,7 +130,8 @@ AugmentedLagrangian.__init__.__doc__ = """**Arguments:**
 - `max_penalty`: penalties rise no further; 1e8 in float64 and 1e5 in float32 unless
     given.
 - `tol`: the largest gradient and the largest residual of a constraint of what is called
-    `successful`; 1e-8 in float64 and 1e-4 in float32 unless given.
+    `successful`; 1e-8 in float64 and 1e-4 in float32 unless given. Where steps change
+    the cost by no more than its rounding, the gradient may be larger.
 - `max_inner`: after so many iterations multipliers are updated, however large the
     gradient.
 """

@@ -41,6 +41,7 @@ class OuterState(eqx.Module):
     - `rises`: how often in a row a rise did not help.
     - `started`: the number of accepted iterations at the last update.
     - `idle`: how often in a row the iterations made no step.
+    - `unseen`: how often in a row they gained no more than roundings.
     - `num_outer`, `attempt`: updates, and starts from the first guess.
     """
 
@@ -51,6 +52,7 @@ class OuterState(eqx.Module):
     rises: Int[Array, ""]
     started: Int[Array, ""]
     idle: Int[Array, ""]
+    unseen: Int[Array, ""]
     num_outer: Int[Array, ""]
     attempt: Int[Array, ""]
 
