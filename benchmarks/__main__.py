@@ -3,8 +3,8 @@
     python -m benchmarks [--only single lqr ...] [--write docs]
 
 The numbers go to `out/benchmarks.json`. With `--write docs` they also become the pages
-of the documentation whose sections were all measured, `docs/benchmarks.md` and
-`docs/benchmarks-limits.md`, and their pictures.
+of the documentation whose sections were all measured, such as `docs/benchmarks.md`, and
+their pictures.
 """
 
 import argparse

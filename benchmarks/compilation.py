@@ -10,6 +10,7 @@ import time
 import jax
 
 from . import ours
+from .constrained import CONSTRAINED
 from .problems import LIMITED, PROBLEMS, UNSEEN
 from .timing import once
 
@@ -62,21 +63,33 @@ def measure() -> list[dict]:
         return [one(problem, method) for problem in problems for method in ours.METHODS]
 
 
-def measure_limits() -> dict[str, dict[str, float]]:
-    """First calls with limits over those without, by problem and solver."""
+def over(problems, methods, **without) -> dict[str, dict[str, float]]:
+    """First calls over those `without` something, by problem and solver."""
     first_call(dataclasses.replace(PROBLEMS[0], horizon=10), ours.METHODS[0])
     found = {}
-    for problem in LIMITED:
-        pair = problem, dataclasses.replace(problem, limits=None)
-        for method in ours.METHODS:
+    for problem in problems:
+        pair = problem, dataclasses.replace(problem, **without)
+        for method in methods:
             seconds = lambda p: sum(first_call(p, method, time.process_time))
-            limited, free = map(min, zip(*(map(seconds, pair) for _ in range(3))))
+            with_it, free = map(min, zip(*(map(seconds, pair) for _ in range(3))))
             solver = f"diffprog {type(method).__name__}"
-            found.setdefault(problem.name, {})[solver] = limited / free
+            found.setdefault(problem.name, {})[solver] = with_it / free
     return found
 
 
-MEASURE = {"all": measure, "limits": measure_limits}
+def measure_limits():
+    return over(LIMITED, ours.METHODS, limits=None)
+
+
+def measure_constraints():
+    return over(CONSTRAINED, [ours.DDP], rows=None, last_rows=None, goal=None)
+
+
+MEASURE = {
+    "all": measure,
+    "limits": measure_limits,
+    "constraints": measure_constraints,
+}
 
 
 def in_a_process(what: str):
@@ -87,6 +100,10 @@ def in_a_process(what: str):
 
 def with_limits() -> dict[str, dict[str, float]]:
     return in_a_process("limits")
+
+
+def with_constraints() -> dict[str, dict[str, float]]:
+    return in_a_process("constraints")
 
 
 def run() -> list[dict]:

@@ -8,18 +8,24 @@ import diffprog as dp
 
 # The stopping rule of Crocoddyl: the model promises less than this.
 STOP = dict(rtol=0.0, atol=1e-7, max_steps=500)
-METHODS = (dp.ILQR(), dp.DDP())
+DDP = dp.DDP()
+METHODS = (dp.ILQR(), DDP)
 # The library makes loops fast where it can; plain ones are what it falls back on.
 LOOPS = {"": {}, ", plain loops": {"fast_loops": False}}
 
 
 def chain(problem) -> dp.ControlProblem:
+    row = lambda fn: fn and dp.Inequality(lambda x, *_: fn(jnp, x))
+    goal = problem.goal and dp.Equality(lambda x: problem.goal(jnp, x))
+    known = lambda *rows: tuple(row for row in rows if row)
     return dp.ControlProblem(
         lambda x, u, t: problem.dynamics(jnp, x, u),
         lambda x, u, t: problem.cost(jnp, x, u),
         lambda x: problem.terminal_cost(jnp, x),
         problem.horizon,
         control_bounds=problem.bounds if problem.limits else None,
+        constraints=known(row(problem.rows)),
+        terminal_constraints=known(goal, row(problem.last_rows)),
     )
 
 

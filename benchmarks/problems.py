@@ -21,6 +21,8 @@ class Problem:
     - `spread`: standard deviations of the starts of a batch.
     - `limits(t)`: the lower and the upper limits of the controls at all stages.
     - `guess(t)`: the first guess of the controls, else zero.
+    - `rows(np, x)`, `last_rows(np, x)`: at most 0 at the stages, and at the end.
+    - `goal(np, x)`: 0 at the end.
     """
 
     name: str
@@ -33,6 +35,9 @@ class Problem:
     spread: tuple[float, ...] = ()
     limits: Callable | None = None
     guess: Callable | None = None
+    rows: Callable | None = None
+    last_rows: Callable | None = None
+    goal: Callable | None = None
 
     @property
     def us(self) -> numpy.ndarray:

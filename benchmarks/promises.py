@@ -20,6 +20,8 @@ FATROP = {"pendulum": 0.4, "cart-pole": 0.15, "quadrotor": 0.5, "car parking": 0
 CROCODDYL = {"pendulum": 0.6, "cart-pole": 0.6, "car parking": 0.6, "quadrotor": 1.0}
 LIMITS = {"pendulum with limits": 0.35, "pendulum, limits that change": 0.45}
 FIRST_CALL = 1.5
+CONSTRAINTS = {"mass": 0.5, "swing up": 0.25, "obstacles": 0.4, "short rail": 2.5}
+RAIL, FIRST_CALL_WITH_ROWS = 1.0, 2.5
 LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
@@ -71,6 +73,20 @@ def of_limits(rows: list[dict]):
     yield promise("time of a first call over one without limits", FIRST_CALL, largest)
 
 
+def of_constraints(rows: list[dict]):
+    for peer in ("Fatrop", "Fatrop, expanded"):
+        yield from times(rows, peer, CONSTRAINTS)
+        rail = {row["solver"]: row for row in rows if row["problem"] == "short rail"}
+        mine = rail["diffprog DDP, penalty 1000"]
+        good = peer in rail and mine["converged"]
+        measured = single.ratio(mine, rail[peer]) if good else None
+        text = f"time over {peer}: short rail, first penalty 1000"
+        yield promise(text, RAIL, measured)
+    largest = max(row["first call x"] or 0.0 for row in rows)
+    text = "time of a first call over one without constraints"
+    yield promise(text, FIRST_CALL_WITH_ROWS, largest)
+
+
 def of_door(rows: list[dict]):
     largest = max(row["difference us"] for row in rows)
     yield promise("microseconds of the public door, at most", DOOR, largest)
@@ -96,6 +112,7 @@ def of_compilation(rows: list[dict]):
 PARTS = {
     "single": of_single,
     "limits": of_limits,
+    "constraints": of_constraints,
     "door": of_door,
     "lqr": of_lqr,
     "batch": of_batch,

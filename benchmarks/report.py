@@ -18,8 +18,13 @@ PAGES = {
         "scaling",
     ),
     "benchmarks-limits": ("limits",),
+    "benchmarks-constraints": ("constraints",),
 }
-TITLES = {"benchmarks": "Benchmarks", "benchmarks-limits": "Benchmarks with limits"}
+TITLES = {
+    "benchmarks": "Benchmarks",
+    "benchmarks-limits": "Benchmarks with limits",
+    "benchmarks-constraints": "Benchmarks with constraints",
+}
 INTRODUCTION = """\
 # {title}
 

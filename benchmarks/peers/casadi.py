@@ -13,6 +13,7 @@ MODULE = types.SimpleNamespace(
     dot=casadi.dot,
     sin=casadi.sin,
     cos=casadi.cos,
+    tan=casadi.tan,
     arcsin=casadi.asin,
     sqrt=casadi.sqrt,
 )
@@ -40,6 +41,9 @@ def functions(problem) -> dict[str, casadi.Function]:
         "last": ([x], [last]),
         "last_derivatives": ([x], [*gradient(last, x), casadi.hessian(last, x)[0]]),
     }
+    rows = {"rows": problem.rows, "goal": problem.goal, "last_rows": problem.last_rows}
+    for name, fn in rows.items():
+        outputs[name] = [x], [fn(MODULE, x) if fn else casadi.SX(0, 1)]
     dense = lambda expressions: [casadi.densify(e) for e in casadi.cse(expressions)]
     return {
         name: casadi.Function(name, inputs, dense(expressions))
@@ -63,8 +67,14 @@ class MultipleShooting:
         xs, us = pairs[:n, :], pairs[n:, :]
         following, costs = self.stage.map(T)(xs, us)
         gaps = casadi.horzcat(xs[:, 1:], end) - following
+        rows, last = parts["rows"], [parts[name](end) for name in ("goal", "last_rows")]
+        many, (ends, lasts) = rows.size1_out(0), (part.numel() for part in last)
         # The order that Fatrop expects: what binds a stage follows its gap.
-        g = casadi.vertcat(gaps[:, 0], xs[:, 0] - x0, casadi.vec(gaps[:, 1:]))
+        stages = casadi.vertcat(gaps, rows.map(T)(xs)) if many else gaps
+        first = gaps[:, 0], xs[:, 0] - x0, stages[n:, 0]
+        g = casadi.vertcat(*first, casadi.vec(stages[:, 1:]), *last)
+        stage = [True] * n + [False] * many
+        equal = [True] * n + stage * T + [True] * ends + [False] * lasts
         nlp = dict(x=z, p=x0, f=casadi.sum2(costs) + self.last(end), g=g)
         options = dict(
             expand=expand,
@@ -78,8 +88,8 @@ class MultipleShooting:
                 N=T,
                 nx=[n] * (T + 1),
                 nu=[m] * T + [0],
-                ng=[n] + [0] * T,
-                equality=[True] * (n * (T + 1)),
+                ng=[n + many] + [many] * (T - 1) + [ends + lasts],
+                equality=equal,
                 fatrop=dict(print_level=0, tol=TOLERANCE, max_iter=MAX_STEPS),
             )
         else:
@@ -89,7 +99,7 @@ class MultipleShooting:
         self.solver = casadi.nlpsol("solver", solver, nlp, options)
         self.sizes, self.x0 = (n, m, T), numpy.array(problem.x0)
         self.guess = self.roll_out(problem.us)
-        self.limits = {}
+        self.limits = dict(lbg=numpy.where(equal, 0.0, -numpy.inf), ubg=0.0)
         if problem.limits:
             sides = zip(("lbx", "ubx"), (-numpy.inf, numpy.inf), problem.bounds)
             for name, none, side in sides:
@@ -108,8 +118,7 @@ class MultipleShooting:
         return numpy.concatenate([numpy.hstack([xs[:-1], us]).ravel(), xs[-1]])
 
     def __call__(self):
-        options = dict(x0=self.guess, p=self.x0, lbg=0.0, ubg=0.0)
-        self.answer = self.solver(**options, **self.limits)
+        self.answer = self.solver(x0=self.guess, p=self.x0, **self.limits)
 
     @property
     def us(self) -> numpy.ndarray:

@@ -1,0 +1,100 @@
+"""Problems with constraints: ours, and every peer that takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+import diffprog as dp
+
+from . import compilation, ours
+from .constrained import CONSTRAINED
+from .peers import load
+from .single import best, ratio
+from .timing import alternate
+
+
+TITLE = "Constraints"
+COLUMNS = {
+    "problem": "{}",
+    "solver": "{}",
+    "ms": "{:.3f}",
+    "iterations": "{}",
+    "cost": "{:.11g}",
+    "violation": "{:.1e}",
+    "ours / this": "{:.3f}",
+    "first call x": "{:.2f}",
+}
+NOTES = (
+    "Times are of one solve, float64, one thread. `violation` is the largest of all "
+    "constraints, in a roll-out of the controls. `ours / this` divides `dp.DDP` by the "
+    "row; there is no ratio where a solver did not converge or the final cost differs "
+    "by more than 1e-6. `first call x` is the processor time to trace and compile, "
+    "divided by that of the same problem without constraints, each the least of three.",
+    "A mass and a pendulum end at a point; a car passes two obstacles below a speed "
+    "limit, and pays for the distance to its goal or arrives there; a pole swings up "
+    "on a cart with a short rail. All controls have limits. diffprog stops when "
+    "gradients and residuals are at most 1e-8; Fatrop and Ipopt stop at the "
+    "tolerance 1e-8, and have the exact Hessian.",
+)
+FAST = dict(fast_loops=True)
+RAIL = dp.AugmentedLagrangian(penalty=1e3)
+
+
+def solvers(problem) -> dict:
+    variants = {"": FAST, ", plain loops": dict(fast_loops=False)}
+    if problem.name == "short rail":
+        variants[", penalty 1000"] = FAST | dict(outer=RAIL)
+    found = {}
+    for suffix, options in variants.items():
+        found[f"diffprog DDP{suffix}"] = ours.Solver(problem, ours.DDP, **options)
+    if casadi := load("casadi"):
+        for name in ("Fatrop", "Ipopt"):
+            for suffix, expand in {"": False, ", expanded": True}.items():
+                solver = casadi.MultipleShooting(problem, name.lower(), expand)
+                found[name + suffix] = solver
+    return found
+
+
+def violation(problem, us) -> float:
+    """The largest, along the states that the controls lead to."""
+    step = jax.jit(lambda x, u: problem.dynamics(jnp, x, u))
+    xs = [jnp.array(problem.x0)]
+    for u in us:
+        xs.append(step(xs[-1], jnp.asarray(u)))
+    worst = [0.0]
+    if problem.rows:
+        worst += [numpy.max(problem.rows(jnp, x)) for x in xs[:-1]]
+    if problem.last_rows:
+        worst.append(numpy.max(problem.last_rows(jnp, xs[-1])))
+    if problem.goal:
+        worst.append(numpy.max(numpy.abs(problem.goal(jnp, xs[-1]))))
+    return float(max(worst))
+
+
+def one(problem, first_calls: dict[str, float]) -> list[dict]:
+    found = solvers(problem)
+    times = alternate(found)
+    rows = [
+        {
+            "problem": problem.name,
+            "solver": name,
+            "ms": 1e3 * times[name],
+            "iterations": solver.steps,
+            "cost": solver.cost,
+            "violation": violation(problem, solver.us),
+            "converged": solver.converged,
+            "first call x": first_calls.get(name),
+        }
+        for name, solver in found.items()
+    ]
+    mine = best(rows)
+    return [row | {"ours / this": ratio(mine, row)} for row in rows]
+
+
+def run() -> list[dict]:
+    first_calls = compilation.with_constraints()
+    return [
+        row
+        for problem in CONSTRAINED
+        for row in one(problem, first_calls[problem.name])
+    ]
