@@ -8,7 +8,7 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-LIMITS = {"car_racing.py": 250, "digits_gauss_newton.py": 165, "obstacles.py": 190}
+LIMITS = {"car_racing.py": 255, "digits_gauss_newton.py": 165, "obstacles.py": 190}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "multilabel.py": {"multilabel.png"},
@@ -62,6 +62,13 @@ def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
     assert process.returncode == 0, process.stderr
     files = FILES.get(script, set())
     assert files <= {path.name for path in tmp_path.iterdir() if path.stat().st_size}
+
+
+@pytest.mark.slow
+def test_the_race_has_hard_borders(tmp_path):
+    process = _run("car_racing.py", True, "--out", tmp_path, "--borders", "hard")
+    assert process.returncode == 0, process.stderr
+    assert "hard borders" in process.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -182,6 +182,40 @@ def test_border_margin_is_that_of_the_cost(half_width):
     assert np.all(middle > min(half_width, 3.5) - 1.0 - 0.9)
 
 
+def test_borders_are_at_most_zero_on_the_track():
+    race = Race(KinematicCar(), Track.line(), margin=0.01)
+    x = race.start(1.0, 0.5).at[1].set(0.16)
+    rows = race.borders(x)
+    np.testing.assert_allclose(rows.max(), 0.01 - race.border_margin(x), rtol=1e-12)
+    np.testing.assert_array_equal(race.borders(x, jnp.zeros(3), 2), rows)
+    assert np.all(race.borders(x, jnp.zeros(3), 0) == -1)
+    np.testing.assert_allclose(rows.sum(), 0.02 + race.car.width - 0.37, rtol=1e-12)
+
+
+def test_a_race_between_hard_borders():
+    race = Race(
+        KinematicCar(),
+        Track.line(),
+        dt=0.04,
+        v_ref=1.0,
+        q_contour=0.0,
+        q_border=0.0,
+        control_weight=1e-2,
+        method="euler",
+    )
+    borders = dp.Inequality(race.borders, name="borders")
+    problem = dp.ControlProblem.from_system(
+        race, 20, constraints=borders, terminal_constraints=borders
+    )
+    x0 = race.start(1.5).at[2].set(0.3)
+    outer = dp.AugmentedLagrangian(tol=1e-6)
+    solution = dp.solve(problem, dp.DDP(), x0, jnp.zeros((20, 3)), outer=outer)
+    margins = jax.vmap(race.border_margin)(solution.xs)
+    assert -1e-6 < margins.min() < 1e-6
+    pushes = solution.multipliers.constraints["borders"]
+    assert pushes.max() > 0.1 and np.all(pushes[0] == 0)
+
+
 def test_border_cost_gradient_matches_differences():
     race = Race.miniature(Track.simple())
     x = jnp.asarray(START).at[:2].set(jnp.array([0.6, 0.19]))

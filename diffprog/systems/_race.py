@@ -99,6 +99,7 @@ class Race(AbstractSystem):
     squashed, a problem made by [`diffprog.ControlProblem.from_system`][] keeps their
     limits, `control_bounds`. Zeros are then a car that rolls to a stop, where the model
     ends: begin in the middle between the limits, which zeros are for a squashed car.
+    `borders` are for constraints, in place of their cost.
 
     Sources: A. Liniger, A. Domahidi, M. Morari, "Optimization-based autonomous racing
     of 1:43 scale RC cars", 2015, arXiv:1711.07300, for the cost; V. Roulet, S.
@@ -217,7 +218,7 @@ class Race(AbstractSystem):
         rate = x[-1]
         error = self.q_contour * contour**2 + self.q_lag * lag**2
         speed = self.q_speed * self.dt**2 * (rate - self.v_ref) ** 2
-        outside = jnp.maximum(self.margin - self._margins(x), 0.0)
+        outside = jnp.maximum(self.borders(x), 0.0)
         border = self.q_border * jnp.sum(outside**self.border_power)
         return error + speed - self.q_log * jnp.log(rate) + border
 
@@ -232,6 +233,16 @@ class Race(AbstractSystem):
         the borders beside the progress s, positive inside.
         """
         return jnp.min(self._margins(x))
+
+    def borders(self, x, u=None, t=None):
+        """`margin` less the distances to the left and the right border [m].
+
+        At most 0 where the car is on the track: `dp.Inequality(race.borders)`, at the
+        stages and at the end, with `q_border=0.0`, keeps it there. The first state is
+        given and no control changes it, so its rows are -1.
+        """
+        rows = self.margin - self._margins(x)
+        return rows if t is None else jnp.where(t == 0, -1.0, rows)
 
     def _errors(self, x):
         # e_c along the normal of the center line, e_l against its direction.
