@@ -64,7 +64,10 @@ def test_multipliers_of_dependent_rows_act_as_one():
 
 def test_unicycle_from_below():
     problem, x0, _ = problem_of("unicycle")
-    solution = solve("unicycle", outer=dp.AugmentedLagrangian(penalty=1e4))
+    # Which way it goes hangs on details of the search: with 2.35 it goes above.
+    search = dp.Backtracking(damping_factor=1.6)
+    outer = dp.AugmentedLagrangian(penalty=1e3)
+    solution = solve("unicycle", search=search, outer=outer)
     check_optimal(problem, x0, solution)
     assert solution.stats["violation"] < 1e-8
     np.testing.assert_allclose(solution.cost, REFERENCES["unicycle"][0][0], rtol=1e-7)
