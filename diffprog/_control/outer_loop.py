@@ -101,7 +101,7 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     state = where(changed, where(again, second, updated), state)
     state = replace(state, idle=jnp.where(again, 0, idle), unseen=unseen)
 
-    trajectory = where(quiet, before.trajectory, loop.trajectory)  # that of `found`
+    trajectory = where(finished, before.trajectory, loop.trajectory)  # that of `found`
     trajectory = best = where(again, at.first, trajectory)
     if not solver.search.monotone:  # what was best before the costs changed is not now
         unknown = jnp.full_like(found.cost, jnp.inf)
