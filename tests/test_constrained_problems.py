@@ -4,6 +4,7 @@ The others stand in no collection, and nothing was ever tuned for them.
 """
 
 import functools as ft
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,10 @@ def problem_of(which):
     return getattr(constrained, which)()
 
 
-def solve(which, us=None, outer=None):
+def solve(which, us=None, **options):
     problem, x0, guess = problem_of(which)
-    us, method = guess if us is None else us, dp.DDP()
-    return dp.solve(problem, method, x0, us, outer=outer, max_steps=500, throw=False)
+    options: Any = dict(max_steps=500, throw=False) | options
+    return dp.solve(problem, dp.DDP(), x0, guess if us is None else us, **options)
 
 
 @pytest.mark.slow
