@@ -37,9 +37,9 @@ def problem_of(which):
     return getattr(constrained, which)()
 
 
-def solve(which, us=None, **options):
+def solve(which, us=None, **options: Any):
     problem, x0, guess = problem_of(which)
-    options: Any = dict(max_steps=500, throw=False) | options
+    options = dict(max_steps=500, throw=False) | options
     return dp.solve(problem, dp.DDP(), x0, guess if us is None else us, **options)
 
 
