@@ -329,7 +329,7 @@ def conditions(problem, x0, solution):
 def check_optimal(problem, x0, solution, tol=1e-7):
     """Successful, and optimal to first order by plain derivatives as well."""
     assert solution.success, solution
-    for part in ("stationarity", "violation", "complementarity"):
+    for part in ("stationarity", "violation", "complementarity", "dual_sign"):
         assert solution.stats[part] <= tol
     np.testing.assert_allclose(conditions(problem, x0, solution), 0, atol=tol)
     for c in problem.constraints:

@@ -3,6 +3,7 @@
 import functools as ft
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,58 @@ def test_every_direction_of_second_order(method):
     solution = dp.solve(problem, method, x0, us, max_steps=200)
     assert solution.success
     np.testing.assert_allclose(solution.cost, REFERENCES["slow"][1], rtol=1e-7)
+
+
+def test_functions_are_traced_once_and_new_numbers_never_compile(caplog):
+    CALLS.clear()
+
+    def problem(most, force, goal):
+        rows = dp.Inequality(ft.partial(speed, most=most), "speed")
+        stop = dp.Equality(Stop(goal), "stop")
+        return dp.ControlProblem(*functions, 12, (-force, force), rows, stop)
+
+    functions = step, effort, lambda x: 0.0 * x[0]
+    x0, us = jnp.array([0.3, 0.0]), jnp.zeros((12, 1))
+    method, outer = dp.DDP(), dp.AugmentedLagrangian()
+    solve = ft.partial(dp.solve, throw=False, max_steps=100)
+    first = solve(problem(0.4, 1.5, 0.0), method, x0, us, outer=outer)
+    assert len(CALLS) == 1
+    warm = solve(problem(0.4, 1.5, 0.0), method, x0, us, state=first.state)
+    with jax.log_compiles(True):
+        again = solve(
+            problem(0.3, 1.4, 0.1),
+            method,
+            np.array([0.2, 0.0]),
+            us,
+            outer=dp.AugmentedLagrangian(penalty=20.0, second_penalty=2e3),
+        )
+        solve(problem(0.5, 1.6, 0.2), method, x0, us, state=warm.state)
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [m for m in messages if "Compiling" in m and "jitted" in m]
+    assert first.success and warm.success and again.success and len(CALLS) == 2
+
+
+CALLS = []
+
+
+def speed(x, u, t, most):
+    CALLS.append(most)
+    return x[1] - most
+
+
+class Stop(eqx.Module):
+    goal: float
+
+    def __call__(self, x):
+        return x - jnp.stack([jnp.asarray(self.goal, x.dtype), jnp.zeros_like(x[1])])
+
+
+def step(x, u, t):
+    return x + 0.1 * jnp.stack([x[1] + 0.05 * u[0], u[0]])
+
+
+def effort(x, u, t):
+    return 0.05 * u[0] ** 2
 
 
 def test_what_cannot_be_satisfied_is_infeasible():

@@ -133,9 +133,10 @@ class Solution(eqx.Module):
         none, or if the solve succeeded. Where controls have limits, `gradient` is that
         of the controls as far as they can move, and `stationarity` its largest entry.
         With constraints these are of L, see [`diffprog.Multipliers`][], and there are
-        `violation` (the largest), `complementarity`, `num_outer` (updates of the
-        multipliers), `num_attempts`, `penalty` (the largest) and `violated`: the number
-        of the constraint that is violated most, the terminal ones last, and the stage.
+        `violation` (the largest), `complementarity`, `dual_sign` (how negative the
+        multiplier of an inequality is), `num_outer` (updates of the multipliers),
+        `num_attempts`, `penalty` (the largest) and `violated`: the number of the
+        constraint that is violated most, the terminal ones last, and the stage.
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
         `damping`, `slope`, `trials`, `gradient`, and with constraints `violation` and
         `penalty`. Entry i is about iterate i and the step from it; NaN after the end.

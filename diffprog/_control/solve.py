@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._chain.limits import projected
@@ -130,7 +131,7 @@ def solution_of(
     cost = trajectory.cost
     if loop.constrained is not None:
         cost = loop.constrained.found.cost
-        stats |= _constraint_stats(loop.constrained)
+        stats |= _constraint_stats(vectorized, loop.constrained)
     xs = vectorized.states(trajectory.xs, trajectory.final)
     us = vectorized.controls(trajectory.us)
     policy = vectorized.problem.join_controls(policies)
@@ -159,12 +160,19 @@ def begun(vectorized: Vectorized, solver: Solver, x0, us, state, history) -> Loo
     return solver.init(*first, state.search, duals, history)
 
 
-def _constraint_stats(at: Constrained) -> dict[str, Any]:
-    found, state = at.found, at.state
+def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]:
+    found, state, chain = at.found, at.state, vectorized.chain
     worst = jnp.argmax(found.violation)
+    rows = *(segment.rows for segment in chain.segments), chain.terminal_rows
+    signs = [
+        jnp.max(jnp.where(np.array(own.equal), 0, -stack))
+        for own, stack in zip(rows, found.duals.stacks, strict=True)
+        if own is not None and stack is not None
+    ]
     return dict(
         violation=jnp.max(found.violation),
         complementarity=jnp.max(found.complementarity),
+        dual_sign=jnp.maximum(ft.reduce(jnp.maximum, signs), 0),
         num_outer=state.num_outer,
         num_attempts=state.attempt,
         penalty=jnp.max(state.duals.penalty),
