@@ -146,16 +146,14 @@ def _warm_start(vectorized: Vectorized, loop: Loop, outer: AbstractOuter, multip
         return WarmStart(loop.search)
     duals = outer.left(at.state, at.found, loop.result == RESULTS.successful)
     stages, terminal = duals.named(vectorized.chain.names)
-    used = vectorized.problem.join_controls(stages), terminal
-    of = lambda m: (m.constraints, m.terminal)
-    return WarmStart(loop.search, eqx.tree_at(of, multipliers, used), duals.penalty)
+    rows = dict(constraints=vectorized.problem.join_controls(stages), terminal=terminal)
+    used = dataclasses.replace(multipliers, **rows)
+    return WarmStart(loop.search, used, duals.penalty)
 
 
 def begun(vectorized: Vectorized, solver: Solver, x0, us, state, history) -> Loop:
     """The state before the first iteration."""
-    duals = None
-    if solver.outer:
-        duals = vectorized.duals(state.multipliers, state.penalty)
+    duals = solver.outer and vectorized.duals(state.multipliers, state.penalty)
     first = vectorized.ravel(x0, us)
     return solver.init(*first, state.search, duals, history)
 
