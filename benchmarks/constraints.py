@@ -9,8 +9,7 @@ import diffprog as dp
 from . import compilation, ours
 from .constrained import CONSTRAINED
 from .peers import load
-from .single import best, ratio
-from .timing import alternate
+from .single import compared
 
 
 TITLE = "Constraints"
@@ -73,22 +72,14 @@ def violation(problem, us) -> float:
 
 def one(problem, first_calls: dict[str, float]) -> list[dict]:
     found = solvers(problem)
-    times = alternate(found)
-    rows = [
-        {
-            "problem": problem.name,
-            "solver": name,
-            "ms": 1e3 * times[name],
-            "iterations": solver.steps,
-            "cost": solver.cost,
-            "violation": violation(problem, solver.us),
-            "converged": solver.converged,
-            "first call x": first_calls.get(name),
+    return [
+        row
+        | {
+            "violation": violation(problem, found[row["solver"]].us),
+            "first call x": first_calls.get(row["solver"]),
         }
-        for name, solver in found.items()
+        for row in compared(problem, found)
     ]
-    mine = best(rows)
-    return [row | {"ours / this": ratio(mine, row)} for row in rows]
 
 
 def run() -> list[dict]:

@@ -5,8 +5,7 @@ import numpy
 from . import compilation, ours
 from .peers import load
 from .problems import LIMITED
-from .single import best, ratio
-from .timing import alternate
+from .single import compared
 
 
 TITLE = "Limits of the controls"
@@ -62,23 +61,15 @@ def excess(problem, us) -> float:
 
 def one(problem, first_calls: dict[str, float]) -> list[dict]:
     found = solvers(problem)
-    times = alternate(found)
-    rows = [
-        {
-            "problem": problem.name,
-            "solver": name,
-            "ms": 1e3 * times[name],
-            "iterations": solver.steps,
-            "ms / iteration": 1e3 * times[name] / solver.steps,
-            "cost": solver.cost,
-            "excess": excess(problem, solver.us),
-            "converged": solver.converged,
-            "first call x": first_calls.get(name),
+    return [
+        row
+        | {
+            "ms / iteration": row["ms"] / row["iterations"],
+            "excess": excess(problem, found[row["solver"]].us),
+            "first call x": first_calls.get(row["solver"]),
         }
-        for name, solver in found.items()
+        for row in compared(problem, found)
     ]
-    mine = best(rows)
-    return [row | {"ours / this": ratio(mine, row)} for row in rows]
 
 
 def run() -> list[dict]:

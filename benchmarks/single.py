@@ -59,8 +59,8 @@ def ratio(mine: dict | None, row: dict) -> float | None:
     return mine["ms"] / row["ms"] if same else None
 
 
-def one(problem) -> list[dict]:
-    found = solvers(problem)
+def compared(problem, found: dict) -> list[dict]:
+    """A row for each solver, which take turns, and its ratio to ours."""
     times = alternate(found)
     rows = [
         dict(
@@ -78,4 +78,8 @@ def one(problem) -> list[dict]:
 
 
 def run() -> list[dict]:
-    return [row for problem in PROBLEMS + UNSEEN for row in one(problem)]
+    return [
+        row
+        for problem in PROBLEMS + UNSEEN
+        for row in compared(problem, solvers(problem))
+    ]
