@@ -52,7 +52,7 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
 
     def run(static, numbers):
         # JAX reads the memory of a NumPy array at its leisure: after the call, too.
-        own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
+        own = lambda number: number.copy()[()] if isinstance(number, np.ndarray) else number
         numbers = tuple(map(own, numbers))
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:

@@ -35,6 +35,14 @@ from .search.base import SearchState
 from .solution import ADVICE, explain_solution, Multipliers, Solution, WarmStart
 
 
+_OUTER = AugmentedLagrangian()
+
+
+@ft.cache
+def _nothing_known(dtype) -> WarmStart:
+    return WarmStart(SearchState.none(dtype))
+
+
 def tolerance(value: Any, dtype) -> Any:
     """The tolerance given, or else an accuracy that the dtype can deliver."""
     if value is None:
@@ -229,10 +237,10 @@ def arguments(
 ) -> tuple:
     """Those of a solve: checked, floating, with defaults; options are one of them."""
     check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
-    outer = AugmentedLagrangian() if outer is None else outer
+    outer = _OUTER if outer is None else outer
     check_kind("outer", outer, AbstractOuter, "dp.AugmentedLagrangian()")
     (x0, us), dtype = strong(x0, us)
-    state = WarmStart(SearchState.none(dtype)) if state is None else state
+    state = _nothing_known(dtype) if state is None else state
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     given = problem, method, x0, us, search, state, *tolerances, outer
     return *given, (max_steps, *options)
