@@ -131,6 +131,7 @@ class Taken:
 
     def __init__(self, tree, constants=False, captured=False, size=None, traced=False):
         self.numbers: list = []
+        self._floats: list[int] = []  # their places
         self.captured = False  # whether a number is one that a function captures
         self._constants, self._depth, self._many = constants, int(captured), False
         self._kept = False  # whether inside of what is not rebuilt
@@ -138,7 +139,8 @@ class Taken:
         self._seen: dict[int, _Node] = {}
         self._size, self._traced = size, traced
         leaves, treedef = self._flatten(tree)
-        self.static = treedef, tuple([self._take(leaf) for leaf in leaves])
+        parts = [self._take(leaf) for leaf in leaves]
+        self.static = treedef, tuple(parts), tuple(self._floats)
 
     def _flatten(self, tree: PyTree, is_leaf: Callable = is_open) -> tuple[list, Any]:
         """Leaves and structure; what is to be looked at as a whole is a leaf."""
@@ -151,8 +153,12 @@ class Taken:
         kind = type(value)
         if kind in PLAIN:
             return kind, value  # the type stands beside the value: True == 1
+        if kind is types.FunctionType:
+            return self._code(value)
         if isinstance(value, NUMBERS):
             return self._number(value, holder, name)
+        if id(value) in self._seen and not self._static:
+            return _Again(self._seen[id(value)])
         if kind in DICTS:
             return self._dict(value, holder, name)
         if holder is not None:
@@ -188,8 +194,10 @@ class Taken:
                 return _Constant(number)
         if of_numpy and (number.dtype.names or number.dtype.kind not in "biufcV"):
             refuse(number, holder, name)
-        # A NumPy float64 scalar is a Python float and counts as one.
-        self.numbers.append(float(number) if isinstance(number, float) else number)
+        if isinstance(number, float):  # a NumPy float64 scalar as well
+            self._floats.append(len(self.numbers))
+            number = float(number)
+        self.numbers.append(number)
         return _Number
 
     def _code(self, value):
@@ -198,7 +206,8 @@ class Taken:
         if self._static:
             check_unchanged(value, Frozen, self._traced)
         if kind is types.FunctionType:
-            return self._holder(value, kind, Same(value))
+            parts, same = contents(value), Same(value)
+            return self._holder(value, kind, same, parts=parts) if parts else same
         if kind is types.MethodType and isinstance(value.__self__, type):
             return Same(value.__self__), value.__name__
         if kind in (types.MethodType, ft.partial):
@@ -284,7 +293,7 @@ class Taken:
 
 def put_together(static, numbers) -> PyTree:
     """The tree of `Taken`, with numbers in their places."""
-    treedef, leaves = static
+    treedef, leaves, _ = static
     builder = _Builder(iter(numbers))
     return jtu.tree_unflatten(treedef, [builder.build(leaf) for leaf in leaves])
 

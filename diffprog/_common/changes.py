@@ -191,8 +191,10 @@ def _in_function(fn: types.FunctionType) -> dict[str, Any]:
     if fn.__defaults__ or fn.__kwdefaults__:
         defaults = defaults_of(fn) | (fn.__kwdefaults__ or {})
         parts |= {f"default {name}": value for name, value in defaults.items()}
-    own = fn.__dict__.items()
-    return parts | {f".{name}": value for name, value in own if name[0] != "_"}
+    for name, value in fn.__dict__.items():
+        if name[0] != "_":
+            parts[f".{name}"] = value
+    return parts
 
 
 def defaults_of(fn: types.FunctionType) -> dict[str, Any]:
@@ -203,12 +205,18 @@ def defaults_of(fn: types.FunctionType) -> dict[str, Any]:
 
 
 def attributes(value) -> dict[str, Any]:
-    names = dict.fromkeys(getattr(value, "__dict__", ()))
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        names |= dict.fromkeys([slots] if isinstance(slots, str) else slots)
-    own = names.keys() - {"__dict__", "__weakref__"}
-    return {n: getattr(value, n) for n in names if n in own and hasattr(value, n)}
+    names = [*getattr(value, "__dict__", ()), *_slots(type(value))]
+    return {n: getattr(value, n) for n in names if hasattr(value, n)}
+
+
+@ft.cache
+def _slots(kind: type) -> tuple[str, ...]:
+    """The names of the attributes that are not in a `__dict__`."""
+    found: dict[str, None] = {}
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        found |= dict.fromkeys([slots] if isinstance(slots, str) else slots)
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 FUNCTIONS = types.FunctionType, types.MethodType, ft.partial

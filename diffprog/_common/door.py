@@ -4,6 +4,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -42,9 +43,12 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
     asks = set()  # programs whose functions ask for the values of what they capture
 
     @ft.partial(jax.jit, static_argnums=0)
-    def jitted(static, numbers):
+    def jitted(static, floats, others):
         nonlocal num_traces, lost
         num_traces += 1
+        numbers = list(others)
+        for place, number in zip(static[-1], floats, strict=True):
+            numbers.insert(place, jnp.full_like(0.0, number))  # weakly typed
         args, kwargs = put_together(static, numbers)
         with taken_back((args, kwargs)) as lost:
             args, kwargs = vary((args, kwargs), like=(args, kwargs))
@@ -52,14 +56,15 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
 
     def run(static, numbers):
         # JAX reads the memory of a NumPy array at its leisure: after the call, too.
-        own = lambda number: number.copy()[()] if isinstance(number, np.ndarray) else number
-        numbers = tuple(map(own, numbers))
+        own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
+        floats = np.array([numbers[i] for i in static[-1]])
+        others = tuple([own(n) for n in numbers if type(n) is not float])
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
-                return jitted(static, numbers)
+                return jitted(static, floats, others)
         try:
-            return jitted(static, numbers)
+            return jitted(static, floats, others)
         except jax.errors.UnexpectedTracerError as error:
             if not lost:
                 raise

@@ -174,7 +174,7 @@ def check_number(
 
 def check_one_number(name: str, value: Any, expected: str = "one number"):
     """Raises for what is no number, and for an array of several."""
-    if not is_number(value) or np.ndim(value):
+    if type(value) is not float and (not is_number(value) or np.ndim(value)):
         raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
 
 

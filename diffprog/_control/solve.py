@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -40,7 +41,8 @@ _OUTER = AugmentedLagrangian()
 
 @ft.cache
 def _nothing_known(dtype) -> WarmStart:
-    return WarmStart(SearchState.none(dtype))
+    with jax.ensure_compile_time_eval():  # the door takes arrays of JAX faster
+        return jtu.tree_map(jnp.asarray, WarmStart(SearchState.none(dtype)))
 
 
 def tolerance(value: Any, dtype) -> Any:
