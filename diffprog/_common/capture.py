@@ -84,11 +84,11 @@ class _Node:
     Equal nodes build things that do the same with the same numbers.
     """
 
+    __slots__ = "original", "index", "key", "parts", "has_numbers", "hash"
+
     def __init__(self, original: Any, index: int, key: tuple):
         self.original, self.index, self.key = original, index, key
-        self.parts: tuple = ()
-        self.has_numbers = False
-        self.hash = 0
+        self.parts, self.has_numbers, self.hash = (), False, 0
 
     def close(self, parts: list) -> "_Node":
         self.parts = tuple(parts)
@@ -115,9 +115,9 @@ class _Again(Fixed):
 
 
 def _has_numbers(part) -> bool:
-    if isinstance(part, _Node):
+    if type(part) is _Node:
         return part.has_numbers
-    return part is _Number or isinstance(part, _Again | _Constant)
+    return part is _Number or type(part) in (_Again, _Constant)
 
 
 class Taken:
@@ -206,8 +206,8 @@ class Taken:
         if self._static:
             check_unchanged(value, Frozen, self._traced)
         if kind is types.FunctionType:
-            parts, same = contents(value), Same(value)
-            return self._holder(value, kind, same, parts=parts) if parts else same
+            parts, same = contents(value), (kind, value)
+            return self._holder(value, *same, parts=parts) if parts else same
         if kind is types.MethodType and isinstance(value.__self__, type):
             return Same(value.__self__), value.__name__
         if kind in (types.MethodType, ft.partial):

@@ -73,8 +73,8 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
         a for a in jtu.tree_leaves(trees) if isinstance(a, jax.Array | np.ndarray)
     ]
     known = [array.dtype for array in arrays if not _is_weak(array)]
-    floating = [dtype for dtype in known if jnp.issubdtype(dtype, jnp.floating)]
-    dtype = jax.dtypes.canonicalize_dtype(floating[0] if floating else float)
+    floating = (dtype for dtype in known if jnp.issubdtype(dtype, jnp.floating))
+    dtype = jax.dtypes.canonicalize_dtype(next(floating, float))
     if len(known) < len(arrays):
         cast = lambda leaf: jnp.asarray(leaf, dtype) if _is_weak(leaf) else leaf
         trees = jtu.tree_map(cast, trees)
@@ -82,8 +82,8 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
 
 
 def _is_weak(leaf) -> bool:
-    floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and leaf.weak_type
+    weak = isinstance(leaf, jax.Array) and leaf.weak_type
+    return weak and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def working_dtype(*trees: PyTree) -> np.dtype:

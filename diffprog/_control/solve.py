@@ -223,7 +223,7 @@ def check(
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
         raise ValueError(f"`max_steps` is {max_steps}; 0 or more is expected.")
-    if any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state and state.search)):
+    if state and any(jnp.ndim(leaf) for leaf in jtu.tree_leaves(state.search)):
         raise ValueError(
             "`state` holds a batch; give the state of one solve, or `jax.vmap` over it."
         )
@@ -340,7 +340,7 @@ def solve(
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
     """Raises for what is known to have failed, in the words of the problem."""
-    told = ft.partial(explain_solution, advice=_advice(problem))
+    told = lambda failed: explain_solution(failed, _advice(problem))
     return throw_unless_successful(solution.result, solution, throw, told)
 
 
