@@ -130,8 +130,9 @@ class Taken:
     """
 
     def __init__(self, tree, constants=False, captured=False, size=None, traced=False):
-        self.numbers: list = []
-        self._floats: list[int] = []  # their places
+        self.floats: list[float] = []
+        self.others: list = []
+        self._places: list[int] = []  # of the floats
         self.captured = False  # whether a number is one that a function captures
         self._constants, self._depth, self._many = constants, int(captured), False
         self._kept = False  # whether inside of what is not rebuilt
@@ -140,7 +141,11 @@ class Taken:
         self._size, self._traced = size, traced
         leaves, treedef = self._flatten(tree)
         parts = [self._take(leaf) for leaf in leaves]
-        self.static = treedef, tuple(parts), tuple(self._floats)
+        self.static = treedef, tuple(parts), tuple(self._places)
+
+    @property
+    def numbers(self) -> list:
+        return in_order(self.static, self.floats, self.others)
 
     def _flatten(self, tree: PyTree, is_leaf: Callable = is_open) -> tuple[list, Any]:
         """Leaves and structure; what is to be looked at as a whole is a leaf."""
@@ -167,7 +172,7 @@ class Taken:
                 parts = self._parts(leaves, holder, name)
                 return _Node(value, -1, (treedef,)).close(parts)
         if is_list(value, self._size) and not self._kept:
-            self.numbers.append(value)
+            self.others.append(value)
             return _Number
         if is_open(value):
             return self._open(value, holder, name)
@@ -195,9 +200,10 @@ class Taken:
         if of_numpy and (number.dtype.names or number.dtype.kind not in "biufcV"):
             refuse(number, holder, name)
         if isinstance(number, float):  # a NumPy float64 scalar as well
-            self._floats.append(len(self.numbers))
-            number = float(number)
-        self.numbers.append(number)
+            self._places.append(len(self.floats) + len(self.others))
+            self.floats.append(float(number))
+        else:
+            self.others.append(number)
         return _Number
 
     def _code(self, value):
@@ -289,6 +295,14 @@ class Taken:
         taken = [self._take(part, value, name) for name, part in parts.items()]
         self._depth -= 1
         return node.close(taken)
+
+
+def in_order(static, floats, others) -> list:
+    """The `numbers` of `Taken`, given its floats and the others."""
+    numbers = list(others)
+    for place, number in zip(static[-1], floats, strict=True):
+        numbers.insert(place, number)
+    return numbers
 
 
 def put_together(static, numbers) -> PyTree:

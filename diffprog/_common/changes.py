@@ -111,7 +111,7 @@ def held_by(node) -> dict[str, Any]:
 
 def is_open(node) -> bool:
     """Whether a node holds beside its children what can change."""
-    if _STATIC.get(type(node)) == ():
+    if not _STATIC.get(type(node), True):
         return False
     for value in held_by(node).values():
         if type(value) not in FIXED and not is_fixed(value):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .capture import put_together, Taken
+from .capture import in_order, put_together, Taken
 from .tree import vary
 from .written import taken_back
 
@@ -46,19 +46,18 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
     def jitted(static, floats, others):
         nonlocal num_traces, lost
         num_traces += 1
-        numbers = list(others)
-        for place, number in zip(static[-1], floats, strict=True):
-            numbers.insert(place, jnp.full_like(0.0, number))  # weakly typed
-        args, kwargs = put_together(static, numbers)
+        floats = [jnp.full_like(0.0, number) for number in floats]  # weakly typed
+        args, kwargs = put_together(static, in_order(static, floats, others))
         with taken_back((args, kwargs)) as lost:
             args, kwargs = vary((args, kwargs), like=(args, kwargs))
             return fn(*args, **kwargs)  # pyright: ignore
 
-    def run(static, numbers):
+    def run(static, taken):
+        # One array of all: JAX takes 2 us for each number of Python or NumPy.
+        floats = np.array(taken.floats)
         # JAX reads the memory of a NumPy array at its leisure: after the call, too.
         own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
-        floats = np.array([numbers[i] for i in static[-1]])
-        others = tuple([own(n) for n in numbers if type(n) is not float])
+        others = tuple(map(own, taken.others))
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
@@ -83,14 +82,14 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
         constants = bool(asks) and static in asks
         if not constants:
             try:
-                result = run(static, taken.numbers)
+                result = run(static, taken)
             except _ASKED:
                 if not taken.captured:
                     raise
                 constants = True
         if constants:
             fixed = Taken(tree, constants=True)
-            result = run(fixed.static, fixed.numbers)
+            result = run(fixed.static, fixed)
             asks.add(static)
         if num_traces > before:
             # A function that counts its own calls is not another one for that.

@@ -59,8 +59,10 @@ def throw_unless_successful(
     result: RESULTS, solution: T, throw: bool, explain: Callable[[T], str]
 ) -> T:
     """Raises for a known result that is not successful, with its explanation."""
+    if not throw:
+        return solution
     code = result._value
-    if not throw or isinstance(code, Tracer) or jnp.ndim(code):
+    if isinstance(code, Tracer) or jnp.ndim(code):
         return solution
     if int(code) == int(RESULTS.successful._value):
         return solution

@@ -236,7 +236,7 @@ def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
 
         @ft.wraps(fn)
         def call(*args, **options):
-            for name in options.keys() - own.keys():
+            for name in [name for name in options if name not in own]:
                 known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
                 said = instead(name, options[name], known)
                 raise TypeError(f"`{called}` takes no `{name}`: {said}.")
