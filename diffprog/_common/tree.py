@@ -13,6 +13,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .types import shapes
 
 
+ARRAYS = jax.Array, np.ndarray
+
+
 def where(condition, if_true: PyTree, if_false: PyTree) -> PyTree:
     """`jnp.where` on every leaf; what is the same in both stays."""
     choose = lambda a, b: a if a is b else jnp.where(condition, a, b)
@@ -69,9 +72,7 @@ def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
 
     An array like `jnp.full(2, 1.0)` would else be another program.
     """
-    arrays = [
-        a for a in jtu.tree_leaves(trees) if isinstance(a, jax.Array | np.ndarray)
-    ]
+    arrays = [a for a in jtu.tree_leaves(trees) if isinstance(a, ARRAYS)]
     known = [array.dtype for array in arrays if not _is_weak(array)]
     floating = (dtype for dtype in known if jnp.issubdtype(dtype, jnp.floating))
     dtype = jax.dtypes.canonicalize_dtype(next(floating, float))

@@ -218,7 +218,8 @@ def check(
     check_kind("problem", problem, AbstractChain, "dp.ControlProblem(...)")
     check_kind("method", method, AbstractDirection, "dp.ILQR()")
     check_kind("search", search, AbstractSearch, "dp.Backtracking()")
-    check_kind("state", state, WarmStart | None, "solution.state")
+    if state is not None:
+        check_kind("state", state, WarmStart, "solution.state")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int):
         raise TypeError(f"`max_steps` is {max_steps!r}; a Python int is expected.")
     if max_steps < 0:
