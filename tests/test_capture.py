@@ -873,6 +873,12 @@ def test_a_listener_may_keep_what_it_hears():
     assert len(heard) >= 1
 
 
+def test_numbers_stand_in_the_order_of_the_tree():
+    taken = Taken((1.0, np.ones(3), dict(a=2.0, b=jnp.ones(2)), np.float64(3.0)))
+    assert [np.shape(number) for number in taken.numbers] == [(), (3,), (), (2,), ()]
+    assert taken.floats == [1.0, 2.0, 3.0]
+
+
 def test_taking_apart_and_putting_together_is_the_identity():
     weight, names = np.ones(2), ["a", "b"]
     functions = [lambda: (weight, names), ft.partial(effort, weight), Plain(2.0).cost]

@@ -46,6 +46,7 @@ CONTROL = [
     ["records"],
     ["outer_loop"],
     ["loop", "solution"],
+    ["defaults"],
     ["solve", "layerwise"],
     ["stepping", "batch"],
 ]

@@ -84,8 +84,6 @@ class _Node:
     Equal nodes build things that do the same with the same numbers.
     """
 
-    __slots__ = "original", "index", "key", "parts", "has_numbers", "hash"
-
     def __init__(self, original: Any, index: int, key: tuple):
         self.original, self.index, self.key = original, index, key
         self.parts, self.has_numbers, self.hash = (), False, 0
@@ -140,8 +138,7 @@ class Taken:
         self._seen: dict[int, _Node] = {}
         self._size, self._traced = size, traced
         leaves, treedef = self._flatten(tree)
-        parts = [self._take(leaf) for leaf in leaves]
-        self.static = treedef, tuple(parts), tuple(self._places)
+        self.static = treedef, tuple(map(self._take, leaves)), tuple(self._places)
 
     @property
     def numbers(self) -> list:
@@ -162,7 +159,7 @@ class Taken:
             return self._code(value)
         if isinstance(value, NUMBERS):
             return self._number(value, holder, name)
-        if id(value) in self._seen and not self._static:
+        if id(value) in self._seen and (kind in DICTS or not self._static):
             return _Again(self._seen[id(value)])
         if kind in DICTS:
             return self._dict(value, holder, name)
@@ -264,8 +261,6 @@ class Taken:
 
     def _dict(self, value: dict, holder, name: str):
         """A dict that a function or an object holds, in its own order."""
-        if id(value) in self._seen:
-            return _Again(self._seen[id(value)])
         kind, keys = type(value), zip(map(type, value), value)
         if not PLAIN.issuperset(map(type, value)):
             with self._keeping():

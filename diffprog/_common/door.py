@@ -53,17 +53,13 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)  # pyright: ignore
 
     def run(static, taken):
-        # One array of all: JAX takes 2 us for each number of Python or NumPy.
-        floats = np.array(taken.floats)
-        # JAX reads the memory of a NumPy array at its leisure: after the call, too.
-        own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
-        others = tuple(map(own, taken.others))
+        numbers = _packed(taken)
         config: Any = jax.config
         if config.jax_debug_nans or config.jax_debug_infs:
             with jax.debug_nans(False), jax.debug_infs(False):
-                return jitted(static, floats, others)
+                return jitted(static, *numbers)
         try:
-            return jitted(static, floats, others)
+            return jitted(static, *numbers)
         except jax.errors.UnexpectedTracerError as error:
             if not lost:
                 raise
@@ -99,6 +95,14 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return call
+
+
+def _packed(taken: Taken) -> tuple[Any, tuple]:
+    """Floats in one array, since JAX takes 2 us for each number, and the others."""
+    # JAX reads the memory of a NumPy array at its leisure: after the call, too.
+    own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
+    floats = taken.floats and np.array(taken.floats)
+    return floats, tuple(map(own, taken.others))
 
 
 def _are_same(numbers: list, others: list) -> bool:

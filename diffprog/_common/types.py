@@ -67,7 +67,7 @@ def checked(check: Callable[[str, Any], None] | None, **options: Any) -> Any:
 
 def number(default: float, check: Callable[[str, Any], None] | None = None) -> Any:
     """A field with a number; an int becomes a float, since an int would be static."""
-    return checked(check, default=default, converter=_to_float)
+    return checked(check, default=default, converter=to_float)
 
 
 def number_or_none() -> Any:
@@ -77,10 +77,11 @@ def number_or_none() -> Any:
         if value is not None:
             check_positive(name, value)
 
-    return checked(check, default=None, converter=_to_float)
+    return checked(check, default=None, converter=to_float)
 
 
-def _to_float(value: Any) -> Any:
+def to_float(value: Any) -> Any:
+    """The same number; an int would be part of the program."""
     return float(value) if isinstance(value, int) else value
 
 

@@ -20,12 +20,13 @@ from .._common.fast_loops import FastLoopsError
 from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
+from .defaults import tolerance
 from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
 from .search import AbstractSearch, Backtracking, SearchState
 from .solution import Solution, WarmStart
-from .solve import solve, tolerance
+from .solve import solve
 
 
 @door

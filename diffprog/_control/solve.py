@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -22,34 +21,18 @@ from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
 from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import all_finite, strong
-from .._common.types import check_kind, check_one_number, with_advice
+from .._common.types import check_kind, check_one_number, to_float, with_advice
+from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
 from .direction.base import check_expansion, check_sweep
 from .loop import Solver
 from .lqr import Policy
 from .lqr.expand import adjoints
-from .outer import AbstractOuter, AugmentedLagrangian
+from .outer import AbstractOuter
 from .records import Constrained, Loop
 from .report import CONSTRAINED, HISTORY
 from .search import AbstractSearch, Backtracking
-from .search.base import SearchState
 from .solution import ADVICE, explain_solution, Multipliers, Solution, WarmStart
-
-
-_OUTER = AugmentedLagrangian()
-
-
-@ft.cache
-def _nothing_known(dtype) -> WarmStart:
-    with jax.ensure_compile_time_eval():  # the door takes arrays of JAX faster
-        return jtu.tree_map(jnp.asarray, WarmStart(SearchState.none(dtype)))
-
-
-def tolerance(value: Any, dtype) -> Any:
-    """The tolerance given, or else an accuracy that the dtype can deliver."""
-    if value is None:
-        return 1e-9 if dtype == jnp.float64 else 1e-6
-    return _float(value)
 
 
 def solver_of(
@@ -240,17 +223,13 @@ def arguments(
 ) -> tuple:
     """Those of a solve: checked, floating, with defaults; options are one of them."""
     check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
-    outer = _OUTER if outer is None else outer
+    outer = OUTER if outer is None else outer
     check_kind("outer", outer, AbstractOuter, "dp.AugmentedLagrangian()")
     (x0, us), dtype = strong(x0, us)
-    state = _nothing_known(dtype) if state is None else state
+    state = no_state(dtype) if state is None else state
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     given = problem, method, x0, us, search, state, *tolerances, outer
     return *given, (max_steps, *options)
-
-
-def _float(value):
-    return float(value) if isinstance(value, int) else value
 
 
 _NOT_IN_SOLVE = dict(
@@ -406,6 +385,6 @@ def direction(
     """
     check(problem, method, damping=damping)
     (x0, us), _ = strong(x0, us)
-    du, result = _direction(problem, method, x0, us, _float(damping))
+    du, result = _direction(problem, method, x0, us, to_float(damping))
     told = lambda _: explain(result, _advice(problem))
     return throw_unless_successful(result, (du, result), throw, told)
