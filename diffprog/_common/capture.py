@@ -388,7 +388,7 @@ class Frozen(Fixed):
     def __init__(self, tree: PyTree):
         self.__name__ = getattr(tree, "__name__", type(tree).__name__)
         taken = Taken(tree, constants=True, captured=True)
-        self.static, self.traced = taken.static, tuple(taken.numbers)
+        self.static, self.traced = taken.static, tuple(taken.others)
         self.key, self.held = (self.static, tuple(map(id, self.traced))), tree
 
     def __call__(self, *args):

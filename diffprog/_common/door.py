@@ -21,6 +21,9 @@ _ASKED = (
 )
 
 
+FEW = 3  # floats that are passed one by one
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,10 +101,10 @@ def door(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def _packed(taken: Taken) -> tuple[Any, tuple]:
-    """Floats in one array, since JAX takes 2 us for each number, and the others."""
+    """Floats, many in one array since JAX takes 2 us for each, and the others."""
     # JAX reads the memory of a NumPy array at its leisure: after the call, too.
     own = lambda number: number.copy() if isinstance(number, np.ndarray) else number
-    floats = taken.floats and np.array(taken.floats)
+    floats = np.array(taken.floats) if len(taken.floats) > FEW else taken.floats
     return floats, tuple(map(own, taken.others))
 
 
