@@ -82,21 +82,15 @@ class UnitQuaternion(AbstractManifold):
         # inverse * (x - y), which are 0 where x = y, and as precise as x - y nearby.
         inverse = jnp.concatenate([y[..., :1], -y[..., 1:]], -1)
         real, norm = jnp.abs(real), jnp.sqrt(_square(x) * _square(y))
-        # The axis times the tangent of a quarter of the angle; halved twice, it is so
-        # small that the series serves for every angle.
-        z = _product(inverse, x - y)[..., 1:] / (norm + real)
-        for _ in range(2):
-            z = z / (1 + jnp.sqrt(1 + _square(z)))
-        return 16 * z * _series(_ATAN, _square(z))
+        v = _product(inverse, x - y)[..., 1:]
+        v = v / (norm + real)  # the axis times the tangent of a quarter of the angle
+        return 4 * _of_number(_arc, _square(v)) * v
 
     def retract(self, y, v):
         _check_entries("y", y, 4)
         _check_entries("v", v, 3)
         square = _square(v) / 4
-        small = square < 1
-        near, half = jnp.where(small, square, 0), jnp.sqrt(jnp.where(small, 1, square))
-        cos = jnp.where(small, _series(_COS, near), jnp.cos(half))
-        sinc = jnp.where(small, _series(_SINC, near), jnp.sin(half) / half)
+        cos, sinc = (_of_number(fn, square) for fn in (_cos, _sinc))
         return _product(y, jnp.concatenate([cos, sinc * v / 2], -1))
 
     def check(self, name, x):
@@ -131,7 +125,50 @@ def _square(v: Float[Array, "*_ n"]) -> Float[Array, "*_ 1"]:
 
 def _series(coefficients: list[float], s: Array) -> Array:
     """The sum of c_k s^k."""
-    return ft.reduce(lambda total, c: total * s + c, coefficients[::-1])  # pyright: ignore
+    return ft.reduce(lambda total, c: total * s + c, coefficients[::-1], 0 * s)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_number(fn: Callable, s: Array) -> Array:
+    """fn(s), entry by entry, differentiated as a function of one number.
+
+    Each derivative is found once, and not in every direction in which s depends on
+    the state: of second derivatives this is most of the work.
+    """
+    return fn(s)
+
+
+@_of_number.defjvp
+def _(fn, primals, tangents):
+    slope = lambda s: jax.jvp(fn, (s,), (jnp.ones_like(s),))[1]
+    return _of_number(fn, *primals), _of_number(slope, *primals) * tangents[0]
+
+
+def _arc(square: Array) -> Array:
+    """atan(z) / z of z^2, from 0 to 1."""
+    over = jnp.ones_like(square)
+    for _ in range(2):  # half of the arc, until the series serves
+        halved = 1 + jnp.sqrt(1 + square)
+        over, square = over * 2 / halved, square / halved**2
+    return over * _series(_ATAN, square)
+
+
+def _cos(square: Array) -> Array:
+    """cos(z) of z^2."""
+    small, near, z = _near(square)
+    return jnp.where(small, _series(_COS, near), jnp.cos(z))
+
+
+def _sinc(square: Array) -> Array:
+    """sin(z) / z of z^2."""
+    small, near, z = _near(square)
+    return jnp.where(small, _series(_SINC, near), jnp.sin(z) / z)
+
+
+def _near(square: Array) -> tuple[Array, Array, Array]:
+    """Whether z^2 is small, it where it is, and z where not: both smooth."""
+    small = square < 1
+    return small, jnp.where(small, square, 0), jnp.sqrt(jnp.where(small, 1, square))
 
 
 def _product(a: Float[Array, "*_ 4"], b: Float[Array, "*_ 4"]) -> Float[Array, "*_ 4"]:
