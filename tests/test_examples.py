@@ -65,8 +65,10 @@ def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
 
 
 @pytest.mark.slow
-def test_the_race_has_hard_borders(tmp_path):
-    process = _run("car_racing.py", True, "--out", tmp_path, "--borders", "hard")
+@pytest.mark.parametrize("car", ["full-size", "miniature"])
+def test_the_race_has_hard_borders(tmp_path, car):
+    options = "--out", tmp_path, "--borders", "hard", "--car", car
+    process = _run("car_racing.py", True, *options)
     assert process.returncode == 0, process.stderr
     assert "hard borders" in process.stdout
 
