@@ -33,7 +33,8 @@ NOTES = (
     "limit, and pays for the distance to its goal or arrives there; a pole swings up "
     "on a cart with a short rail. All controls have limits. diffprog stops when "
     "gradients and residuals are at most 1e-8; Fatrop and Ipopt stop at the "
-    "tolerance 1e-8, and have the exact Hessian.",
+    "tolerance 1e-8, and have the exact Hessian. mim-solvers stops at the "
+    "tolerance 1e-8, and has the Hessian of the cost alone.",
 )
 FAST = dict(fast_loops=True)
 RAIL = dp.AugmentedLagrangian(penalty=1e3)
@@ -51,6 +52,8 @@ def solvers(problem) -> dict:
             for suffix, expand in {"": False, ", expanded": True}.items():
                 solver = casadi.MultipleShooting(problem, name.lower(), expand)
                 found[name + suffix] = solver
+    if mim_solvers := load("mim_solvers"):
+        found["mim-solvers, ProxQP, C++"] = mim_solvers.solver(problem)
     return found
 
 

@@ -17,6 +17,7 @@ PACKAGES = (
     "numpy",
     "casadi",
     "crocoddyl",
+    "mim-solvers",
     "jaxopt",
     "optimistix",
     "mpc",

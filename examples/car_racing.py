@@ -68,11 +68,12 @@ else:
         method="midpoint",
     )
 # Soft borders are that cost. Hard ones are constraints, without cost and margin; a plan
-# is driven for one step only, so they need to hold to a millimeter.
+# is driven for one step only, so they need to hold to a millimeter. Gradients are held
+# to the same number, and those of the miniature are a thousandth.
 hard = args.borders == "hard"
 if hard:
     race = dataclasses.replace(race, q_border=0.0, margin=0.0)
-outer = dp.AugmentedLagrangian(tol=1e-3)
+outer = dp.AugmentedLagrangian(tol=1e-3 if args.car == "full-size" else 1e-6)
 
 
 def make(race, horizon):

@@ -32,19 +32,19 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 import diffprog as dp
-from diffprog import plot
+from diffprog import manifolds, plot
 from diffprog.systems._system import AbstractSystem
 
 
 MODULES = {
     "": dp, "losses.": dp.losses, "oracles.": dp.oracles, "optim.": dp.optim,
-    "plot.": plot, "extend.": dp.extend,
+    "plot.": plot, "extend.": dp.extend, "manifolds.": manifolds,
 }  # fmt: skip
 # Methods that users call, or that decide a result.
 METHODS = """
-__call__ block_update center conjugate conjugate_prox cost derivative dual_projection
-dynamics factor gradient half_widths heading hessian_mv left lines minimize normal
-propose right scaled step terminal_cost vector_field
+__call__ block_update center conjugate conjugate_prox cost derivative difference
+dual_projection dynamics factor gradient half_widths heading hessian_mv left lines
+minimize normal propose retract right scaled step terminal_cost vector_field
 """.split()
 
 called: set[str] = set()
@@ -161,6 +161,7 @@ LIES: dict[str, Callable[..., Any]] = dict(
     dual_projection=first_argument,
     block_update=first_argument,
     dynamics=first_argument,
+    retract=first_argument,
     propose=lambda out, *_, **__: eqx.tree_at(lambda p: p.step, out, zeros(out.step)),
 )
 

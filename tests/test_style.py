@@ -34,6 +34,7 @@ FLOORS = {
     "optim": 5,
     "_training": 6,
     "extend": 7,
+    "manifolds": 7,
     "__init__": 8,
     "systems": 9,
     "plot": 9,
@@ -115,7 +116,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_every_room_has_a_floor():
     rooms = {place(path)[0] for path in sources()}
-    assert rooms <= set(FLOORS) and len(rooms) <= 12
+    assert rooms <= set(FLOORS) and len(rooms) <= 13
 
 
 def test_the_page_of_the_rooms_is_true():
@@ -257,7 +258,10 @@ def classes():
 def written(cls):
     source = textwrap.dedent(inspect.getsource(cls))
     body = ast.parse(source).body[0].body  # pyright: ignore
-    methods = {n.name for n in body if isinstance(n, ast.FunctionDef)}
+    says_only = lambda n: len(n.body) == 1 and ast.get_docstring(n)
+    methods = {
+        n.name for n in body if isinstance(n, ast.FunctionDef) and not says_only(n)
+    }
     declared = ("AbstractVar", "AbstractClassVar", "ClassVar")
     fields = {
         n.target.id
@@ -304,13 +308,21 @@ def test_the_class_rule_catches_what_it_should():
         def f(self):
             return self.x
 
+        def hook(self) -> object:
+            """Does nothing, so that who has something to do may."""
+
     class Child(Base):
         y: int
 
         def f(self):
             return self.y
 
-    assert any("overrides" in fault for fault in faults(Child))
+        def hook(self):
+            return self.y
+
+    assert [fault for fault in faults(Child) if "overrides" in fault] == [
+        "overrides Base.f"
+    ]
     assert any("final" in fault for fault in faults(Child))
     assert any("fields" in fault for fault in faults(Child))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import diffprog as dp
+from diffprog import manifolds
 from diffprog.systems import (
     Car,
     CartPole,
@@ -15,6 +16,7 @@ from diffprog.systems import (
     PathTracking,
     Pendulum,
     Quadrotor,
+    QuaternionQuadrotor,
     Race,
     Tire,
     Track,
@@ -42,6 +44,7 @@ def systems():
         "pendulum": (Pendulum(), 1),
         "cart pole": (CartPole(), 1),
         "quadrotor": (Quadrotor(), 4),
+        "quaternion quadrotor": (QuaternionQuadrotor(), 4),
         "tracking": (PathTracking(KinematicCar(), Track.simple()), 2),
         "kinematic race": (Race(KinematicCar(), Track.bend(), method="midpoint"), 3),
         "miniature race": (Race(Car.miniature(), Track.simple(), method="euler"), 3),
@@ -419,6 +422,95 @@ def test_quadrotor_spins_freely():
     inertia = jnp.array(quadrotor.inertia)
     energy = lambda x: jnp.sum(inertia * x[9:] ** 2)
     np.testing.assert_allclose(energy(end), energy(x), rtol=1e-12)
+
+
+def of_angles(x):
+    """The state of a `QuaternionQuadrotor` from that of a `Quadrotor`."""
+    turn = lambda angle, i: jnp.concatenate(
+        [jnp.cos(angle / 2)[None], jnp.sin(angle / 2) * jnp.eye(3)[i]]
+    )
+    q, attitudes = turn(x[5], 2), manifolds.UnitQuaternion()
+    for i in (1, 0):  # yaw, pitch, roll
+        q = attitudes.retract(q, x[3 + i] * jnp.eye(3)[i])
+    return jnp.concatenate([x[:3], q, x[6:]])
+
+
+def rotation(q):
+    K = np.cross(q[1:], np.eye(3)).T
+    return np.eye(3) + 2 * q[0] * K + 2 * K @ K
+
+
+def test_both_quadrotors_fly_alike():
+    """By angles and by a quaternion, from the same start with the same forces."""
+    x, u = jnp.linspace(-0.5, 0.6, 12), jnp.array([0.1, -0.2, 0.3, 0.4])
+    start = of_angles(x)
+    np.testing.assert_allclose(of_angles(Quadrotor().x0), QuaternionQuadrotor().x0)
+    field = jax.jvp(of_angles, (x,), (Quadrotor().vector_field(x, u, 0.0),))[1]
+    found = QuaternionQuadrotor().vector_field(start, u, 0.0)
+    np.testing.assert_allclose(found, field, atol=1e-12)
+    np.testing.assert_allclose(start[3:7] @ found[3:7], 0.0, atol=1e-15)
+
+    exact = of_angles(drive(Quadrotor(dt=0.3 / 128, method="rk4"), x, u, 128))
+    for method, order in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
+        errors = []
+        for steps in (16, 32):
+            quadrotor = QuaternionQuadrotor(dt=0.3 / steps, method=method)
+            end = drive(quadrotor, start, u, steps)
+            errors.append(jnp.linalg.norm(end - exact))
+        assert abs(jnp.log2(errors[0] / errors[1]) - order) < 0.3
+    assert errors[-1] < 1e-6
+
+
+def test_both_quadrotors_are_alike_near_hover():
+    """Level, the rotation vector is roll, pitch and yaw to first order."""
+    quadrotor, u = QuaternionQuadrotor(), jnp.array([0.2, 0.2, 0.2, 0.2])
+    x = jnp.zeros(13).at[3].set(1.0).at[7:10].set(jnp.array([0.3, -0.2, 0.1]))
+    space, angles = quadrotor.manifold, jnp.zeros(12).at[6:9].set(x[7:10])
+
+    def local(v, u):
+        y = quadrotor.dynamics(space.retract(x, v), u, 0)
+        return space.difference(y, x)
+
+    found = jax.jit(jax.jacobian(local, (0, 1)))(jnp.zeros(12), u)
+    alike = lambda x, u: Quadrotor().dynamics(x, u, 0)
+    for a, b in zip(found, jax.jacobian(alike, (0, 1))(angles, u), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_a_quaternion_quadrotor_spins_freely():
+    """Norm, rotation energy and the angular momentum in the world frame stay."""
+    quadrotor = QuaternionQuadrotor(dt=1e-3, method="rk4")
+    inertia = np.array(quadrotor.inertia)
+    x = quadrotor.x0.at[10:].set(jnp.array([4.0, -3.0, 5.0]))
+    end = drive(quadrotor, x, jnp.zeros(4), 3000)
+    assert jnp.all(jnp.abs(end[10:12] - x[10:12]) > 0.1)
+    np.testing.assert_allclose(jnp.linalg.norm(end[3:7]), 1.0, rtol=1e-12)
+    energy = lambda x: np.sum(inertia * x[10:] ** 2)
+    np.testing.assert_allclose(energy(end), energy(x), rtol=1e-10)
+    momentum = lambda x: rotation(x[3:7]) @ (inertia * x[10:])
+    np.testing.assert_allclose(momentum(end), momentum(x), rtol=1e-8)
+
+
+def test_a_steady_turn_is_exact():
+    """By Euler's rule the attitude turns by dt times the rates."""
+    quadrotor = QuaternionQuadrotor(dt=0.1)
+    x = quadrotor.x0.at[12].set(2.0)  # about an axis of inertia
+    end = drive(quadrotor, x, jnp.zeros(4), 50)
+    turned = manifolds.UnitQuaternion().retract(x[3:7], jnp.array([0.0, 0.0, 10.0]))
+    np.testing.assert_allclose(end[3:7], turned, atol=1e-13)
+
+
+def test_the_attitude_to_reach_costs_nothing():
+    """Nor does it with the other sign, or another length."""
+    q = of_angles(jnp.linspace(-0.5, 0.6, 12))[3:7]
+    quadrotor = QuaternionQuadrotor(attitude=tuple(-2 * q))
+    at = jnp.concatenate([jnp.ones(3), q, jnp.zeros(6)])
+    np.testing.assert_allclose(quadrotor.terminal_cost(at), 0.0, atol=1e-28)
+    v = jnp.zeros(12).at[3:6].set(jnp.array([0.1, 0.2, -0.2]))
+    away = quadrotor.manifold.retract(at, v)
+    np.testing.assert_allclose(quadrotor.terminal_cost(away), 50 * 0.09, rtol=1e-12)
+    u = jnp.ones(4)
+    np.testing.assert_allclose(quadrotor.cost(away, u, 0), 0.0045 + 0.2, rtol=1e-12)
 
 
 def test_tire_force_is_odd_and_limited():

@@ -1,9 +1,9 @@
 """Crocoddyl's FDDP, BoxDDP and BoxFDDP, on functions that CasADi derives.
 
 With a C++ compiler the functions become C code compiled for this processor, called by
-the action model of `crocoddyl.cpp`, which is compiled once for the processors that the
-wheel is made for, against the headers in the wheel. Without a compiler the action model
-is written in Python, and slow.
+the action model of `action_model.hpp`, which is compiled once for the processors that
+the wheel is made for, against the headers in the wheel. Without a compiler the action
+model is written in Python, and slow.
 """
 
 import ctypes
@@ -24,48 +24,63 @@ BUILD = pathlib.Path(__file__).parents[2] / "build" / "benchmarks"
 PACKAGE = pathlib.Path(crocoddyl.__file__).resolve()
 PREFIX = next(folder for folder in PACKAGE.parents if folder.name == "cmeel.prefix")
 EIGEN = pathlib.Path(casadi.__file__).parent / "include" / "eigen3"
+HEADER = pathlib.Path(__file__).with_name("action_model.hpp")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NAMES = ("stage", "stage_derivatives", "last", "last_derivatives")
+ROWS = ("stage_rows", "stage_rows_derivatives", "last_rows", "last_rows_derivatives")
 POINTER = ctypes.POINTER(ctypes.c_double)
 
 
 class Functions(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
+    _fields_ = [(name, ctypes.c_void_p) for name in NAMES + ROWS]
+
+
+class Sizes(ctypes.Structure):
+    names = "states", "controls", "horizon", "rows", "last_rows"
+    _fields_ = [(name, ctypes.c_int) for name in names]
+
+
+class Limits(ctypes.Structure):
+    names = "lower", "upper", "last_lower", "last_upper"
+    _fields_ = [(name, POINTER) for name in names]
 
 
 def shared_library(source: pathlib.Path, *options) -> ctypes.CDLL:
     """Compiles the source unless that was done since it changed."""
     library = BUILD / source.with_suffix(".so").name
-    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+    changed = max(file.stat().st_mtime for file in (source, HEADER))
+    if not library.exists() or library.stat().st_mtime < changed:
         command = [COMPILER, "-O3", "-fPIC", "-shared", source, *options, "-o", library]
         subprocess.run([str(word) for word in command], check=True)
     return ctypes.CDLL(str(library))
 
 
-def interface() -> ctypes.CDLL:
+def interface(name: str, *libraries: str) -> ctypes.CDLL:
+    """What `name.cpp` makes of the action model."""
     BUILD.mkdir(parents=True, exist_ok=True)
     library = shared_library(
-        pathlib.Path(__file__).with_name("crocoddyl.cpp"),
+        pathlib.Path(__file__).with_name(f"{name}.cpp"),
         "-std=c++17",
         "-w",
         f"-I{PREFIX / 'include'}",
         f"-I{EIGEN}",
         f"-L{PREFIX / 'lib'}",
-        "-lcrocoddyl",
+        *(f"-l{library}" for library in libraries),
     )
-    integer, pair = ctypes.c_int, [POINTER, POINTER]
-    numbers = [*[integer] * 3, Functions, ctypes.c_double]
-    library.create.argtypes = [ctypes.c_char_p, *numbers, *pair]
+    records = [Sizes, Functions, ctypes.c_double, Limits]
+    library.create.argtypes = [ctypes.c_char_p, *records]
     library.create.restype = ctypes.c_void_p
-    library.solve.argtypes = [ctypes.c_void_p, *pair, integer, *pair]
+    pair = [POINTER, POINTER]
+    library.solve.argtypes = [ctypes.c_void_p, *pair, ctypes.c_int, POINTER]
+    library.cost.argtypes, library.cost.restype = [ctypes.c_void_p], ctypes.c_double
     return library
 
 
-def generated(problem) -> Functions:
-    """The C functions of a problem, written only when they change."""
-    name = re.sub(r"\W+", "_", problem.name)
+def generated(name: str, parts: dict[str, casadi.Function]) -> Functions:
+    """The C functions, written only when they change."""
+    name = re.sub(r"\W+", "_", name)
     generator = casadi.CodeGenerator(name, dict(cpp=True))
-    for function in functions(problem).values():
+    for function in parts.values():
         generator.add(function)
     source = BUILD / f"{name}.cpp"
     text = generator.dump()
@@ -73,7 +88,8 @@ def generated(problem) -> Functions:
         source.write_text(text)
     library = shared_library(source, "-march=native")
     address = lambda name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-    return Functions(*map(address, NAMES))
+    known = [name for name in NAMES + ROWS if name in parts]
+    return Functions(**{name: address(name) for name in known})
 
 
 def limits(problem) -> list[numpy.ndarray]:
@@ -85,29 +101,33 @@ def limits(problem) -> list[numpy.ndarray]:
 class Compiled:
     """Solves a problem from a start, by default its own, and its first guess."""
 
-    def __init__(self, problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
-        self.library = interface()
-        sizes = len(problem.x0), problem.controls, problem.horizon
-        numbers = *sizes, generated(problem), tolerance
-        sides = [side.ctypes.data_as(POINTER) for side in limits(problem)]
-        sides = sides or [None, None]
-        self.solver = self.library.create(solver.encode(), *numbers, *sides)
+    def __init__(self, library, solver, problem, c_code, tolerance, sides, rows=()):
+        sizes = Sizes(len(problem.x0), problem.controls, problem.horizon, *rows)
+        sides = Limits(*(side.ctypes.data_as(POINTER) for side in sides))
+        name = solver.encode()
+        self.solver = library.create(name, sizes, c_code, tolerance, sides)
+        self.library = library
         self.x0, self.guess = numpy.array(problem.x0), problem.us
         self.us = numpy.empty_like(self.guess)
-        self.answer = ctypes.c_double()
         self()
 
     def __call__(self, x0=None):
         x0 = self.x0 if x0 is None else numpy.ascontiguousarray(x0)
         arrays = (x0, self.guess, self.us)
         x0, us, found = (array.ctypes.data_as(POINTER) for array in arrays)
-        answer = ctypes.byref(self.answer), found
-        steps = self.library.solve(self.solver, x0, us, MAX_STEPS, *answer)
+        steps = self.library.solve(self.solver, x0, us, MAX_STEPS, found)
         self.steps, self.converged = abs(steps), steps > 0
 
     @property
     def cost(self) -> float:
-        return self.answer.value
+        return self.library.cost(self.solver)
+
+
+def compiled(problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
+    library = interface("crocoddyl", "crocoddyl")
+    parts = functions(problem)
+    c_code = generated(problem.name, {name: parts[name] for name in NAMES})
+    return Compiled(library, solver, problem, c_code, tolerance, limits(problem))
 
 
 class PythonModel(crocoddyl.ActionModelAbstract):
@@ -160,7 +180,7 @@ class Interpreted:
         self.us = numpy.array(self.solver.us)
 
 
-Solver = Compiled if COMPILER else Interpreted
+Solver = compiled if COMPILER else Interpreted
 
 
 def name(solver: str = "FDDP") -> str:

@@ -9,6 +9,9 @@ from ._car import (
 )
 from ._cart_pole import CartPole as CartPole
 from ._pendulum import Pendulum as Pendulum
-from ._quadrotor import Quadrotor as Quadrotor
+from ._quadrotor import (
+    Quadrotor as Quadrotor,
+    QuaternionQuadrotor as QuaternionQuadrotor,
+)
 from ._race import PathTracking as PathTracking, Race as Race
 from ._track import Track as Track

@@ -1,10 +1,41 @@
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._system import AbstractSystem, Scalar
+import diffprog as dp
+
+from ._system import AbstractSystem, check_step, Scalar, Stage, Time
+
+
+def _accelerations(system: Any, up: Array, rates: Array, u: Array) -> tuple:
+    """v' and w', where `up` is the vertical axis of the body in the world frame."""
+    f1, f2, f3, f4 = u + system.mass * system.gravity / 4
+    lift = (f1 + f2 + f3 + f4) / system.mass
+    acceleration = jnp.stack(
+        [lift * up[0], lift * up[1], lift * up[2] - system.gravity]
+    )
+    torque_x = system.arm * (f2 - f4)
+    torque_y = system.arm * (f3 - f1)
+    torque_z = system.drag_ratio * (f1 - f2 + f3 - f4)
+    # w' = I^-1 (torque - w x I w) for a diagonal I.
+    (ix, iy, iz), (wx, wy, wz) = system.inertia, rates
+    spin = jnp.stack(
+        [
+            (torque_x - (iz - iy) * wy * wz) / ix,
+            (torque_y - (ix - iz) * wz * wx) / iy,
+            (torque_z - (iy - ix) * wx * wy) / iz,
+        ]
+    )
+    return acceleration, spin
+
+
+def _half_squares(weights: Any, errors: list) -> Array:
+    squares = [w * jnp.sum(e**2) for w, e in zip(weights, errors, strict=True)]
+    return jnp.sum(jnp.stack(squares)) / 2
 
 
 class Quadrotor(AbstractSystem):
@@ -41,8 +72,8 @@ class Quadrotor(AbstractSystem):
         return jnp.array([0.0, 0.0, 0.0, 0.6, -0.4, 0.5] + 6 * [0.0])
 
     def vector_field(self, x, u, t):
-        _, (roll, pitch, yaw), velocity, (wx, wy, wz) = x.reshape(4, 3)
-        f1, f2, f3, f4 = u + self.mass * self.gravity / 4
+        _, (roll, pitch, yaw), velocity, rates = x.reshape(4, 3)
+        wx, wy, wz = rates
         sr, cr = jnp.sin(roll), jnp.cos(roll)
         sp, cp = jnp.sin(pitch), jnp.cos(pitch)
         sy, cy = jnp.sin(yaw), jnp.cos(yaw)
@@ -50,36 +81,18 @@ class Quadrotor(AbstractSystem):
         angle_rates = jnp.stack([wx + turn * sp / cp, cr * wy - sr * wz, turn / cp])
         # The vertical axis of the body, in the world frame.
         up = (cy * sp * cr + sy * sr, sy * sp * cr - cy * sr, cp * cr)
-        lift = (f1 + f2 + f3 + f4) / self.mass
-        acceleration = jnp.stack(
-            [lift * up[0], lift * up[1], lift * up[2] - self.gravity]
-        )
-        torque_x = self.arm * (f2 - f4)
-        torque_y = self.arm * (f3 - f1)
-        torque_z = self.drag_ratio * (f1 - f2 + f3 - f4)
-        # w' = I^-1 (torque - w x I w) for a diagonal I.
-        ix, iy, iz = self.inertia
-        spin = jnp.stack(
-            [
-                (torque_x - (iz - iy) * wy * wz) / ix,
-                (torque_y - (ix - iz) * wz * wx) / iy,
-                (torque_z - (iy - ix) * wx * wy) / iz,
-            ]
-        )
-        return jnp.concatenate([velocity, angle_rates, acceleration, spin])
+        accelerations = _accelerations(self, jnp.stack(up), rates, u)
+        return jnp.concatenate([velocity, angle_rates, *accelerations])
 
     def cost(self, x, u, t):
-        *state_weights, control_weight = self.weights
-        return self._error(x, state_weights) + control_weight * jnp.sum(u**2) / 2
+        return _half_squares(self.weights, [*self._errors(x), u])
 
     def terminal_cost(self, x):
-        return self._error(x, self.terminal_weights)
+        return _half_squares(self.terminal_weights, self._errors(x))
 
-    def _error(self, x, weights):
+    def _errors(self, x):
         position, *rest = x.reshape(4, 3)
-        errors = [position - jnp.asarray(self.target, x.dtype), *rest]
-        squares = [w * jnp.sum(e**2) for w, e in zip(weights, errors, strict=True)]
-        return jnp.sum(jnp.stack(squares)) / 2
+        return [position - jnp.asarray(self.target, x.dtype), *rest]
 
 
 Quadrotor.__init__.__doc__ = """**Arguments:**
@@ -92,6 +105,127 @@ Quadrotor.__init__.__doc__ = """**Arguments:**
 - `target`: position to reach [m].
 - `weights`: of position error, angles, velocity, rates and control at each stage.
 - `terminal_weights`: of position error, angles, velocity and rates at the end.
+- `dt`: duration of a stage [s].
+- `method`: how a stage is integrated, see [`diffprog.discretize`][].
+"""
+
+
+class QuaternionQuadrotor(eqx.Module):
+    r"""A [`diffprog.systems.Quadrotor`][] at any attitude, by a unit quaternion.
+
+    $$m \dot v = R(q) \, (0, 0, F) - (0, 0, m g), \qquad
+    \dot q = \tfrac{1}{2} q \, (0, \omega), \qquad
+    I \dot\omega = \tau - \omega \times I \omega$$
+
+    State: position [m], attitude as a unit quaternion with its real part first,
+    velocity in the world frame [m/s], rotation rates in the body frame [rad/s], shape
+    `(13,)`; control as there, `(4,)`. Its `manifold` has 12 local coordinates, with a
+    rotation vector in the place of roll, pitch and yaw.
+    Costs: half of the weighted squares of the position error, the rotation vector from
+    the attitude to reach, the velocity, the rates and the control.
+
+    A step of `method` is one of the local coordinates around the state that it begins
+    at, so that q keeps its norm. Euler's turns it by exactly `dt` times the rates.
+
+    Source: that of `Quadrotor`; H. Munthe-Kaas, "Runge-Kutta methods on Lie groups",
+    1998, for the steps.
+    """
+
+    mass: Scalar = 0.5
+    gravity: Scalar = 9.81
+    inertia: tuple[Scalar, Scalar, Scalar] = (0.0023, 0.0023, 0.004)
+    arm: Scalar = 0.175
+    drag_ratio: Scalar = 0.0168
+    target: tuple[Scalar, Scalar, Scalar] = (1.0, 1.0, 1.0)
+    attitude: tuple[Scalar, Scalar, Scalar, Scalar] = (1.0, 0.0, 0.0, 0.0)
+    weights: tuple[Scalar, Scalar, Scalar, Scalar, Scalar] = (0.1, 0.1, 0.01, 0.01, 0.1)
+    terminal_weights: tuple[Scalar, Scalar, Scalar, Scalar] = (100.0, 100.0, 10.0, 10.0)
+    dt: Scalar = 0.03
+    method: Any = eqx.field(static=True, default="euler")
+
+    __check_init__ = check_step
+
+    @property
+    def manifold(self) -> Any:
+        """Vectors, but for the attitude: [`diffprog.manifolds.Blocks`][]."""
+        of = dp.manifolds  # pyright: ignore
+        return of.Blocks(
+            (3, of.Euclidean()), (4, of.UnitQuaternion()), (6, of.Euclidean())
+        )
+
+    @property
+    def x0(self) -> Float[Array, " 13"]:
+        """That of `Quadrotor`: at the origin, tilted and turned, at rest."""
+        half = jnp.array([0.6, -0.4, 0.5]) / 2
+        (sr, sp, sy), (cr, cp, cy) = jnp.sin(half), jnp.cos(half)
+        q = [
+            cr * cp * cy + sr * sp * sy,
+            sr * cp * cy - cr * sp * sy,
+            cr * sp * cy + sr * cp * sy,
+            cr * cp * sy - sr * sp * cy,
+        ]
+        return jnp.concatenate([jnp.zeros(3), jnp.stack(q), jnp.zeros(6)])
+
+    def vector_field(
+        self, x: Float[Array, " 13"], u: Float[Array, " 4"], t: Time
+    ) -> Float[Array, " 13"]:
+        """The time derivative of the state."""
+        zero = jnp.zeros(12, x.dtype)
+        move = self._local_field(x)(zero, u, t)
+        return jax.jvp(lambda v: self.manifold.retract(x, v), (zero,), (move,))[1]
+
+    def dynamics(
+        self, x: Float[Array, " 13"], u: Float[Array, " 4"], t: Stage
+    ) -> Float[Array, " 13"]:
+        """The state `dt` later."""
+        step = dp.discretize(self._local_field(x), self.dt, self.method)
+        return self.manifold.retract(x, step(jnp.zeros(12, x.dtype), u, t))
+
+    def _local_field(self, start: Array) -> Callable:
+        """The time derivative of local coordinates v around a state."""
+
+        def field(v, u, t):
+            x, turn = self.manifold.retract(start, v), v[3:6]
+            (w, i, j, k), velocity, rates = x[3:7], x[7:10], x[10:]
+            up = [2 * (i * k + w * j), 2 * (j * k - w * i), 1 - 2 * (i**2 + j**2)]
+            acceleration, spin = _accelerations(self, jnp.stack(up), rates, u)
+            # The inverse of the right Jacobian, to the order of the rules.
+            change = jnp.cross(turn, rates)
+            turning = rates + change / 2 + jnp.cross(turn, change) / 12
+            return jnp.concatenate([velocity, turning, acceleration, spin])
+
+        return field
+
+    def cost(
+        self, x: Float[Array, " 13"], u: Float[Array, " 4"], t: Stage
+    ) -> Float[Array, ""]:
+        """The cost of a stage."""
+        return _half_squares(self.weights, [*self._errors(x), u])
+
+    def terminal_cost(self, x: Float[Array, " 13"]) -> Float[Array, ""]:
+        """The cost of the last state."""
+        return _half_squares(self.terminal_weights, self._errors(x))
+
+    def _errors(self, x):
+        position, attitude = (
+            jnp.asarray(goal, x.dtype) for goal in (self.target, self.attitude)
+        )
+        origin = jnp.concatenate([position, attitude, jnp.zeros(6, x.dtype)])
+        return list(self.manifold.difference(x, origin).reshape(4, 3))
+
+
+QuaternionQuadrotor.__init__.__doc__ = """**Arguments:**
+
+- `mass`: mass m [kg].
+- `gravity`: acceleration g of gravity [m/s^2].
+- `inertia`: moments of inertia about the axes of the body [kg m^2].
+- `arm`: distance from the center to a rotor [m].
+- `drag_ratio`: torque about the vertical axis per force of a rotor [m].
+- `target`: position to reach [m].
+- `attitude`: quaternion of the attitude to reach, of any length but 0.
+- `weights`: of position error, rotation vector, velocity, rates and control at each
+    stage.
+- `terminal_weights`: of position error, rotation vector, velocity and rates at the end.
 - `dt`: duration of a stage [s].
 - `method`: how a stage is integrated, see [`diffprog.discretize`][].
 """

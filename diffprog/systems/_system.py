@@ -16,7 +16,8 @@ Stage: TypeAlias = int | Int[Array, ""]
 ControlBounds: TypeAlias = tuple[Float[Array, " m"], Float[Array, " m"]] | None
 
 
-def _check_step(system: Any):
+def check_step(system: Any):
+    """Raises for a `dt` or a `method` that no stage can be stepped by."""
     if not isinstance(system.dt, Tracer) and not np.all(system.dt > 0):
         raise ValueError(f"`dt` is {system.dt}; positive seconds are expected.")
     dp.discretize(system.vector_field, 1.0, system.method)  # raises for others
@@ -29,7 +30,7 @@ class AbstractSystem(eqx.Module):
     type checkers.
     """
 
-    __check_init__ = _check_step  # Equinox calls that of a class too
+    __check_init__ = check_step  # Equinox calls that of a class too
 
     @abc.abstractmethod
     def vector_field(

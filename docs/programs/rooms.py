@@ -14,10 +14,16 @@ from tests.test_style import CONTROL, FLOORS, OUTSIDE, place, relative_imports, 
 FILE = pathlib.Path(__file__).parents[1] / "images" / "rooms.svg"
 DOOR = "__init__"
 NAMING = {DOOR: "import diffprog as dp", "extend": "for those who write parts"}
+NAMING |= {"manifolds": "ready-made, for states"}
 HERE = {place(path)[0] for path in sources()}
 HEIGHTS = {room: floor for room, floor in FLOORS.items() if room in HERE}
 COLUMNS = {"_operators": 0, "losses": 0, "optim": 0, "systems": 0, "_chain": 2}
-COLUMNS |= {"_control": 2, "extend": 2, "plot": 2}  # the others stand in the middle
+COLUMNS |= {
+    "_control": 2,
+    "extend": 2,
+    "manifolds": 0,
+    "plot": 2,
+}  # the others stand in the middle
 WIDE, GAP_X, GAP_Y, LINE, TITLE = 270, 40, 34, 15, 24
 PUBLIC, PRIVATE, INK = "#dbe7fb", "#eeeeee", "#33415c"
 

@@ -28,11 +28,13 @@ class AugmentedLagrangian(AbstractOuter):
     is minimized until its gradient is small enough for the present multipliers y. Where
     the constraint is satisfied well enough by then, they become $y + c h$ and
     $[y + c g]_+$; else the penalty c rises tenfold, and both happen where it is nearly
-    satisfied. Each constraint has its own. Where penalties rise in vain, or the
-    gradient never gets small, the solve starts once more from the first guess, with
-    `second_penalty`, before it is `infeasible`. A first penalty that is too small lets
-    the first iterations run into a place where the constraints cannot be met, one that
-    is too large holds them at the first guess.
+    satisfied. Each constraint has its own. Above tol / (2 eps), 2e7 in float64 and 400
+    in float32, roundings of c h may exceed tol, and penalties rise only where new
+    multipliers alone do not help. Where penalties rise in vain, or the gradient never
+    gets small, the solve starts once more from the first guess, with `second_penalty`,
+    before it is `infeasible`. A first penalty that is too small lets the first
+    iterations run into a place where the constraints cannot be met, one that is too
+    large holds them at the first guess.
 
     Source: A. Conn, N. Gould, P. Toint, "A Globally Convergent Augmented Lagrangian
     Algorithm for Optimization with General Constraints and Simple Bounds", 1991.
@@ -84,16 +86,20 @@ class AugmentedLagrangian(AbstractOuter):
         cap, tol = self._limits(c.dtype)
         good = found.residual <= jnp.maximum(state.eta, tol)
         near = solved & (found.residual <= tol**0.25)
-        raised = jnp.minimum(GROWTH * c, cap)
+        worst = jnp.max(found.residual)
+        helped = worst <= state.worst / 4  # since the last update that was in vain
+        # The rounding of c h is a part of the gradient. Where it may exceed tol, a
+        # penalty rises only if multipliers alone do not help.
+        fine = tol / (2 * jnp.finfo(c.dtype).eps)
+        highest = jnp.where(helped, jnp.minimum(fine, cap), cap)
+        raised = jnp.maximum(c, jnp.minimum(GROWTH * c, highest))
         penalty = jnp.where(good | ~solved, c, raised)
         duals = found.duals.chosen(good | near, state.duals)
         base = jnp.maximum(c, 10)
         largest = jnp.maximum(jnp.max(penalty), 10)
         looser = jnp.where(near, state.eta, 0.1 / penalty**0.1)
         every = jnp.all(good)
-        # Since the last update that was in vain, the worst has to fall to a quarter.
-        worst = jnp.max(found.residual)
-        vain = (worst > state.worst / 4) & (worst > jnp.sqrt(tol))
+        vain = ~helped & (worst > jnp.sqrt(tol))
         rises = jnp.where(vain, state.rises + 1, 0)
         rises = jnp.where(every, state.rises, rises)
         gave_up = (solved & jnp.any(~good & (c >= cap))) | (rises >= RISES)
