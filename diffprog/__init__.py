@@ -8,6 +8,7 @@ from ._chain.constraints import (
     StateBounds as StateBounds,
 )
 from ._chain.discretize import discretize as discretize
+from ._chain.manifold import AbstractManifold as AbstractManifold, Manifold as Manifold
 from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage
 from ._chain.network_problem import NetworkProblem as NetworkProblem
@@ -71,8 +72,9 @@ from ._control.solution import (
     Solution as Solution,
     WarmStart as WarmStart,
 )
-from ._control.solve import direction as direction, solve as solve
+from ._control.solve import solve as solve
 from ._control.stepping import (
+    direction as direction,
     finish as finish,
     init as init,
     SolverState as SolverState,
@@ -97,7 +99,7 @@ from ._training.value_and_direction import (
 from .oracles._rules import rule_boundary as rule_boundary
 
 
-from . import extend as extend, losses as losses  # isort: skip
+from . import extend as extend, losses as losses, manifolds as manifolds  # isort: skip
 from . import optim as optim, oracles as oracles  # isort: skip
 from . import plot as plot, systems as systems  # isort: skip  (import this door)
 

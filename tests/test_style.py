@@ -43,7 +43,7 @@ NEVER = {("losses", "_chain")}
 # And so do the parts of a room that has some.
 CONTROL = [
     ["lqr", "report"],
-    ["direction", "search", "outer"],
+    ["direction", "search", "outer", "gaps"],
     ["records"],
     ["outer_loop"],
     ["loop", "solution"],

@@ -108,6 +108,21 @@ class UnitQuaternion(AbstractManifold):
                 "`q / jnp.linalg.norm(q, axis=-1, keepdims=True)`."
             )
 
+    def near(self):
+        return _NearQuaternion()
+
+
+class _NearQuaternion(AbstractManifold):
+    """Unit quaternions, with tan and a series in the place of log and exp."""
+
+    def difference(self, x, y):
+        inverse = jnp.concatenate([y[..., :1], -y[..., 1:]], -1)
+        imaginary = _product(inverse, x - y)[..., 1:]
+        return 2 * imaginary / jnp.sum(y * x, -1, keepdims=True)
+
+    def retract(self, y, v):
+        return _product(y, jnp.concatenate([1 - _square(v) / 8, v / 2], -1))
+
 
 def _check_entries(name: str, x: Any, size: int):
     """Raises for what is no array with so many entries in its last axis."""
@@ -186,6 +201,10 @@ def _product(a: Float[Array, "*_ 4"], b: Float[Array, "*_ 4"]) -> Float[Array, "
     )
 
 
+def _nearer(part: AbstractManifold) -> AbstractManifold:
+    return part.near() or part
+
+
 def _is_manifold(part: Any) -> bool:
     return isinstance(part, AbstractManifold)
 
@@ -227,6 +246,9 @@ class Product(AbstractManifold):
         parts = jtu.tree_leaves_with_path(parts, is_leaf=_is_manifold)
         for (path, part), entry in zip(parts, self._split(name, x), strict=True):
             part.check(name + jtu.keystr(path), entry)
+
+    def near(self):
+        return Product(self._structure.unflatten(map(_nearer, self._parts)))
 
     def _split(self, name: str, tree: PyTree) -> list[PyTree]:
         """What belongs to each of the parts."""
@@ -297,6 +319,9 @@ class Blocks(AbstractManifold):
             end = start + block.shape[-1]
             part.check(f"{name}[..., {start}:{end}]", block)
             start = end
+
+    def near(self):
+        return Blocks(*zip(self._sizes, map(_nearer, self._parts), strict=True))
 
     def _split(self, name: str, x: Array) -> list[Array]:
         return _split(name, x, self._sizes)

@@ -79,6 +79,7 @@ class NetworkProblem(AbstractChain):
     metric: Callable | StageMetric | None
 
     terminal_constraints: ClassVar[tuple] = ()
+    manifold: ClassVar[None] = None
 
     @with_advice(lambda name, _, known: _NOT_IN_NETWORK.get(name, known))
     def __init__(
@@ -173,9 +174,13 @@ class NetworkProblem(AbstractChain):
                 f"`us` is {came(us)}, not arranged like the parameters of "
                 "the network: give `net.params`."
             )
+        return self._stacked(us)
+
+    def _stacked(self, parts: Any) -> tuple[PyTree, ...]:
+        """With a first axis also for stages that stand alone."""
         return tuple(
             u if stack.size > 1 else jtu.tree_map(lambda a: jnp.asarray(a)[None], u)
-            for u, stack in zip(us, self.network.stacks, strict=True)
+            for u, stack in zip(parts, self.network.stacks, strict=True)
         )
 
     def join_controls(self, us: tuple[PyTree, ...]) -> PyTree:
@@ -188,6 +193,10 @@ class NetworkProblem(AbstractChain):
 
     def join_states(self, xs: tuple[PyTree, ...], final: PyTree) -> PyTree:
         return (*self.join_controls(xs), final)
+
+    def split_states(self, xs: PyTree) -> tuple[PyTree, ...]:
+        *parts, final = xs
+        return (*self._stacked(parts), final)
 
 
 NetworkProblem.__init__.__doc__ = """**Arguments:**

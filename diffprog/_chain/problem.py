@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from .constraints import as_constraints
 from .limits import as_bounds
+from .manifold import AbstractManifold, as_manifold
 
 
 class Phase(eqx.Module):
@@ -46,11 +47,13 @@ class AbstractChain(eqx.Module):
     - `phases`: the runs of equal stages, in order.
     - `terminal_cost`: a function `(x) ->` scalar.
     - `terminal_constraints`: those of the last state.
+    - `manifold`: a [`diffprog.Manifold`][], or `None` where states are vectors.
     """
 
     phases: eqx.AbstractVar[tuple[Phase, ...]]
     terminal_cost: eqx.AbstractVar[Any]
     terminal_constraints: eqx.AbstractVar[tuple]
+    manifold: eqx.AbstractVar[Any]
 
     @abc.abstractmethod
     def split(self, us: PyTree) -> tuple[PyTree, ...]:
@@ -63,6 +66,10 @@ class AbstractChain(eqx.Module):
     @abc.abstractmethod
     def join_states(self, xs: tuple[PyTree, ...], final: PyTree) -> PyTree:
         """All states, as the user holds them: the stages' and the last one."""
+
+    @abc.abstractmethod
+    def split_states(self, xs: PyTree) -> tuple[PyTree, ...]:
+        """The inverse of `join_states`: the states of each phase, and the last one."""
 
 
 class _Functions(eqx.Module):
@@ -87,6 +94,7 @@ class ControlProblem(AbstractChain):
     - `system`: the object that holds the three functions and their numbers.
     - `bounds`: the limits that were given, a pair, or else `None`.
     - `constraints`, `terminal_constraints`: tuples of constraints.
+    - `given_manifold`: the manifold that was given, or else `None`.
     """
 
     system: Any
@@ -94,6 +102,7 @@ class ControlProblem(AbstractChain):
     bounds: Any
     constraints: tuple
     terminal_constraints: tuple
+    given_manifold: Any
 
     def __init__(
         self,
@@ -104,6 +113,7 @@ class ControlProblem(AbstractChain):
         control_bounds: tuple[PyTree, PyTree] | None = None,
         constraints: Any = (),
         terminal_constraints: Any = (),
+        manifold: AbstractManifold | None = None,
     ):
         self.system = _Functions(dynamics, cost, terminal_cost)
         self.horizon = horizon
@@ -111,6 +121,7 @@ class ControlProblem(AbstractChain):
         self.constraints = as_constraints("constraints", constraints)
         name = "terminal_constraints"
         self.terminal_constraints = as_constraints(name, terminal_constraints)
+        self.given_manifold = as_manifold(manifold)
 
     def __check_init__(self):
         _check_functions(self.system, "dynamics", "cost", "terminal_cost")
@@ -124,18 +135,20 @@ class ControlProblem(AbstractChain):
         control_bounds: tuple[PyTree, PyTree] | None = None,
         constraints: Any = (),
         terminal_constraints: Any = (),
+        manifold: AbstractManifold | None = None,
     ) -> "ControlProblem":
         """A problem from one object with methods `dynamics`, `cost`, `terminal_cost`.
 
-        Where it has `control_bounds`, a field or property, these are the limits of the
-        controls unless others are given. The problem holds one copy of the numbers of
-        `system`, so a derivative with respect to the problem is one with respect to the
-        system. (Three bound methods given to the constructor hold three copies.)
+        Where it has `control_bounds` or a `manifold`, a field or property, these are
+        the limits of the controls and how states differ unless others are given. The
+        problem holds one copy of the numbers of `system`, so a derivative with respect
+        to the problem is one with respect to the system. (Three bound methods given to
+        the constructor hold three copies.)
         """
         _check_functions(system, "dynamics", "cost", "terminal_cost")
         functions = system.dynamics, system.cost, system.terminal_cost
         rows = constraints, terminal_constraints
-        problem = cls(*functions, horizon, control_bounds, *rows)
+        problem = cls(*functions, horizon, control_bounds, *rows, manifold)
         object.__setattr__(problem, "system", system)  # itself, not a copy
         _ = problem.phases  # raises for limits that are wrong
         return problem
@@ -158,6 +171,12 @@ class ControlProblem(AbstractChain):
         return self.bounds or getattr(self.system, "control_bounds", None)
 
     @property
+    def manifold(self) -> AbstractManifold | None:
+        """How states differ: what was given, or else that of the system."""
+        given = self.given_manifold
+        return given or as_manifold(getattr(self.system, "manifold", None))
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         limits = self.control_bounds, self.constraints
         return (Phase(self.dynamics, self.cost, self.horizon, *limits),)
@@ -170,6 +189,9 @@ class ControlProblem(AbstractChain):
 
     def join_states(self, xs: tuple[PyTree, ...], final: PyTree) -> PyTree:
         return jtu.tree_map(lambda a, b: jnp.concatenate([a, b[None]]), xs[0], final)
+
+    def split_states(self, xs: PyTree) -> tuple[PyTree, ...]:
+        return jtu.tree_map(lambda a: a[:-1], xs), jtu.tree_map(lambda a: a[-1], xs)
 
 
 ControlProblem.__init__.__doc__ = """**Arguments:**
@@ -186,6 +208,8 @@ ControlProblem.__init__.__doc__ = """**Arguments:**
 - `constraints`: [`diffprog.Equality`][], [`diffprog.Inequality`][] and
     [`diffprog.StateBounds`][] at all stages t = 0 to T - 1; one, or a tuple.
 - `terminal_constraints`: those of the last state.
+- `manifold`: how states differ where subtraction is not meant, a
+    [`diffprog.Manifold`][] or one of `dp.manifolds`; `None` where states are vectors.
 
 **Raises:** `TypeError` for something that is no function or no pair of limits,
 `ValueError` for a horizon below 1, and for limits that are NaN or crossed.
@@ -206,6 +230,7 @@ class Chain(AbstractChain):
     terminal_constraints: Any = eqx.field(
         default=(), converter=ft.partial(as_constraints, "terminal_constraints")
     )
+    manifold: Any = eqx.field(default=None, converter=as_manifold)
 
     def __check_init__(self):
         if not self.phases or not all(isinstance(p, Phase) for p in self.phases):
@@ -232,12 +257,15 @@ class Chain(AbstractChain):
     def join_states(self, xs: tuple[PyTree, ...], final: PyTree) -> PyTree:
         return (*xs, final)
 
+    def split_states(self, xs: PyTree) -> tuple[PyTree, ...]:
+        return xs
+
 
 Chain.__init__.__doc__ = """**Arguments:**
 
 - `phases`: a tuple of [`diffprog.Phase`][]s.
 - `terminal_cost`: `(x) ->` scalar, the cost of the last state.
-- `terminal_constraints`: as in [`diffprog.ControlProblem`][].
+- `terminal_constraints`, `manifold`: as in [`diffprog.ControlProblem`][].
 """
 
 

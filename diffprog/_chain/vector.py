@@ -1,8 +1,8 @@
 """Chains of vectors, traced once: what every recursion of the library runs on."""
 
-import dataclasses
 import functools as ft
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -19,44 +19,84 @@ from .._common.tree import all_finite, vary
 from .._common.types import Rows
 from .constraints import Duals, Rows as RowSet
 from .limits import can_be_kept, cut_off
+from .manifold import Chart
 
 
-class Segment(eqx.Module):
-    """One phase as functions of vectors, traced once."""
+class AbstractCosts(eqx.Module):
+    """A cost and constraints, functions of vectors (and of the stage)."""
 
-    dynamics: Callable = eqx.field(static=True)  # (x, u, t) -> x
-    cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
-    start: int = eqx.field(static=True)
-    horizon: int = eqx.field(static=True)
-    rows: RowSet | None = None  # constraints
-    linear_rows: Callable | None = eqx.field(static=True, default=None)
+    cost: eqx.AbstractVar[Callable]  # -> scalar
+    rows: eqx.AbstractVar[RowSet | None]  # constraints
+    chart: eqx.AbstractVar[Chart]  # of the states
+    linear_rows: eqx.AbstractVar[Callable | None]
 
-    def priced(self, dual: Array | None, penalties: Array | None) -> "Segment":
+    def priced(self, dual: Array | None, penalties: Array | None) -> Any:
         """With the augmented Lagrangian of its constraints in the cost."""
         rows = self.rows
         if rows is None or dual is None or penalties is None:
             return self
         merit = lambda values: rows.merit(values, dual, penalties)
+        cost = lambda *at: self.cost(*at) + merit(rows.values(*at))
 
-        def cost(x, u, t):
-            return self.cost(x, u, t) + merit(rows.values(x, u, t))
+        def linear(*at):
+            z, t = at[:2], at[2:]
+            near = linearized(lambda *z: rows.values(*z, *t), *z)
+            return lambda *z: self.cost(*z, *t) + merit(near(*z))
 
-        def linear(x, u, t):
-            near = linearized(lambda x, u: rows.values(x, u, t), x, u)
-            return lambda x, u: self.cost(x, u, t) + merit(near(x, u))
+        return replace(self, cost=cost, linear_rows=linear)
 
-        return dataclasses.replace(self, cost=cost, linear_rows=linear)
-
-    def cost_near(self, x: Array, u: Array, t: Array) -> Callable:
+    def cost_near(self, *at: Array) -> Callable:
         """The cost with constraints linearized at a point: for Gauss-Newton."""
         if self.linear_rows is None:
-            return lambda x, u: self.cost(x, u, t)
-        return self.linear_rows(x, u, t)
+            return lambda *z: self.cost(*z, *at[2:])
+        return self.linear_rows(*at)
 
-    @staticmethod
-    def difference(x: Array, y: Array) -> Array:
+    def around(self, x: Array, **changes: Any) -> Any:
+        """In local coordinates at a state: for derivatives there."""
+        chart, rows = self.chart.near or self.chart, self.rows
+        local = lambda fn: lambda v, *rest: fn(chart.retract(x, v), *rest)
+        rows = rows and replace(rows, values=local(rows.values))
+        changes |= dict(rows=rows, chart=Chart.flat(chart.size))
+        return replace(self, cost=local(self.cost), **changes)
+
+
+class End(AbstractCosts):
+    """The last state."""
+
+    cost: Callable = eqx.field(static=True)  # (x) -> scalar
+    rows: RowSet | None
+    chart: Chart = eqx.field(static=True)
+    linear_rows: Callable | None = eqx.field(static=True, default=None)
+
+
+class Segment(AbstractCosts):
+    """One phase as functions of vectors, traced once."""
+
+    cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
+    rows: RowSet | None
+    chart: Chart = eqx.field(static=True)
+    dynamics: Callable = eqx.field(static=True)  # (x, u, t) -> x
+    next_chart: Chart = eqx.field(static=True)
+    start: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True)
+    linear_rows: Callable | None = eqx.field(static=True, default=None)
+    has_gaps: bool = eqx.field(static=True, default=False)
+
+    def difference(self, x: Array, y: Array) -> Array:
         """x minus y, two states of the segment."""
-        return x - y
+        return self.chart.difference(x, y)
+
+    def between(self, x: Array, x_next: Array) -> "Segment":
+        """In local coordinates at a state and at the one after it."""
+        here, there = self.chart.near or self.chart, self.next_chart
+        if not self.has_gaps:
+            there = there.near or there
+
+        def dynamics(v, u, t):
+            return there.difference(self.dynamics(here.retract(x, v), u, t), x_next)
+
+        flat = Chart.flat(there.size)
+        return self.around(x, dynamics=dynamics, next_chart=flat)
 
 
 class VectorChain(eqx.Module):
@@ -64,43 +104,76 @@ class VectorChain(eqx.Module):
 
     Data that have a row per stage are tuples with one stacked array per segment.
     `scan` and `map` are the only loops over its stages. `limits` are the lower and the
-    upper ones of the controls; empty if there are none.
+    upper ones of the controls; empty if there are none. In local coordinates
+    `references` are the states, and those after them.
     """
 
     segments: tuple[Segment, ...]
-    terminal_cost: Callable = eqx.field(static=True)
+    end: End
     dtype: Any = eqx.field(static=True)
     limits: tuple[Rows, ...] = ()
-    terminal_rows: RowSet | None = None
     names: tuple[str, ...] = eqx.field(static=True, default=())  # of the constraints
     duals: Duals | None = None
-    penalties: tuple[Array, ...] = ()  # of the entries of every segment
-    linear_terminal: Callable | None = eqx.field(static=True, default=None)
+    references: tuple[Rows, ...] = ()
     loops: Loops = eqx.field(static=True, default="plain")
 
     def priced(self, duals: Duals) -> "VectorChain":
-        """The chain whose costs are augmented Lagrangians; `self` has none."""
-        *penalties, last = duals.penalties
-        changed: Any = dict(duals=duals, penalties=tuple(penalties))
-        rows, dual = self.terminal_rows, duals.terminal
-        if rows is not None and dual is not None:
-            merit = lambda values: rows.merit(values, dual, last)
-            changed["terminal_cost"] = lambda x: (
-                self.terminal_cost(x) + merit(rows.values(x))
-            )
+        """The chain whose costs are augmented Lagrangians."""
+        return replace(self, duals=duals)
 
-            def linear(x):
-                near = linearized(rows.values, x)
-                return lambda x: self.terminal_cost(x) + merit(near(x))
+    def around(
+        self, trajectory: "VectorTrajectory"
+    ) -> "tuple[VectorChain, VectorTrajectory]":
+        """In local coordinates: states are differences from those of the trajectory.
 
-            changed["linear_terminal"] = linear
-        return dataclasses.replace(self, **changed)
+        Where states are vectors without gaps the chain is as good as it is.
+        """
+        gaps = trajectory.gaps is not None
+        charts = [*(segment.chart for segment in self.segments), self.end.chart]
+        if all(chart.is_flat for chart in charts) and not gaps:
+            return self, trajectory
+        zero = lambda x, chart: jnp.zeros((*x.shape[:-1], chart.size), x.dtype)
+        xs, final, us = trajectory.xs, trajectory.final, trajectory.us
+        *zeros, last = vary(tuple(map(zero, (*xs, final), charts)), like=trajectory)
+        chain = replace(
+            self,
+            segments=tuple(replace(s, has_gaps=gaps) for s in self.segments),
+            end=self.end.around(final),
+            references=(xs, following(xs, final)),
+        )
+        return chain, replace(trajectory, xs=tuple(zeros), final=last, us=us)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a state may differ from what the dynamics give."""
+        return self.segments[0].has_gaps
+
+    def left(self, gaps: Rows | None, stepsize: Array) -> Rows | None:
+        """The gaps after a step."""
+        if gaps is None:
+            return None
+        return self.map(lambda _, gap: (1 - stepsize) * gap, gaps)
+
+    @property
+    def _end(self) -> End:
+        if self.duals is None:
+            return self.end
+        return self.end.priced(self.duals.terminal, self.duals.penalties[-1])
+
+    @property
+    def terminal_cost(self) -> Callable:
+        """(x) -> scalar."""
+        return self._end.cost
+
+    def terminal_cost_near(self, x: Array) -> Callable:
+        """The same as `cost_near` of a segment at the last state."""
+        return self._end.cost_near(x)
 
     @property
     def no_duals(self) -> Duals:
         """Multipliers of 0, and no penalties."""
         zeros = lambda *shape: jnp.zeros(shape, self.dtype)
-        rows = [*(segment.rows for segment in self.segments), self.terminal_rows]
+        rows = [part.rows for part in (*self.segments, self.end)]
         groups = tuple(r.groups if r else () for r in rows)
         stages = tuple(
             zeros(s.horizon, len(s.rows.groups)) if s.rows else None
@@ -109,12 +182,6 @@ class VectorChain(eqx.Module):
         last = zeros(len(groups[-1])) if groups[-1] else None
         penalty = jnp.full(len(self.names), jnp.nan, self.dtype)
         return Duals(stages, last, penalty, groups)
-
-    def terminal_cost_near(self, x: Array) -> Callable:
-        """The same as `Segment.cost_near` at the last state."""
-        if self.linear_terminal is None:
-            return self.terminal_cost
-        return self.linear_terminal(x)
 
     @property
     def recomputes(self) -> bool:
@@ -147,12 +214,11 @@ class VectorChain(eqx.Module):
             carry, out = stage(segment, carry, *row)
             return carry, jtu.tree_map(lambda a: a[None], out)
 
-        def stage(segment, carry, dual, *row):
-            return fn(segment.priced(dual, own[segment.start]), carry, *row)
+        def stage(segment, carry, own, *row):
+            return fn(seen(segment, *own), carry, *row)
 
-        own = self._penalties
-
-        return chained(run, self.segments, carry, (self._dual_rows, *data), reverse)
+        seen = self._seen
+        return chained(run, self.segments, carry, (self._own, *data), reverse)
 
     def map(self, fn: Callable, *data: tuple) -> tuple:
         """`out = fn(segment, *row)` at every stage: all at once, or one by one."""
@@ -160,27 +226,34 @@ class VectorChain(eqx.Module):
             step = lambda segment, carry, *row: (carry, fn(segment, *row))
             return self.scan(step, None, *data)[1]
 
-        def stage(segment, dual, *row):
-            return fn(segment.priced(dual, own[segment.start]), *row)
+        def stage(segment, own, *row):
+            return fn(seen(segment, *own), *row)
 
-        own = self._penalties
-
+        seen = self._seen
         return tuple(
             jax.vmap(ft.partial(stage, segment))(*rows)
-            for segment, *rows in zip(
-                self.segments, self._dual_rows, *data, strict=True
-            )
+            for segment, *rows in zip(self.segments, self._own, *data, strict=True)
         )
 
     @property
-    def _dual_rows(self) -> tuple:
-        return self.duals.stages if self.duals else (None,) * len(self.segments)
+    def _own(self) -> tuple:
+        """The rows of the chain itself, which `_seen` takes."""
+        duals = self.duals.stages if self.duals else (None,) * len(self.segments)
+        return tuple(zip(duals, *self.references, strict=True))
 
     @property
-    def _penalties(self) -> dict[int, Array | None]:
-        none = (None,) * len(self.segments)
+    def _seen(self) -> Callable:
+        """Of a segment and its own row: what the recursions see at a stage."""
+        penalties = self.duals.penalties if self.duals else ()
         starts = (segment.start for segment in self.segments)
-        return dict(zip(starts, self.penalties or none, strict=True))
+        of = dict(zip(starts, penalties, strict=False))
+
+        def seen(segment: Segment, dual: Array | None, *references: Array) -> Segment:
+            if references:
+                segment = segment.between(*references)
+            return segment.priced(dual, of.get(segment.start))
+
+        return seen
 
     def within(self, us: Rows) -> Rows:
         """The controls, cut off at their limits; NaN where these are crossed."""
@@ -196,41 +269,74 @@ class VectorChain(eqx.Module):
 
 
 class VectorTrajectory(eqx.Module):
-    """States, controls and cost of a roll-out of a `VectorChain`."""
+    """States, controls and cost of a roll-out of a `VectorChain`.
+
+    Where it began with states that were given, `gaps` are how far the dynamics are from
+    the state of the next stage, in local coordinates there.
+    """
 
     xs: Rows
     final: Float[Array, " _"]
     us: Rows
     cost: Float[Array, ""]
     first_nonfinite: Int[Array, ""]
+    gaps: Rows | None = None
+
+    @property
+    def gap(self) -> Float[Array, ""]:
+        """The largest entry of the gaps."""
+        gaps = self.gaps or (jnp.zeros_like(self.final),)
+        return ft.reduce(jnp.maximum, [jnp.max(jnp.abs(gap)) for gap in gaps])
 
 
-def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *data):
+def following(xs: Rows, final: Array) -> Rows:
+    """The state after that of every stage."""
+    firsts = [*(rows[0] for rows in xs[1:]), final]
+    # A segment of one stage may change the shape of the state.
+    after = lambda rows, last: jnp.concatenate([rows, last[None]])
+    pairs = zip(xs, firsts, strict=True)
+    return tuple(after(x[1:], a) if len(x) > 1 else a[None] for x, a in pairs)
+
+
+def judge(segment: Segment, x: Array, u: Array, t: Array):
+    """The cost of a stage, and whether all is finite."""
+    h = segment.cost(x, u, t)
+    return h, all_finite(x, u, h)
+
+
+def simulate(
+    chain: VectorChain,
+    control: Callable,
+    x0: Array,
+    memory: PyTree,
+    *data: tuple,
+    gaps: Rows | None = None,
+):
     """x_{t+1} = f_t(x_t, u_t) from x0 and its cost: the trajectory, and the `out`s.
 
     `u, memory, out = control(segment, x, memory, *row)`, with a row of `data` for every
-    stage.
+    stage. Where there are `gaps`, each next state is that much less.
     """
     fused = chain.loops == "fused"
 
-    def judge(segment, x, u, t):
-        h = segment.cost(x, u, t)
-        return h, all_finite(x, u, h)
-
-    def stage(segment, carry, t, *row):
+    def stage(segment, carry, t, gap, *row):
         x, memory, total = carry
         u, memory, out = control(segment, x, memory, *row)
         if fused:  # one loop; else the costs of all stages at once
             h, finite = judge(segment, x, u, t)
             cost, first = total
             total = cost + h, jnp.where(finite, first, jnp.minimum(first, t))
-        return (segment.dynamics(x, u, t), memory, total), (x, u, out)
+        new = segment.dynamics(x, u, t)
+        if gaps is not None:
+            new = segment.next_chart.retract(new, -gap)
+        return (new, memory, total), (x, u, out)
 
     T, total = chain.horizon, None
     if fused:
         total = jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
     start = vary((x0, memory, total), like=(x0, data))
-    (final, _, total), rows = chain.scan(stage, start, chain.ts, *data)
+    left = gaps or (None,) * len(chain.segments)
+    (final, _, total), rows = chain.scan(stage, start, chain.ts, left, *data)
     xs, us, outs = zip(*rows, strict=True)
     if not fused:
         costs, finite = zip(*chain.map(judge, xs, us, chain.ts), strict=True)
@@ -238,7 +344,7 @@ def simulate(chain: VectorChain, control: Callable, x0: Array, memory: PyTree, *
     cost, first = total
     last = chain.terminal_cost(final)
     end = jnp.where(all_finite(final, last), first, jnp.minimum(first, T))
-    return VectorTrajectory(xs, final, us, cost + last, end), outs
+    return VectorTrajectory(xs, final, us, cost + last, end, gaps), outs
 
 
 def linearized(fn: Callable, *at: Array) -> Callable:
@@ -269,3 +375,20 @@ def run(chain: VectorChain, x0: Array, us: tuple) -> VectorTrajectory:
     """x_{t+1} = f_t(x_t, u_t) from x0, and the cost."""
     given = lambda segment, x, memory, u: (u, memory, None)
     return simulate(chain, given, x0, None, us)[0]
+
+
+def through(chain: VectorChain, xs: Rows, final: Array, us: Rows) -> VectorTrajectory:
+    """Given states and controls, and gaps where the dynamics say another state."""
+
+    def stage(segment, x, u, t, x_next):
+        new = segment.dynamics(x, u, t)
+        h, finite = judge(segment, x, u, t)
+        gap = -segment.next_chart.difference(x_next, new)
+        return h, finite & all_finite(gap), gap
+
+    found = chain.map(stage, xs, us, chain.ts, following(xs, final))
+    costs, finite, gaps = zip(*found, strict=True)
+    last = chain.terminal_cost(final)
+    cost = sum(map(jnp.sum, costs)) + last
+    first = first_false(chain, finite, all_finite(final, last))
+    return VectorTrajectory(xs, final, us, cost, first, gaps)

@@ -1,8 +1,8 @@
 """A problem as a chain of vectors, each of its functions traced once."""
 
-import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -15,12 +15,13 @@ from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from .._common.tree import float_dtype, Layout, vary
-from .._common.types import Rows as Stacked
+from .._common.types import Rows as Stacked, shapes
 from .calls import about_state, call, check_dtype, scalar
 from .constraints import AbstractConstraint, Duals, Rows, value_of
 from .limits import like_controls
+from .manifold import AbstractManifold, Chart, local_difference, local_retraction
 from .problem import AbstractChain, ControlProblem, Phase
-from .vector import Segment, VectorChain
+from .vector import End, Segment, VectorChain
 
 
 class Vectorized(eqx.Module):
@@ -29,14 +30,40 @@ class Vectorized(eqx.Module):
     chain: VectorChain
     problem: AbstractChain
     x_layouts: tuple[Layout, ...] = eqx.field(static=True)  # one per segment, and last
+    v_layouts: tuple[Layout, ...] = eqx.field(static=True)  # of local coordinates
     u_layouts: tuple[Layout, ...] = eqx.field(static=True)
 
     def ravel(self, x0: PyTree, us: PyTree):
         stacks = _rows(Layout.ravel, self.u_layouts, self.problem.split(us))
         return self.x_layouts[0].ravel(x0), stacks
 
+    def ravel_states(self, x0: PyTree, xs: PyTree) -> tuple[tuple, Array]:
+        """Those of the stages and the last one; the first of all counts as x0."""
+        float_dtype(x0=x0, xs=xs)
+        sizes = [layout.size for layout in self.x_layouts]
+        rows = [segment.horizon for segment in self.chain.segments]
+        struct = lambda *shape: jax.ShapeDtypeStruct(shape, self.chain.dtype)
+        stacks = tuple(map(struct, rows, sizes))
+        expected = shapes(jax.eval_shape(self.states, stacks, struct(sizes[-1])))
+        if shapes(xs) != expected:
+            raise ValueError(
+                f"`xs` has the shapes {shapes(xs):.200}; {expected:.200} is expected, "
+                "as in `solution.xs`: the states x_0 to x_T."
+            )
+        *parts, final = self.problem.split_states(xs)
+        head, *tail = _rows(Layout.ravel, self.x_layouts[:-1], tuple(parts))
+        head = jnp.concatenate([self.x_layouts[0].ravel(x0)[None], head[1:]])
+        return (head, *tail), self.x_layouts[-1].ravel(final)
+
     def states(self, xs: tuple, final: Array) -> PyTree:
-        *layouts, last = self.x_layouts
+        return self._states(self.x_layouts, xs, final)
+
+    def differences(self, vs: tuple, final: Array) -> PyTree:
+        """Local coordinates, or gradients in them, arranged like the states."""
+        return self._states(self.v_layouts, vs, final)
+
+    def _states(self, layouts: Sequence[Layout], xs: tuple, final: Array) -> PyTree:
+        *layouts, last = layouts
         rows = _rows(Layout.unravel, layouts, xs)
         return self.problem.join_states(rows, last.unravel(final))
 
@@ -50,7 +77,7 @@ class Vectorized(eqx.Module):
             return none
         stages = self.problem.split(multipliers.constraints)
         given = none.given(self.chain.names, stages, multipliers.terminal)
-        given = dataclasses.replace(given, penalty=penalty)
+        given = replace(given, penalty=penalty)
         return jtu.tree_map(lambda a: jnp.asarray(a).astype(dtype), given)
 
 
@@ -75,13 +102,14 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     dtype = float_dtype(x0=x0, us=us)
     zeros = lambda layout: vary(jnp.zeros(layout.size, dtype), like=(x0, us))
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
+    charts = Charts(problem.manifold, zeros)
     if x_layouts[0].size == 0:
         raise ValueError("`x0` has no entries; a state has at least one.")
     names = []
     for phase, u in zip(problem.phases, parts, strict=True):
         u_layouts.append(_stage_layout(u, phase.horizon, dtype))
         layouts = x_layouts[-1], u_layouts[-1]
-        segment, x_layout = _trace(phase, start, *layouts, zeros, names)
+        segment, x_layout = _trace(phase, start, *layouts, zeros, names, charts)
         x_layouts.append(x_layout)
         segments.append(segment)
         start += phase.horizon
@@ -96,9 +124,10 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     limits = _limits(problem, parts, u_layouts, dtype)
     last, given = x_layouts[-1], problem.terminal_constraints
     rows = _rows_of("terminal_constraints", given, names, dtype, [last], zeros(last))
-    functions = tuple(segments), terminal, dtype
-    chain = VectorChain(*functions, limits, rows, tuple(names))
-    return Vectorized(chain, problem, tuple(x_layouts), tuple(u_layouts))
+    end = End(terminal, rows, charts.of(last))
+    chain = VectorChain(tuple(segments), end, dtype, limits, tuple(names))
+    layouts = x_layouts, map(charts.coordinates, x_layouts), u_layouts
+    return Vectorized(chain, problem, *map(tuple, layouts))
 
 
 def _limits(
@@ -140,6 +169,7 @@ def _trace(
     u_layout: Layout,
     zeros: Callable,
     names: list[str],
+    charts: "Charts",
 ):
     dtype, next_layout = x_layout.dtype, x_layout
 
@@ -158,10 +188,60 @@ def _trace(
         return scalar("cost", phase.cost, dtype, *args)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
-    traced = _traced(dynamics, *examples), _traced(cost, *examples)
+    f, h = _traced(dynamics, *examples), _traced(cost, *examples)
     layouts, given = (x_layout, u_layout), phase.constraints
     rows = _rows_of("constraints", given, names, dtype, layouts, *examples)
-    return Segment(*traced, start, phase.horizon, rows), next_layout
+    segment = Segment(
+        cost=h,
+        rows=rows,
+        chart=charts.of(x_layout),
+        dynamics=f,
+        next_chart=charts.of(next_layout),
+        start=start,
+        horizon=phase.horizon,
+    )
+    return segment, next_layout
+
+
+class Charts:
+    """The local coordinates of states, traced once for each kind of state."""
+
+    def __init__(self, manifold: AbstractManifold | None, zeros: Callable):
+        self.manifold, self.zeros, self.known = manifold, zeros, {}
+
+    def of(self, layout: Layout) -> Chart:
+        return self._known(layout)[0]
+
+    def coordinates(self, layout: Layout) -> Layout:
+        return self._known(layout)[1]
+
+    def _known(self, layout: Layout) -> tuple[Chart, Layout]:
+        if self.manifold is None:
+            return Chart.flat(layout.size), layout
+        if layout not in self.known:
+            chart, coordinates = self._trace(self.manifold, layout)
+            if cheaper := self.manifold.near():
+                chart = replace(chart, near=self._trace(cheaper, layout)[0])
+            self.known[layout] = chart, coordinates
+        return self.known[layout]
+
+    def _trace(self, manifold: AbstractManifold, x_layout: Layout):
+        coordinates = x_layout
+        x = self.zeros(x_layout)
+
+        def difference(x, y):
+            nonlocal coordinates
+            v = local_difference(manifold, *map(x_layout.unravel, (x, y)))
+            coordinates = Layout.of(v, x_layout.dtype)
+            return coordinates.ravel(v)
+
+        def retract(y, v):
+            given = x_layout.unravel(y), coordinates.unravel(v)
+            return x_layout.ravel(local_retraction(manifold, *given))
+
+        to = _traced(difference, x, x)
+        back = _traced(retract, x, self.zeros(coordinates))
+        return Chart(coordinates.size, to, back), coordinates
 
 
 def _rows_of(

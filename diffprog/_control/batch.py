@@ -25,7 +25,7 @@ from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
 from .search import AbstractSearch, Backtracking, SearchState
-from .solution import Solution, WarmStart
+from .solution import on_manifold, Solution, WarmStart
 from .solve import solve
 
 
@@ -34,12 +34,13 @@ def _solve_all(shared, method, mapped, search, rtol, atol, outer, options):
     max_steps, history, fast_loops = options
 
     def one(arguments, fast_loops):
-        numbers, x0, us, state = arguments
+        numbers, x0, us, xs, state = arguments
         problem = eqx.combine(numbers, shared)
-        return solve(
-            problem, method, x0, us, search, outer=outer, max_steps=max_steps,
+        solution = solve(
+            problem, method, x0, us, search, xs=xs, outer=outer, max_steps=max_steps,
             rtol=rtol, atol=atol, state=state, history=history, fast_loops=fast_loops,
         )  # fmt: skip
+        return on_manifold(solution, None)  # a function is no answer of a program
 
     if fast_loops is not False:
         try:
@@ -228,6 +229,7 @@ def solve_batch(
     uss: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    xss: PyTree = None,
     outer: AbstractOuter | None = None,
     in_axes: Any = ...,
     batch_size: int | None = None,
@@ -251,6 +253,8 @@ def solve_batch(
         `fast_loops`: as in [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
+    - `xss`: first guesses of the states, arranged like `solution.xs` of a batch, or
+        `None`, see `xs` of [`diffprog.solve`][].
     - `in_axes`: which numbers differ from problem to problem: `None` for none; `0`
         for all arrays in the problem, whose first axis then is the problem (Python
         floats and arrays without axes are shared); or a tree of axes and `None` like
@@ -278,21 +282,21 @@ def solve_batch(
     """
     asked = in_axes is not ...
     numbers, shared = _apart(problem, in_axes if asked else None)
-    given = dict(x0s=x0s, uss=uss, state=state, problem=numbers)
+    given = dict(x0s=x0s, uss=uss, xss=xss, state=state, problem=numbers)
     num_problems = _num_problems(**given)
     if num_problems < 1:
         raise ValueError("`x0s` has 0 problems; at least 1 is expected.")
     batch_size = num_problems if batch_size is None else batch_size
     check_count("batch_size", batch_size)
     options = (max_steps, bool(history), fast_loops)
-    (x0s, uss), dtype = strong(x0s, uss)
+    (x0s, uss, xss), dtype = strong(x0s, uss, xss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     if state is None:
         state = WarmStart(SearchState.none(dtype, (num_problems,)))
     if not asked and num_problems > 1:  # of one problem both readings are the same
         with taken_back(problem):
             _check_shared(problem, num_problems, _first(x0s), _first(uss))
-    mapped, solutions = (numbers, x0s, uss, state), []
+    mapped, solutions = (numbers, x0s, uss, xss, state), []
     for begin in range(0, num_problems, batch_size):
         start, size = time.perf_counter(), min(batch_size, num_problems - begin)
         batch = mapped
@@ -310,14 +314,14 @@ def solve_batch(
             _report(verbose, number, solution, start)
         solutions.append(solution)
     join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
-    return jtu.tree_map(join, *solutions)
+    return on_manifold(jtu.tree_map(join, *solutions), problem.manifold)
 
 
 def _first(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda leaf: leaf[0], tree)
 
 
-def _note(numbers, x0s: PyTree, uss: PyTree, _, problem, num_problems: int) -> str:
+def _note(numbers, x0s: PyTree, uss: PyTree, xss, _, problem, num_problems: int) -> str:
     """What an error inside does not say."""
     named = lambda pairs: ", ".join(f"`problem{jtu.keystr(path)}`" for path, _ in pairs)
     rows, whole = named(jtu.tree_leaves_with_path(numbers)), ""

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from .._chain.vector import run, VectorChain, VectorTrajectory
+from .._chain.vector import run, through, VectorChain, VectorTrajectory
 from .._common.result import RESULTS
 from .._common.tree import no, vary, where
 from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
+from .gaps import is_better, Price, price_of
 from .lqr import Sweep
 from .outer import AbstractOuter
 from .outer_loop import after_step, before_step, before_steps
@@ -36,11 +37,12 @@ from .records import (
     Loop,
     Passes,
     Purpose,
+    recorded,
     rounding,
     Trials,
     Trouble,
 )
-from .report import CONSTRAINED, HISTORY, report
+from .report import columns
 from .search import AbstractSearch
 from .search.base import check_judged, check_memory, SearchState, Trial, Verdict
 
@@ -69,21 +71,25 @@ class Solver(eqx.Module):
     outer: AbstractOuter | None = None
     omega: Any = None  # the gradient that ends iterations before an update
 
-    def init(self, x0, us, state: SearchState, duals, history: bool) -> Loop:
+    def init(
+        self, x0, us, states: Any, state: SearchState, duals, history: bool
+    ) -> Loop:
         chain, dtype = self.chain, self.chain.dtype
         outer = self.outer and self.outer.init(duals)
         if outer:
             chain = chain.priced(outer.duals)
         number = lambda value: jnp.asarray(value, dtype)
         count = lambda value: jnp.asarray(value, jnp.int32)
-        trajectory = run(chain, x0, chain.within(us))
+        us = chain.within(us)
+        given = states and through(chain, states[0], states[1], us)
+        trajectory = given or run(chain, x0, us)
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
         memory = check_memory(self.search, "init", self.search.init(dtype), dtype)
         cast = lambda old, new: jnp.asarray(old, new.dtype)
         given = jtu.tree_map(cast, state, memory)
-        widths = [1 + x.shape[1] for x in trajectory.xs]
+        widths = [1 + segment.chart.size for segment in chain.segments]
         gains = tuple(jnp.zeros((*u.shape, w), dtype) for u, w in zip(us, widths))
         nan = number(jnp.nan)
         wrong = RESULTS.nonfinite_rollout
@@ -92,12 +98,12 @@ class Solver(eqx.Module):
         result = RESULTS.where(finite, RESULTS.max_steps_reached, wrong)
         never = jnp.where(finite, count(self.max_steps + 1), 0)
         search = where(jnp.isnan(given.stepsize), memory, given)
-        rows, columns = (self.max_steps + 1) * history, len(HISTORY)
+        rows = (self.max_steps + 1) * history
         constrained, ended = None, ~finite
         if outer:
             constrained, hopeless = before_steps(self, outer, trajectory, memory)
             result = RESULTS.where(finite & hopeless, RESULTS.infeasible, result)
-            columns, ended = columns + len(CONSTRAINED), ended | hopeless
+            ended |= hopeless
         loop = Loop(
             trajectory=trajectory,
             best=trajectory,
@@ -111,8 +117,9 @@ class Solver(eqx.Module):
             stopping=ended,
             done=ended,
             first_cost=cost,
-            history=jnp.full((rows, columns), jnp.nan, dtype),
+            history=jnp.full((rows, len(columns(bool(outer), states))), jnp.nan, dtype),
             constrained=constrained,
+            weight=number(0.0) if states else None,
         )
         return vary(loop, like=x0)
 
@@ -139,18 +146,19 @@ class Solver(eqx.Module):
         before = loop.trajectory
         if not self.search.monotone:
             before = where(stop, loop.best, before)
-        expansion = self.method.expand(self.chain, before)
+        local, at = self.chain.around(before)
+        expansion = self.method.expand(local, at)
         check_expansion(self.method, expansion)
         passes = lax.while_loop(
             lambda p: p.purpose != Purpose.end,
-            lambda p: self._pass(p, before, expansion),
+            lambda p: self._pass(p, before, expansion, (local, at)),
             self._begin(loop, before, expansion, stop),
         )
         accepted = passes.trials.verdict.accept
         after = where(accepted, passes.trials.last, before)
         best = after
         if not self.search.monotone:
-            best = where(after.cost < loop.best.cost, after, loop.best)
+            best = where(is_better(after, loop.best), after, loop.best)
         usable = passes.first_nonfinite > self.chain.horizon
         result, stopping, done = self._judge(loop, before, after, passes, stop, usable)
         trials = passes.trials
@@ -171,8 +179,9 @@ class Solver(eqx.Module):
             stopping=stopping,
             done=done,
             first_cost=loop.first_cost,
-            history=self._record(loop, before, passes, stop),
+            history=recorded(loop, before, passes, stop, self.verbose),
             constrained=loop.constrained,
+            weight=passes.price and passes.price.weight,
         )
 
     def _judge(self, loop, before, after, passes: Passes, stop, usable):
@@ -186,6 +195,8 @@ class Solver(eqx.Module):
         same = (search.stepsize == left.stepsize) & (search.damping == left.damping)
         for us, left in zip(after.us, before.us):
             same &= jnp.all(us == left)
+        if passes.price:
+            same &= ~passes.price.is_open
         stalled |= verdict.accept & same
         diverged = failed & (passes.trials.last.first_nonfinite <= horizon)
         # Only a search that is not monotone leaves a better iterate behind.
@@ -211,34 +222,6 @@ class Solver(eqx.Module):
             result = RESULTS.where(applies, code, result)
         stopping = failed | stalled | worse | unbounded
         return result, stopping, stop | (ended & ~worse)
-
-    def _record(self, loop: Loop, before: VectorTrajectory, passes: Passes, stop):
-        """The history with a row about the iterate and the step from it."""
-        state, step = passes.trials.search, loop.counts.steps
-        at, cost, more = loop.constrained, before.cost, ()
-        if at is not None:
-            cost = at.found.cost
-            more = jnp.max(at.found.violation), jnp.max(at.state.duals.penalty)
-        row = jnp.stack([
-            cost,
-            jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),
-            passes.damping,
-            passes.known.slope,
-            jnp.where(stop, 0, state.trials).astype(before.cost.dtype),
-            passes.known.gradient,
-            *more,
-        ])  # fmt: skip
-        if self.verbose:
-            report(self.verbose, step, row)
-        if not loop.history.shape[0]:
-            return loop.history
-        # The row of a search that failed stays.
-        written = loop.history[step]
-        kept = ~jnp.isnan(written[0])
-        if at is not None:  # an update takes no step, and the next row is a new one
-            kept = kept & stop
-        row = jnp.where(kept, written, row)
-        return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)
 
     def _begin(self, loop: Loop, before, expansion: Expansion, stop) -> Passes:
         """The state before the first pass at an iterate."""
@@ -274,24 +257,24 @@ class Solver(eqx.Module):
             refuted=false,
             first_nonfinite=expansion.first_nonfinite,
             backwards=loop.counts.backwards,
+            price=price_of(before, loop.weight),
         )
 
-    def _pass(self, p: Passes, before: VectorTrajectory, expansion) -> Passes:
+    def _pass(self, p: Passes, before: VectorTrajectory, expansion, local) -> Passes:
         """One backward pass, its trials, and what comes next: a row of the table."""
         is_for = lambda purpose: p.purpose == purpose
         searching, testing, policy, fallback = map(is_for, PURPOSES)
         damping = jnp.where(fallback, p.known.feasible_damping, 0)
         damping = jnp.where(searching, p.trials.search.damping, damping)
-        sweep = self.method.backward(self.chain, before, expansion.model, damping)
-        check_sweep(self.method, before, sweep)
+        sweep, price = self._swept(p.price, local, expansion.model, damping)
         positive, promised, damped = sweep.positive, sweep.promised, damping > 0
         tolerance = self.atol + self.rtol * jnp.abs(before.cost)
-        small, doubtful = self._is_small(sweep, promised, tolerance, damped)
+        small, doubtful = self._is_small(sweep, promised, tolerance, damped, price)
         suspected, refuted = small & ~(p.refuted & doubtful), positive & ~small
         # Where the model has no minimum the iterate may be a maximum or a saddle.
         leaving = testing & ~positive
         trying = leaving | (searching & positive & ~suspected)
-        ways = trying, leaving, tolerance
+        ways = price, trying, leaving, tolerance
         trials = self._trials(p.trials, before, expansion, sweep, *ways)
         rejected = self.search.reject(trials.search)
         check_judged(self.search, "reject", rejected, self.chain.dtype)
@@ -336,30 +319,50 @@ class Solver(eqx.Module):
             refuted=p.refuted | (testing & refuted),
             first_nonfinite=first,
             backwards=p.backwards + 1,
+            price=price,
         )
 
-    def _is_small(self, sweep: Sweep, promised, tolerance, damped):
+    def _swept(
+        self, price: Price | None, local, model, damping
+    ) -> tuple[Sweep, Price | None]:
+        """A backward pass, as that of the merit where there may be gaps."""
+        chain, at = local
+        sweep = self.method.backward(chain, at, model, damping)
+        check_sweep(self.method, at, sweep)
+        if price is None:
+            return sweep, None
+        price = price.raised(sweep)
+        return price.along(sweep), price
+
+    def _is_small(self, sweep: Sweep, promised, tolerance, damped, price):
         """Whether the pass finds little to gain; whether only its damping says so."""
+        small = sweep.positive & (promised <= tolerance)
         if self.omega is not None:  # a gradient says as much with damping
-            return sweep.largest_entry <= self.omega, no(damped)
-        return sweep.positive & (promised <= tolerance), damped
+            small, damped = sweep.largest_entry <= self.omega, no(damped)
+        return small if price is None else small & ~price.is_open, damped
 
     def _trials(
-        self, trials: Trials, before, expansion, sweep, trying, leaving, tolerance
+        self, trials: Trials, before, expansion, sweep, price: Price | None, *ways: Any
     ) -> Trials:
         """Roll-outs along one direction until the search has a verdict.
 
         When `leaving` a stationary point, until the cost falls beyond the tolerance.
         """
+        trying, leaving, tolerance = ways
 
         def body(trials: Trials) -> Trials:
             state = trials.search
-            at: Any = (expansion.model, sweep, state.stepsize)
-            trial, _ = self.method.forward(self.chain, before, *at)
+            at: Any = (before, expansion.model, sweep, state.stepsize)
+            trial, _ = self.method.forward(self.chain, *at)
             finite = trial.first_nonfinite > self.chain.horizon
             cost = jnp.where(finite, trial.cost, jnp.inf)
-            known = (before.cost, cost, sweep.slope, sweep.curvature)
-            judged = self.search.step(state, Trial(*known, expansion.cost_gradient))
+            costs = before.cost, cost
+            if price:
+                costs = price.merits(*costs, state.stepsize)
+            known: Any = (*costs, sweep.slope, sweep.curvature)
+            judged = self.search.step(
+                state, Trial(*known, cost_gradient=expansion.cost_gradient)
+            )
             check_judged(self.search, "step", judged, self.chain.dtype)
             falls = cost < before.cost - tolerance
             shorter = eqx.tree_at(

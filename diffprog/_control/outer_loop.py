@@ -80,14 +80,16 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     usable = ~stop & ~broken & ~(loop.result == RESULTS.cost_unbounded)
     solved = usable & (loop.done | loop.stopping)
     late = usable & (loop.counts.steps - state.started >= outer.max_inner)
-    finished = solved & outer.finished(state, found, loop.known.largest)
+    gaps = before.trajectory.gaps
+    closed = True if gaps is None else before.trajectory.gap == 0
+    finished = solved & closed & outer.finished(state, found, loop.known.largest)
     stepped = loop.counts.steps > before.counts.steps
     idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))
     stuck = solved & ~finished & (idle >= MAX_IDLE)
     unseen = jnp.where(is_hidden(before, loop), state.unseen + 1, 0)
     quiet = stuck & (loop.result == RESULTS.successful)
     quiet |= usable & ~finished & (unseen >= MAX_UNSEEN)
-    quiet &= outer.finished(state, found, jnp.zeros_like(found.cost))
+    quiet &= closed & outer.finished(state, found, jnp.zeros_like(found.cost))
     finished |= quiet
     stuck &= ~quiet
     unmet = stuck & (loop.result == RESULTS.successful)

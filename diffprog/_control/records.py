@@ -1,13 +1,18 @@
 """What the loop of a solve carries along."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._chain.vector import VectorTrajectory
 from .._common.result import RESULTS
 from .._common.types import Stacks
+from .gaps import Price
 from .outer.base import OuterState, Residuals
+from .report import columns, report
 from .search.base import SearchState, Verdict
 
 
@@ -82,6 +87,7 @@ class Loop(eqx.Module):
     first_cost: Float[Array, ""]
     history: Float[Array, "rows columns"]
     constrained: Constrained | None  # where there are constraints
+    weight: Float[Array, ""] | None = None  # of gaps, where states were given
 
 
 class Trials(eqx.Module):
@@ -107,3 +113,35 @@ class Passes(eqx.Module):
     refuted: Bool[Array, ""]  # a test denied the convergence
     first_nonfinite: Int[Array, ""]  # stage of a derivative that the pass takes
     backwards: Int[Array, ""]
+    price: Price | None  # of gaps, where states were given
+
+
+def recorded(loop: Loop, before: VectorTrajectory, passes: Passes, stop, verbose: Any):
+    """The history with a row about the iterate and the step from it."""
+    state, step = passes.trials.search, loop.counts.steps
+    at, cost, more = loop.constrained, before.cost, ()
+    if at is not None:
+        cost = at.found.cost
+        more = jnp.max(at.found.violation), jnp.max(at.state.duals.penalty)
+    if before.gaps is not None:
+        more = *more, before.gap
+    row = jnp.stack([
+        cost,
+        jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),
+        passes.damping,
+        passes.known.slope,
+        jnp.where(stop, 0, state.trials).astype(before.cost.dtype),
+        passes.known.gradient,
+        *more,
+    ])  # fmt: skip
+    if verbose:
+        report(verbose, step, columns(at is not None, before.gaps), row)
+    if not loop.history.shape[0]:
+        return loop.history
+    # The row of a search that failed stays.
+    written = loop.history[step]
+    kept = ~jnp.isnan(written[0])
+    if at is not None:  # an update takes no step, and the next row is a new one
+        kept = kept & stop
+    row = jnp.where(kept, written, row)
+    return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)

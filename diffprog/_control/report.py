@@ -1,5 +1,6 @@
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -7,11 +8,15 @@ from jaxtyping import Array, Float, Int
 from .._common.types import counted
 
 
-# The columns of the history, in the order in which a step writes them.
-HISTORY = ("cost", "stepsize", "damping", "slope", "trials", "gradient")
+def columns(constrained: Any, states: Any) -> tuple[str, ...]:
+    """Those of the history, in the order in which a step writes them.
 
-# And where there are constraints.
-CONSTRAINED = ("violation", "penalty")
+    More of them where there are constraints, and where states were given.
+    """
+    more = ("violation", "penalty") if constrained else ()
+    gap = () if states is None else ("gap",)
+    return "cost", "stepsize", "damping", "slope", "trials", "gradient", *more, *gap
+
 
 _HEADER = (
     f"{'step':>5} {'cost':>18} {'stepsize':>10} {'damping':>10} {'slope':>11} "
@@ -44,9 +49,9 @@ def print_batch(finite, batch, problems, successful, iterations, cost, seconds):
 def report(
     verbose: bool | Callable,
     step: Int[Array, ""],
+    names: tuple[str, ...],
     row: Float[Array, " columns"],
 ):
     """Prints one row, or hands it to the user's function by name."""
     receive = verbose if callable(verbose) else _print_row
-    columns = (*HISTORY, *CONSTRAINED)[: len(row)]
-    jax.debug.callback(receive, step=step, **dict(zip(columns, row, strict=True)))
+    jax.debug.callback(receive, step=step, **dict(zip(names, row, strict=True)))

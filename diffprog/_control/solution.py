@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._common.result import explain, NAMES, RESULTS
 from .._common.types import counted
+from .lqr import Policy
 from .search.base import SearchState
 
 
@@ -48,6 +50,13 @@ VIOLATED = (
     "Loosen that constraint, start from other `us`, or give another `penalty` to "
     "`dp.AugmentedLagrangian`."
 )
+# The same, where gaps are left.
+OPEN = ADVICE | dict(
+    max_steps_reached="Raise `max_steps`, or continue with `us=solution.us` and "
+    "`xs=solution.xs`.",
+    no_descent="Give `xs` and `us` that fit each other better, or start from `us` "
+    "alone.",
+)
 UNMOVED = "No control changes it there: move `x0`, or loosen the constraint."
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
@@ -80,7 +89,8 @@ class Multipliers(eqx.Module):
         for each by its name, and of the last state, `(rows,)`; for a
         [`diffprog.Chain`][] a dictionary for each phase.
     - `lower`, `upper`: of the limits of the controls, arranged like `us`.
-    - `costates`: the gradient of L in each state, arranged like `xs`.
+    - `costates`: the gradient of L in each state, arranged like `xs`; on a manifold in
+        its local coordinates, and arranged like these.
     """
 
     constraints: Any
@@ -137,10 +147,12 @@ class Solution(eqx.Module):
         multiplier of an inequality is), `num_outer` (updates of the multipliers),
         `num_attempts`, `penalty` (the largest) and `violated`: the number of the
         constraint that is violated most, the terminal ones last, and the stage.
+        Where the solve began with states, `gap` is the largest entry of what is left
+        of the gaps between a state and what the dynamics make of the one before.
     - `history`: a dictionary of arrays of length `max_steps + 1`: `cost`, `stepsize`,
-        `damping`, `slope`, `trials`, `gradient`, and with constraints `violation` and
-        `penalty`. Entry i is about iterate i and the step from it; NaN after the end.
-        Empty if `history=False`.
+        `damping`, `slope`, `trials`, `gradient`, with constraints `violation` and
+        `penalty`, and where the solve began with states `gap`. Entry i is about iterate
+        i and the step from it; NaN after the end. Empty if `history=False`.
     - `state`: a [`diffprog.WarmStart`][], for `state=` of the next solve.
 
     Property: `success`, whether the result is `successful`; in a batch, of each.
@@ -193,6 +205,14 @@ class Solution(eqx.Module):
         ])  # fmt: skip
 
 
+def on_manifold(solution: Solution, manifold: Any) -> Solution:
+    """The solution whose policies take differences of states on the manifold."""
+    is_policy = lambda node: isinstance(node, Policy)
+    to = lambda policy: dataclasses.replace(policy, _manifold=manifold)
+    policy = jtu.tree_map(to, solution.policy, is_leaf=is_policy)
+    return dataclasses.replace(solution, policy=policy)
+
+
 def _describe_constraints(stats: Mapping[str, Any]) -> list[str]:
     if "violation" not in stats:
         return []
@@ -238,6 +258,8 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
         where, instead = _hindrances(solution, name, stage)
         if solution.stats.get("violation", 0) > 0:
             where = f"{_violated(solution)} {where}".strip()
+        if solution.stats.get("gap", 0) > 0:
+            where, instead = f"{_gap(solution)} {where}".strip(), instead or OPEN[name]
     elif name == "nonfinite_rollout":
         where, instead = _nonfinite_place(solution, stage)
     if instead and advice is ADVICE:  # a network has neither `dt` nor root finder
@@ -254,6 +276,13 @@ def _violated(solution: Solution) -> str:
     size = float(solution.stats["violation"])
     of = f"that of `{names[group]}` at stage {stage}"
     return f"The largest violation, {size:.1e}, is {of}."
+
+
+def _gap(solution: Solution) -> str:
+    return (
+        f"There are gaps of up to {float(solution.stats['gap']):.3g} between the "
+        "states and what the dynamics make of those before."
+    )
 
 
 def _hindrances(solution: Solution, name: str, stage: int) -> tuple[str, str]:
@@ -289,9 +318,14 @@ def _nonfinite_place(solution: Solution, stage: int) -> tuple[str, str]:
     states, controls = _finite_rows(states, phases), _finite_rows(controls, phases)
     if not states[0]:
         return "There is a NaN or an infinity in `x0`.", GIVEN
+    if "gap" in solution.stats and not np.all(states):
+        bad = np.argmin(states)
+        return f"There is a NaN or an infinity in `xs`, first at stage {bad}.", GIVEN
     if not np.all(controls):
         bad = np.argmin(controls)
         return f"There is a NaN or an infinity in `us`, first at stage {bad}.", GIVEN
+    if states[stage] and not np.isfinite(solution.stats.get("gap", 0)):
+        return f"What the dynamics make of the state of stage {stage} is not.", DOMAIN
     if states[stage] and largest > RUNAWAY:
         return f"At stage {stage} the state has run away, to {largest:.1e}.", ""
     if states[stage]:

@@ -1,4 +1,4 @@
-"""A solve in one call, and one direction."""
+"""A solve in one call."""
 
 import dataclasses
 import functools as ft
@@ -9,30 +9,37 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from .._chain.limits import projected
+from .._chain.manifold import check_state
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import run, VectorChain
+from .._chain.vector import VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
 from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
-from .._common.result import explain, RESULTS, throw_unless_successful
-from .._common.tree import all_finite, strong
-from .._common.types import check_kind, check_one_number, to_float, with_advice
+from .._common.result import RESULTS, throw_unless_successful
+from .._common.tree import strong
+from .._common.types import check_kind, check_one_number, with_advice
 from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
-from .direction.base import check_expansion, check_sweep
 from .loop import Solver
 from .lqr import Policy
 from .lqr.expand import adjoints
 from .outer import AbstractOuter
 from .records import Constrained, Loop
-from .report import CONSTRAINED, HISTORY
+from .report import columns
 from .search import AbstractSearch, Backtracking
-from .solution import ADVICE, explain_solution, Multipliers, Solution, WarmStart
+from .solution import (
+    ADVICE,
+    explain_solution,
+    Multipliers,
+    on_manifold,
+    Solution,
+    WarmStart,
+)
 
 
 def solver_of(
@@ -52,7 +59,7 @@ def duals_of(chain: VectorChain, loop: Loop) -> Any:
         chain = chain.priced(loop.constrained.state.duals)
     elif not chain.limits:
         return None
-    return adjoints(chain, loop.trajectory)
+    return adjoints(*chain.around(loop.trajectory))
 
 
 def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
@@ -79,7 +86,7 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
         terminal=terminal,
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
-        costates=vectorized.states(costates, starts[-1]),
+        costates=vectorized.differences(costates, starts[-1]),
     )
     return multipliers, ft.reduce(jnp.maximum, largest)
 
@@ -89,8 +96,8 @@ def solution_of(
 ) -> Solution:
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
-        columns = (*HISTORY, *CONSTRAINED)[: loop.history.shape[1]]
-        history = {name: loop.history[:, i] for i, name in enumerate(columns)}
+        names = columns(loop.constrained, trajectory.gaps)
+        history = {name: loop.history[:, i] for i, name in enumerate(names)}
     policies = tuple(
         Policy(
             K=gains[:, :, 1:],
@@ -117,6 +124,8 @@ def solution_of(
         first_nonfinite=jnp.where(ok, T + 1, loop.trouble.stage),
         nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
     )
+    if trajectory.gaps is not None:
+        stats["gap"] = trajectory.gap
     multipliers = None
     if duals:
         multipliers, stationarity = _multipliers(vectorized, loop, duals)
@@ -144,17 +153,18 @@ def _warm_start(vectorized: Vectorized, loop: Loop, outer: AbstractOuter, multip
     return WarmStart(loop.search, used, duals.penalty)
 
 
-def begun(vectorized: Vectorized, solver: Solver, x0, us, state, history) -> Loop:
+def begun(vectorized: Vectorized, solver: Solver, x0, us, xs, state, history) -> Loop:
     """The state before the first iteration."""
     duals = solver.outer and vectorized.duals(state.multipliers, state.penalty)
-    first = vectorized.ravel(x0, us)
+    states = None if xs is None else vectorized.ravel_states(x0, xs)
+    first = *vectorized.ravel(x0, us), states
     return solver.init(*first, state.search, duals, history)
 
 
 def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]:
     found, state, chain = at.found, at.state, vectorized.chain
     worst = jnp.argmax(found.violation)
-    rows = *(segment.rows for segment in chain.segments), chain.terminal_rows
+    rows = *(segment.rows for segment in chain.segments), chain.end.rows
     signs = [
         jnp.max(jnp.where(np.array(own.equal), 0, -stack))
         for own, stack in zip(rows, found.duals.stacks, strict=True)
@@ -173,7 +183,7 @@ def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]
 
 @door
 def _solve(
-    problem, method, x0, us, search, state, rtol, atol, outer, options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, options
 ) -> Solution:
     max_steps, history, verbose, fast_loops = options
     vectorized = vectorize(problem, x0, us)
@@ -182,7 +192,7 @@ def _solve(
         chain = dataclasses.replace(vectorized.chain, loops=loops)
         tolerances = rtol, atol, max_steps, verbose.value
         solver = solver_of(chain, method, search, *tolerances, outer)
-        loop = solver.run(begun(vectorized, solver, x0, us, state, history))
+        loop = solver.run(begun(vectorized, solver, x0, us, xs, state, history))
         return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
@@ -219,16 +229,18 @@ def check(
 
 
 def arguments(
-    problem, method, x0, us, search, state, rtol, atol, outer, max_steps, *options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, max_steps, *options
 ) -> tuple:
     """Those of a solve: checked, floating, with defaults; options are one of them."""
     check(problem, method, search, state, max_steps, rtol=rtol, atol=atol)
     outer = OUTER if outer is None else outer
     check_kind("outer", outer, AbstractOuter, "dp.AugmentedLagrangian()")
-    (x0, us), dtype = strong(x0, us)
+    (x0, us, xs), dtype = strong(x0, us, xs)
+    if problem.manifold is not None:
+        check_state(problem.manifold, x0)
     state = no_state(dtype) if state is None else state
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
-    given = problem, method, x0, us, search, state, *tolerances, outer
+    given = problem, method, x0, us, xs, search, state, *tolerances, outer
     return *given, (max_steps, *options)
 
 
@@ -248,6 +260,7 @@ def solve(
     us: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    xs: PyTree = None,
     outer: AbstractOuter | None = None,
     max_steps: int = 256,
     rtol: Any = None,
@@ -274,6 +287,11 @@ def solve(
     - `us`: the first guess of the controls, `(T, m)` or a pytree of arrays with T rows.
     - `search`: [`diffprog.Backtracking`][], [`diffprog.AdaptiveDamping`][] or
         [`diffprog.FixedStep`][].
+    - `xs`: a first guess of the states, arranged like `solution.xs`: T + 1 rows, of
+        which the first counts as x0. They need not follow from `us`: the iterations
+        close the gaps between f(x, u) and the next state, see
+        [Starting from states](../starting-from-states.md). Unless given, the roll-out
+        of `us`.
     - `outer`: what turns constraints into costs, [`diffprog.AugmentedLagrangian`][]
         unless given. Without constraints it does nothing.
     - `max_steps`: the most accepted iterations; a Python int.
@@ -314,77 +332,18 @@ def solve(
         )
     options = max_steps, bool(history), Same(verbose), fast_loops
     tolerances = rtol, atol, outer
-    given = arguments(problem, method, x0, us, search, state, *tolerances, *options)
-    return judged(_solve(*given), problem, throw)
+    given = problem, method, x0, us, xs, search, state, *tolerances, *options
+    return judged(_solve(*arguments(*given)), problem, throw)
 
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
     """Raises for what is known to have failed, in the words of the problem."""
-    told = lambda failed: explain_solution(failed, _advice(problem))
+    if problem.manifold is not None:
+        solution = on_manifold(solution, problem.manifold)
+    told = lambda failed: explain_solution(failed, advice_of(problem))
     return throw_unless_successful(solution.result, solution, throw, told)
 
 
-def _advice(problem: AbstractChain) -> Mapping[str, str]:
+def advice_of(problem: AbstractChain) -> Mapping[str, str]:
     """In the words of the problem."""
     return NETWORK_ADVICE if isinstance(problem, NetworkProblem) else ADVICE
-
-
-@door
-def _direction(problem, method, x0, us, damping):
-    vectorized = vectorize(problem, x0, us)
-    chain = vectorized.chain
-    if chain.names:
-        raise ValueError(
-            "`dp.direction` takes no constraints, whose multipliers only a solve "
-            "finds: `dp.solve(..., max_steps=1)` takes one step."
-        )
-    first, given = vectorized.ravel(x0, us)
-    trajectory = run(chain, first, chain.within(given))
-    expansion = method.expand(chain, trajectory)
-    check_expansion(method, expansion)
-    damping = jnp.asarray(damping, chain.dtype)
-    sweep = method.backward(chain, trajectory, expansion.model, damping)
-    check_sweep(method, trajectory, sweep)
-    one = jnp.ones((), chain.dtype)
-    _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
-    T = chain.horizon
-    failed, known = RESULTS.factorization_failed, expansion.first_nonfinite > T
-    result = RESULTS.where(sweep.positive, RESULTS.successful, failed)
-    result = RESULTS.where(known, result, RESULTS.nonfinite_derivative)
-    finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
-    result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
-    ok = result == RESULTS.successful
-    if chain.limits:  # from what was given, which may lie outside
-        change = zip(vs, trajectory.us, given, strict=True)
-        vs = tuple(v + (inside - u) for v, inside, u in change)
-    vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
-    return vectorized.controls(vs), result
-
-
-def direction(
-    problem: AbstractChain,
-    method: AbstractDirection,
-    x0: PyTree,
-    us: PyTree,
-    *,
-    damping: float | Float[Array, ""] = 0.0,
-    throw: bool = True,
-) -> tuple[PyTree, RESULTS]:
-    r"""The change of the controls that `method` proposes at step size 1.
-
-    **Arguments:**
-
-    - `problem`, `method`, `x0`, `us`: as in [`diffprog.solve`][].
-    - `damping`: the weight of $\frac\nu2 \|v\|^2$ in the model.
-    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
-        inputs are concrete.
-
-    **Returns:** `(du, result)`; `du` is like `us`, and for [`diffprog.ILQR`][] and
-    [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
-    `result` is not `successful`.
-    """
-    check(problem, method, damping=damping)
-    (x0, us), _ = strong(x0, us)
-    du, result = _direction(problem, method, x0, us, to_float(damping))
-    told = lambda _: explain(result, _advice(problem))
-    return throw_unless_successful(result, (du, result), throw, told)

@@ -1,22 +1,35 @@
-"""A solve that is stepped by hand."""
+"""A solve that is stepped by hand, and one direction."""
 
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._chain.problem import AbstractChain
-from .._chain.vector import objective
+from .._chain.vector import objective, run
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.door import door, undifferentiated
-from .._common.result import RESULTS
+from .._common.result import explain, RESULTS, throw_unless_successful
+from .._common.tree import all_finite, strong
+from .._common.types import to_float
 from .direction import AbstractDirection
+from .direction.base import check_expansion, check_sweep
 from .outer import AbstractOuter
 from .records import Loop
 from .search import AbstractSearch, Backtracking
 from .solution import Solution, WarmStart
-from .solve import arguments, begun, duals_of, judged, solution_of, solver_of
+from .solve import (
+    advice_of,
+    arguments,
+    begun,
+    check,
+    duals_of,
+    judged,
+    solution_of,
+    solver_of,
+)
 
 
 class SolverState(eqx.Module):
@@ -64,13 +77,13 @@ def _iterate(vectorized: Vectorized, loop: Loop) -> tuple[PyTree, PyTree, Any]:
 
 @door
 def _first_state(
-    problem, method, x0, us, search, state, rtol, atol, outer, options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, options
 ) -> SolverState:
     max_steps, history = options
     vectorized = vectorize(problem, x0, us)
     rest = rtol, atol, max_steps, False, outer
     solver = solver_of(vectorized.chain, method, search, *rest)
-    loop = begun(vectorized, solver, x0, us, state, history)
+    loop = begun(vectorized, solver, x0, us, xs, state, history)
     xs, us, cost = _iterate(vectorized, loop)
     return SolverState(
         x0,
@@ -119,6 +132,7 @@ def init(
     us: PyTree,
     search: AbstractSearch = Backtracking(),
     *,
+    xs: PyTree = None,
     outer: AbstractOuter | None = None,
     max_steps: int = 256,
     rtol: Any = None,
@@ -137,8 +151,8 @@ def init(
     """
     options = max_steps, bool(history)
     tolerances = rtol, atol, outer
-    given = arguments(problem, method, x0, us, search, state, *tolerances, *options)
-    return _first_state(*given)
+    given = problem, method, x0, us, xs, search, state, *tolerances, *options
+    return _first_state(*arguments(*given))
 
 
 def step(problem: AbstractChain, state: SolverState) -> SolverState:
@@ -160,3 +174,65 @@ def finish(
     steps: of one that was changed since, the solution is not.
     """
     return judged(_finished(problem, state), problem, throw)
+
+
+@door
+def _direction(problem, method, x0, us, damping):
+    vectorized = vectorize(problem, x0, us)
+    chain = vectorized.chain
+    if chain.names:
+        raise ValueError(
+            "`dp.direction` takes no constraints, whose multipliers only a solve "
+            "finds: `dp.solve(..., max_steps=1)` takes one step."
+        )
+    first, given = vectorized.ravel(x0, us)
+    trajectory = run(chain, first, chain.within(given))
+    local, at = chain.around(trajectory)
+    expansion = method.expand(local, at)
+    check_expansion(method, expansion)
+    damping = jnp.asarray(damping, chain.dtype)
+    sweep = method.backward(local, at, expansion.model, damping)
+    check_sweep(method, at, sweep)
+    one = jnp.ones((), chain.dtype)
+    _, vs = method.forward(chain, trajectory, expansion.model, sweep, one)
+    T = chain.horizon
+    failed, known = RESULTS.factorization_failed, expansion.first_nonfinite > T
+    result = RESULTS.where(sweep.positive, RESULTS.successful, failed)
+    result = RESULTS.where(known, result, RESULTS.nonfinite_derivative)
+    finite = (trajectory.first_nonfinite > T) & (all_finite(vs) | ~sweep.positive)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite_rollout)
+    ok = result == RESULTS.successful
+    if chain.limits:  # from what was given, which may lie outside
+        change = zip(vs, trajectory.us, given, strict=True)
+        vs = tuple(v + (inside - u) for v, inside, u in change)
+    vs = tuple(jnp.where(ok, v, jnp.nan) for v in vs)
+    return vectorized.controls(vs), result
+
+
+def direction(
+    problem: AbstractChain,
+    method: AbstractDirection,
+    x0: PyTree,
+    us: PyTree,
+    *,
+    damping: float | Float[Array, ""] = 0.0,
+    throw: bool = True,
+) -> tuple[PyTree, RESULTS]:
+    r"""The change of the controls that `method` proposes at step size 1.
+
+    **Arguments:**
+
+    - `problem`, `method`, `x0`, `us`: as in [`diffprog.solve`][].
+    - `damping`: the weight of $\frac\nu2 \|v\|^2$ in the model.
+    - `throw`: raise [`diffprog.SolveError`][] for an unsuccessful result when all
+        inputs are concrete.
+
+    **Returns:** `(du, result)`; `du` is like `us`, and for [`diffprog.ILQR`][] and
+    [`diffprog.DDP`][] it includes the feedback along the true roll-out. It is NaN where
+    `result` is not `successful`.
+    """
+    check(problem, method, damping=damping)
+    (x0, us), _ = strong(x0, us)
+    du, result = _direction(problem, method, x0, us, to_float(damping))
+    told = lambda _: explain(result, advice_of(problem))
+    return throw_unless_successful(result, (du, result), throw, told)

@@ -148,7 +148,7 @@ class QuaternionQuadrotor(eqx.Module):
     @property
     def manifold(self) -> Any:
         """Vectors, but for the attitude: [`diffprog.manifolds.Blocks`][]."""
-        of = dp.manifolds  # pyright: ignore
+        of = dp.manifolds
         return of.Blocks(
             (3, of.Euclidean()), (4, of.UnitQuaternion()), (6, of.Euclidean())
         )

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ from ..._chain.limits import moved, projected
 from ..._common.linalg import matmul
 from ..._common.tree import norm
 from ..lqr import Sweep
+from ..lqr.expand import adjoints
 from .base import AbstractDirection, feedforward, gradients
 from .rollouts import AbstractRollout, Feedback
 
@@ -32,6 +34,16 @@ class Gradient(AbstractDirection):
 
     def backward(self, chain, trajectory, model, damping):
         penalty = jnp.where(damping > 0, damping, 1)
+        sweep = self._sweep(chain, trajectory, model, penalty)
+        if not chain.has_gaps:
+            return sweep
+        _, lams, _ = adjoints(chain, trajectory)
+        gap = lambda segment, lam, x, u, t: matmul(lam, segment.dynamics(x, u, t))
+        data = trajectory.xs, trajectory.us, chain.ts
+        closed = sum(map(jnp.sum, chain.map(gap, lams, *data)))
+        return replace(sweep, slope=sweep.slope + closed)
+
+    def _sweep(self, chain, trajectory, model, penalty) -> Sweep:
         if chain.limits:
             return _within_limits(chain, trajectory, model, penalty)
         gradient = norm(model)

@@ -56,6 +56,12 @@ class MoreauGradient(AbstractDirection):
                 "`MoreauGradient` takes no constraints: its steps are not 0 at an "
                 "optimum, where multipliers are updated. `dp.DDP()` takes them."
             )
+        if chain.references:
+            raise ValueError(
+                "`MoreauGradient` takes no `xs` and no `manifold`: its envelopes move "
+                "each state on its own, as a vector. `dp.Gradient()` and `dp.ILQR()` "
+                "take them."
+            )
         if chain.limits:
             raise ValueError(
                 "`MoreauGradient` takes no `control_bounds`: its envelopes minimize "

@@ -35,7 +35,7 @@ class AbstractRollout(AbstractPart):
 class Feedback(AbstractRollout):
     """v = s k + K (x_new - x), x_new being the states of the true dynamics.
 
-    u + v is cut off at the limits of the controls.
+    u + v is cut off at the limits of the controls. Gaps are 1 - s times as large.
     """
 
     keeps_limits: ClassVar[bool] = True
@@ -48,13 +48,15 @@ class Feedback(AbstractRollout):
             return u, None, v
 
         x0, data = trajectory.xs[0][0], (trajectory.xs, trajectory.us, gains)
-        return simulate(chain, control, x0, None, *data, *chain.limits)
+        gaps = chain.left(trajectory.gaps, stepsize)
+        return simulate(chain, control, x0, None, *data, *chain.limits, gaps=gaps)
 
 
 class LinearRollout(AbstractRollout):
-    """v = s k + K y along the linear model, y' = c + A y + B v from y = 0.
+    """v = s k + K y along the linear model, y' = s c + A y + B v from y = 0.
 
-    u + v is cut off at the limits of the controls, and v is what is left.
+    u + v is cut off at the limits of the controls, and v is what is left. Gaps, which
+    are the c of the model, are 1 - s times as large.
     """
 
     keeps_limits: ClassVar[bool] = True
@@ -63,8 +65,11 @@ class LinearRollout(AbstractRollout):
         def control(segment, x_new, y, u, gains, F, *limits):
             v = stepsize * gains[:, 0] + matmul(gains[:, 1:], y)
             u, v = moved(u, v, *limits)
-            return u, F[1:, 0] + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
+            c = stepsize * F[1:, 0] if local.has_gaps else F[1:, 0]
+            return u, c + matmul(F[1:, 1:], jnp.concatenate([y, v])), v
 
-        x0, F = trajectory.xs[0][0], model.dynamics(chain, trajectory)
-        data = (trajectory.us, gains, F)
-        return simulate(chain, control, x0, jnp.zeros_like(x0), *data, *chain.limits)
+        local, at = chain.around(trajectory)
+        x0, y0 = trajectory.xs[0][0], jnp.zeros(at.xs[0].shape[1], chain.dtype)
+        data = (trajectory.us, gains, model.dynamics(local, at), *chain.limits)
+        gaps = chain.left(trajectory.gaps, stepsize)
+        return simulate(chain, control, x0, y0, *data, gaps=gaps)

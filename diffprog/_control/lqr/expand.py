@@ -187,10 +187,10 @@ def _joint(fn, x, u):
 
 
 def linear(segment: Segment, x: Array, u: Array, t: Array) -> Array:
-    """F of a stage, in deviations from the trajectory: c = 0."""
+    """F of a stage, in deviations from the trajectory: c is its gap."""
     f, z = _joint(lambda x, u: segment.dynamics(x, u, t), x, u)
     AB = jax.jacfwd(f)(z)
-    return affine(jnp.zeros_like(AB[:, 0]), AB)
+    return affine(f(z) if segment.has_gaps else jnp.zeros_like(AB[:, 0]), AB)
 
 
 def curved(
@@ -286,7 +286,8 @@ def _around(problem, x0, us) -> tuple[VectorChain, VectorTrajectory]:
             "equal stages, so a `dp.ControlProblem` is expected."
         )
     vectorized = vectorize(problem, x0, us)
-    return vectorized.chain, run(vectorized.chain, *vectorized.ravel(x0, us))
+    chain = vectorized.chain
+    return chain.around(run(chain, *vectorized.ravel(x0, us)))
 
 
 @door

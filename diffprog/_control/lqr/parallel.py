@@ -228,6 +228,12 @@ class ParallelRiccati(AbstractRiccati):
 
     def backward(self, chain, trajectory, model, damping):
         model = model.stored(chain, trajectory)
+        if chain.has_gaps:
+            raise ValueError(
+                "`ParallelRiccati` takes no `xs`: it joins stages around the states of "
+                "a roll-out, and knows no gaps between them. `dp.Riccati()` closes "
+                "gaps."
+            )
         if chain.limits:
             raise ValueError(
                 "`ParallelRiccati` takes no `control_bounds`: it joins stages before "

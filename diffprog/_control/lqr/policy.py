@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..._chain.limits import moved
-from ..._chain.vector import Segment
+from ..._chain.manifold import AbstractManifold
 from ..._common.linalg import matmul
 from ..._common.tree import Layout
 
@@ -37,6 +37,7 @@ class Policy(eqx.Module):
     _u: Layout = eqx.field(static=True)
     _start: int = eqx.field(static=True)
     _limits: tuple[Float[Array, "*batch T m"], ...] = ()
+    _manifold: AbstractManifold | None = None
 
     def __repr__(self) -> str:
         return f"Policy(K={self.K!r}, k={self.k!r})"
@@ -70,11 +71,18 @@ class Policy(eqx.Module):
                 f"`t` is {t + self._start}; this policy has the stages {self._start} "
                 f"to {self._start + stages - 1}."
             )
-        y = Segment.difference(self._x.ravel(x), self.xs[t])
+        y = self._difference(x, self.xs[t])
         v = self.k[t] + matmul(self.K[t], y)
         u, _ = moved(self.us[t], v, *(limit[t] for limit in self._limits))
         # JAX would take the nearest stage where a `t` that it traces has none.
         return self._u.unravel(jnp.where(inside, u, jnp.nan))
+
+    def _difference(self, x: PyTree, reference: Array) -> Float[Array, " n"]:
+        manifold, layout = self._manifold, self._x
+        if manifold is None:
+            return layout.ravel(x) - reference
+        v = manifold.difference(x, layout.unravel(reference))
+        return Layout.of(v, layout.dtype).ravel(v)
 
     def __hash__(self) -> int:
         raise TypeError(

@@ -1,4 +1,5 @@
 import functools as ft
+from dataclasses import replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from .base import (
     LQRSolution,
     NEVER,
     summarize,
+    Sweep,
     Value,
 )
 from .policy import Policy
@@ -43,16 +45,23 @@ class Riccati(AbstractRiccati):
         """
 
         def stage(segment, carry, x, u, t, *row):
-            # The costate lam is one more row below V.
+            # The costate lam is one more row below V; with gaps, so is the slope.
             rows, total, positive, first = carry
             limits, row = row[:limited], row[limited:]
-            F, W = model.stage(segment, rows[0, 1:], x, u, t, *row)
-            product = matmul(rows, F)
-            terms = F, W, product[:-1], len(u), damping, positive
+            p = rows[0, 1:]
+            if chain.has_gaps:  # far from a roll-out p says little of the dynamics
+                p = jnp.where(jnp.any(segment.dynamics(x, u, t) != 0), 0, p)
+            F, W = model.stage(segment, p, x, u, t, *row)
+            product, n = matmul(rows, F), F.shape[0]
+            terms = F, W, product[:n], len(u), damping, positive
             box = tuple(limit - u for limit in limits)
             V, gains, change, positive = bellman(*terms, box)
-            lam = W[0] + product[-1]  # and the gradient in u
-            rows = jnp.concatenate([V, lam[None, : len(V)]])
+            lam = W[0] + product[n]  # and the gradient in u
+            slope = ()
+            if chain.has_gaps:
+                line = W[0] + product[n + 1]
+                slope = ((line[: len(V)] + matmul(line[len(V) :], gains))[None],)
+            rows = jnp.concatenate([V, lam[None, : len(V)], *slope])
             if not model.is_checked:
                 # What is not finite in F or W spreads to V, so that V tells where they
                 # are not: from a stage that failed the pass goes on with V = 0.
@@ -63,16 +72,18 @@ class Riccati(AbstractRiccati):
             return (rows, total + change, positive, first), (gains, gradient)
 
         V = symmetrize(model.V)
-        last, finite = jnp.concatenate([V, V[:1]]), jnp.isfinite(V[0, 0])
+        more = [V[:1]] * (2 if chain.has_gaps else 1)
+        last, finite = jnp.concatenate([V, *more]), jnp.isfinite(V[0, 0])
         start = last, jnp.zeros(3, V.dtype), finite, jnp.asarray(NEVER)
         start = vary(start, like=trajectory)
         limited = len(chain.limits)
         data = (trajectory.xs, trajectory.us, chain.ts, *chain.limits, *model.rows)
-        (_, *sums), rows = chain.scan(stage, start, *data, reverse=True)
+        (V, *sums), rows = chain.scan(stage, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
         change, positive, first = sums
         found = gains, gradients, change, damping, positive, first
-        return summarize(*found, bool(limited), chain.duals is not None)
+        sweep = summarize(*found, bool(limited), chain.duals is not None)
+        return across_gaps(sweep, change, V) if chain.has_gaps else sweep
 
     def values(self, lqr, scan):
         """`bellman` with the terms of a stage apart.
@@ -109,6 +120,17 @@ class Riccati(AbstractRiccati):
         rows = (lqr.A, lqr.B, lqr.c, K, k)
         last, (xs, us) = scan(stage, x0, rows, False)
         return jnp.concatenate([xs, last[None]]), us
+
+
+def across_gaps(sweep: Sweep, change: Array, rows: Array) -> Sweep:
+    """With the slope and curvature of a step that also closes gaps.
+
+    At s = 1 the model changes by half the constant of V. Of that, limits of controls
+    leave h'k + k'Gk / 2 where it has h'k / 2.
+    """
+    slope, along = rows[-1, 0], change[0]
+    whole = rows[0, 0] / 2 + (along + sweep.curvature) / 2
+    return replace(sweep, slope=slope, curvature=2 * (whole - slope))
 
 
 def _solved(

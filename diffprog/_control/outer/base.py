@@ -83,7 +83,7 @@ def measure(
     data = trajectory.xs, trajectory.us, chain.ts, duals.stages
     costs, parts = zip(*chain.map(stage, *data), strict=True)
     cost = sum(map(jnp.sum, costs)) + chain.terminal_cost(trajectory.final)
-    ends, final = chain.terminal_rows, None
+    ends, final = chain.end.rows, None
     if ends is not None:
         final = entries(ends, ends.values(trajectory.final), duals.terminal, last)
     # Of every entry the worst stage. The entries of a constraint stand side by side.
