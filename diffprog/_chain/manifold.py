@@ -146,8 +146,9 @@ def _errors(manifold: AbstractManifold, x0: PyTree) -> tuple[Array, Array]:
     """How large difference(x, x) is, and how far retract is from its inverse."""
     same = local_difference(manifold, x0, x0)
     leaves, tree = jtu.tree_flatten(same)
-    signs = [STEP * (1 - 2 * (jnp.arange(a.size) % 2)).reshape(a.shape) for a in leaves]
-    v = tree.unflatten([s.astype(a.dtype) for s, a in zip(signs, leaves, strict=True)])
+    signs = [jnp.where(jnp.arange(a.size) % 2, -STEP, STEP) for a in leaves]
+    pairs = zip(signs, leaves, strict=True)
+    v = tree.unflatten([s.reshape(a.shape).astype(a.dtype) for s, a in pairs])
     back = local_difference(manifold, local_retraction(manifold, x0, v), x0)
     size = lambda *trees: jnp.max(
         jnp.concatenate([jnp.ravel(jnp.abs(a)) for a in jtu.tree_leaves(trees)])

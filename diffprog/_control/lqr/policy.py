@@ -24,14 +24,15 @@ class Policy(eqx.Module):
     `equinox.filter_jit(policy)`, or hand it over as data; map the policies of a batch
     with `jax.vmap(lambda policy, x: policy(t, x))(policies, xs)`.
 
-    - `K`: feedback gains, shape `(T, m, n)`.
+    - `K`: feedback gains, shape `(T, m, n)`; on a manifold n is the number of local
+        coordinates, and x - xs is its `difference`.
     - `k`: feedforward terms, shape `(T, m)`; near 0 at an optimum.
-    - `xs`, `us`: the trajectory, shapes `(T, n)` and `(T, m)`.
+    - `xs`, `us`: the trajectory, a row of each stage.
     """
 
     K: Float[Array, "*batch T m n"]
     k: Float[Array, "*batch T m"]
-    xs: Float[Array, "*batch T n"]
+    xs: Float[Array, "*batch T _"]
     us: Float[Array, "*batch T m"]
     _x: Layout = eqx.field(static=True)
     _u: Layout = eqx.field(static=True)
