@@ -19,6 +19,10 @@ FILES = {
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
+    "quadrotor_quaternion.py": {
+        "quadrotor_quaternion.png",
+        "quadrotor_quaternion.gif",
+    },
     "prox_linear_regression.py": {"prox_linear_regression.png"},
     "robust_regression.py": {"robust_regression.png"},
     "temporal_order.py": {"temporal_order.png"},
