@@ -101,11 +101,16 @@ def local():
     return dynamics, cost, last, zs
 
 
-def differences(fn, at, step=1e-5):
-    """Central ones of `fn` in the direction of each entry."""
-    moves = step * jnp.eye(len(at))
-    up, down = (jax.vmap(fn)(at[None] + sign * moves) for sign in (1, -1))
-    return jnp.moveaxis((up - down) / (2 * step), 0, -1)
+def differences(fn, *at, step=1e-5):
+    """Central ones of `fn` in the direction of each entry of the last argument."""
+    *rest, z = at
+    moves = step * jnp.eye(len(z))
+    both = [jax.vmap(lambda z: fn(*rest, z))(z[None] + s * moves) for s in (1, -1)]
+    return jnp.moveaxis((both[0] - both[1]) / (2 * step), 0, -1)
+
+
+def rows_of_differences(fn, *rows):
+    return jax.jit(jax.vmap(ft.partial(differences, fn)))(*rows)
 
 
 def test_models_are_derivatives_in_local_coordinates():
@@ -114,22 +119,23 @@ def test_models_are_derivatives_in_local_coordinates():
     A, B = jtu.tree_leaves(dp.linearize(problem, x0, us))
     assert A.shape == (T, 6, 6) and B.shape == (T, 6, 3)
     ts = jnp.arange(T)
-    slopes = jax.vmap(lambda t, z: differences(lambda z: dynamics(t, z), z))(ts, zs)
+    slopes = rows_of_differences(dynamics, ts, zs)
     close(jnp.concatenate([A, B], -1), slopes, 1e-7)
 
     model = dp.quadratize(problem, x0, us)
-    value = lambda t, z: differences(lambda z: cost(t, z), z)
-    close(jnp.concatenate([model.q, model.r], -1), jax.vmap(value)(ts, zs), 1e-7)
-    slope = lambda t, z: differences(jax.grad(lambda z: cost(t, z)), z)
-    hessians = jax.vmap(slope)(ts, zs)
+    slopes = rows_of_differences(cost, ts, zs)
+    close(jnp.concatenate([model.q, model.r], -1), slopes, 1e-7)
+    hessians = rows_of_differences(jax.grad(cost, 1), ts, zs)
     close(model.Q, hessians[:, :6, :6], 1e-7)
+    close(model.R, hessians[:, 6:, 6:], 1e-7)
     close(model.M, hessians[:, :6, 6:], 1e-7)
-    close(model.Q_final, differences(jax.grad(last), jnp.zeros(6)), 1e-7)
+    found = rows_of_differences(jax.grad(last), jnp.zeros((1, 6)))[0]
+    close(model.Q_final, found, 1e-7)
 
     from_here = lambda v: dp.rollout(problem, ARRAY.retract(x0, v), us).cost
     lams = dp.costates(problem, x0, us)
     assert lams.shape == (T + 1, 6)
-    close(lams[0], differences(from_here, jnp.zeros(6)), 1e-7)
+    close(lams[0], rows_of_differences(from_here, jnp.zeros((1, 6)))[0], 1e-7)
     close(lams[-1], differences(last, jnp.zeros(6)), 1e-7)
 
 
@@ -189,7 +195,7 @@ def test_steps_are_the_dense_ones(method):
     close(jnp.ravel(found), step(flat), 1e-10, scale="largest")
 
 
-@pytest.mark.costly()
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [dp.Newton(), dp.DDP()], ids=name)
 def test_errors_are_squared_near_the_solution(method):
     problem, x0, us = body()
@@ -218,7 +224,7 @@ def test_angles_go_the_short_way():
         close(found.us, jnp.full((steps, 1), u), 1e-12)
         close(found.xs[-1], jnp.array([0.1 + steps * u]), 1e-12)
         ways = [found.policy(2, found.xs[2] + turn) for turn in (0.0, 2 * math.pi)]
-        close(*ways, 1e-12)
+        close(ways[0], ways[1], 1e-12)
 
 
 def test_attitudes_stay_unit_and_gains_take_the_short_way():
@@ -237,11 +243,9 @@ def test_attitudes_stay_unit_and_gains_take_the_short_way():
     close(policy(3, at(-10.0) * jnp.array(4 * [-1.0] + 3 * [1.0])), here, 1e-12)
     v = jnp.concatenate([math.radians(-10) * axis, jnp.zeros(3)])
     close(here, found.us[3] + policy.k[3] + policy.K[3] @ v, 1e-12)
-    for call in (jax.jit(lambda policy, x: policy(3, x)), eqx.filter_jit(policy)):
-        args = (
-            (policy, at(-10.0)) if not isinstance(call, eqx.Module) else (3, at(-10.0))
-        )
-        close(call(*args), here, 1e-12)
+    close(jax.jit(lambda policy, x: policy(3, x))(policy, at(-10.0)), here, 1e-12)
+    compiled: Any = eqx.filter_jit(policy)
+    close(compiled(3, at(-10.0)), here, 1e-12)
 
 
 def split(x):
@@ -259,7 +263,7 @@ def test_trees_and_phases_are_the_same_problem():
     phases = dp.Phase(dynamics, cost, 3, (-9.0, 9.0)), dp.Phase(dynamics, cost, T - 3)
     terminal_cost = lambda x: problem.terminal_cost(join(x))
     chain = dp.Chain(phases, terminal_cost, manifold=TREE)
-    tight = dict(rtol=1e-15, atol=1e-15)
+    tight: Any = dict(rtol=1e-15, atol=1e-15)
     found = dp.solve(chain, dp.ILQR(), split(x0), (us[:3], us[3:]), **tight)
     us = jnp.concatenate(found.us)
     close(us, best().us, 1e-7)
@@ -272,6 +276,7 @@ def test_trees_and_phases_are_the_same_problem():
     close(jnp.concatenate(rows), dp.costates(problem, x0, us)[:-1], 1e-10)
 
 
+@pytest.mark.slow
 def test_batches_and_maps_are_their_solves():
     problem, x0, us = body()
     x0s = jnp.stack([x0, x0.at[:4].set(turned([0.3, 0.1, -0.2]))])
@@ -289,6 +294,7 @@ def test_batches_and_maps_are_their_solves():
     close(each, batch.us[:, 1], 1e-4)
 
 
+@pytest.mark.slow
 def test_single_precision():
     found = dp.solve(body(jnp.float32)[0], dp.ILQR(), *body(jnp.float32)[1:])
     assert found.xs.dtype == found.policy.K.dtype == jnp.float32
