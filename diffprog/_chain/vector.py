@@ -114,12 +114,13 @@ class VectorChain(eqx.Module):
     limits: tuple[Rows, ...] = ()
     names: tuple[str, ...] = eqx.field(static=True, default=())  # of the constraints
     duals: Duals | None = None
+    penalties: tuple[Array, ...] = ()  # of the entries of every segment, and of the end
     references: tuple[Rows, ...] = ()
     loops: Loops = eqx.field(static=True, default="plain")
 
     def priced(self, duals: Duals) -> "VectorChain":
         """The chain whose costs are augmented Lagrangians."""
-        return replace(self, duals=duals)
+        return replace(self, duals=duals, penalties=duals.penalties)
 
     def around(
         self, trajectory: "VectorTrajectory"
@@ -158,7 +159,7 @@ class VectorChain(eqx.Module):
     def _end(self) -> End:
         if self.duals is None:
             return self.end
-        return self.end.priced(self.duals.terminal, self.duals.penalties[-1])
+        return self.end.priced(self.duals.terminal, self.penalties[-1])
 
     @property
     def terminal_cost(self) -> Callable:
@@ -244,9 +245,8 @@ class VectorChain(eqx.Module):
     @property
     def _seen(self) -> Callable:
         """Of a segment and its own row: what the recursions see at a stage."""
-        penalties = self.duals.penalties if self.duals else ()
         starts = (segment.start for segment in self.segments)
-        of = dict(zip(starts, penalties, strict=False))
+        of = dict(zip(starts, self.penalties, strict=False))
 
         def seen(segment: Segment, dual: Array | None, *references: Array) -> Segment:
             if references:

@@ -110,6 +110,16 @@ Quadrotor.__init__.__doc__ = """**Arguments:**
 """
 
 
+def _moved(x: Array, z: Array) -> Array:
+    """The state at z, which has 2 tan(angle / 2) axis in the place of a turn."""
+    q, g = x[3:7], z[3:6] / 2
+    real, imaginary = q[:1], q[1:]
+    new = real - jnp.sum(imaginary * g, keepdims=True)
+    turned = [new, imaginary + real * g + jnp.cross(imaginary, g)]
+    q = jnp.concatenate(turned) / jnp.sqrt(1 + jnp.sum(g**2))
+    return jnp.concatenate([x[:3] + z[:3], q, x[7:] + z[6:]])
+
+
 class QuaternionQuadrotor(eqx.Module):
     r"""A [`diffprog.systems.Quadrotor`][] at any attitude, by a unit quaternion.
 
@@ -124,8 +134,8 @@ class QuaternionQuadrotor(eqx.Module):
     Costs: half of the weighted squares of the position error, the rotation vector from
     the attitude to reach, the velocity, the rates and the control.
 
-    A step of `method` is one of the local coordinates around the state that it begins
-    at, so that q keeps its norm. Euler's turns it by exactly `dt` times the rates.
+    A step of `method` is one of coordinates around the attitude that it begins at, 2
+    tan(angle / 2) times the axis, so that q keeps its norm.
 
     Source: that of `Quadrotor`; H. Munthe-Kaas, "Runge-Kutta methods on Lie groups",
     1998, for the steps.
@@ -172,26 +182,25 @@ class QuaternionQuadrotor(eqx.Module):
         """The time derivative of the state."""
         zero = jnp.zeros(12, x.dtype)
         move = self._local_field(x)(zero, u, t)
-        return jax.jvp(lambda v: self.manifold.retract(x, v), (zero,), (move,))[1]
+        return jax.jvp(lambda z: _moved(x, z), (zero,), (move,))[1]
 
     def dynamics(
         self, x: Float[Array, " 13"], u: Float[Array, " 4"], t: Stage
     ) -> Float[Array, " 13"]:
         """The state `dt` later."""
         step = dp.discretize(self._local_field(x), self.dt, self.method)
-        return self.manifold.retract(x, step(jnp.zeros(12, x.dtype), u, t))
+        return _moved(x, step(jnp.zeros(12, x.dtype), u, t))
 
     def _local_field(self, start: Array) -> Callable:
-        """The time derivative of local coordinates v around a state."""
+        """The time derivative of what `_moved` takes."""
 
-        def field(v, u, t):
-            x, turn = self.manifold.retract(start, v), v[3:6]
+        def field(z, u, t):
+            x, turn = _moved(start, z), z[3:6]
             (w, i, j, k), velocity, rates = x[3:7], x[7:10], x[10:]
             up = [2 * (i * k + w * j), 2 * (j * k - w * i), 1 - 2 * (i**2 + j**2)]
             acceleration, spin = _accelerations(self, jnp.stack(up), rates, u)
-            # The inverse of the right Jacobian, to the order of the rules.
-            change = jnp.cross(turn, rates)
-            turning = rates + change / 2 + jnp.cross(turn, change) / 12
+            turning = rates + jnp.cross(turn, rates) / 2
+            turning += jnp.sum(turn * rates) * turn / 4
             return jnp.concatenate([velocity, turning, acceleration, spin])
 
         return field
