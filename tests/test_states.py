@@ -182,7 +182,8 @@ def alone(x0, us, xs):
 
 
 def in_a_batch(*given):
-    return list(dp.solve_batch(batch()[0], ILQR, *given[:2], xss=given[2]))
+    solutions = dp.solve_batch(batch()[0], ILQR, *given[:2], xss=given[2])
+    return [solutions[i] for i in range(3)]
 
 
 def mapped(*given):
