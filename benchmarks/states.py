@@ -29,8 +29,8 @@ NOTES = (
     "same start by the row; there is no ratio where a solver did not converge or the "
     "final cost differs by more than 1e-6.",
     "The car has limits, obstacles on its line and a limit of its speed. Crocoddyl "
-    "takes no such constraints. On the cart-pole its steps from the line raise the cost "
-    "above 1e7, and 500 iterations do not suffice.",
+    "takes no such constraints. On the cart-pole its steps from the line raise the "
+    "cost above 1e7, and 500 iterations do not suffice.",
 )
 CONTROLS, LINE = STARTS = "zero controls", "line of states"
 WITH_LINES = tuple(problem for problem in PROBLEMS if problem.line) + (
