@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import diffprog as dp
+from diffprog.extend import simulate
 from diffprog.losses import AbstractDivergence, AbstractLoss, f_softargmax
 
 from . import helpers
@@ -237,3 +238,26 @@ def test_a_direction_or_search_without_a_method():
         class Quarter(dp.AbstractSearch):
             def init(self, dtype):
                 return dp.Backtracking().init(dtype)
+
+
+def test_a_rollout_that_forgets_gaps_is_told():
+    class Forgetful(dp.AbstractRollout):
+        keeps_limits: ClassVar[bool] = True
+
+        def roll(self, chain, trajectory, model, gains, stepsize):
+            control = lambda segment, x, _, u, gains: (u, None, gains[:, 0])
+            x0, data = trajectory.xs[0][0], (trajectory.us, gains)
+            return simulate(chain, control, x0, None, *data)
+
+    class Own(dp.AbstractDirection):
+        rollout: ClassVar[dp.AbstractRollout] = Forgetful()
+
+        def expand(self, chain, trajectory):
+            return dp.ILQR().expand(chain, trajectory)
+
+        def backward(self, chain, trajectory, model, damping):
+            return dp.ILQR().backward(chain, trajectory, model, damping)
+
+    problem, x0, us = helpers.spring()
+    with pytest.raises(TypeError, match="gaps=trajectory.left"):
+        dp.solve(problem, Own(), x0, us, xs=jnp.zeros((13, 2)))

@@ -9,94 +9,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._common.fast_loops import Loops, scan
-from .._common.linalg import matmul
 from .._common.loops import chained
 from .._common.tree import all_finite, vary
 from .._common.types import Rows
-from .constraints import Duals, Rows as RowSet
+from .constraints import Duals
 from .limits import can_be_kept, cut_off
-from .manifold import Chart
-
-
-class AbstractCosts(eqx.Module):
-    """A cost and constraints, functions of vectors (and of the stage)."""
-
-    cost: eqx.AbstractVar[Callable]  # -> scalar
-    rows: eqx.AbstractVar[RowSet | None]  # constraints
-    chart: eqx.AbstractVar[Chart]  # of the states
-    linear_rows: eqx.AbstractVar[Callable | None]
-
-    def priced(self, dual: Array | None, penalties: Array | None) -> Any:
-        """With the augmented Lagrangian of its constraints in the cost."""
-        rows = self.rows
-        if rows is None or dual is None or penalties is None:
-            return self
-        merit = lambda values: rows.merit(values, dual, penalties)
-        cost = lambda *at: self.cost(*at) + merit(rows.values(*at))
-
-        def linear(*at):
-            z, t = at[:2], at[2:]
-            near = linearized(lambda *z: rows.values(*z, *t), *z)
-            return lambda *z: self.cost(*z, *t) + merit(near(*z))
-
-        return replace(self, cost=cost, linear_rows=linear)
-
-    def cost_near(self, *at: Array) -> Callable:
-        """The cost with constraints linearized at a point: for Gauss-Newton."""
-        if self.linear_rows is None:
-            return lambda *z: self.cost(*z, *at[2:])
-        return self.linear_rows(*at)
-
-    def around(self, x: Array, **changes: Any) -> Any:
-        """In local coordinates at a state: for derivatives there."""
-        chart, rows = self.chart.near or self.chart, self.rows
-        local = lambda fn: lambda v, *rest: fn(chart.retract(x, v), *rest)
-        rows = rows and replace(rows, values=local(rows.values))
-        changes |= dict(rows=rows, chart=Chart.flat(chart.size))
-        return replace(self, cost=local(self.cost), **changes)
-
-
-class End(AbstractCosts):
-    """The last state."""
-
-    cost: Callable = eqx.field(static=True)  # (x) -> scalar
-    rows: RowSet | None
-    chart: Chart = eqx.field(static=True)
-    linear_rows: Callable | None = eqx.field(static=True, default=None)
-
-
-class Segment(AbstractCosts):
-    """One phase as functions of vectors, traced once."""
-
-    cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
-    rows: RowSet | None
-    chart: Chart = eqx.field(static=True)
-    dynamics: Callable = eqx.field(static=True)  # (x, u, t) -> x
-    next_chart: Chart = eqx.field(static=True)
-    start: int = eqx.field(static=True)
-    horizon: int = eqx.field(static=True)
-    linear_rows: Callable | None = eqx.field(static=True, default=None)
-    has_gaps: bool = eqx.field(static=True, default=False)
-
-    def difference(self, x: Array, y: Array) -> Array:
-        """x minus y, two states of the segment."""
-        return self.chart.difference(x, y)
-
-    def between(self, x: Array, x_next: Array) -> "Segment":
-        """In local coordinates at a state and at the one after it."""
-        here, there = self.chart.near or self.chart, self.next_chart
-        if not self.has_gaps:
-            there = there.near or there
-
-        def dynamics(v, u, t):
-            return there.difference(self.dynamics(here.retract(x, v), u, t), x_next)
-
-        flat = Chart.flat(there.size)
-        return self.around(x, dynamics=dynamics, next_chart=flat)
+from .segment import End, judge, Segment
 
 
 class VectorChain(eqx.Module):
@@ -148,12 +69,6 @@ class VectorChain(eqx.Module):
     def has_gaps(self) -> bool:
         """Whether a state may differ from what the dynamics give."""
         return self.segments[0].has_gaps
-
-    def left(self, gaps: Rows | None, stepsize: Array) -> Rows | None:
-        """The gaps after a step."""
-        if gaps is None:
-            return None
-        return self.map(lambda _, gap: (1 - stepsize) * gap, gaps)
 
     @property
     def _end(self) -> End:
@@ -271,8 +186,7 @@ class VectorChain(eqx.Module):
 class VectorTrajectory(eqx.Module):
     """States, controls and cost of a roll-out of a `VectorChain`.
 
-    Where it began with states that were given, `gaps` are how far the dynamics are from
-    the state of the next stage, in local coordinates there.
+    `gaps` are known where it began with states that were given.
     """
 
     xs: Rows
@@ -280,13 +194,27 @@ class VectorTrajectory(eqx.Module):
     us: Rows
     cost: Float[Array, ""]
     first_nonfinite: Int[Array, ""]
-    gaps: Rows | None = None
+    gaps: "Gaps | None" = None
 
-    @property
-    def gap(self) -> Float[Array, ""]:
-        """The largest entry of the gaps."""
-        gaps = self.gaps or (jnp.zeros_like(self.final),)
-        return ft.reduce(jnp.maximum, [jnp.max(jnp.abs(gap)) for gap in gaps])
+    def left(self, chain: VectorChain, stepsize: Array) -> "Gaps | None":
+        """The gaps after a step, if there were some."""
+        gaps, keep = self.gaps, 1 - stepsize
+        if gaps is None:
+            return None
+        rows = chain.map(lambda _, gap: keep * gap, gaps.rows)
+        return Gaps(rows, keep * gaps.largest, keep * gaps.total)
+
+
+class Gaps(eqx.Module):
+    """How far the dynamics are from the next state, in local coordinates there.
+
+    - `rows`: f - x of every stage.
+    - `largest`, `total`: the largest absolute entry, and the sum of all.
+    """
+
+    rows: Rows
+    largest: Float[Array, ""]
+    total: Float[Array, ""]
 
 
 def following(xs: Rows, final: Array) -> Rows:
@@ -298,19 +226,13 @@ def following(xs: Rows, final: Array) -> Rows:
     return tuple(after(x[1:], a) if len(x) > 1 else a[None] for x, a in pairs)
 
 
-def judge(segment: Segment, x: Array, u: Array, t: Array):
-    """The cost of a stage, and whether all is finite."""
-    h = segment.cost(x, u, t)
-    return h, all_finite(x, u, h)
-
-
 def simulate(
     chain: VectorChain,
     control: Callable,
     x0: Array,
     memory: PyTree,
     *data: tuple,
-    gaps: Rows | None = None,
+    gaps: Gaps | None = None,
 ):
     """x_{t+1} = f_t(x_t, u_t) from x0 and its cost: the trajectory, and the `out`s.
 
@@ -335,7 +257,7 @@ def simulate(
     if fused:
         total = jnp.zeros_like(x0[0]), jnp.full_like(chain.ts[0][0], T + 1)
     start = vary((x0, memory, total), like=(x0, data))
-    left = gaps or (None,) * len(chain.segments)
+    left = gaps.rows if gaps else (None,) * len(chain.segments)
     (final, _, total), rows = chain.scan(stage, start, chain.ts, left, *data)
     xs, us, outs = zip(*rows, strict=True)
     if not fused:
@@ -345,15 +267,6 @@ def simulate(
     last = chain.terminal_cost(final)
     end = jnp.where(all_finite(final, last), first, jnp.minimum(first, T))
     return VectorTrajectory(xs, final, us, cost + last, end, gaps), outs
-
-
-def linearized(fn: Callable, *at: Array) -> Callable:
-    """`fn` of vectors, of first order around a point."""
-    sizes = np.cumsum([len(x) for x in at])[:-1]
-    of = lambda z: fn(*jnp.split(z, sizes))
-    z = jnp.concatenate(at)
-    value, slope = of(z), jax.jacfwd(of)(z)
-    return lambda *args: value + matmul(slope, jnp.concatenate(args) - z)
 
 
 def first_false(chain: VectorChain, flags: tuple, last: Array | bool) -> Int[Array, ""]:
@@ -384,11 +297,14 @@ def through(chain: VectorChain, xs: Rows, final: Array, us: Rows) -> VectorTraje
         new = segment.dynamics(x, u, t)
         h, finite = judge(segment, x, u, t)
         gap = -segment.next_chart.difference(x_next, new)
-        return h, finite & all_finite(gap), gap
+        sizes = jnp.max(jnp.abs(gap)), jnp.sum(jnp.abs(gap))
+        return h, finite & all_finite(gap), gap, *sizes
 
     found = chain.map(stage, xs, us, chain.ts, following(xs, final))
-    costs, finite, gaps = zip(*found, strict=True)
+    costs, finite, gaps, largest, totals = zip(*found, strict=True)
     last = chain.terminal_cost(final)
     cost = sum(map(jnp.sum, costs)) + last
     first = first_false(chain, finite, all_finite(final, last))
-    return VectorTrajectory(xs, final, us, cost, first, gaps)
+    sizes = jnp.max(jnp.concatenate(largest)), jnp.sum(jnp.concatenate(totals))
+    known = Gaps(gaps, *sizes)
+    return VectorTrajectory(xs, final, us, cost, first, known)

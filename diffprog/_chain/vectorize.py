@@ -21,7 +21,8 @@ from .constraints import AbstractConstraint, Duals, Rows, value_of
 from .limits import like_controls
 from .manifold import AbstractManifold, Chart, local_difference, local_retraction
 from .problem import AbstractChain, ControlProblem, Phase
-from .vector import End, Segment, VectorChain
+from .segment import End, Segment
+from .vector import VectorChain
 
 
 class Vectorized(eqx.Module):

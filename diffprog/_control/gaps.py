@@ -65,12 +65,13 @@ def price_of(trajectory: VectorTrajectory, weight: Array | None) -> Price | None
     """The price of the gaps of a trajectory, which may have none."""
     if trajectory.gaps is None or weight is None:
         return None
-    sizes = [jnp.sum(jnp.abs(gap)) for gap in trajectory.gaps]
-    return Price(weight, sum(sizes, jnp.zeros_like(weight)))
+    return Price(weight, trajectory.gaps.total)
 
 
 def is_better(a: VectorTrajectory, b: VectorTrajectory) -> Bool[Array, ""]:
     """Whether a has a lower cost than b; smaller gaps count first."""
-    if a.gaps is None:
-        return a.cost < b.cost
-    return (a.gap < b.gap) | ((a.gap == b.gap) & (a.cost < b.cost))
+    lower = a.cost < b.cost
+    if a.gaps is None or b.gaps is None:
+        return lower
+    size, other = a.gaps.total, b.gaps.total
+    return (size < other) | ((size == other) & lower)

@@ -81,7 +81,7 @@ def after_step(solver: Any, before: Loop, loop: Loop, stop) -> Loop:
     solved = usable & (loop.done | loop.stopping)
     late = usable & (loop.counts.steps - state.started >= outer.max_inner)
     gaps = before.trajectory.gaps
-    closed = True if gaps is None else before.trajectory.gap == 0
+    closed = True if gaps is None else gaps.total == 0
     finished = solved & closed & outer.finished(state, found, loop.known.largest)
     stepped = loop.counts.steps > before.counts.steps
     idle = jnp.where(stepped, 0, state.idle + loop.stopping.astype(jnp.int32))

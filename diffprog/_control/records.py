@@ -124,7 +124,7 @@ def recorded(loop: Loop, before: VectorTrajectory, passes: Passes, stop, verbose
         cost = at.found.cost
         more = jnp.max(at.found.violation), jnp.max(at.state.duals.penalty)
     if before.gaps is not None:
-        more = *more, before.gap
+        more = *more, before.gaps.largest
     row = jnp.stack([
         cost,
         jnp.where(passes.trials.verdict.accept, state.stepsize, jnp.nan),

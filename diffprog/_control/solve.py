@@ -125,7 +125,7 @@ def solution_of(
         nonfinite_step=jnp.where(ok, max_steps + 1, loop.trouble.step),
     )
     if trajectory.gaps is not None:
-        stats["gap"] = trajectory.gap
+        stats["gap"] = trajectory.gaps.largest
     multipliers = None
     if duals:
         multipliers, stationarity = _multipliers(vectorized, loop, duals)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from ..._chain.vector import first_false, Segment, VectorChain, VectorTrajectory
+from ..._chain.segment import Segment
+from ..._chain.vector import first_false, VectorChain, VectorTrajectory
 from ..._common.tree import all_finite, norm
 from ..._common.types import AbstractPart, check_answer, Rows, shapes, Stacks
 from ..lqr import Sweep
@@ -35,6 +36,12 @@ class Expansion(eqx.Module):
     model: Any
     cost_gradient: Float[Array, ""]
     first_nonfinite: Int[Array, ""]
+
+
+GAPS = (
+    " It has gaps between states: give `dp.extend.simulate` what is left of them, "
+    "`gaps=trajectory.left(chain, stepsize)`."
+)
 
 
 class AbstractDirection(AbstractPart):
@@ -82,6 +89,7 @@ class AbstractDirection(AbstractPart):
             raise TypeError(
                 f"`{type(self.rollout).__name__}.roll` returned {shapes(found):.200}; "
                 f"a trajectory and v of every stage, {like:.200}, are expected."
+                + (trajectory.gaps and GAPS or "")
             )
         return found
 

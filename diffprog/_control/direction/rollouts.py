@@ -48,7 +48,7 @@ class Feedback(AbstractRollout):
             return u, None, v
 
         x0, data = trajectory.xs[0][0], (trajectory.xs, trajectory.us, gains)
-        gaps = chain.left(trajectory.gaps, stepsize)
+        gaps = trajectory.left(chain, stepsize)
         return simulate(chain, control, x0, None, *data, *chain.limits, gaps=gaps)
 
 
@@ -71,5 +71,5 @@ class LinearRollout(AbstractRollout):
         local, at = chain.around(trajectory)
         x0, y0 = trajectory.xs[0][0], jnp.zeros(at.xs[0].shape[1], chain.dtype)
         data = (trajectory.us, gains, model.dynamics(local, at), *chain.limits)
-        gaps = chain.left(trajectory.gaps, stepsize)
+        gaps = trajectory.left(chain, stepsize)
         return simulate(chain, control, x0, y0, *data, gaps=gaps)

@@ -16,7 +16,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ..._chain.network import is_linear, Stage
-from ..._chain.vector import Segment, VectorTrajectory
+from ..._chain.segment import Segment
+from ..._chain.vector import VectorTrajectory
 from ..._chain.vectorize import Vectorized
 from ..._common.linalg import matmul
 from ..._common.tree import Layout

@@ -21,7 +21,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ..._chain.problem import ControlProblem
-from ..._chain.vector import run, Segment, VectorChain, VectorTrajectory
+from ..._chain.segment import Segment
+from ..._chain.vector import run, VectorChain, VectorTrajectory
 from ..._chain.vectorize import vectorize
 from ..._common.door import door
 from ..._common.linalg import matmul, symmetrize
