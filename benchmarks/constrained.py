@@ -63,8 +63,11 @@ def obstacles_and_speed(np, x):
     return np.concatenate([obstacles(np, x), np.array([x[3] - 1.5])])
 
 
+CAR_GOAL = (4.0, 3.0, 0.0, 0.0)
+
+
 def arrival(np, x):
-    return x - np.array([4.0, 3.0, 0.0, 0.0])
+    return x - np.array(CAR_GOAL)
 
 
 # A pole on a cart whose rail is short, from hanging to upright, explicit Euler. The
@@ -109,6 +112,7 @@ CAR = Problem(
     guess=lambda t: (0.0 * t, 0.0 * t + 0.1),
     rows=obstacles_and_speed,
     last_rows=obstacles,
+    line=CAR_GOAL,
 )
 CONSTRAINED = (
     Problem(

@@ -34,9 +34,9 @@ def start(problem) -> tuple[jax.Array, jax.Array]:
 
 
 def solver(problem, method, **options):
-    """`solve(x0, us)`, for a `jax.jit` around it."""
-    ours, options = chain(problem), STOP | options
-    return lambda x0, us: dp.solve(ours, method, x0, us, throw=False, **options)
+    """`solve(x0, us, xs)`, for a `jax.jit` around it; `xs` may be left out."""
+    ours, options = chain(problem), STOP | options | dict(throw=False)
+    return lambda x0, us, xs=None: dp.solve(ours, method, x0, us, xs=xs, **options)
 
 
 def batch_solver(problem, method, **options):
@@ -46,10 +46,10 @@ def batch_solver(problem, method, **options):
 
 
 class Solver:
-    """One problem, one method, compiled."""
+    """One problem, one method, compiled; `xs` is a first guess of the states."""
 
-    def __init__(self, problem, method, **options):
-        self.arguments = start(problem)
+    def __init__(self, problem, method, xs=None, **options):
+        self.arguments = (*start(problem), xs)
         self.solve = jax.jit(solver(problem, method, **options))
         self()
 
@@ -67,6 +67,10 @@ class Solver:
     @property
     def steps(self) -> int:
         return int(self.solution.stats["num_steps"])
+
+    @property
+    def steps_with_gaps(self) -> int:
+        return int((self.solution.history.get("gap", jnp.zeros(0)) > 0).sum())
 
     @property
     def converged(self) -> bool:

@@ -23,6 +23,7 @@ class Problem:
     - `guess(t)`: the first guess of the controls, else zero.
     - `rows(np, x)`, `last_rows(np, x)`: at most 0 at the stages, and at the end.
     - `goal(np, x)`: 0 at the end.
+    - `line`: where a line of states leads from `x0`, for a first guess of the states.
     """
 
     name: str
@@ -38,11 +39,17 @@ class Problem:
     rows: Callable | None = None
     last_rows: Callable | None = None
     goal: Callable | None = None
+    line: tuple[float, ...] | None = None
 
     @property
     def us(self) -> numpy.ndarray:
         shape, t = (self.horizon, self.controls), numpy.arange(self.horizon)
         return numpy.stack(self.guess(t), 1) if self.guess else numpy.zeros(shape)
+
+    @property
+    def xs(self) -> numpy.ndarray:
+        """The states on the line, as many as there are."""
+        return numpy.linspace(self.x0, self.line, self.horizon + 1)
 
     @property
     def bounds(self) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -253,6 +260,7 @@ PROBLEMS = (
         controls=1,
         horizon=200,
         spread=(0.2, 0.2, 0.1, 0.1),
+        line=(0.0, 0.0, math.pi, 0.0),
     ),
     Problem(
         "car parking",
@@ -272,6 +280,7 @@ PROBLEMS = (
         controls=4,
         horizon=100,
         spread=(0.3,) * 3 + (0.1,) * 9,
+        line=QUADROTOR_GOAL,
     ),
 )
 

@@ -1,6 +1,6 @@
 """The limits that the measurements are held against."""
 
-from . import ours, single
+from . import ours, single, states
 
 
 TITLE = "Promises"
@@ -22,6 +22,7 @@ LIMITS = {"pendulum with limits": 0.35, "pendulum, limits that change": 0.45}
 FIRST_CALL = 1.5
 CONSTRAINTS = {"mass": 0.5, "swing up": 0.25, "obstacles": 0.4, "short rail": 2.5}
 RAIL, FIRST_CALL_WITH_ROWS = 1.0, 2.5
+STATES, LINE = {"quadrotor": 1.0}, 1.0
 LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
@@ -87,6 +88,19 @@ def of_constraints(rows: list[dict]):
     yield promise(text, FIRST_CALL_WITH_ROWS, largest)
 
 
+def of_states(rows: list[dict]):
+    line = [row for row in rows if row["start"] == states.LINE]
+    for row in times(line, CROCODDYL_NAME, STATES):
+        yield row | {"promise": f"{row['promise']}, {states.LINE}"}
+    for row in line:
+        key = row["problem"], row["solver"]
+        if key[1].startswith("diffprog"):
+            both = [r for r in rows if (r["problem"], r["solver"]) == key]
+            plain = next(r for r in both if r["start"] == states.CONTROLS)
+            text = f"iterations over those from {states.CONTROLS}: {', '.join(key)}"
+            yield promise(text, LINE, row["iterations"] / plain["iterations"])
+
+
 def of_door(rows: list[dict]):
     largest = max(row["difference us"] for row in rows)
     yield promise("microseconds of the public door, at most", DOOR, largest)
@@ -113,6 +127,7 @@ PARTS = {
     "single": of_single,
     "limits": of_limits,
     "constraints": of_constraints,
+    "states": of_states,
     "door": of_door,
     "lqr": of_lqr,
     "batch": of_batch,

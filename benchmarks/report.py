@@ -19,11 +19,13 @@ PAGES = {
     ),
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
+    "benchmarks-states": ("states",),
 }
 TITLES = {
     "benchmarks": "Benchmarks",
     "benchmarks-limits": "Benchmarks with limits",
     "benchmarks-constraints": "Benchmarks with constraints",
+    "benchmarks-states": "Benchmarks of starts from states",
 }
 INTRODUCTION = """\
 # {title}

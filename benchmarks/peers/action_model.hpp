@@ -106,10 +106,19 @@ struct Limits {
   const double *lower, *upper, *last_lower, *last_upper;
 };
 
+// Counts the iterations that leave gaps between the states.
+struct Gaps : crocoddyl::CallbackAbstract {
+  int count = 0;
+  void operator()(crocoddyl::SolverAbstract& method) override {
+    count += !method.get_is_feasible();
+  }
+};
+
 struct Solver {
   Sizes sizes;
   Problem problem;
   Method method;
+  std::shared_ptr<Gaps> gaps;
   std::vector<Vector> xs, us;
 };
 
@@ -156,28 +165,42 @@ void* create(const char* name, Sizes sizes, Functions functions, double toleranc
       Vector::Zero(sizes.states), stages, last);
   solver->problem->set_nthreads(1);
   solver->method = named(name, solver->problem, tolerance);
+  solver->gaps = std::make_shared<Gaps>();
+  solver->method->setCallbacks({solver->gaps});
   solver->us.assign(sizes.horizon, Vector::Zero(sizes.controls));
   return solver.release();
 }
 
-// Solves from the roll-out of `us`, and writes the controls to `found`. Returns the
-// number of iterations, or minus it if the tolerance was not met.
-int solve(void* handle, const double* x0, const double* us, int max_steps,
-          double* found) {
+// Solves from `us` and the states `xs`, or from the roll-out of `us` if they are null,
+// and writes the controls to `found`. Returns the number of iterations, or minus it if
+// the tolerance was not met.
+int solve(void* handle, const double* x0, const double* us, const double* xs,
+          int max_steps, double* found) {
   auto& solver = *static_cast<Solver*>(handle);
   const int controls = solver.sizes.controls;
   solver.problem->set_x0(Eigen::Map<const Vector>(x0, solver.sizes.states));
   for (int t = 0; t < solver.sizes.horizon; ++t) {
     solver.us[t] = Eigen::Map<const Vector>(us + t * controls, controls);
   }
+  const bool feasible = xs == nullptr;
   solver.xs = solver.problem->rollout_us(solver.us);
+  for (int t = 0; t < solver.sizes.horizon + 1 && !feasible; ++t) {
+    const int states = solver.sizes.states;
+    solver.xs[t] = Eigen::Map<const Vector>(xs + t * states, states);
+  }
+  solver.gaps->count = feasible ? 0 : 1;
   const bool converged =
-      solver.method->solve(solver.xs, solver.us, max_steps, /*is_feasible=*/true);
+      solver.method->solve(solver.xs, solver.us, max_steps, feasible);
   for (int t = 0; t < solver.sizes.horizon; ++t) {
     Eigen::Map<Vector>(found + t * controls, controls) = solver.method->get_us()[t];
   }
   const int steps = static_cast<int>(solver.method->get_iter());
   return converged ? steps : -steps;
+}
+
+// How many iterations of the last solve began with gaps.
+int steps_with_gaps(void* handle) {
+  return static_cast<Solver*>(handle)->gaps->count;
 }
 
 // The objective at the last solution.

@@ -70,8 +70,9 @@ def interface(name: str, *libraries: str) -> ctypes.CDLL:
     records = [Sizes, Functions, ctypes.c_double, Limits]
     library.create.argtypes = [ctypes.c_char_p, *records]
     library.create.restype = ctypes.c_void_p
-    pair = [POINTER, POINTER]
-    library.solve.argtypes = [ctypes.c_void_p, *pair, ctypes.c_int, POINTER]
+    guess = [POINTER] * 3
+    library.solve.argtypes = [ctypes.c_void_p, *guess, ctypes.c_int, POINTER]
+    library.steps_with_gaps.argtypes = [ctypes.c_void_p]
     library.cost.argtypes, library.cost.restype = [ctypes.c_void_p], ctypes.c_double
     return library
 
@@ -99,9 +100,14 @@ def limits(problem) -> list[numpy.ndarray]:
 
 
 class Compiled:
-    """Solves a problem from a start, by default its own, and its first guess."""
+    """Solves a problem from a start, by default its own, and its first guess.
 
-    def __init__(self, library, solver, problem, c_code, tolerance, sides, rows=()):
+    The first guess of the states is the roll-out of that of the controls, or `xs`.
+    """
+
+    def __init__(
+        self, library, solver, problem, c_code, tolerance, sides, rows=(), xs=None
+    ):
         sizes = Sizes(len(problem.x0), problem.controls, problem.horizon, *rows)
         sides = Limits(*(side.ctypes.data_as(POINTER) for side in sides))
         name = solver.encode()
@@ -109,25 +115,34 @@ class Compiled:
         self.library = library
         self.x0, self.guess = numpy.array(problem.x0), problem.us
         self.us = numpy.empty_like(self.guess)
+        self.xs = None if xs is None else numpy.ascontiguousarray(xs)
         self()
 
     def __call__(self, x0=None):
         x0 = self.x0 if x0 is None else numpy.ascontiguousarray(x0)
-        arrays = (x0, self.guess, self.us)
-        x0, us, found = (array.ctypes.data_as(POINTER) for array in arrays)
-        steps = self.library.solve(self.solver, x0, us, MAX_STEPS, found)
+        pointer = lambda array: array.ctypes.data_as(POINTER)
+        xs = None if self.xs is None else pointer(self.xs)
+        guess, found = (pointer(x0), pointer(self.guess), xs), pointer(self.us)
+        steps = self.library.solve(self.solver, *guess, MAX_STEPS, found)
         self.steps, self.converged = abs(steps), steps > 0
+
+    @property
+    def steps_with_gaps(self) -> int:
+        return self.library.steps_with_gaps(self.solver)
 
     @property
     def cost(self) -> float:
         return self.library.cost(self.solver)
 
 
-def compiled(problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
+def compiled(
+    problem, solver: str = "FDDP", tolerance: float = TOLERANCE, xs=None
+) -> Compiled:
     library = interface("crocoddyl", "crocoddyl")
     parts = functions(problem)
     c_code = generated(problem.name, {name: parts[name] for name in NAMES})
-    return Compiled(library, solver, problem, c_code, tolerance, limits(problem))
+    sides = limits(problem)
+    return Compiled(library, solver, problem, c_code, tolerance, sides, xs=xs)
 
 
 class PythonModel(crocoddyl.ActionModelAbstract):
@@ -156,11 +171,22 @@ class PythonModel(crocoddyl.ActionModelAbstract):
         data.Lx, data.Lu = parts[2].ravel(), parts[3].ravel()
 
 
+class Gaps(crocoddyl.CallbackAbstract):
+    """Counts the iterations that leave gaps between the states."""
+
+    count = 0
+
+    def __call__(self, solver):
+        self.count += not solver.isFeasible
+
+
 class Interpreted:
     """The same with the model in Python."""
 
-    def __init__(self, problem, solver: str = "FDDP", tolerance: float = TOLERANCE):
-        self.x0, self.guess = numpy.array(problem.x0), list(problem.us)
+    def __init__(
+        self, problem, solver: str = "FDDP", tolerance: float = TOLERANCE, xs=None
+    ):
+        self.x0, self.guess, self.xs = numpy.array(problem.x0), list(problem.us), xs
         model = PythonModel(problem)
         stages = [model] * problem.horizon
         for t, sides in enumerate(zip(*limits(problem))):
@@ -170,13 +196,18 @@ class Interpreted:
         self.problem.nthreads = 1
         self.solver = getattr(crocoddyl, f"Solver{solver}")(self.problem)
         self.solver.th_stop = tolerance
+        self.gaps = Gaps()
+        self.solver.setCallbacks([self.gaps])
         self()
 
     def __call__(self, x0=None):
         self.problem.x0 = self.x0 if x0 is None else x0
-        xs = self.problem.rollout(self.guess)
-        self.converged = self.solver.solve(xs, self.guess, MAX_STEPS, True)
+        feasible = self.xs is None
+        xs = self.problem.rollout(self.guess) if feasible else list(self.xs)
+        self.gaps.count = 0 if feasible else 1
+        self.converged = self.solver.solve(xs, self.guess, MAX_STEPS, feasible)
         self.steps, self.cost = self.solver.iter, self.solver.cost
+        self.steps_with_gaps = self.gaps.count
         self.us = numpy.array(self.solver.us)
 
 
