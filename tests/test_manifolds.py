@@ -152,7 +152,8 @@ def read(s):
     return UnitQuaternion().difference(x, jnp.asarray(ONE, s.dtype))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.costly
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_attitudes_have_exact_derivatives_up_to_the_third(dtype):
     """Along an axis, at 0 and on both sides of where the series ends, 2 rad."""
     eps = 8 * float(jnp.finfo(dtype).eps)
@@ -171,6 +172,7 @@ def test_attitudes_have_exact_derivatives_up_to_the_third(dtype):
         np.testing.assert_allclose(found, value, rtol=0, atol=eps)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", [0.0, 1e-9, 0.3, 1.9999, 2.5, 3.0])
 def test_going_there_and_back_is_the_identity_in_all_derivatives(size):
     """Of all three directions: I, and no second or third derivative."""
@@ -273,6 +275,7 @@ def test_blocks_are_their_parts_one_after_another():
     np.testing.assert_array_equal(mixed.retract(y[:3], x[:2])[:2], y[:2] + x[0])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", MANIFOLDS)
 def test_loops_of_manifolds_are_fast(name):
     """Every primitive, also of second derivatives, is one that fast loops know."""

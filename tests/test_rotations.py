@@ -69,7 +69,7 @@ def best(method=dp.ILQR()):
     return dp.solve(body()[0], method, *body()[1:], rtol=1e-15, atol=1e-15)
 
 
-@pytest.mark.costly("method")
+@pytest.mark.costly
 @pytest.mark.parametrize("method", helpers.DIRECTIONS, ids=name)
 def test_ordinary_subtraction_is_no_manifold(method):
     problem, x0, us = helpers.spring()
@@ -256,6 +256,7 @@ def join(x):
     return jnp.concatenate([x["q"], x["w"]], -1)
 
 
+@pytest.mark.slow
 def test_trees_and_phases_are_the_same_problem():
     problem, x0, us = body()
     dynamics = lambda x, u, t: split(problem.dynamics(join(x), u, t))
@@ -303,7 +304,7 @@ def test_single_precision():
     np.testing.assert_allclose(norms, 1, rtol=0, atol=1e-6)
 
 
-@pytest.mark.costly()
+@pytest.mark.slow
 @pytest.mark.parametrize("method", helpers.SECOND_ORDER, ids=name)
 def test_gaps_between_attitudes_close(method):
     problem, x0, us = body()
