@@ -170,6 +170,11 @@ class Chart(eqx.Module):
     near: "Chart | None" = None
     is_flat: bool = False
 
+    @property
+    def for_derivatives(self) -> "Chart":
+        """Where v is 0."""
+        return self.near or self
+
     @staticmethod
     def flat(size: int) -> "Chart":
         """That of vectors."""

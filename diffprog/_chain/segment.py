@@ -47,7 +47,7 @@ class AbstractCosts(eqx.Module):
 
     def around(self, x: Array, **changes: Any) -> Any:
         """In local coordinates at a state: for derivatives there."""
-        chart, rows = self.chart.near or self.chart, self.rows
+        chart, rows = self.chart.for_derivatives, self.rows
         local = lambda fn: lambda v, *rest: fn(chart.retract(x, v), *rest)
         rows = rows and replace(rows, values=local(rows.values))
         changes |= dict(rows=rows, chart=Chart.flat(chart.size))
@@ -82,9 +82,9 @@ class Segment(AbstractCosts):
 
     def between(self, x: Array, x_next: Array) -> "Segment":
         """In local coordinates at a state and at the one after it."""
-        here, there = self.chart.near or self.chart, self.next_chart
-        if not self.has_gaps:
-            there = there.near or there
+        here, there = self.chart.for_derivatives, self.next_chart
+        if not self.has_gaps:  # with gaps v is not 0 there
+            there = there.for_derivatives
 
         def dynamics(v, u, t):
             return there.difference(self.dynamics(here.retract(x, v), u, t), x_next)

@@ -55,7 +55,7 @@ class VectorChain(eqx.Module):
         if all(chart.is_flat for chart in charts) and not gaps:
             return self, trajectory
         zero = lambda x, chart: jnp.zeros((*x.shape[:-1], chart.size), x.dtype)
-        xs, final, us = trajectory.xs, trajectory.final, trajectory.us
+        xs, final = trajectory.xs, trajectory.final
         *zeros, last = vary(tuple(map(zero, (*xs, final), charts)), like=trajectory)
         chain = replace(
             self,
@@ -63,7 +63,7 @@ class VectorChain(eqx.Module):
             end=self.end.around(final),
             references=(xs, following(xs, final)),
         )
-        return chain, replace(trajectory, xs=tuple(zeros), final=last, us=us)
+        return chain, replace(trajectory, xs=tuple(zeros), final=last)
 
     @property
     def has_gaps(self) -> bool:
