@@ -8,6 +8,8 @@ it is known to be safe, and its arrays are small enough that XLA neither hands t
 a library nor splits them over threads. Everything else runs as ordinary JAX.
 """
 
+import functools as ft
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal as OneOf
 
@@ -20,6 +22,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
+from .linalg import eliminate, ELIMINATED, solve_factorized
 
 try:
     from jax.experimental.xla_metadata import set_xla_metadata
@@ -55,12 +58,15 @@ WORK = dict.fromkeys(MOVES, 0) | dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
 WORK |= dict.fromkeys(FUNCTIONS, 40)
 
 # XLA hands a reduction of 4096 numbers to a library. It splits over threads what moves
-# 512 KiB, or costs 200 000 operations where a byte moved counts as 10, after fusing
-# several operations into one. Neither compiles here.
+# 512 KiB, or has more operations than bytes and costs 200 000, where a byte moved
+# counts as 10, after fusing several operations into one. Neither compiles here.
 MAX_REDUCED = 4095
-MAX_BYTES = 1 << 16
-MAX_COMPUTED = 1024
+MAX_BYTES = 1 << 18
+MAX_COMPUTED, MAX_CHEAP, MAX_CHEAP_OPERATIONS = 1024, 4096, 8
 MAX_WORK = 100_000
+# A larger product of matrices is cut into tiles that sum over 8 numbers, up to where
+# the library is as fast.
+MAX_PRODUCTS, SUMMED = 1 << 17, 4
 DTYPES = ("bool", "float32", "float64", "int32", "int64", "uint32", "uint64", "uint8")
 
 
@@ -139,7 +145,7 @@ def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyT
 
     def on_cpu(consts, _):
         if kind == "sums":
-            return _run(jaxpr, consts)
+            return _run(jaxpr, consts, whole=False)
         with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
             consts = lax.optimization_barrier(consts)
             return lax.optimization_barrier(small_call(consts))[0]
@@ -199,6 +205,8 @@ def _work(closed: ClosedJaxpr) -> int:
     total = 0
     for eqn in closed.jaxpr.eqns:
         name = eqn.primitive.name
+        if _is_eliminated(eqn):
+            continue
         if name in CALLS:
             works = [_work(jaxpr) for jaxpr in _inner(eqn)]
             total += 0 if name in ("scan", "while") else sum(works)
@@ -221,6 +229,8 @@ def _check(name: str, eqn) -> int:
     if name in REDUCTIONS:
         size = max(size, *(array.size for array in ins))
         size = _num_products(eqn) if name == "dot_general" else size
+        if name == "dot_general" and _is_tiled(eqn):
+            return 0  # a function of its own
         if size > MAX_REDUCED:
             raise _Obstacle(f"`{name}` over {size} numbers")
         return 2 * size
@@ -229,8 +239,11 @@ def _check(name: str, eqn) -> int:
     moved = max(array.size * array.dtype.itemsize for array in outs)
     if moved > MAX_BYTES and name != "dynamic_update_slice":
         raise _Obstacle(f"`{name}` to an array of {moved} bytes")
-    if WORK[name] and size > MAX_COMPUTED:
+    if WORK[name] and size > (MAX_CHEAP if WORK[name] == 1 else MAX_COMPUTED):
         raise _Obstacle(f"`{name}` of {size} numbers at once")
+    # So many of them at most as can be fused without more operations than bytes.
+    if WORK[name] and size > MAX_COMPUTED:
+        return MAX_WORK // MAX_CHEAP_OPERATIONS
     return size * WORK[name]
 
 
@@ -250,11 +263,24 @@ def _num_products(eqn) -> int:
     return size
 
 
-def _run(jaxpr: Jaxpr, consts: list, args: tuple = ()) -> list:
+def _is_tiled(eqn) -> bool:
+    """Whether a `dot_general` is one of matrices that is cut into tiles."""
+    (_, _), (batched, _) = eqn.params["dimension_numbers"]
+    return MAX_REDUCED < _num_products(eqn) <= MAX_PRODUCTS and not batched
+
+
+def _is_eliminated(eqn) -> bool:
+    """Whether it solves with a positive matrix whose size suits `eliminate`."""
+    known = eqn.params.get("name") == solve_factorized.__name__
+    return known and eqn.invars[0].aval.shape[0] in ELIMINATED
+
+
+def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> list:
     """Runs a program with its small products of matrices as sums.
 
     XLA gives a `dot_general` of more than 7 x 7 to a library, and starts each of them
-    on its own; a product and a sum stay part of the loop around them.
+    on its own; a product and a sum stay part of the loop around them. Where the
+    program is compiled as a `whole` larger products are cut into tiles.
     """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= zip(jaxpr.invars, args, strict=True)
@@ -264,12 +290,18 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = ()) -> list:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
             outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
+        elif name == "dot_general" and whole and _is_tiled(eqn):
+            tiled = ft.partial(_tiled, dimensions=params["dimension_numbers"])
+            outs = [jax.jit(tiled)(*ins)]
         elif name in ("scan", "while", "cond"):
-            params = jtu.tree_map(_rewritten, params, is_leaf=_is_program)
+            rewritten = ft.partial(_rewritten, whole=whole)
+            params = jtu.tree_map(rewritten, params, is_leaf=_is_program)
             outs = eqn.primitive.bind(*ins, **params)
+        elif whole and _is_eliminated(eqn):
+            outs = eliminate(*map(jnp.asarray, ins))
         elif name in CALLS:
             (inner,) = _inner(eqn)
-            outs = _run(inner.jaxpr, inner.consts, tuple(ins))
+            outs = _run(inner.jaxpr, inner.consts, tuple(ins), whole)
         # A function is a call of its own: fused into others it would run once for each.
         elif name in ("sin", "cos"):
             if eqn.invars[0] not in sines:
@@ -295,10 +327,10 @@ def _is_program(value) -> bool:
     return isinstance(value, ClosedJaxpr)
 
 
-def _rewritten(value):
+def _rewritten(value, whole: bool):
     if not isinstance(value, ClosedJaxpr):
         return value
-    run = lambda *args: _run(value.jaxpr, value.consts, args)
+    run = lambda *args: _run(value.jaxpr, value.consts, args, whole)
     return jax.make_jaxpr(run)(*value.in_avals)
 
 
@@ -314,3 +346,26 @@ def _product(a: Array, b: Array, dimensions) -> Array:
     a = jnp.expand_dims(a, range(split, split + len(b_free)))
     b = jnp.expand_dims(b, range(lead, split))
     return jnp.sum(a * b, axis=range(split + len(b_free), a.ndim))
+
+
+def _tiled(a: Array, b: Array, dimensions) -> Array:
+    """`lax.dot_general` of matrices, some rows at a time."""
+    (a_sum, b_sum), _ = dimensions
+    a_free = [i for i in range(a.ndim) if i not in a_sum]
+    b_free = [i for i in range(b.ndim) if i not in b_sum]
+    shape = tuple(a.shape[i] for i in a_free) + tuple(b.shape[i] for i in b_free)
+    a, b = jnp.transpose(a, (*a_free, *a_sum)), jnp.transpose(b, (*b_sum, *b_free))
+    summed = math.prod(b.shape[: len(b_sum)])
+    a, b = a.reshape(-1, summed), b.reshape(summed, -1)
+    height = min(len(a), a.dtype.itemsize // 2)
+    matrices = (((1,), (0,)), ((), ()))
+
+    def step(i, out):
+        first = jnp.minimum(i * height, len(a) - height)
+        rows = lax.dynamic_slice_in_dim(a, first, height)
+        parts = [slice(k, k + SUMMED) for k in range(0, summed, SUMMED)]
+        products = [_product(rows[:, k], b[k], matrices) for k in parts]
+        return lax.dynamic_update_slice_in_dim(out, sum(products), first, 0)
+
+    out = jnp.zeros((len(a), b.shape[1]), a.dtype)
+    return lax.fori_loop(0, -(-len(a) // height), step, out).reshape(shape)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jax import lax
@@ -12,6 +13,9 @@ def matmul(a: Array, b: Array) -> Array:
 # Up to this size a Cholesky factorization is written out as scalar operations, which
 # XLA fuses into the loop around it; a LAPACK call would cost more than the arithmetic.
 UNROLLED = 7
+# In loops that are compiled as one function `eliminate` takes its place between these
+# sizes; what calls LAPACK could not be compiled there.
+ELIMINATED = range(5, 22)
 
 
 def symmetrize(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
@@ -30,6 +34,12 @@ def solve_positive(
     with w' matrix w <= 0, and the others are 0; above that `x` means nothing. What is
     not `valid` is not positive, with w = 0.
     """
+    return solve_factorized(matrix, rhs, jnp.asarray(valid))
+
+
+@jax.jit
+def solve_factorized(matrix, rhs, valid):
+    """`solve_positive` by Cholesky; fast loops know this function by its name."""
     m = matrix.shape[0]
     if m > UNROLLED:
         factor = jnp.linalg.cholesky(matrix)
@@ -50,13 +60,42 @@ def solve_positive(
         x[i] = y[i] * inverse[i] - sum(L[k, i] * x[k] for k in range(i + 1, m))
     # Before the first pivot that is not positive all are: w = inv(L') e has it for
     # its curvature.
-    w, before = {}, jnp.asarray(valid)
+    w, before = {}, valid
     for i in range(m):
         good = before & (pivots[i] > 0)
         w[i], before = (before & ~good).astype(matrix.dtype), good
     for i in reversed(range(m)):
         w[i] = w[i] - sum(L[k, i] * w[k] for k in range(i + 1, m))
-    solution = jnp.stack([x[i] for i in range(m)])
-    w = jnp.stack([w[i] for i in range(m)])
-    others = jnp.zeros_like(solution[:, 1:])
-    return jnp.where(before, solution, jnp.concatenate([w[:, None], others], 1)), before
+    stack = lambda rows: jnp.stack([rows[i] for i in range(m)])
+    return _or_way_down(stack(x), stack(w), before), before
+
+
+def eliminate(matrix, rhs, valid):
+    """`solve_positive` by Gauss-Jordan elimination, whose pivots are those of L D L'.
+
+    After j columns the first j rows of [matrix, rhs] are [I, inv(G) g, inv(G) r] where
+    G is the leading block, and g, r stood beside it: w = (-inv(G) g, 1, 0) has pivot j
+    for its curvature.
+    """
+    index = jnp.arange(len(matrix))
+
+    def step(j, state):
+        rows, w, before = state
+        column = lax.dynamic_slice_in_dim(rows, j, 1, 1)[:, 0]
+        pivot, here = column[j], index == j
+        good = before & (pivot > 0)
+        way_down = jnp.where(index < j, -column, here.astype(w.dtype))
+        w = jnp.where(before & ~good, way_down, w)
+        row = lax.dynamic_slice_in_dim(rows, j, 1) / jnp.where(pivot == 0, 1, pivot)
+        rows = jnp.where(here[:, None], row, rows - column[:, None] * row)
+        return rows, w, good
+
+    rows = jnp.concatenate([matrix, rhs], 1)
+    start = rows, jnp.zeros_like(matrix[0]), valid
+    rows, w, positive = lax.fori_loop(0, len(matrix), step, start)
+    return _or_way_down(rows[:, len(matrix) :], w, positive), positive
+
+
+def _or_way_down(x, w, positive):
+    others = jnp.zeros_like(x[:, 1:])
+    return jnp.where(positive, x, jnp.concatenate([w[:, None], others], 1))

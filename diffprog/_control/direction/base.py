@@ -94,6 +94,12 @@ class AbstractDirection(AbstractPart):
         return found
 
 
+# The second derivatives of f are stored up to so many for a stage; above that each pass
+# finds those of p'f again, which are n times fewer. Accelerators find all stages' at
+# once, but not those of a pass from stage to stage.
+MAX_TENSOR, MAX_TENSOR_ELSEWHERE = 256, 1 << 15
+
+
 def check_expansion(method: AbstractDirection, expansion: Any):
     """Raises for what `expand` must not return."""
     numbers = dict(cost_gradient=jnp.floating, first_nonfinite=jnp.integer)
@@ -133,7 +139,8 @@ def linear_quadratic(
     data = (trajectory.xs, trajectory.us, chain.ts)
     exact = second_order or weights is not None
     V, T = terminal(chain, trajectory.final, exact), jnp.int32(chain.horizon)
-    if chain.recomputes and weights is None and not stored:
+    again = chain.recomputes or (second_order and _is_large(trajectory))
+    if again and weights is None and not stored:
         norms = chain.map(cost_gradient, *data)
         first = jnp.where(all_finite(V), T + 1, T)
         return Expansion(Recomputed(V, second_order), norm(norms, V[0]), first)
@@ -156,6 +163,14 @@ def linear_quadratic(
     kind = WithTensors if tensors else Stored
     model = kind(V, F, W, *tensors, symmetric=(W, *tensors))
     return Expansion(model, norm(norms, V[0]), jnp.where(first > T, late, first))
+
+
+def _is_large(trajectory: VectorTrajectory) -> bool:
+    """Whether the second derivatives of f are too many to be stored."""
+    sizes = zip(trajectory.xs, trajectory.us, strict=True)
+    counts = [x.shape[1] * (x.shape[1] + u.shape[1]) ** 2 for x, u in sizes]
+    on_cpu = jax.default_backend() == "cpu"
+    return max(counts) > (MAX_TENSOR if on_cpu else MAX_TENSOR_ELSEWHERE)
 
 
 def cost_gradient(segment: Segment, x: Array, u: Array, t: Array) -> Array:
