@@ -1,7 +1,7 @@
 """Problems of 14 to 40 states: ours with both kinds of loops, and Crocoddyl."""
 
 from . import lqr, ours
-from .large_problems import LARGE
+from .large_problems import large
 from .peers import load
 from .single import compared
 
@@ -17,9 +17,10 @@ COLUMNS = {
     "ours / this": "{:.3f}",
 }
 NOTES = (
-    "Times are of one solve from zero controls, float64, one thread, with the stopping "
-    "rules of [Control](benchmarks.md). A chain is a row of masses between springs, "
-    "written with arrays or with a scalar for each mass. `ours / this` divides the "
+    "Times are of one solve from zero controls, or torques that hold the arm, float64, "
+    "one thread, with the stopping rules of [Control](benchmarks.md). A chain is a "
+    "row of masses between springs, written with arrays or with a scalar for each "
+    "mass. `ours / this` divides the "
     "better of `dp.ILQR` and `dp.DDP` by the row; there is no ratio where a solver did "
     "not converge or the final cost differs by more than 1e-6.",
     "The linear-quadratic problems are those of [Control](benchmarks.md), of other "
@@ -51,5 +52,5 @@ def of_lqr(size: tuple) -> list[dict]:
 
 
 def run() -> list[dict]:
-    nonlinear = [row for problem in LARGE for row in of_problem(problem)]
+    nonlinear = [row for problem in large() for row in of_problem(problem)]
     return nonlinear + [row for size in SIZES for row in of_lqr(size)]

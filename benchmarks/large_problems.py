@@ -1,7 +1,11 @@
 """Problems of 14 to 40 states, each written once for every library."""
 
+import jax.numpy as jnp
 import numpy
 
+from diffprog.systems import Arm
+
+from .peers import load
 from .problems import Problem, squares
 
 
@@ -149,10 +153,45 @@ QUADRUPED = Problem(
 )
 
 
+# `dp.systems.Arm` for us, and its equations as symbols for the peer, from the torques
+# that hold it where it begins.
+
+
+def arm() -> Problem:
+    arm = Arm()
+    hold = numpy.array(arm.torques(arm.x0, jnp.zeros(7)))
+
+    def dynamics(np, x, u):
+        same = np is jnp
+        return arm.dynamics(x, u, 0) if same else load("arm").dynamics(arm, x, u)
+
+    def cost(np, x, u):
+        same, weights = np is jnp, arm.weights
+        return arm.cost(x, u, 0) if same else load("arm").cost(arm, weights, x, u)
+
+    def terminal_cost(np, x):
+        same, weights = np is jnp, arm.terminal_weights
+        return arm.terminal_cost(x) if same else load("arm").cost(arm, weights, x)
+
+    return Problem(
+        "arm",
+        dynamics,
+        cost,
+        terminal_cost,
+        x0=tuple(numpy.array(arm.x0)),
+        controls=7,
+        horizon=100,
+        guess=lambda t: tuple(torque + 0.0 * t for torque in hold),
+    )
+
+
 CHAINS = (
     *(chain(14, 3, how) for how in ("arrays", "scalars")),
     *(chain(20, 3, how) for how in ("arrays", "scalars")),
     chain(28, 4),
     chain(40, 5),
 )
-LARGE = (*CHAINS, QUADRUPED)
+
+
+def large() -> tuple[Problem, ...]:
+    return *CHAINS, QUADRUPED, arm()

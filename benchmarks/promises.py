@@ -24,7 +24,13 @@ CONSTRAINTS = {"mass": 0.5, "swing up": 0.25, "obstacles": 0.4, "short rail": 2.
 RAIL, FIRST_CALL_WITH_ROWS = 1.0, 2.5
 STATES, LINE = {"quadrotor": 1.0}, 1.0
 LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
-LARGE = {"chain of 14": 0.6, "chain of 20": 0.6, "chain of 28": 0.8, "chain of 40": 1.0}
+LARGE = {
+    "chain of 14": 0.6,
+    "chain of 20": 0.6,
+    "chain of 28": 0.8,
+    "chain of 40": 1.0,
+    "arm": 0.8,
+}
 LARGE_LQR = {"14, 7, 100": 0.6, "24, 12, 200": 0.8, "40, 20, 200": 1.0}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
