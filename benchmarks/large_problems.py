@@ -24,10 +24,15 @@ def pull(stretch):
     return stretch + 0.5 * stretch**3
 
 
+def pushing(masses: int, controls: int) -> numpy.ndarray:
+    """What the controls push, as a matrix of zeros and ones."""
+    gains = numpy.zeros((masses, controls))
+    gains[pushed(masses, controls), range(controls)] = 1.0
+    return gains
+
+
 def chain_with_arrays(states: int, controls: int):
-    half, places = states // 2, pushed(states // 2, controls)
-    gains = numpy.zeros((half, controls))
-    gains[places, range(controls)] = 1.0
+    half, gains = states // 2, pushing(states // 2, controls)
 
     def dynamics(np, x, u):
         q, v = x[:half], x[half:]
@@ -193,5 +198,112 @@ CHAINS = (
 )
 
 
+# For these nothing was ever tuned: neither the library nor their numbers.
+
+
+# Ten pendulums in a row with twisting springs between them, to rest from any angles.
+
+
+def pendulums_dynamics(np, x, u):
+    q, v = x[:10], x[10:]
+    end = np.array([0.0])
+    twists = 3.0 * (np.concatenate([q, end]) - np.concatenate([end, q]))
+    push = pushing(10, 3) @ u
+    a = twists[1:] - twists[:-1] - 9.81 * np.sin(q) - 0.1 * v + push
+    return x + 0.03 * np.concatenate([v, a])
+
+
+def pendulums_cost(np, x, u):
+    weights = 10 * (1.0,) + 10 * (0.1,)
+    return 0.5 * (squares(np, weights, x) + squares(np, 3 * (0.05,), u))
+
+
+def pendulums_terminal_cost(np, x):
+    return 0.5 * squares(np, 10 * (10.0,) + 10 * (1.0,), x)
+
+
+# Three drones of 0.5 kg in a plane, neighbors tied by springs of 1 m, to a place beside
+# and above. The state is positions, heights, angles and their rates; the controls are
+# thrusts less those of hovering, and torques.
+
+DRONES = (-1.0, 0.0, 1.0) + 15 * (0.0,)
+DRONES_GOAL = (0.5, 1.5, 2.5) + 3 * (1.0,) + 12 * (0.0,)
+DRONES_WEIGHTS = 9 * (1.0,) + 9 * (0.1,)
+
+
+def drones_dynamics(np, x, u):
+    place, height, angle, v = x[:3], x[3:6], x[6:9], x[9:]
+    end = np.array([0.0])
+    dx, dz = place[1:] - place[:-1], height[1:] - height[:-1]
+    length = np.sqrt(dx**2 + dz**2)
+    tension = 4.0 * (length - 1.0) / length
+    pull_x = np.concatenate([tension * dx, end]) - np.concatenate([end, tension * dx])
+    pull_z = np.concatenate([tension * dz, end]) - np.concatenate([end, tension * dz])
+    thrust = 0.5 * 9.81 + u[:3]
+    ax = (pull_x - thrust * np.sin(angle)) / 0.5
+    az = (pull_z + thrust * np.cos(angle)) / 0.5 - 9.81
+    return x + 0.03 * np.concatenate([v, ax, az, u[3:] / 0.01])
+
+
+def drones_cost(np, x, u):
+    error = x - np.array(DRONES_GOAL)
+    weights = 3 * (0.1,) + 3 * (10.0,)
+    return 0.5 * (squares(np, DRONES_WEIGHTS, error) + squares(np, weights, u))
+
+
+def drones_terminal_cost(np, x):
+    weights = tuple(50 * weight for weight in DRONES_WEIGHTS)
+    return 0.5 * squares(np, weights, x - np.array(DRONES_GOAL))
+
+
+# A rod of sixteen cells which react and diffuse, with three heaters, from one of its
+# steady states to the other.
+
+
+def rod_dynamics(np, x, u):
+    before, after = np.concatenate([x[:1], x[:-1]]), np.concatenate([x[1:], x[-1:]])
+    heat = pushing(16, 3) @ u
+    return x + 0.05 * (4.0 * (before - 2.0 * x + after) + x - x**3 + heat)
+
+
+def rod_cost(np, x, u):
+    return 0.5 * (squares(np, 16 * (1.0,), x - 1.0) + squares(np, 3 * (0.1,), u))
+
+
+def rod_terminal_cost(np, x):
+    return 5.0 * squares(np, 16 * (1.0,), x - 1.0)
+
+
+LARGE_UNSEEN = (
+    Problem(
+        "pendulums in a row",
+        pendulums_dynamics,
+        pendulums_cost,
+        pendulums_terminal_cost,
+        x0=tuple((2 * numpy.sin(1.0 + numpy.arange(10))).round(3)) + 10 * (0.0,),
+        controls=3,
+        horizon=120,
+    ),
+    Problem(
+        "tied drones",
+        drones_dynamics,
+        drones_cost,
+        drones_terminal_cost,
+        x0=DRONES,
+        controls=6,
+        horizon=100,
+    ),
+    Problem(
+        "reacting rod",
+        rod_dynamics,
+        rod_cost,
+        rod_terminal_cost,
+        x0=16 * (-1.0,),
+        controls=3,
+        horizon=100,
+    ),
+)
+
+
 def large() -> tuple[Problem, ...]:
-    return *CHAINS, QUADRUPED, arm()
+    return *CHAINS, QUADRUPED, arm(), *LARGE_UNSEEN

@@ -1,5 +1,7 @@
 """Linear-quadratic problems: `dp.solve_lqr` and one iteration of Crocoddyl."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy
@@ -8,7 +10,7 @@ import diffprog as dp
 
 from . import ours
 from .peers import load
-from .timing import alternate
+from .timing import alternate, samples
 
 
 TITLE = "Linear-quadratic problems"
@@ -18,10 +20,16 @@ COLUMNS = {
     "ms": "{:.3f}",
     "cost": "{:.9g}",
     "ours / this": "{:.3f}",
+    "Gflop / s": "{:.2f}",
+    "share of the peak": "{:.2f}",
 }
 NOTES = (
     "Random problems that change with time; n states, m controls, T stages. Crocoddyl: "
     "one iteration of FDDP with its built-in linear-quadratic model in C++.",
+    "Counted are the sums and products of one sweep and its roll-out with symmetric "
+    "products formed once, 2 n^2 (n + m) + n (n + m)^2 + m^3 / 3 + 2 m^2 n + m n^2 + "
+    "2 n (n + m) + 2 m n a stage, whatever a solver does. The peak is that of NumPy's "
+    "product of two matrices of 200 x 200, on one thread.",
 )
 SIZES = ((4, 2, 100), (12, 4, 100), (12, 4, 1000), (32, 16, 500))
 SAME_COST = 1e-9
@@ -47,6 +55,21 @@ def terms(n: int, m: int, T: int) -> tuple[dict[str, numpy.ndarray], numpy.ndarr
         q_final=0.1 * normal(n),
     )
     return lqr, normal(n)
+
+
+def operations(n: int, m: int, T: int) -> float:
+    """Sums and products of a sweep and its roll-out."""
+    z = n + m
+    products = 2 * n**2 * z + n * z**2 + 2 * n * z + 2 * m * n
+    return T * (products + m**3 / 3 + 2 * m**2 * n + m * n**2)
+
+
+@functools.cache
+def peak() -> float:
+    """Operations per second of a product of matrices."""
+    a = numpy.random.default_rng(0).normal(size=(200, 200))
+    times = samples({"product": lambda: a @ a})["product"]
+    return 2 * 200**3 / min(times)
 
 
 class Solver:
@@ -82,6 +105,8 @@ def one(n: int, m: int, T: int) -> list[dict]:
         same = abs(mine.cost - solver.cost) <= SAME_COST * abs(solver.cost)
         peer = not name.startswith("diffprog")
         row["ours / this"] = times["diffprog"] / times[name] if peer and same else None
+        rate = operations(n, m, T) / times[name]
+        row |= {"Gflop / s": rate / 1e9, "share of the peak": rate / peak()}
         rows.append(row)
     return rows
 

@@ -51,7 +51,8 @@ def single(rows: list[dict]):
         places = [problems.index(name) + middle for name in times]
         axes.bar(places, times.values(), 0.92 * width, label=one, color=COLORS[one])
     axes.set(yscale="log", ylabel="ms per solve", xticks=range(len(problems)))
-    axes.set_xticklabels(problems)
+    tilted = dict(rotation=25, ha="right", rotation_mode="anchor")
+    axes.set_xticklabels(problems, **(tilted if len(problems) > 8 else {}))
     axes.set_ylim(bottom=0.1)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -110,7 +111,7 @@ def scaling(rows: list[dict]):
     return figure
 
 
-DRAW = {"single": single, "batch": batch, "scaling": scaling}
+DRAW = {"single": single, "large": single, "batch": batch, "scaling": scaling}
 
 
 def save(name: str, rows: list[dict], path: pathlib.Path):

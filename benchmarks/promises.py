@@ -30,7 +30,11 @@ LARGE = {
     "chain of 28": 0.8,
     "chain of 40": 1.0,
     "arm": 0.8,
+    "pendulums in a row": 0.9,
+    "tied drones": 0.9,
+    "reacting rod": 0.9,
 }
+ARM_FIRST_CALL = {"ILQR": 6.0, "DDP": 10.0}
 LARGE_LQR = {"14, 7, 100": 0.6, "24, 12, 200": 0.8, "40, 20, 200": 1.0}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
@@ -120,6 +124,14 @@ def of_lqr(rows: list[dict]):
 
 def of_large(rows: list[dict]):
     yield from times(rows, CROCODDYL_NAME, LARGE)
+    arm = [row for row in rows if row["problem"] == "arm"]
+    seconds = {row["solver"]: row["first call s"] for row in arm}
+    for method, limit in ARM_FIRST_CALL.items():
+        text = f"seconds of the first call of dp.{method}: arm"
+        yield promise(text, limit, seconds.get(f"diffprog {method}"))
+
+
+def of_large_lqr(rows: list[dict]):
     yield from times(rows, "Crocoddyl, one iteration", LARGE_LQR, "n, m, T")
 
 
@@ -144,6 +156,7 @@ PARTS = {
     "door": of_door,
     "lqr": of_lqr,
     "large": of_large,
+    "large_lqr": of_large_lqr,
     "batch": of_batch,
     "compilation": of_compilation,
 }

@@ -20,7 +20,7 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
-    "benchmarks-large": ("large",),
+    "benchmarks-large": ("large", "large_lqr", "parts"),
 }
 TITLES = {
     "benchmarks": "Benchmarks",

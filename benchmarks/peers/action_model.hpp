@@ -203,6 +203,18 @@ int steps_with_gaps(void* handle) {
   return static_cast<Solver*>(handle)->gaps->count;
 }
 
+// One part of an iteration at the last solution, without what comes before it.
+void derivatives(void* handle) {
+  auto& solver = *static_cast<Solver*>(handle);
+  solver.problem->calcDiff(solver.method->get_xs(), solver.method->get_us());
+}
+void sweep(void* handle) {
+  static_cast<Solver*>(handle)->method->computeDirection(/*recalc=*/false);
+}
+void roll_out(void* handle) {
+  static_cast<Solver*>(handle)->method->tryStep(/*step_length=*/1.0);
+}
+
 // The objective at the last solution.
 double cost(void* handle) {
   auto& solver = *static_cast<Solver*>(handle);

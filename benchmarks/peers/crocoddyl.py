@@ -28,6 +28,7 @@ HEADER = pathlib.Path(__file__).with_name("action_model.hpp")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NAMES = ("stage", "stage_derivatives", "last", "last_derivatives")
 ROWS = ("stage_rows", "stage_rows_derivatives", "last_rows", "last_rows_derivatives")
+PARTS = dict(derivatives="derivatives", sweep="sweep", roll_out="roll-out")
 POINTER = ctypes.POINTER(ctypes.c_double)
 
 
@@ -72,6 +73,8 @@ def interface(name: str, *libraries: str) -> ctypes.CDLL:
     library.create.restype = ctypes.c_void_p
     guess = [POINTER] * 3
     library.solve.argtypes = [ctypes.c_void_p, *guess, ctypes.c_int, POINTER]
+    for name in PARTS:
+        getattr(library, name).argtypes = [ctypes.c_void_p]
     library.steps_with_gaps.argtypes = [ctypes.c_void_p]
     library.cost.argtypes, library.cost.restype = [ctypes.c_void_p], ctypes.c_double
     return library
@@ -129,6 +132,12 @@ class Compiled:
     @property
     def steps_with_gaps(self) -> int:
         return self.library.steps_with_gaps(self.solver)
+
+    @property
+    def parts(self) -> dict:
+        """What an iteration does, by name."""
+        part = lambda name: lambda: getattr(self.library, name)(self.solver)
+        return {told: part(name) for name, told in PARTS.items()}
 
     @property
     def cost(self) -> float:
