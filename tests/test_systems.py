@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,6 +11,7 @@ import pytest
 import diffprog as dp
 from diffprog import manifolds
 from diffprog.systems import (
+    Arm,
     Car,
     CartPole,
     KinematicCar,
@@ -45,6 +47,7 @@ def systems():
         "cart pole": (CartPole(), 1),
         "quadrotor": (Quadrotor(), 4),
         "quaternion quadrotor": (QuaternionQuadrotor(), 4),
+        "arm": (Arm(), 7),
         "tracking": (PathTracking(KinematicCar(), Track.simple()), 2),
         "kinematic race": (Race(KinematicCar(), Track.bend(), method="midpoint"), 3),
         "miniature race": (Race(Car.miniature(), Track.simple(), method="euler"), 3),
@@ -512,6 +515,116 @@ def test_the_attitude_to_reach_costs_nothing():
     np.testing.assert_allclose(quadrotor.terminal_cost(away), 50 * 0.09, rtol=1e-12)
     u = jnp.ones(4)
     np.testing.assert_allclose(quadrotor.cost(away, u, 0), 0.0045 + 0.2, rtol=1e-12)
+
+
+def planar(joints, **options) -> Arm:
+    """An arm that hangs, of rods about the y axis: 1 kg, 1 m, moment 1/12."""
+    rows = lambda row: np.tile(np.array(row), (joints, 1))
+    fields: Any = dict(
+        axes=rows([0.0, 1.0, 0.0]),
+        offsets=rows([0.0, 0.0, -1.0]) * (np.arange(joints) > 0)[:, None],
+        masses=np.ones(joints),
+        centers=rows([0.0, 0.0, -0.5]),
+        inertias=np.tile(np.diag([1 / 12, 1 / 12, 0.01]), (joints, 1, 1)),
+        damping=np.zeros(joints),
+        hand=np.array([0.0, 0.0, -1.0]),
+    )
+    return Arm(**fields | options)
+
+
+def test_one_joint_is_a_pendulum():
+    arm = planar(1, damping=np.array([0.2]))
+    angle, rate, torque = 0.7, -0.4, 1.5
+    x, u = jnp.array([angle, rate]), jnp.array([torque])
+    expected = (torque - 0.2 * rate - 9.81 * 0.5 * math.sin(angle)) * 3
+    found = arm.vector_field(x, u, 0.0)
+    np.testing.assert_allclose(found, [rate, expected], rtol=1e-13)
+    position, rotation = arm.pose(x)
+    hand = [-math.sin(angle), 0.0, -math.cos(angle)]
+    np.testing.assert_allclose(position, hand, atol=1e-15)
+    np.testing.assert_allclose(rotation @ jnp.array([0.0, 0.0, -1.0]), hand, atol=1e-15)
+
+
+def test_two_joints_obey_the_equations_of_the_textbook():
+    """Of a planar arm: M11 = 5/3 + cos, M12 = 1/3 + cos/2, M22 = 1/3."""
+    arm, x = planar(2), jnp.array([0.4, -0.9, 1.1, -0.7])
+    q1, q2, v1, v2 = map(float, x)
+    c, s = math.cos(q2), math.sin(q2)
+    M = np.array([[5 / 3 + c, 1 / 3 + c / 2], [1 / 3 + c / 2, 1 / 3]])
+    coriolis = np.array([-s / 2 * v2 * (2 * v1 + v2), s / 2 * v1**2])
+    fall = 9.81 * 0.5 * math.sin(q1 + q2)
+    gravity = np.array([9.81 * 1.5 * math.sin(q1) + fall, fall])
+    a = np.array([0.3, -0.8])
+    torques = M @ a + coriolis + gravity
+    np.testing.assert_allclose(arm.torques(x, jnp.asarray(a)), torques, rtol=1e-12)
+    found = arm.vector_field(x, jnp.asarray(torques), 0.0)[2:]
+    np.testing.assert_allclose(found, a, rtol=1e-12)
+
+
+POINT = np.random.default_rng(0).normal(size=(4, 7))
+
+
+def test_the_mass_matrix_of_an_arm_is_symmetric_and_positive():
+    arm, (q, qd, a, b) = Arm(), POINT
+    x = jnp.concatenate([q, qd])
+    inertia = jax.jit(lambda a: arm.torques(x, a) - arm.torques(x, jnp.zeros(7)))
+    M = np.stack([inertia(e) for e in jnp.eye(7)])
+    np.testing.assert_allclose(M, M.T, atol=1e-12)
+    assert np.linalg.eigvalsh(M)[0] > 1e-3
+    # Accelerations are the inverse of torques.
+    found = arm.vector_field(x, arm.torques(x, jnp.asarray(a)), 0.0)[7:]
+    np.testing.assert_allclose(found, a, rtol=1e-10, atol=1e-10)
+    # A known product, as the energy needs it: b' M a = a' M b.
+    np.testing.assert_allclose(b @ inertia(a), a @ inertia(b), rtol=1e-10)
+
+
+def test_derivatives_of_an_arm_are_those_of_its_program():
+    """Exact rules of the first order, forward and reverse, against differences."""
+    arm, (q, qd, u, w) = Arm(), POINT
+    fn = jax.jit(lambda z: arm.vector_field(z[:14], z[14:], 0.0)[7:])
+    z, e = jnp.concatenate([q, qd, u]), 1e-5
+    J = jax.jacfwd(fn)(z)
+    differences = [(fn(z + e * v) - fn(z - e * v)) / (2 * e) for v in jnp.eye(21)]
+    np.testing.assert_allclose(J, np.stack(differences, 1), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vjp(fn, z)[1](jnp.asarray(w))[0], w @ J, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_an_arm_that_swings_freely_keeps_its_energy():
+    """Up to an error of the order of the method."""
+
+    def energy(arm, x):
+        still = jnp.concatenate([x[:7], jnp.zeros(7)])
+        held = arm.torques(still, jnp.zeros(7))
+        kinetic = x[7:] @ (arm.torques(still, x[7:]) - held) / 2
+        height = lambda q: arm.torques(jnp.concatenate([q, jnp.zeros(7)]), jnp.zeros(7))
+        # Potential energy is the integral of the torques that hold the arm, on a line.
+        nodes, shares = np.polynomial.legendre.leggauss(20)
+        points = (nodes + 1) / 2 * np.array(x[:7])[:, None]
+        return kinetic + x[:7] @ jax.vmap(height)(points.T).T @ shares / 2
+
+    errors = []
+    for steps in (50, 100):
+        arm = Arm(damping=jnp.zeros(7), dt=0.1 / steps)
+        x = jnp.concatenate([arm.x0[:7], 0.3 * jnp.asarray(POINT[1])])
+        end = drive(arm, x, jnp.zeros(7), steps)
+        errors.append(float(energy(arm, end) - energy(arm, x)))
+    assert abs(errors[0]) < 0.5
+    np.testing.assert_allclose(errors[0] / errors[1], 2.0, atol=0.2)
+
+
+def test_an_arm_at_its_pose_costs_nothing():
+    arm = Arm()
+    x = jnp.concatenate([jnp.asarray(POINT[0]), jnp.zeros(7)])
+    position, rotation = arm.pose(x)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-14)
+    arm = Arm(position=position, rotation=rotation)
+    np.testing.assert_allclose(arm.terminal_cost(x), 0.0, atol=1e-25)
+    u = jnp.ones(7)
+    np.testing.assert_allclose(arm.cost(x, u, 0), 0.5 * 1e-3 * 7, rtol=1e-12)
+    away = Arm(position=position + 0.1, rotation=-rotation)
+    np.testing.assert_allclose(away.cost(x, 0 * u, 0), 0.5 * (0.03 + 1.2), rtol=1e-12)
 
 
 def test_tire_force_is_odd_and_limited():

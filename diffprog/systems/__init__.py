@@ -1,5 +1,6 @@
 """Ready-made systems: models, costs and tracks for `dp.ControlProblem.from_system`."""
 
+from ._arm import Arm as Arm
 from ._car import (
     AbstractCar as AbstractCar,
     Car as Car,
