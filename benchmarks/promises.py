@@ -24,6 +24,14 @@ CONSTRAINTS = {"mass": 0.5, "swing up": 0.25, "obstacles": 0.4, "short rail": 2.
 RAIL, FIRST_CALL_WITH_ROWS = 1.0, 2.5
 STATES, LINE = {"quadrotor": 1.0}, 1.0
 LQR = {"4, 2, 100": 1.0, "12, 4, 100": 0.5, "12, 4, 1000": 0.5, "32, 16, 500": 1.3}
+LARGE = {
+    "chain of 14": 0.6,
+    "chain of 20": 0.6,
+    "chain of 28": 0.8,
+    "chain of 40": 1.0,
+    "arm": 0.8,
+}
+LARGE_LQR = {"14, 7, 100": 0.6, "24, 12, 200": 0.8, "40, 20, 200": 1.0}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
 
@@ -111,6 +119,11 @@ def of_lqr(rows: list[dict]):
     yield from times(rows, "Crocoddyl, one iteration", LQR, "n, m, T")
 
 
+def of_large(rows: list[dict]):
+    yield from times(rows, CROCODDYL_NAME, LARGE)
+    yield from times(rows, "Crocoddyl, one iteration", LARGE_LQR, "n, m, T")
+
+
 def of_batch(rows: list[dict]):
     peer = (row for row in rows if row["solver"] == CROCODDYL_NAME)
     measured = {(r["problem"], r["batch"]): r["times as many"] for r in peer}
@@ -131,6 +144,7 @@ PARTS = {
     "states": of_states,
     "door": of_door,
     "lqr": of_lqr,
+    "large": of_large,
     "batch": of_batch,
     "compilation": of_compilation,
 }

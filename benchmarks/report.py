@@ -20,12 +20,14 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
+    "benchmarks-large": ("large",),
 }
 TITLES = {
     "benchmarks": "Benchmarks",
     "benchmarks-limits": "Benchmarks with limits",
     "benchmarks-constraints": "Benchmarks with constraints",
     "benchmarks-states": "Benchmarks of starts from states",
+    "benchmarks-large": "Benchmarks of large problems",
 }
 INTRODUCTION = """\
 # {title}

@@ -213,7 +213,7 @@ class Arm(AbstractSystem):
     hand: Float[Array, " 3"] = _rows(0.0, 0.0, 0.1)
     position: Float[Array, " 3"] = _rows(0.5, 0.3, 0.4)
     rotation: Float[Array, "3 3"] = _rows(
-        (1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0)
+        (-1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, -1.0)
     )
     weights: tuple[Scalar, Scalar, Scalar, Scalar] = (1.0, 0.1, 0.1, 1e-3)
     terminal_weights: tuple[Scalar, Scalar, Scalar] = (1000.0, 100.0, 10.0)
