@@ -44,7 +44,8 @@ MODULES = {
 METHODS = """
 __call__ block_update center conjugate conjugate_prox cost derivative difference
 dual_projection dynamics factor gradient half_widths heading hessian_mv left lines
-minimize normal propose retract right scaled step terminal_cost vector_field
+minimize normal pose propose retract right scaled step terminal_cost torques
+vector_field
 """.split()
 
 called: set[str] = set()
