@@ -186,6 +186,7 @@ def arm() -> Problem:
         x0=tuple(numpy.array(arm.x0)),
         controls=7,
         horizon=100,
+        spread=7 * (0.1,) + 7 * (0.0,),
         guess=lambda t: tuple(torque + 0.0 * t for torque in hold),
     )
 

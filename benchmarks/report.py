@@ -20,7 +20,7 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
-    "benchmarks-large": ("large", "large_lqr", "parts"),
+    "benchmarks-large": ("large", "large_lqr", "large_batch", "parts"),
 }
 TITLES = {
     "benchmarks": "Benchmarks",

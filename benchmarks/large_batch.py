@@ -1,0 +1,13 @@
+"""Many starts of the arm: ours as one batch, Crocoddyl in a loop."""
+
+from . import batch
+from .large_problems import arm
+
+
+TITLE = "Batches of the arm"
+COLUMNS, NOTES = batch.COLUMNS, batch.NOTES
+SIZE = 512
+
+
+def run() -> list[dict]:
+    return batch.one(arm(), SIZE)
