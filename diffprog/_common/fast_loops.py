@@ -24,6 +24,7 @@ from jaxtyping import Array, PyTree
 
 from .linalg import eliminate, ELIMINATED, solve_factorized
 
+
 try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:  # pragma: no cover
