@@ -11,7 +11,7 @@ import pytest
 import diffprog as dp
 from diffprog.manifolds import Blocks, Euclidean, Product, UnitQuaternion
 
-from .helpers import close, name
+from .helpers import close
 
 
 DT = 0.1
@@ -33,14 +33,12 @@ def axis(q):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [dp.ILQR(), dp.DDP()], ids=name)
-def test_phases_differ_in_coordinates(method):
+def test_phases_differ_in_coordinates():
     """Attitude and rates, then the attitude alone, then a point in the plane."""
     cost = lambda x, u, t: 0.01 * jnp.sum(u**2)
     phases = (
-        dp.Phase(turned, cost, 3),
+        dp.Phase(turned, cost, 3, (-99.0, 99.0)),  # which come with multipliers
         dp.Phase(lambda x, u, t: turned(x, u, t)[:4], cost, 1),
-        dp.Phase(turned, cost, 2),
         dp.Phase(lambda x, u, t: axis(x) + DT * u[:2], cost, 1),
         dp.Phase(lambda x, u, t: x + DT * u, cost, 2),
     )
@@ -51,16 +49,16 @@ def test_phases_differ_in_coordinates(method):
     )
     last = lambda x: 5 * jnp.sum((x - jnp.array([0.5, -0.3])) ** 2)
     chain = dp.Chain(phases, last, manifold=manifold)
-    us = tuple(jnp.full((p.horizon, m), 0.1) for p, m in zip(phases, (3, 3, 3, 3, 2)))
+    us = tuple(jnp.full((p.horizon, m), 0.1) for p, m in zip(phases, (3, 3, 3, 2)))
     x0 = jnp.zeros(7).at[0].set(1.0)
-    solve = ft.partial(dp.solve, chain, method, x0, us, rtol=1e-15, atol=1e-15)
+    solve = ft.partial(dp.solve, chain, dp.ILQR(), x0, us, rtol=1e-15, atol=1e-15)
     found = solve()
     sizes = [policy.K.shape[-2:] for policy in found.policy]
-    assert sizes == [(3, 6), (3, 6), (3, 3), (3, 3), (2, 2)]
+    assert sizes == [(3, 6), (3, 6), (3, 3), (2, 2)]
     gradient = jax.grad(lambda us: dp.rollout(chain, x0, us).cost)(found.us)
     assert max(jnp.max(jnp.abs(g)) for g in gradient) < 1e-7
     sizes = [rows.shape[-1] for rows in found.multipliers.costates]
-    assert sizes == [6, 6, 3, 3, 2, 2]
+    assert sizes == [6, 6, 3, 2, 2]
     q = found.xs[2][0]
     close(found.policy[2](4, -q), found.policy[2](4, q), 1e-12)
     away = jtu.tree_map(lambda a: a + 0.01, dp.rollout(chain, x0, us).xs)
