@@ -280,6 +280,20 @@ def test_a_missing_minimum_has_the_same_code(search):
 
 
 @pytest.mark.slow
+def test_a_missing_minimum_of_many_controls_is_no_bad_derivative():
+    """More second derivatives than are stored, and more controls than written out."""
+    mixing = jax.random.normal(jax.random.key(0), (8, 8))
+    problem = dp.ControlProblem(
+        lambda x, u, t: x + 0.1 * jnp.tanh(mixing @ u) + 0.1 * jnp.sin(x),
+        lambda x, u, t: 0.01 * u @ u + 0.1 * jnp.sum(1 - jnp.cos(x - 2)),
+        lambda x: 5 * jnp.sum((x - 2) ** 2),
+        20,
+    )
+    start = jnp.zeros(8), jnp.full((20, 8), 0.3)
+    solution = dp.solve(problem, dp.DDP(), *start, fast_loops=False)
+    assert solution.stats["num_backwards"] > solution.stats["num_steps"] + 1
+
+
 def test_a_second_derivative_that_is_not_finite_has_the_same_code():
     step = lambda x, u, t: x + jnp.sign(u) * jnp.abs(u) ** 1.5
     cost = lambda x, u, t: x[0] ** 2 + 0.1 * (u[0] - 1.0) ** 2

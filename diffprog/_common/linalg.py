@@ -31,8 +31,8 @@ def solve_positive(
     """Solves `matrix @ x = rhs` by Cholesky; also says whether `matrix` is positive.
 
     Where it is not, and m is at most `UNROLLED`, the first column of `x` is a vector w
-    with w' matrix w <= 0, and the others are 0; above that `x` means nothing. What is
-    not `valid` is not positive, with w = 0.
+    with w' matrix w <= 0, and the others are 0; above that `x` is 0. What is not
+    `valid` is not positive, with w = 0.
     """
     return solve_factorized(matrix, rhs, jnp.asarray(valid))
 
@@ -44,7 +44,7 @@ def solve_factorized(matrix, rhs, valid):
     if m > UNROLLED:
         factor = jnp.linalg.cholesky(matrix)
         positive = valid & jnp.all(jnp.diagonal(factor) > 0)
-        return jsl.cho_solve((factor, True), rhs), positive
+        return jnp.where(positive, jsl.cho_solve((factor, True), rhs), 0), positive
     # matrix = L D L', row by row, with ones on the diagonal of L; M = L D.
     L, M, inverse, y, x = {}, {}, {}, {}, {}
     pivots = []
