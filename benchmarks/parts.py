@@ -104,7 +104,7 @@ def of_ours(problem, method) -> dict:
     solver = ours.Solver(problem, method)
     calls = of_method(problem, method, solver.us)
     stats = solver.solution.stats
-    trials = (int(stats["num_rollouts"]) - 1) / solver.steps
+    trials = (int(stats["num_rollouts"]) - 1) / max(solver.steps, 1)
     row = {"solver": f"diffprog {type(method).__name__}", "trials": trials}
     times = timed(calls | {"iteration us": solver}, solver.steps)
     return row | times | {name: times[name] / REPEATS for name in calls}
@@ -121,7 +121,7 @@ def of_crocoddyl(crocoddyl, problem) -> dict:
 
 def timed(calls: dict, steps: int) -> dict[str, float]:
     times = {name: 1e6 * seconds for name, seconds in alternate(calls).items()}
-    return times | {"iteration us": times["iteration us"] / steps}
+    return times | {"iteration us": times["iteration us"] / max(steps, 1)}
 
 
 def one(problem) -> list[dict]:
