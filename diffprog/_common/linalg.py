@@ -88,7 +88,7 @@ def eliminate(matrix, rhs, valid):
         positive = before & (pivot > 0)
         way_down = jnp.where(index < j, -column, here.astype(w.dtype))
         w = jnp.where(before & ~positive, way_down, w)
-        row = rows[j] / jnp.where(pivot == 0, 1, pivot)
+        row = rows[j : j + 1] / jnp.where(pivot == 0, 1, pivot)
         rows = jnp.where(here[:, None], row, rows - column[:, None] * row)
     return _or_way_down(rows, w, positive), positive
 
