@@ -45,7 +45,7 @@ PLAIN = "pendulum", 512  # also without fast loops
 def measure_ours(problem, x0s: numpy.ndarray, **options) -> dict:
     method = METHODS[problem.name]
     solve = ours.batch_solver(problem, method, max_steps=MAX_STEPS, **options)
-    uss = jnp.stack([problem.us] * len(x0s))
+    uss = jnp.stack([problem.us_from(x0) for x0 in x0s])
     call = lambda: jax.block_until_ready(solve(jnp.asarray(x0s), uss))
     solution = call()
     seconds = once(call)
@@ -64,7 +64,7 @@ def measure_crocoddyl(crocoddyl, problem, x0s: numpy.ndarray) -> dict:
     solver, costs, finished = crocoddyl.Solver(problem), [], []
     start = time.process_time()
     for x0 in x0s:
-        solver(x0)
+        solver(x0, problem.us_from(x0))
         costs.append(solver.cost)
         finished.append(solver.converged)
     return dict(

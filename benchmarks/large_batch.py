@@ -5,7 +5,11 @@ from .large_problems import arm
 
 
 TITLE = "Batches of the arm"
-COLUMNS, NOTES = batch.COLUMNS, batch.NOTES
+COLUMNS = batch.COLUMNS
+NOTES = (
+    *batch.NOTES,
+    "Each solve begins with the torques that hold the arm where it starts.",
+)
 SIZE = 512
 
 

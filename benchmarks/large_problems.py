@@ -1,5 +1,6 @@
 """Problems of 14 to 40 states, each written once for every library."""
 
+import jax
 import jax.numpy as jnp
 import numpy
 
@@ -164,7 +165,7 @@ QUADRUPED = Problem(
 
 def arm() -> Problem:
     arm = Arm()
-    hold = numpy.array(arm.torques(arm.x0, jnp.zeros(7)))
+    hold = jax.jit(lambda x0: arm.torques(x0, jnp.zeros(7)))
 
     def dynamics(np, x, u):
         same = np is jnp
@@ -187,7 +188,7 @@ def arm() -> Problem:
         controls=7,
         horizon=100,
         spread=7 * (0.1,) + 7 * (0.0,),
-        guess=lambda t: tuple(torque + 0.0 * t for torque in hold),
+        hold=lambda x0: hold(jnp.asarray(x0)),
     )
 
 

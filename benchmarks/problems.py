@@ -21,6 +21,7 @@ class Problem:
     - `spread`: standard deviations of the starts of a batch.
     - `limits(t)`: the lower and the upper limits of the controls at all stages.
     - `guess(t)`: the first guess of the controls, else zero.
+    - `hold(x0)`: the controls that hold a start, as the first guess of every stage.
     - `rows(np, x)`, `last_rows(np, x)`: at most 0 at the stages, and at the end.
     - `goal(np, x)`: 0 at the end.
     - `line`: where a line of states leads from `x0`, for a first guess of the states.
@@ -36,6 +37,7 @@ class Problem:
     spread: tuple[float, ...] = ()
     limits: Callable | None = None
     guess: Callable | None = None
+    hold: Callable | None = None
     rows: Callable | None = None
     last_rows: Callable | None = None
     goal: Callable | None = None
@@ -43,7 +45,13 @@ class Problem:
 
     @property
     def us(self) -> numpy.ndarray:
+        return self.us_from(self.x0)
+
+    def us_from(self, x0) -> numpy.ndarray:
+        """The first guess of the controls."""
         shape, t = (self.horizon, self.controls), numpy.arange(self.horizon)
+        if self.hold:
+            return numpy.tile(self.hold(x0), (self.horizon, 1))
         return numpy.stack(self.guess(t), 1) if self.guess else numpy.zeros(shape)
 
     @property

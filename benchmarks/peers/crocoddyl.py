@@ -121,11 +121,12 @@ class Compiled:
         self.xs = None if xs is None else numpy.ascontiguousarray(xs)
         self()
 
-    def __call__(self, x0=None):
+    def __call__(self, x0=None, us=None):
         x0 = self.x0 if x0 is None else numpy.ascontiguousarray(x0)
+        us = self.guess if us is None else us
         pointer = lambda array: array.ctypes.data_as(POINTER)
         xs = None if self.xs is None else pointer(self.xs)
-        guess, found = (pointer(x0), pointer(self.guess), xs), pointer(self.us)
+        guess, found = (pointer(x0), pointer(us), xs), pointer(self.us)
         steps = self.library.solve(self.solver, *guess, MAX_STEPS, found)
         self.steps, self.converged = abs(steps), steps > 0
 
