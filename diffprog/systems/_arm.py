@@ -191,11 +191,10 @@ def _torques(links: _Links, q: Array, qd: Array, qdd: Array) -> Array:
     return _pushes(links, bodies, qd, _flow(links, bodies, qd, qdd))
 
 
-def _mass_matrix(links: _Links, q: Array) -> Array:
+def _mass_matrix(bodies: _Bodies) -> Array:
     """A joint moves all that it carries as one body."""
-    motions, inertias = _bodies(links, q)
-    carried = _apply(_inward(inertias), motions)
-    mass = _matmul(carried, motions.T)
+    motions, inertias = bodies
+    mass = _matmul(_apply(_inward(inertias), motions), motions.T)
     return _halves(mass, mass.T)
 
 
@@ -213,18 +212,13 @@ def _solve_positive(matrix: Array, rhs: Array) -> Array:
     return jax.lax.scan(eliminate, (matrix, rhs), units)[0][1]
 
 
-@jax.custom_jvp
-def _accelerations(links: _Links, q: Array, qd: Array, u: Array) -> Array:
-    bias = _torques(links, q, qd, jnp.zeros_like(q))
-    return _solve_positive(_mass_matrix(links, q), u - bias)
-
-
-def _slopes(links: _Links, q: Array, qd: Array, qdd: Array) -> tuple[Array, ...]:
+def _slopes(
+    links: _Links, bodies: _Bodies, qd: Array, qdd: Array
+) -> tuple[Array, Array, Array]:
     """Derivatives of the torques by q, by qd and by qdd, as matrices.
 
     An entry is a product of two joints with what the later one of them carries.
     """
-    bodies = _bodies(links, q)
     motions, inertias = bodies
     v, a, momentum, force, turns = _flow(links, bodies, qd, qdd)
     # Twice what a velocity adds to the force on a link that moves already.
@@ -256,19 +250,43 @@ def _halves(lower: Array, upper: Array) -> Array:
     return jnp.tril(lower) + jnp.triu(upper, 1)
 
 
+@jax.custom_jvp
+def _accelerations(links: _Links, q: Array, qd: Array, u: Array) -> Array:
+    return _driven(links, _bodies(links, q), q, qd, u)
+
+
+@jax.custom_jvp
+def _driven(links: _Links, bodies: _Bodies, q: Array, qd: Array, u: Array) -> Array:
+    """The accelerations of bodies at q, with derivatives along q and not the bodies."""
+    bias = _pushes(links, bodies, qd, _flow(links, bodies, qd, jnp.zeros_like(qd)))
+    return _solve_positive(_mass_matrix(bodies), u - bias)
+
+
+def _moved(links: _Links, bodies: _Bodies, at: tuple, tangents: tuple):
+    """That of torques(q, qd, qdd) = u, whose derivative by qdd is the mass matrix."""
+    q, qd, _ = at
+    qdd = _driven(links, bodies, *at)
+    dlinks, *rest = tangents
+    dq, dqd, du = _dense(at, tuple(rest))
+    by_q, by_qd, mass = _slopes(links, bodies, qd, qdd)
+    change = du - _matmul(by_q, dq) - _matmul(by_qd, dqd)
+    if not _is_fixed(dlinks):
+        torques = lambda links: _torques(links, q, qd, qdd)
+        change -= jax.jvp(torques, (links,), (_dense(links, dlinks),))[1]
+    return qdd, _solve_positive(mass, change)
+
+
 @ft.partial(_accelerations.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
-    """That of torques(q, qd, qdd) = u, whose derivative by qdd is the mass matrix."""
-    links, q, qd, u = primals
-    qdd = _accelerations(*primals)
-    dq, dqd, du = _dense(primals[1:], tangents[1:])
-    by_q, by_qd, mass = _slopes(links, q, qd, qdd)
-    change = du - _matmul(by_q, dq) - _matmul(by_qd, dqd)
-    if not _is_fixed(tangents[0]):
-        torques = lambda links: _torques(links, q, qd, qdd)
-        dlinks = _dense(links, tangents[0])
-        change -= jax.jvp(torques, (links,), (dlinks,))[1]
-    return qdd, _solve_positive(mass, change)
+    links, q, *rest = primals
+    return _moved(links, _bodies(links, q), (q, *rest), tangents)
+
+
+@ft.partial(_driven.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    links, bodies, *at = primals
+    dlinks, _, *rest = tangents
+    return _moved(links, bodies, tuple(at), (dlinks, *rest))
 
 
 def _rows(*rows: Any) -> Any:
