@@ -56,6 +56,10 @@ class Solver:
     def __call__(self):
         self.solution = jax.block_until_ready(self.solve(*self.arguments))
 
+    def begin(self, us, xs=None):
+        """The first guesses of the next calls."""
+        self.arguments = (self.arguments[0], us, xs)
+
     @property
     def cost(self) -> float:
         return float(self.solution.cost)

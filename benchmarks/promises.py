@@ -105,8 +105,9 @@ def of_states(rows: list[dict]):
         if key[1].startswith("diffprog"):
             both = [r for r in rows if (r["problem"], r["solver"]) == key]
             plain = next(r for r in both if r["start"] == states.CONTROLS)
-            text = f"iterations over those from {states.CONTROLS}: {', '.join(key)}"
-            yield promise(text, LINE, row["iterations"] / plain["iterations"])
+            text = f"median of iterations over that from {states.CONTROLS}"
+            measured = row["median"] / plain["median"]
+            yield promise(f"{text}: {', '.join(key)}", LINE, measured)
 
 
 def of_door(rows: list[dict]):

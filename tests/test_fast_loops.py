@@ -12,6 +12,7 @@ from jax import lax
 import diffprog as dp
 from diffprog._common import fast_loops
 from diffprog._common.fast_loops import compiled, obstacle
+from diffprog._common.linalg import eliminate
 
 from . import helpers
 from .conftest import OLD_EMITTERS
@@ -65,7 +66,7 @@ def marked(fn, *args) -> bool:
 
 
 def test_whole_solves_are_marked_and_long_ones_loop_by_loop():
-    for T, fast, mark in [(12, None, True), (12, False, False), (3000, None, True)]:
+    for T, fast, mark in [(12, None, True), (12, False, False), (12_000, None, True)]:
         problem, x0, us = helpers.spring(T)
         solve = lambda us: dp.solve(problem, dp.ILQR(), x0, us, fast_loops=fast).us
         assert marked(solve, us) == mark
@@ -74,7 +75,7 @@ def test_whole_solves_are_marked_and_long_ones_loop_by_loop():
 
 
 def test_long_horizons_equal_ordinary_loops():
-    problem, x0, us = helpers.spring(3000)
+    problem, x0, us = helpers.spring(12_000)
     fast, plain = [
         dp.solve(problem, dp.DDP(), x0, us, max_steps=2, throw=False, fast_loops=loops)
         for loops in (None, False)
@@ -134,7 +135,7 @@ def test_every_primitive_of_the_list_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, terms", [(1024, 35), (16, 2400)])
+@pytest.mark.parametrize("size, terms", [(1024, 35), (16, 2400), (4096, 3)])
 def test_what_is_just_small_enough_compiles(size, terms):
     """Loop bodies at the limits, where XLA would fuse them into one operation."""
 
@@ -152,6 +153,64 @@ def test_what_is_just_small_enough_compiles(size, terms):
     agree(usual(lambda x: compiled(lambda _: program(x), True))(x), program(x))
 
 
+SIZES = [(1, 1), (15, 4), (16, 5), (20, 8), (24, 12), (32, 16), (40, 20), (41, 21)]
+
+
+@pytest.mark.costly("dtype")
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_recursions_of_every_size_compile_and_equal_ordinary_loops(size, dtype):
+    n, m = size
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    A, B, c = normal(4, n, n) / n**0.5, normal(4, n, m), normal(4, n)
+    eye = lambda n: jnp.broadcast_to(jnp.eye(n, dtype=dtype), (4, n, n))
+    lqr = dp.LQR(A, B, c, eye(n), eye(m), Q_final=eye(n)[0])
+    x0 = normal(n)
+    fast = usual(ft.partial(dp.solve_lqr, fast_loops=True))(lqr, x0)
+    plain = dp.solve_lqr(lqr, x0, fast_loops=False)
+    tolerance = 1e-11 if dtype == jnp.float64 else 1e-3
+    agree(fast.us, plain.us, rtol=tolerance, atol=tolerance)
+    agree(fast.policy.K, plain.policy.K, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_many_states_and_controls_equal_ordinary_loops(limited):
+    """Tiles, elimination and, for DDP, second derivatives that each pass finds."""
+    n, m = 20, 9
+
+    def dynamics(x, u, t):
+        force = jnp.sin(jnp.roll(x, 1)) - x
+        return x + 0.1 * force + 0.1 * jnp.tile(u, 3)[:n]
+
+    bounds = (jnp.full(m, -0.3), jnp.full(m, 0.3)) if limited else None
+    problem = dp.ControlProblem(
+        dynamics, lambda x, u, t: x @ x + 0.1 * u @ u, lambda x: 5 * x @ x, 6,
+        control_bounds=bounds,
+    )  # fmt: skip
+    x0, us = jnp.linspace(-1.0, 2.0, n), jnp.zeros((6, m))
+    fast, plain = both(problem, x0, us, dp.DDP())
+    agree(fast.us, plain.us, rtol=1e-9, atol=1e-9)
+    assert fast.stats["num_steps"] == plain.stats["num_steps"] > 0
+
+
+def test_a_matrix_that_is_eliminated_shows_a_way_down():
+    rng = np.random.default_rng(0)
+    for m in (5, 21):
+        factor = rng.normal(size=(m, m))
+        G = jnp.asarray(factor @ factor.T + np.eye(m))
+        rhs = jnp.asarray(rng.normal(size=(m, 3)))
+        x, positive = eliminate(G, rhs, jnp.asarray(True))
+        assert positive
+        agree(x, jnp.linalg.solve(G, rhs), rtol=1e-9, atol=1e-9)
+        x, positive = eliminate(G - 2 * jnp.eye(m), rhs, jnp.asarray(True))
+        assert not positive
+        assert x[:, 0] @ (G - 2 * jnp.eye(m)) @ x[:, 0] <= 0 < jnp.max(jnp.abs(x))
+        x, positive = eliminate(G, rhs, jnp.asarray(False))
+        assert not positive
+        assert not jnp.any(x)
+
+
 OBSTACLES = {
     "`sort`": (lambda x: jnp.sort(x), 4),
     "`top_k`": (lambda x: lax.top_k(x, 2)[0], 4),
@@ -160,9 +219,16 @@ OBSTACLES = {
     "`scatter` with several": (lambda x: x.at[jnp.asarray([0, 2])].set(0.0), 4),
     "dtype bfloat16": (lambda x: x.astype(jnp.bfloat16).astype(x.dtype), 4),
     "`reduce_max` over 4096": (jnp.max, 4096),
-    "`dot_general` over 8000": (lambda x: jnp.ones((20, 20)) @ jnp.ones((20, 20)), 4),
+    "`dot_general` over 132651": (
+        lambda x: jnp.ones((51, 51)) @ jnp.ones((51, 51)), 4,
+    ),
+    "`dot_general` over 5120": (
+        lambda x: jax.vmap(jnp.dot)(jnp.ones((20, 4, 8)), jnp.ones((20, 8, 8))), 4,
+    ),
     "`sin` of 1025 numbers": (jnp.sin, 1025),
-    "to an array of 65544 bytes": (lambda x: x[::-1], 8193),
+    "`add` of 4097 numbers": (lambda x: x + 1.0, 4097),
+    "to an array of 262152 bytes": (lambda x: x[::-1], 32_769),
+    "a loop body of more": (lambda x: [x := x + 1.0 for _ in range(9)][-1], 1025),
     "more than 100000 operations": (
         lambda x: [x := jnp.tanh(x) for _ in range(40)][-1], 64,
     ),

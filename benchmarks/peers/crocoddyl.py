@@ -126,6 +126,10 @@ class Compiled:
         steps = self.library.solve(self.solver, *guess, MAX_STEPS, found)
         self.steps, self.converged = abs(steps), steps > 0
 
+    def begin(self, us, xs=None):
+        """The first guesses of the next calls."""
+        self.guess, self.xs = us, xs
+
     @property
     def steps_with_gaps(self) -> int:
         return self.library.steps_with_gaps(self.solver)
@@ -199,6 +203,10 @@ class Interpreted:
         self.gaps = Gaps()
         self.solver.setCallbacks([self.gaps])
         self()
+
+    def begin(self, us, xs=None):
+        """The first guesses of the next calls."""
+        self.guess, self.xs = list(us), xs
 
     def __call__(self, x0=None):
         self.problem.x0 = self.x0 if x0 is None else x0

@@ -1,10 +1,12 @@
 """States that are no vectors: how two of them differ, in local coordinates."""
 
 import abc
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -23,6 +25,9 @@ from .calls import check_dtype
 
 
 STEP = 0.1  # of the coordinates that functions are checked at
+
+# What JAX raises where a shape, or a branch of Python, depends on traced numbers.
+_ASKED = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
 
 
 class AbstractManifold(AbstractPart):
@@ -85,6 +90,13 @@ def _node(function: Any) -> Any:
 
 def as_manifold(manifold: Any) -> AbstractManifold | None:
     """A manifold or none; raises for anything else."""
+    if isinstance(manifold, tuple | list | dict):
+        raise TypeError(
+            f"`manifold` is {came(manifold)}; one manifold is expected, for the states "
+            "of all phases. That of a tree is `dp.manifolds.Product(parts)`, and where "
+            "phases have states of other shapes a `dp.Manifold(difference, retract)` "
+            "may look at them."
+        )
     if manifold is not None:
         check_kind("manifold", manifold, AbstractManifold, "dp.Manifold(...)")
     return manifold
@@ -92,16 +104,33 @@ def as_manifold(manifold: Any) -> AbstractManifold | None:
 
 def local_difference(manifold: AbstractManifold, x: PyTree, y: PyTree) -> PyTree[Array]:
     """x minus y, checked."""
-    with noted(lambda: f"`difference` was given two states of shape {shapes(x):.200}."):
+
+    def note():
+        given = f"`difference` was given two states of shape {shapes(x):.200}."
+        if isinstance(sys.exception(), _ASKED):
+            given += (
+                " It is traced: the shape of what it returns may depend on that of the "
+                "states, not on their numbers; `jnp.where` chooses between values."
+            )
+        return given
+
+    with noted(note):
         v = manifold.difference(x, y)
     _check_floats("difference", manifold.difference, v, x)
+    most, found = (sum(map(jnp.size, jtu.tree_leaves(tree))) for tree in (x, v))
+    if not 1 <= found <= most:
+        raise ValueError(
+            f"`difference` returned {shapes(v):.200}, {found} local coordinates of a "
+            f"state with the shapes {shapes(x):.200}; 1 to {most} are expected, as "
+            "many as the state has dimensions."
+        )
     return v
 
 
 def local_retraction(manifold: AbstractManifold, y: PyTree, v: PyTree) -> PyTree:
     """The state at local coordinates v of y, checked."""
     given = f"a state of shape {shapes(y):.200} and coordinates of {shapes(v):.200}"
-    with noted(lambda: f"`retract` was given {given}."):
+    with noted(lambda: f"`retract` was given {given}, as `difference` returned them."):
         x = manifold.retract(y, v)
     if shapes(x) != shapes(y):
         raise ValueError(

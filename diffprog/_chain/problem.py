@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._common.types import with_advice
 from .constraints import as_constraints
 from .limits import as_bounds
 from .manifold import AbstractManifold, as_manifold
+
+
+_OF_CHAINS = dict(
+    manifold="that of `dp.Chain` serves all phases",
+    terminal_cost="that of `dp.Chain` is one of the last state",
+    terminal_constraints="those of `dp.Chain` are of the last state",
+)
 
 
 class Phase(eqx.Module):
@@ -19,10 +27,20 @@ class Phase(eqx.Module):
     dynamics: Callable
     cost: Callable
     horizon: int = eqx.field(static=True)
-    control_bounds: Any = eqx.field(default=None, converter=as_bounds)
-    constraints: Any = eqx.field(
-        default=(), converter=ft.partial(as_constraints, "constraints")
-    )
+    control_bounds: Any = eqx.field(converter=as_bounds)
+    constraints: Any = eqx.field(converter=ft.partial(as_constraints, "constraints"))
+
+    @with_advice(lambda name, _, known: _OF_CHAINS.get(name, known))
+    def __init__(
+        self,
+        dynamics: Callable,
+        cost: Callable,
+        horizon: int,
+        control_bounds: Any = None,
+        constraints: Any = (),
+    ):
+        self.dynamics, self.cost, self.horizon = dynamics, cost, horizon
+        self.control_bounds, self.constraints = control_bounds, constraints
 
     def __check_init__(self):
         _check_functions(self, "dynamics", "cost")
@@ -265,7 +283,9 @@ Chain.__init__.__doc__ = """**Arguments:**
 
 - `phases`: a tuple of [`diffprog.Phase`][]s.
 - `terminal_cost`: `(x) ->` scalar, the cost of the last state.
-- `terminal_constraints`, `manifold`: as in [`diffprog.ControlProblem`][].
+- `terminal_constraints`, `manifold`: as in [`diffprog.ControlProblem`][]. One manifold
+    takes the states of all phases: where these have different shapes the functions of
+    a [`diffprog.Manifold`][] may look at them.
 """
 
 

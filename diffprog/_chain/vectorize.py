@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from .._common.tree import float_dtype, Layout, vary
-from .._common.types import Rows as Stacked, shapes
+from .._common.types import noted, Rows as Stacked, shapes
 from .calls import about_state, call, check_dtype, scalar
 from .constraints import AbstractConstraint, Duals, Rows, value_of
 from .limits import like_controls
@@ -125,7 +125,7 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     limits = _limits(problem, parts, u_layouts, dtype)
     last, given = x_layouts[-1], problem.terminal_constraints
     rows = _rows_of("terminal_constraints", given, names, dtype, [last], zeros(last))
-    end = End(terminal, rows, charts.of(last))
+    end = End(terminal, rows, charts.of(last, start))
     chain = VectorChain(tuple(segments), end, dtype, limits, tuple(names))
     layouts = x_layouts, map(charts.coordinates, x_layouts), u_layouts
     return Vectorized(chain, problem, *map(tuple, layouts))
@@ -195,9 +195,9 @@ def _trace(
     segment = Segment(
         cost=h,
         rows=rows,
-        chart=charts.of(x_layout),
+        chart=charts.of(x_layout, start),
         dynamics=f,
-        next_chart=charts.of(next_layout),
+        next_chart=charts.of(next_layout, start + phase.horizon),
         start=start,
         horizon=phase.horizon,
     )
@@ -210,21 +210,45 @@ class Charts:
     def __init__(self, manifold: AbstractManifold | None, zeros: Callable):
         self.manifold, self.zeros, self.known = manifold, zeros, {}
 
-    def of(self, layout: Layout) -> Chart:
-        return self._known(layout)[0]
+    def of(self, layout: Layout, stage: int) -> Chart:
+        """That of the states of a stage."""
+        if self.manifold is None:
+            return Chart.flat(layout.size)
+        if layout not in self.known:
+            with noted(lambda: self._where(layout, stage)):
+                self.known[layout] = self._both(self.manifold, layout)
+        return self.known[layout][0]
 
     def coordinates(self, layout: Layout) -> Layout:
-        return self._known(layout)[1]
+        return layout if self.manifold is None else self.known[layout][1]
 
-    def _known(self, layout: Layout) -> tuple[Chart, Layout]:
-        if self.manifold is None:
-            return Chart.flat(layout.size), layout
-        if layout not in self.known:
-            chart, coordinates = self._trace(self.manifold, layout)
-            if cheaper := self.manifold.near():
-                chart = replace(chart, near=self._trace(cheaper, layout)[0])
-            self.known[layout] = chart, coordinates
-        return self.known[layout]
+    def _where(self, layout: Layout, stage: int) -> str:
+        """What is to be said of a kind of state that is refused."""
+        if not self.known:
+            return "The state has the shapes of `x0`."
+        first = next(iter(self.known)).describe()
+        return (
+            f"The state of stage {stage} has the shapes {layout.describe():.200}, and "
+            f"`x0` {first:.200}: one manifold serves all phases of a chain, and must "
+            "take the states of each. A `dp.Manifold(difference, retract)` may look at "
+            "their shapes."
+        )
+
+    def _both(self, manifold: AbstractManifold, layout: Layout) -> tuple[Chart, Layout]:
+        """With the cheaper maps for derivatives, if there are some."""
+        chart, coordinates = self._trace(manifold, layout)
+        cheaper = manifold.near()
+        if cheaper is None:
+            return chart, coordinates
+        near, found = self._trace(cheaper, layout)
+        if found != coordinates:
+            raise ValueError(
+                f"`near()` of the manifold has local coordinates of shape "
+                f"{found.describe():.200}, and the manifold of "
+                f"{coordinates.describe():.200}, where the state has "
+                f"{layout.describe():.200}: both must agree."
+            )
+        return replace(chart, near=near), coordinates
 
     def _trace(self, manifold: AbstractManifold, x_layout: Layout):
         coordinates = x_layout
