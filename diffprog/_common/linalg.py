@@ -75,25 +75,22 @@ def eliminate(matrix, rhs, valid):
 
     After j columns the first j rows of [matrix, rhs] are [I, inv(G) g, inv(G) r] where
     G is the leading block, and g, r stood beside it: w = (-inv(G) g, 1, 0) has pivot j
-    for its curvature.
+    for its curvature. Columns that are done are dropped.
     """
-    index = jnp.arange(len(matrix))
-
-    def step(j, state):
-        rows, w, before = state
-        column = lax.dynamic_slice_in_dim(rows, j, 1, 1)[:, 0]
-        pivot, here = column[j], index == j
-        good = before & (pivot > 0)
-        way_down = jnp.where(index < j, -column, here.astype(w.dtype))
-        w = jnp.where(before & ~good, way_down, w)
-        row = lax.dynamic_slice_in_dim(rows, j, 1) / jnp.where(pivot == 0, 1, pivot)
-        rows = jnp.where(here[:, None], row, rows - column[:, None] * row)
-        return rows, w, good
+    m = len(matrix)
+    index = jnp.arange(m)
 
     rows = jnp.concatenate([matrix, rhs], 1)
-    start = rows, jnp.zeros_like(matrix[0]), valid
-    rows, w, positive = lax.fori_loop(0, len(matrix), step, start)
-    return _or_way_down(rows[:, len(matrix) :], w, positive), positive
+    w, positive = jnp.zeros_like(matrix[0]), valid
+    for j in range(m):
+        column, pivot, rows = rows[:, 0], rows[j, 0], rows[:, 1:]
+        before, here = positive, index == j
+        positive = before & (pivot > 0)
+        way_down = jnp.where(index < j, -column, here.astype(w.dtype))
+        w = jnp.where(before & ~positive, way_down, w)
+        row = rows[j : j + 1] / jnp.where(pivot == 0, 1, pivot)
+        rows = jnp.where(here[:, None], row, rows - column[:, None] * row)
+    return _or_way_down(rows, w, positive), positive
 
 
 def _or_way_down(x, w, positive):
