@@ -41,8 +41,8 @@ _FORCES[0, :, 0, :, 0] = _FORCES[1, :, 0, :, 1] = _FORCES[1, :, 1, :, 0] = _CROS
 
 
 def _contract(vectors: Array, tensor: np.ndarray) -> Array:
-    tensor = jnp.asarray(tensor, vectors.dtype)
-    return jnp.tensordot(vectors, tensor, 1, precision="highest")
+    like = jnp.asarray(tensor, vectors.dtype)
+    return jnp.tensordot(vectors, like, 1, precision="highest")
 
 
 def _skew(vectors: Array) -> Array:
