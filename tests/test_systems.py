@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import diffprog as dp
 from diffprog import manifolds
 from diffprog.systems import (
+    _rigid_bodies as rigid,
     Arm,
     Car,
     CartPole,
@@ -589,6 +591,37 @@ def test_derivatives_of_an_arm_are_those_of_its_program():
     np.testing.assert_allclose(
         jax.vjp(fn, z)[1](jnp.asarray(w))[0], w @ J, rtol=1e-9, atol=1e-9
     )
+
+
+def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
+    """Of torques, pose and accelerations; of second order, and by its fields."""
+    arm, (q, qd, u, a) = Arm(), map(jnp.asarray, POINT)
+    links = arm._links(q)
+    expected = jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2))(q, qd, a)
+    found = rigid._slopes(links, rigid._bodies(links, q), qd, a)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+    def plain(links, z):
+        q, qd, u = jnp.split(z, 3)
+        by = ft.partial(rigid.torques, links, q, qd)
+        matrix, bias = jax.jacfwd(by)(q), by(jnp.zeros_like(q))
+        return jnp.linalg.solve(matrix, u - bias), rigid._hand(links, q)[:2]
+
+    def closed(links, z):
+        q, qd, u = jnp.split(z, 3)
+        return rigid.accelerations(links, q, qd, u), rigid.pose(links, q)[:2]
+
+    def check(derivative):
+        both = [jax.jit(derivative(fn))(links, z) for fn in (closed, plain)]
+        for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+            scale = 1 + float(np.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * scale)
+
+    z = jnp.concatenate([q, qd, u])
+    check(lambda fn: jax.jacfwd(fn, 1))
+    check(lambda fn: jax.jacrev(fn, (0, 1)))
+    check(lambda fn: jax.jacfwd(jax.jacrev(fn, 1), 1))
 
 
 def test_an_arm_that_swings_freely_keeps_its_energy():
