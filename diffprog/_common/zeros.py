@@ -78,9 +78,8 @@ def _run(jaxpr: Jaxpr, inputs: list[np.ndarray], size: int) -> list[np.ndarray]:
     known: dict[Any, np.ndarray] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def of(v: Any) -> np.ndarray:
-        if isinstance(v, Literal) or v not in known:
-            return np.zeros((*v.aval.shape, size), bool)
-        return known[v]
+        aval, found = v.aval, None if type(v) is Literal else known.get(v)
+        return np.zeros((*aval.shape, size), bool) if found is None else found
 
     for eqn in jaxpr.eqns:
         ins = [of(v) for v in eqn.invars]
