@@ -21,7 +21,7 @@ from . import ours, timing
 from .problems import PROBLEMS
 
 
-SIZES = [(2, 1), (4, 2), (8, 3), (12, 4), (14, 5), (16, 8), (32, 16)]
+SIZES = [(2, 1), (4, 2), (8, 3), (12, 4), (14, 5), (16, 8), (24, 12), (40, 20)]
 
 
 @contextlib.contextmanager
@@ -86,15 +86,19 @@ def passes():
 
 def factorizations():
     print("\ndp.solve_lqr, n = 8, T = 100, microseconds, and seconds to compile.")
-    print("lapack: UNROLLED = 0; written out: UNROLLED = 8\n")
-    print("      fast_loops=None        fast_loops=False         compile, None")
-    print("  m   lapack  written out    lapack  written out    lapack  written out")
-    row = "{:3}{:9.0f}{:13.0f}{:10.0f}{:13.0f}{:10.1f}{:13.1f}"
+    print("lapack: UNROLLED = 0; written: UNROLLED = 8; eliminated: m in ELIMINATED\n")
+    print("     fast_loops=None               fast_loops=False   compile, None")
+    print("  m  lapack  written  eliminated   lapack  written    written  eliminated")
+    row = "{:3}{:8.0f}{:9.0f}{:12.0f}{:9.0f}{:9.0f}{:11.1f}{:12.1f}"
     for m in range(2, 9):
-        kinds = [(fast, limit) for fast in (None, False) for limit in (0, 8)]
-        found = [one_pass((8, m), f, module=linalg, UNROLLED=k) for f, k in kinds]
+        found = []
+        for fast, eliminated in ((None, ()), (None, (m,)), (False, ())):
+            for limit in (8,) if eliminated else (0, 8):
+                with changed(fast_loops, ELIMINATED=eliminated):
+                    run = one_pass((8, m), fast, module=linalg, UNROLLED=limit)
+                found.append(run)
         times = medians([call for call, _ in found])
-        print(row.format(m, *times, found[0][1], found[1][1]))
+        print(row.format(m, *times, found[1][1], found[2][1]))
 
 
 def symmetry():

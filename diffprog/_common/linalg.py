@@ -15,7 +15,7 @@ def matmul(a: Array, b: Array) -> Array:
 UNROLLED = 7
 # In loops that are compiled as one function `eliminate` takes its place between these
 # sizes; what calls LAPACK could not be compiled there.
-ELIMINATED = range(5, 22)
+ELIMINATED = range(7, 22)
 
 
 def symmetrize(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

@@ -28,6 +28,7 @@ from ..._common.door import door
 from ..._common.linalg import matmul, symmetrize
 from ..._common.tree import strong
 from ..._common.types import Stacks, Tensors
+from ..._common.zeros import jacobian
 
 
 class AbstractModel(eqx.Module):
@@ -222,8 +223,12 @@ def _gradient_and_hessian(h, z, more=None):
         gradient = jax.grad(h)(z)
         return gradient + jax.grad(more)(z) if more else gradient, gradient
 
-    hessian, gradient = jax.jacfwd(gradients, has_aux=True)(z)
+    hessian, gradient = jacobian(gradients, z, SHORT)(z)
     return gradient, hessian
+
+
+# Zeros of Hessians are looked for where states and controls are more than these.
+SHORT = 16
 
 
 def second_derivatives(segment: Segment, x: Array, u: Array, t: Array) -> Array:
