@@ -12,7 +12,7 @@ from jax import lax
 import diffprog as dp
 from diffprog._common import fast_loops
 from diffprog._common.fast_loops import compiled, obstacle
-from diffprog._common.linalg import eliminate
+from diffprog._common.linalg import eliminate, solve_positive
 
 from . import helpers
 from .conftest import OLD_EMITTERS
@@ -192,6 +192,18 @@ def test_many_states_and_controls_equal_ordinary_loops(limited):
     fast, plain = both(problem, x0, us, dp.DDP())
     agree(fast.us, plain.us, rtol=1e-9, atol=1e-9)
     assert fast.stats["num_steps"] == plain.stats["num_steps"] > 0
+
+
+def test_derivatives_and_batches_of_a_solve_with_a_positive_matrix_compile():
+    size = 7
+    G = jnp.eye(size) + jnp.ones((size, size)) / size
+    solve = lambda z: solve_positive(G + z[0] ** 2 * jnp.eye(size), z[:, None])[0][:, 0]
+
+    def program(z):
+        return jax.vmap(solve)(jnp.stack([z, 2 * z])), jax.jacfwd(solve)(z)
+
+    z = jnp.linspace(-1.0, 1.0, size)
+    agree(usual(lambda z: compiled(lambda _: program(z), True))(z), program(z))
 
 
 def test_a_matrix_that_is_eliminated_shows_a_way_down():

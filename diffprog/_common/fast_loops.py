@@ -65,8 +65,8 @@ MAX_REDUCED = 4095
 MAX_BYTES = 1 << 18
 MAX_COMPUTED, MAX_CHEAP, MAX_CHEAP_OPERATIONS = 1024, 4096, 8
 MAX_WORK = 100_000
-# A larger product of matrices is cut into tiles that sum over 8 numbers, up to where
-# the library is as fast.
+# A larger product of matrices is cut into tiles, up to where the library is as fast: so
+# few rows that sums are no more operations than bytes, over this many numbers at once.
 MAX_PRODUCTS, SUMMED = 1 << 17, 4
 DTYPES = ("bool", "float32", "float64", "int32", "int64", "uint32", "uint64", "uint8")
 
@@ -271,9 +271,13 @@ def _is_tiled(eqn) -> bool:
 
 
 def _is_eliminated(eqn) -> bool:
-    """Whether it solves with a positive matrix whose size suits `eliminate`."""
+    """Whether it solves with a positive matrix whose size suits `eliminate`.
+
+    Derivatives and batches of that function have its name as well.
+    """
+    shapes = [v.aval.shape for v in eqn.invars]
     known = eqn.params.get("name") == "solve_factorized"
-    return known and eqn.invars[0].aval.shape[0] in ELIMINATED
+    return known and [*map(len, shapes)] == [2, 2, 0] and shapes[0][0] in ELIMINATED
 
 
 def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> list:
