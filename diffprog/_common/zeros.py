@@ -10,16 +10,15 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array
 
+from .fast_loops import ARITHMETIC, FUNCTIONS
+
 
 # What makes each number from the numbers at its place.
-BY_ENTRY = set(
-    """
-abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp
-convert_element_type copy copy_p cos cosh div erf erfc exp exp2 expm1 floor
-integer_pow log log1p logistic max min mul neg pow reduce_precision rem round rsqrt
-select_n sign sin sinh sqrt square sub tan tanh
-""".split()
-)
+BY_ENTRY = {
+    *ARITHMETIC,
+    *FUNCTIONS,
+    *"convert_element_type copy copy_p select_n".split(),
+}
 # Programs that are as if written out. Those with a derivative of their own are not.
 INNER = dict(jit="jaxpr", pjit="jaxpr", closed_call="call_jaxpr")
 
