@@ -178,7 +178,8 @@ def _read(file: BinaryIO, like: Any, entry: dict[str, Any]) -> Any:
         return type(like)(array.item())
     if _is_key(like):
         impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
-        return jax.random.wrap_key_data(array, impl=impl or entry["impl"])
+        bits = jnp.asarray(array)
+        return jax.random.wrap_key_data(bits, impl=impl or entry["impl"])
     if array.dtype.kind == "V" and array.dtype != like.dtype:
         array = array.view(like.dtype)  # what NumPy has no name for, such as bfloat16
     if array.shape != like.shape or array.dtype != like.dtype:
