@@ -23,6 +23,7 @@ from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
 from ._common.saving import load as load, save as save
 from ._control.batch import solve_batch as solve_batch
+from ._control.closed_loop import simulate as simulate, Simulation as Simulation
 from ._control.direction import (
     AbstractDirection as AbstractDirection,
     AbstractRollout as AbstractRollout,
@@ -58,7 +59,9 @@ from ._control.lqr.expand import (
     QuadraticModel as QuadraticModel,
     quadratize as quadratize,
 )
+from ._control.mpc import MPC as MPC
 from ._control.outer import AugmentedLagrangian as AugmentedLagrangian
+from ._control.plan import MPCState as MPCState
 from ._control.search import (
     AbstractSearch as AbstractSearch,
     AdaptiveDamping as AdaptiveDamping,

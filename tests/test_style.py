@@ -50,6 +50,9 @@ CONTROL = [
     ["defaults"],
     ["solve", "layerwise"],
     ["stepping", "batch"],
+    ["plan", "tick"],
+    ["mpc"],
+    ["closed_loop"],
 ]
 OUTSIDE = ("systems", "plot")  # these see the public door only
 
