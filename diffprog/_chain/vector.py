@@ -44,13 +44,14 @@ class VectorChain(eqx.Module):
         return replace(self, duals=duals, penalties=duals.penalties)
 
     def around(
-        self, trajectory: "VectorTrajectory"
+        self, trajectory: "VectorTrajectory", gaps: bool | None = None
     ) -> "tuple[VectorChain, VectorTrajectory]":
         """In local coordinates: states are differences from those of the trajectory.
 
-        Where states are vectors without gaps the chain is as good as it is.
+        Where states are vectors without gaps the chain is as good as it is. Whether
+        there may be `gaps` the trajectory knows unless they are given.
         """
-        gaps = trajectory.gaps is not None
+        gaps = trajectory.gaps is not None if gaps is None else gaps
         charts = [*(segment.chart for segment in self.segments), self.end.chart]
         if all(chart.is_flat for chart in charts) and not gaps:
             return self, trajectory

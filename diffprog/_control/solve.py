@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._chain.limits import projected
 from .._chain.manifold import check_state
@@ -18,11 +18,12 @@ from .._chain.problem import AbstractChain
 from .._chain.vector import VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
-from .._common.door import door, undifferentiated
+from .._common.door import door
 from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS, throw_unless_successful
 from .._common.tree import strong
 from .._common.types import check_kind, check_one_number, with_advice
+from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, still
 from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
 from .loop import Solver
@@ -62,9 +63,31 @@ def duals_of(chain: VectorChain, loop: Loop) -> Any:
     return adjoints(*chain.around(loop.trajectory))
 
 
-def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
+def found_of(loop: Loop, duals: Any) -> Found:
+    """What has derivatives."""
+    now, at = loop.trajectory, loop.constrained
+    known = now.xs, now.final, now.us, now.cost if at is None else at.found.cost
+    found = Found(*known, duals=at and at.found.duals)
+    if not duals:
+        return found
+    first, lams, gradients = duals
+    return dataclasses.replace(found, costates=(first, lams), gradients=gradients)
+
+
+def answer_of(vectorized: Vectorized, found: Found) -> dict[str, Any]:
+    """What has derivatives, arranged like the problem."""
+    return dict(
+        xs=vectorized.states(found.xs, found.final),
+        us=vectorized.controls(found.us),
+        cost=found.cost,
+        multipliers=found.gradients and _multipliers(vectorized, found)[0],
+    )
+
+
+def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array]:
     """The multipliers, and the largest entry of the gradient that is left."""
-    chain, us, (first, lams, gradients) = vectorized.chain, loop.trajectory.us, duals
+    chain, us, gradients = vectorized.chain, found.us, found.gradients
+    first, lams = found.costates
     starts = [first, *(rows[-1] for rows in lams)]
     # A segment of one stage may change the shape of the state.
     before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
@@ -73,8 +96,8 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
     limits = chain.limits or (tuple(-side for side in infinite), infinite)
     sides = zip(gradients, us, *limits, strict=True)
     stages, terminal = tuple({} for _ in us), {}
-    if loop.constrained is not None:
-        stages, terminal = loop.constrained.found.duals.named(chain.names)
+    if found.duals is not None:
+        stages, terminal = found.duals.named(chain.names)
     lower, upper, largest = [], [], []
     for gradient, u, low, high in sides:
         lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
@@ -92,8 +115,13 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
 
 
 def solution_of(
-    vectorized: Vectorized, loop: Loop, duals: Any, outer: AbstractOuter, max_steps: int
+    vectorized: Vectorized,
+    loop: Loop,
+    found: Found,
+    outer: AbstractOuter,
+    max_steps: int,
 ) -> Solution:
+    """All that is known at the end of a solve."""
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         names = columns(loop.constrained, trajectory.gaps)
@@ -126,20 +154,19 @@ def solution_of(
     )
     if trajectory.gaps is not None:
         stats["gap"] = trajectory.gaps.largest
-    multipliers = None
-    if duals:
-        multipliers, stationarity = _multipliers(vectorized, loop, duals)
-        stats["stationarity"] = stationarity
-    cost = trajectory.cost
+    if found.gradients:
+        stats["stationarity"] = _multipliers(vectorized, found)[1]
     if loop.constrained is not None:
-        cost = loop.constrained.found.cost
         stats |= _constraint_stats(vectorized, loop.constrained)
-    xs = vectorized.states(trajectory.xs, trajectory.final)
-    us = vectorized.controls(trajectory.us)
-    policy = vectorized.problem.join_controls(policies)
-    state = _warm_start(vectorized, loop, outer, multipliers)
-    found = xs, us, cost, policy, multipliers, loop.result
-    return Solution(*found, stats, history, state)
+    answer = answer_of(vectorized, found)
+    return Solution(
+        **answer,
+        policy=vectorized.problem.join_controls(policies),
+        result=loop.result,
+        stats=stats,
+        history=history,
+        state=_warm_start(vectorized, loop, outer, answer["multipliers"]),
+    )
 
 
 def _warm_start(vectorized: Vectorized, loop: Loop, outer: AbstractOuter, multipliers):
@@ -183,10 +210,13 @@ def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]
 
 @door
 def _solve(
-    problem, method, x0, us, xs, search, state, rtol, atol, outer, options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, adjoint, options
 ) -> Solution:
     max_steps, history, verbose, fast_loops = options
-    vectorized = vectorize(problem, x0, us)
+    whole = vectorize(problem, x0, us)
+    data = whole.chain, whole.x_layouts[0].ravel(x0)
+    given = whole, method, x0, us, xs, search, state, rtol, atol, outer
+    vectorized, method, x0, us, xs, search, state, rtol, atol, outer = still(given)
 
     def run(loops: Loops) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
@@ -196,7 +226,11 @@ def _solve(
         return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
-    return undifferentiated(solution_of(vectorized, loop, duals, outer, max_steps))
+    found = found_of(loop, duals)
+    solution = solution_of(vectorized, loop, found, outer, max_steps)
+    connected = adjoint.connect(*data, found, solution.success)
+    rest = adjoint.without(*data, solution)
+    return dataclasses.replace(rest, **answer_of(vectorized, connected))
 
 
 def check(
@@ -270,6 +304,7 @@ def solve(
     history: bool = True,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
+    adjoint: AbstractAdjoint = ImplicitAdjoint(),
 ) -> Solution:
     r"""Minimizes the cost of a chain over its controls.
 
@@ -333,7 +368,8 @@ def solve(
     options = max_steps, bool(history), Same(verbose), fast_loops
     tolerances = rtol, atol, outer
     given = problem, method, x0, us, xs, search, state, *tolerances, *options
-    return judged(_solve(*arguments(*given)), problem, throw)
+    *arrays, options = arguments(*given)
+    return judged(_solve(*arrays, adjoint, options), problem, throw)
 
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
