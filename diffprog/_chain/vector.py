@@ -227,6 +227,13 @@ def following(xs: Rows, final: Array) -> Rows:
     return tuple(after(x[1:], a) if len(x) > 1 else a[None] for x, a in pairs)
 
 
+def preceding(first: Array, after: Rows) -> Rows:
+    """What belongs to the state of every stage, given what belongs to the next ones."""
+    starts = [first, *(rows[-1] for rows in after)]
+    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
+    return tuple(map(before, starts, after))
+
+
 def simulate(
     chain: VectorChain,
     control: Callable,

@@ -15,7 +15,7 @@ from .._chain.limits import projected
 from .._chain.manifold import check_state
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import VectorChain
+from .._chain.vector import preceding, VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
 from .._common.door import door
@@ -23,7 +23,7 @@ from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS, throw_unless_successful
 from .._common.tree import strong
 from .._common.types import check_kind, check_one_number, with_advice
-from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, still
+from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, Solved, still
 from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
 from .loop import Solver
@@ -88,10 +88,6 @@ def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array
     """The multipliers, and the largest entry of the gradient that is left."""
     chain, us, gradients = vectorized.chain, found.us, found.gradients
     first, lams = found.costates
-    starts = [first, *(rows[-1] for rows in lams)]
-    # A segment of one stage may change the shape of the state.
-    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
-    costates = tuple(map(before, starts, lams))
     infinite = tuple(jnp.full_like(u, jnp.inf) for u in us)
     limits = chain.limits or (tuple(-side for side in infinite), infinite)
     sides = zip(gradients, us, *limits, strict=True)
@@ -109,7 +105,7 @@ def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array
         terminal=terminal,
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
-        costates=vectorized.differences(costates, starts[-1]),
+        costates=vectorized.differences(preceding(first, lams), lams[-1][-1]),
     )
     return multipliers, ft.reduce(jnp.maximum, largest)
 
@@ -218,19 +214,27 @@ def _solve(
     given = whole, method, x0, us, xs, search, state, rtol, atol, outer
     vectorized, method, x0, us, xs, search, state, rtol, atol, outer = still(given)
 
+    recorded = history or adjoint.replays
+
     def run(loops: Loops) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
         tolerances = rtol, atol, max_steps, verbose.value
         solver = solver_of(chain, method, search, *tolerances, outer)
-        loop = solver.run(begun(vectorized, solver, x0, us, xs, state, history))
+        loop = solver.run(begun(vectorized, solver, x0, us, xs, state, recorded))
         return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
     found = found_of(loop, duals)
     solution = solution_of(vectorized, loop, found, outer, max_steps)
-    connected = adjoint.connect(*data, found, solution.success)
-    rest = adjoint.without(*data, solution)
-    return dataclasses.replace(rest, **answer_of(vectorized, connected))
+    rows = None
+    if adjoint.replays:
+        rows = solution.history["stepsize"], solution.history["damping"]
+    if not history:
+        solution = dataclasses.replace(solution, history={})
+    guess = vectorized.ravel(x0, us)[1]
+    solved = Solved(method, guess, rows, found, solution.success, xs is not None)
+    connected = answer_of(vectorized, adjoint.connect(*data, solved))
+    return dataclasses.replace(adjoint.without(*data, solution), **connected)
 
 
 def check(
@@ -341,6 +345,9 @@ def solve(
     - `fast_loops`: `None` compiles all loops into one function on the CPU where that is
         known to work, which is several times faster for small systems; `False` never
         does, and `True` raises `ValueError` where it is not possible.
+    - `adjoint`: how derivatives of the solution are found:
+        [`diffprog.ImplicitAdjoint`][], [`diffprog.UnrolledAdjoint`][] or
+        [`diffprog.NoAdjoint`][]. Without differentiation it changes nothing.
 
     **Returns:** a [`diffprog.Solution`][]: the best finite iterate, in the dtype of the
     inputs.
@@ -354,8 +361,12 @@ def solve(
     `solution.stats["minimum"]` is false.
 
     The functions of the problem are traced once; new numbers in the problem, method,
-    search, x0 or us do not compile again. Derivatives of the solution are not
-    available yet and raise.
+    search, x0 or us do not compile again.
+
+    States, controls, cost and multipliers may be differentiated with respect to x0 and
+    all floats of the problem, those that its functions capture included, in forward and
+    reverse mode. Derivatives in the guesses, the search and the tolerances are 0, those
+    of the policy, the statistics and `state` are NaN.
 
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
@@ -368,6 +379,7 @@ def solve(
     options = max_steps, bool(history), Same(verbose), fast_loops
     tolerances = rtol, atol, outer
     given = problem, method, x0, us, xs, search, state, *tolerances, *options
+    check_kind("adjoint", adjoint, AbstractAdjoint, "dp.ImplicitAdjoint()")
     *arrays, options = arguments(*given)
     return judged(_solve(*arrays, adjoint, options), problem, throw)
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ..._chain.constraints import Duals
 from ..._chain.vector import VectorChain
 from ..._common.types import AbstractPart, Rows
+from ..direction import AbstractDirection
 
 
 class Found(eqx.Module):
@@ -35,21 +36,55 @@ class Found(eqx.Module):
     gradients: Rows | None = None
 
 
+class Solved(eqx.Module):
+    """What a solve did.
+
+    - `method`, `us`: the direction, and the first guess of the controls.
+    - `history`: step size and damping of every iteration, and NaN after the last one;
+        `None` unless the adjoint asks for it.
+    - `found`: what was found; it has no derivatives.
+    - `successful`: whether the result is.
+    - `with_states`: whether the first guess had states.
+    """
+
+    method: AbstractDirection
+    us: Rows
+    history: tuple[Float[Array, " rows"], Float[Array, " rows"]] | None
+    found: Found
+    successful: Bool[Array, ""]
+    with_states: bool = eqx.field(static=True)
+
+
 class AbstractAdjoint(AbstractPart):
-    """How the derivatives of a solution are found."""
+    """How the derivatives of a solution are found.
+
+    - `replays`: whether it needs the step sizes of all iterations.
+    """
+
+    replays: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
-    def connect(
-        self, chain: VectorChain, x0: Array, found: Found, good: Bool[Array, ""]
-    ) -> Found:
-        """What was found, as a function of the numbers of the chain and of x0.
-
-        What is `found` has no derivatives; it is `good` where the solve was successful.
-        """
+    def connect(self, chain: VectorChain, x0: Array, solved: Solved) -> Found:
+        """What was found, as a function of the numbers of the chain and of x0."""
 
     def without(self, chain: VectorChain, x0: Array, rest: PyTree) -> PyTree:
-        """Numbers that have no derivatives, which are NaN."""
-        return _with_nan((chain, x0), rest)
+        """What else is known; its derivatives are NaN."""
+        numbers, rest = eqx.partition(rest, eqx.is_inexact_array)
+        found = connected(_nan, (chain, x0), numbers, None)
+        return eqx.combine(found, rest)
+
+
+class NoAdjoint(AbstractAdjoint):
+    """No derivatives: asking for them raises `NotImplementedError`."""
+
+    replays: ClassVar[bool] = False
+
+    def connect(self, chain, x0, solved):
+        return connected(_refuse, (chain, x0), solved.found, None)
+
+    def without(self, chain, x0, rest):
+        numbers, rest = eqx.partition(rest, eqx.is_inexact_array)
+        return eqx.combine(connected(_refuse, (chain, x0), numbers, None), rest)
 
 
 def still(tree: PyTree) -> PyTree:
@@ -83,15 +118,18 @@ def connected(tangents: Callable, data: PyTree, out: PyTree, known: PyTree) -> P
     return call(numbers, arrays, kept)
 
 
-def _with_nan(data: PyTree, tree: PyTree) -> PyTree:
-    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
+def _nan(of, primals, dots, out, known):
+    total = sum(jnp.sum(dot) for dot in jtu.tree_leaves(dots))
+    like = lambda a: jnp.broadcast_to(total, a.shape).astype(a.dtype)
+    return refused(jtu.tree_map(like, out), True)
 
-    def tangents(of, primals, dots, out, known):
-        total = sum(jnp.sum(dot) for dot in jtu.tree_leaves(dots))
-        like = lambda a: jnp.broadcast_to(total, a.shape).astype(a.dtype)
-        return refused(jtu.tree_map(like, out), True)
 
-    return eqx.combine(connected(tangents, data, numbers, None), rest)
+def _refuse(*args):
+    raise NotImplementedError(
+        "With `adjoint=dp.NoAdjoint()` a solution has no derivatives: leave it out for "
+        "those of `dp.ImplicitAdjoint()`, or wrap x0 and the numbers of the problem in "
+        "`jax.lax.stop_gradient`."
+    )
 
 
 def refused(tree: PyTree, when: Any) -> PyTree:

@@ -10,17 +10,18 @@ in states, controls, costates and multipliers together. All derivatives of a sol
 are those of this gradient. States are local coordinates at those of the solution.
 """
 
+import functools as ft
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..._chain.constraints import Duals
-from ..._chain.vector import following, VectorChain, VectorTrajectory
+from ..._chain.vector import following, preceding, VectorChain, VectorTrajectory
 from ..._common.linalg import matmul
 from ..._common.types import Rows
 from ..lqr.expand import adjoints
@@ -65,27 +66,45 @@ class Active(eqx.Module):
 
     def held(self, chain: VectorChain, z: Point) -> Point:
         """Controls at their limits put there; no multipliers of inactive rows."""
-        us = z.us
-        if self.lower:
-            sides = zip(us, *chain.limits, self.lower, self.upper, strict=True)
-            at = lambda u, low, high, lower, upper: jnp.where(
-                lower, low, jnp.where(upper, high, u)
-            )
-            us = tuple(at(*side) for side in sides)
-        of = lambda y, active: None if y is None else jnp.where(active, y, 0)
-        rows = tuple(map(of, z.rows, self.rows))
-        return replace(z, us=us, rows=rows, end=of(z.end, self.end))
+        if not (self.lower or chain.names):
+            return z
 
-    def fixed(self, z: Point) -> Point:
-        """The entries that the Lagrangian does not depend on, and 0 elsewhere."""
-        zero = jtu.tree_map(jnp.zeros_like, z)
-        us = zero.us
-        if self.lower:
-            pairs = zip(z.us, self.lower, self.upper, strict=True)
-            us = tuple(jnp.where(a | b, u, 0) for u, a, b in pairs)
-        of = lambda y, active: None if y is None else jnp.where(active, 0, y)
-        rows = tuple(map(of, z.rows, self.rows))
-        return replace(zero, us=us, rows=rows, end=of(z.end, self.end))
+        def stage(_, u, y, on, *limits):
+            if limits:
+                low, high, lower, upper = limits
+                u = jnp.where(lower, low, jnp.where(upper, high, u))
+            return u, masked(y, on)
+
+        limits = (*chain.limits, self.lower, self.upper) if self.lower else ()
+        found = chain.map(stage, z.us, z.rows, self.rows, *limits)
+        us, rows = zip(*found, strict=True)
+        return replace(z, us=us, rows=rows, end=masked(z.end, self.end))
+
+
+def masked(values: Array | None, on: Array | None) -> Array | None:
+    """The entries that are on, and 0."""
+    return None if values is None else jnp.where(on, values, 0)
+
+
+def combined(chain: VectorChain, fn: Callable, *points: Point) -> Point:
+    """`fn` of all numbers of points, stage after stage."""
+    of = lambda p: tuple(zip(p.xs, p.us, p.lams, p.rows, strict=True))
+    ends = lambda p: (p.final, p.first, p.end)
+    each = lambda *trees: jtu.tree_map(fn, *trees)
+    found = chain.map(lambda _, *rows: each(*rows), *map(of, points))
+    xs, us, lams, rows = zip(*found, strict=True)
+    final, first, end = each(*map(ends, points))
+    return Point(xs, final, us, first, lams, rows, end)
+
+
+def largest(chain: VectorChain, *trees: PyTree) -> Float[Array, ""]:
+    """The largest absolute value in stacks of all stages, and in other arrays."""
+    size = lambda tree: jnp.max(
+        jnp.concatenate([jnp.ravel(jnp.abs(a)) for a in jtu.tree_leaves(tree)])
+    )
+    stacks, rest = trees
+    sizes = chain.map(lambda _, *rows: size(rows), *stacks)
+    return jnp.maximum(ft.reduce(jnp.maximum, map(jnp.max, sizes)), size(rest))
 
 
 def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
@@ -101,27 +120,55 @@ def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
     return local, replace(at, xs=here.xs, final=here.final)
 
 
-def lagrangian(
-    chain: VectorChain, x0: Array, at: Point, active: Active, z: Point
-) -> Float[Array, ""]:
-    """L at z, in local coordinates at a point."""
+class Conditions(eqx.Module):
+    """L, and what is left of the conditions: minus its gradient.
+
+    - `size`: its largest entry.
+    - `us`: the gradient in all controls, as if none were held.
+    """
+
+    value: Float[Array, ""]
+    left: Point
+    size: Float[Array, ""]
+    us: Rows
+
+
+def conditions(
+    chain: VectorChain, x0: Array, at: Point, active: Active, z: Point | None = None
+) -> Conditions:
+    """Those at z, in local coordinates at a point; at the point itself unless given."""
+    z = localized(chain, at)[1] if z is None else z
     z = active.held(chain, z)
     local, _ = localized(chain, replace(at, rows=z.rows, end=z.end))
 
-    def stage(segment, v, u, t, lam, v_next):
-        gap = segment.dynamics(v, u, t) - v_next
-        return segment.cost(v, u, t) + matmul(lam, gap)
+    def stage(segment, v, u, t, before, lam, v_next, on, *held):
+        def hamiltonian(v, u):
+            new = segment.dynamics(v, u, t)
+            return segment.cost(v, u, t) + matmul(lam, new), new
 
-    data = z.xs, z.us, local.ts, z.lams, following(z.xs, z.final)
-    total = sum(map(jnp.sum, local.map(stage, *data)), local.terminal_cost(z.final))
+        both = jax.value_and_grad(hamiltonian, (0, 1), has_aux=True)
+        (value, new), (of_x, of_u) = both(v, u)
+        gap, rows = new - v_next, segment.rows
+        total = value - matmul(lam, v_next)
+        free = jnp.where(held[0] | held[1], 0, of_u) if held else of_u
+        left = before - of_x, -free, -gap, masked(rows and -rows.values(v, u, t), on)
+        return total, size(left), of_u, *left
+
+    def size(tree):
+        return jnp.max(jnp.concatenate([jnp.abs(a) for a in jtu.tree_leaves(tree)]))
+
+    data = z.xs, z.us, local.ts, preceding(z.first, z.lams), z.lams
+    flags = (active.lower, active.upper) if active.lower else ()
+    found = local.map(stage, *data, following(z.xs, z.final), active.rows, *flags)
+    totals, sizes, in_us, xs, us, lams, rows = zip(*found, strict=True)
+    last, final = jax.value_and_grad(local.terminal_cost)(z.final)
     start = chain.segments[0].difference(x0, at.xs[0][0]) - z.xs[0][0]
-    return total + matmul(z.first, start)
-
-
-def gradient(chain: VectorChain, x0: Array, at: Point, active: Active) -> Point:
-    """That of L at the point itself."""
-    _, here = localized(chain, at)
-    return jax.grad(lambda z: lagrangian(chain, x0, at, active, z))(here)
+    value = sum(map(jnp.sum, totals)) + last + matmul(z.first, start)
+    end = masked(local.end.rows and -local.end.rows.values(z.final), active.end)
+    final = z.lams[-1][-1] - final
+    sizes = [*map(jnp.max, sizes), size((final, start, end))]
+    left = Point(xs, final, us, -start, lams, rows, end)
+    return Conditions(value, left, ft.reduce(jnp.maximum, sizes), in_us)
 
 
 def moved(chain: VectorChain, at: Point, change: Point) -> Point:
@@ -135,19 +182,18 @@ def moved(chain: VectorChain, at: Point, change: Point) -> Point:
         to = lambda w: chart.difference(chart.retract(new, w), x)
         return new, jax.vjp(to, jnp.zeros_like(v))[1](lam)[0]
 
-    sums = jtu.tree_map(jnp.add, at, replace(change, xs=at.xs, final=at.final))
-    starts = [sums.first, *(rows[-1] for rows in sums.lams)]
-    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
-    lams = tuple(map(before, starts, sums.lams))
-    charts = [segment.chart for segment in chain.segments]
-    pairs = [
-        jax.vmap(lambda x, v, lam, chart=chart: back(chart, x, v, lam))(*rows)
-        for chart, *rows in zip(charts, at.xs, change.xs, lams, strict=True)
-    ]
-    xs, lams = zip(*pairs, strict=True)
-    final, last = back(chain.end.chart, at.final, change.final, sums.lams[-1][-1])
-    after = following(lams, last)
-    return replace(sums, xs=xs, final=final, first=lams[0][0], lams=after)
+    def stage(segment, x, v, lam, dlam, *sums):
+        new = back(segment.chart, x, v, lam + dlam)
+        return *new, *(jtu.tree_map(jnp.add, *pair) for pair in zip(*sums))
+
+    lams = [preceding(point.first, point.lams) for point in (at, change)]
+    rest = [tuple(zip(p.us, p.rows, strict=True)) for p in (at, change)]
+    found = chain.map(stage, at.xs, change.xs, *lams, *rest)
+    xs, lams, us, rows = zip(*found, strict=True)
+    last = at.lams[-1][-1] + change.lams[-1][-1]
+    final, last = back(chain.end.chart, at.final, change.final, last)
+    end = None if at.end is None else at.end + change.end
+    return Point(xs, final, us, lams[0][0], following(lams, last), rows, end)
 
 
 def point_of(
@@ -163,37 +209,46 @@ def point_of(
     return replace(guess, first=first, lams=lams), gradients
 
 
+def scale_of(chain: VectorChain, at: Point) -> Float[Array, ""]:
+    """What roundings of the gradient are measured by."""
+    return 1 + largest(chain, (at.lams,), at.first)
+
+
 def active_at(chain: VectorChain, at: Point, gradients: Rows) -> Active:
     """What is active at a solution.
 
     A multiplier or a distance counts as 0 up to the square root of the rounding.
     """
-    sizes = [jnp.max(jnp.abs(leaf)) for leaf in jtu.tree_leaves((at.first, at.lams))]
     small = jnp.sqrt(jnp.finfo(chain.dtype).eps)
-    tol = small * (1 + jnp.max(jnp.stack(sizes)))
-    lower, upper, weak = [], [], jnp.zeros((), chain.dtype)
+    tol = small * scale_of(chain, at)
     count = lambda flags: jnp.sum(flags.astype(chain.dtype))
-    limited = zip(at.us, gradients, *chain.limits) if chain.limits else ()
-    for u, gradient, low, high in limited:
-        fixed = low == high
-        lower.append(((u <= low) & (gradient > tol)) | fixed)
-        upper.append((u >= high) & (gradient < -tol) & ~fixed)
-        near = jnp.minimum(u - low, high - u) <= small * (1 + jnp.abs(u))
-        weak += count(near & (jnp.abs(gradient) <= tol) & ~fixed)
 
-    def of(rows, y, values):
-        nonlocal weak
-        if rows is None:
-            return None
-        equal = jnp.broadcast_to(np.array(rows.equal), y.shape)
+    def of_rows(rows, y, values):
+        """Whether they are active, and the number of those that are weakly so."""
+        equal = jnp.array(rows.equal)
         touched = values >= -small * (1 + jnp.abs(y))
-        weak += count(touched & (y <= tol) & ~equal)
-        return equal | (y > tol)
+        return equal | (y > tol), count(touched & (y <= tol) & ~equal)
 
-    stage = lambda segment, *at: segment.rows and segment.rows.values(*at)
-    values = chain.map(stage, at.xs, at.us, chain.ts)
-    parts = [segment.rows for segment in chain.segments]
-    rows = tuple(map(of, parts, at.rows, values))
+    def stage(segment, x, u, t, y, gradient, *limits):
+        weak, on, sides, rows = jnp.zeros_like(tol), None, (), segment.rows
+        if limits:
+            low, high = limits
+            fixed = low == high
+            lower = ((u <= low) & (gradient > tol)) | fixed
+            sides = lower, (u >= high) & (gradient < -tol) & ~fixed
+            near = jnp.minimum(u - low, high - u) <= small * (1 + jnp.abs(u))
+            weak = count(near & (jnp.abs(gradient) <= tol) & ~fixed)
+        if rows is not None:
+            on, more = of_rows(rows, y, rows.values(x, u, t))
+            weak = weak + more
+        return weak, on, *sides
+
+    data = at.xs, at.us, chain.ts, at.rows, gradients, *chain.limits
+    counts, rows, *sides = zip(*chain.map(stage, *data), strict=True)
+    weak, end = sum(map(jnp.sum, counts)), None
     last = chain.end.rows
-    end = of(last, at.end, last and last.values(at.final))
-    return Active(tuple(lower), tuple(upper), rows, end, weak)
+    if last is not None:
+        end, more = of_rows(last, at.end, last.values(at.final))
+        weak = weak + more
+    lower, upper = sides or ((), ())
+    return Active(lower, upper, rows, end, weak)

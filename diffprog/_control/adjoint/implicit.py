@@ -1,7 +1,7 @@
 """Derivatives of a solution from the conditions that it satisfies."""
 
 from dataclasses import replace
-from typing import Literal as OneOf
+from typing import ClassVar, Literal as OneOf
 
 import equinox as eqx
 import jax
@@ -12,19 +12,20 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from ..._chain.vector import VectorChain
-from ..._common.tree import no, vary, where
+from ..._common.fast_loops import compiled, Loops
+from ..._common.tree import no, vary, where, yes
 from .base import AbstractAdjoint, connected, Found, refused, still
 from .conditions import (
     Active,
     active_at,
-    gradient,
-    lagrangian,
+    conditions,
     localized,
     moved,
     Point,
     point_of,
+    scale_of,
 )
-from .linear import Factors, factorize, solve_linear
+from .linear import Factors, factorize, Matrices, matrices, product, solve_linear
 
 
 MAX_STEPS = 5  # of Newton, to where the gradient is a rounding
@@ -53,113 +54,158 @@ class Settled(eqx.Module):
 
     at: Point
     active: Active
+    matrices: Matrices
     factors: Factors
     judged: Judged
 
 
 class _Polish(eqx.Module):
     at: Point
+    left: Point  # of the conditions
     size: Float[Array, ""]
-    factors: Factors  # of the point before
+    matrices: Matrices
+    factors: Factors
     count: Int[Array, ""]
     done: Bool[Array, ""]
 
 
 class ImplicitAdjoint(AbstractAdjoint):
+    r"""The derivatives of a stationary point, from the conditions that it satisfies.
+
+    Where L is the Lagrangian, z all states, controls and multipliers, and
+    $\theta$ the numbers of the problem,
+
+    $$\nabla^2_{zz} L \, dz = -\partial_\theta \nabla_z L \, d\theta.$$
+
+    One pass of the Riccati recursion with exact second derivatives solves this, in
+    forward and in reverse mode, whatever the method of the solve was and however many
+    iterations it took. Controls at a limit move with it. Rows of constraints that are
+    active get the weight 1 / delta, with delta = eps^(3/8), and what that leaves is
+    mended by repeating the solve. The derivative of the cost is that of L at the
+    solution, and may be differentiated once more.
+
+    Derivatives are found at the solution after at most five of Newton's steps, that
+    bring the gradient to its rounding; the values are those of the solve. They are NaN
+    unless the solve was successful, the gradient is small there, every stage has a
+    minimum, and no limit or row is met without being pushed against, where the solution
+    has a kink. See [`diffprog.check_gradient`][] for what is wrong.
+
+    Takes the time of a few iterations of [`diffprog.DDP`][], and O(T (n + m)^2) memory.
+
+    Source: Amos, Rodriguez, Sacks, Boots, Kolter, "Differentiable MPC for End-to-end
+    Planning and Control", 2018, arXiv 1810.13400; with the Hessian of the Lagrangian in
+    place of that of the cost.
+    """
+
     on_unconverged: OneOf["nan", "accept"] = eqx.field(static=True, default="nan")
     refine: int = eqx.field(static=True, default=1)
 
-    def connect(self, chain, x0, found, good):
-        return connected(self._tangents, (chain, x0), found, good)
+    replays: ClassVar[bool] = False
+
+    def __check_init__(self):
+        if self.on_unconverged not in ("nan", "accept"):
+            raise ValueError(
+                f"`on_unconverged` is {self.on_unconverged!r}; 'nan' or 'accept' is "
+                "expected."
+            )
+        if isinstance(self.refine, bool) or not isinstance(self.refine, int):
+            raise TypeError(f"`refine` is {self.refine!r}; a Python int is expected.")
+        if self.refine < 0:
+            raise ValueError(f"`refine` is {self.refine}; 0 or more is expected.")
+
+    def connect(self, chain, x0, solved):
+        known = solved.successful
+        return connected(self._tangents, (chain, x0), solved.found, known)
 
     def settled(self, data: tuple[VectorChain, Array], found: Found) -> Settled:
         """The solution after a few exact steps, where derivatives are found."""
         chain, x0 = still(data)
-        start, gradients = point_of(chain, found, found.duals)
-        active = active_at(chain, start, gradients)
-        polished = self._polished(chain, x0, start, active)
-        sizes = [jnp.max(jnp.abs(a)) for a in jtu.tree_leaves(polished.at.lams)]
-        residual = polished.size / (1 + jnp.max(jnp.stack(sizes)))
-        positive = polished.factors.positive
-        judged = Judged(residual, positive, active.weak)
-        known = Settled(polished.at, active, polished.factors, judged)
-        at = connected(self._moves, data, polished.at, known)
+
+        def run(loops: Loops) -> Settled:
+            return self._polished(replace(chain, loops=loops), x0, found)
+
+        known = compiled(run, None)
+        at = connected(self._moves, data, known.at, known)
         return replace(known, at=at)
 
-    def _polished(self, chain, x0, start: Point, active: Active) -> _Polish:
-        """Newton's steps, of which the last may be one too many."""
-        measure = lambda slope: jnp.max(jnp.abs(ravel_pytree(slope)[0]))
+    def _polished(self, chain, x0, found: Found) -> Settled:
+        start, gradients = point_of(chain, found, found.duals)
+        active = active_at(chain, start, gradients)
+        start = active.held(chain, start)
 
         def step(state: _Polish) -> _Polish:
-            factors = factorize(chain, state.at, active)
-            slope, times = _linearized(chain, x0, state.at, active)
-            known = chain, factors, active
-            minus = jtu.tree_map(jnp.negative, slope)
-            change = solve_linear(*known, times, minus, self.refine)
+            """To where the last matrices lead: nowhere, the first time."""
+            known = chain, state.matrices, state.factors, active
+            change = solve_linear(*known, state.left, 0)
             at = active.held(chain, moved(chain, state.at, change))
-            new = gradient(chain, x0, at, active)
-            size = measure(new)
-            better = size < state.size
-            at, size = where(better, (at, size), (state.at, state.size))
-            scale = 1 + measure((at.first, at.lams))
-            small = size <= ROUNDINGS * jnp.finfo(chain.dtype).eps * scale
-            return _Polish(at, size, factors, state.count + 1, ~better | small)
+            found, of = conditions(chain, x0, at, active), matrices(chain, at, active)
+            rounding = ROUNDINGS * jnp.finfo(chain.dtype).eps
+            done = found.size <= rounding * scale_of(chain, at)
+            known = found.left, found.size, of, factorize(chain, of)
+            new = _Polish(at, *known, state.count + 1, done)
+            ended = eqx.tree_at(lambda s: s.done, state, yes(done))
+            return where(found.size < state.size, new, ended)
 
-        start = active.held(chain, start)
-        size = measure(gradient(chain, x0, start, active))
-        factors = jtu.tree_map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(lambda: factorize(chain, start, active)),
-        )
-        count = jnp.zeros((), jnp.int32)
-        first = vary(_Polish(start, size, factors, count, no(size)), like=start)
-        goes_on = lambda state: ~state.done & (state.count < MAX_STEPS)
-        return lax.while_loop(goes_on, step, first)
+        def empty():
+            of = matrices(chain, start, active)
+            return of, factorize(chain, of)
+
+        zeros = lambda a: jnp.zeros(a.shape, a.dtype)
+        nothing = jtu.tree_map(zeros, (start, *jax.eval_shape(empty)))
+        left, *unknown = nothing
+        far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
+        first = _Polish(start, left, far, *unknown, count, no(far))
+        goes_on = lambda state: ~state.done & (state.count <= MAX_STEPS)
+        end = lax.while_loop(goes_on, step, vary(first, like=start))
+        residual = end.size / scale_of(chain, end.at)
+        judged = Judged(residual, end.factors.positive, active.weak)
+        return Settled(end.at, active, end.matrices, end.factors, judged)
 
     def _moves(self, of, numbers, dots, at: Point, known: Settled) -> Point:
         """How the solution moves."""
         change = self._change(of, numbers, dots, replace(known, at=at))[0]
-        return _along(lambda z: moved(of(numbers)[0], at, z), change)
+        zero = jtu.tree_map(jnp.zeros_like, change)
+        step = lambda change: moved(of(numbers)[0], at, change)
+        return jax.jvp(step, (zero,), (change,))[1]
 
     def _change(self, of, numbers, dots, known: Settled) -> tuple[Point, Array]:
         """The change of the solution in local coordinates, and that of L without it."""
         at, active = known.at, known.active
 
-        def conditions(numbers):
-            chain, x0 = of(numbers)
-            value = lambda z: lagrangian(chain, x0, at, active, z)
-            return jax.value_and_grad(value)(localized(chain, at)[1])
+        def found(numbers):
+            found = conditions(*of(numbers), at, active)
+            return found.value, found.left
 
-        _, (value, slope) = jax.jvp(conditions, (numbers,), (dots,))
-        value, slope = refused((value, slope), ~self._trusted(known.judged))
-        vector, unravel = ravel_pytree(jtu.tree_map(jnp.negative, slope))
+        _, (value, left) = jax.jvp(found, (numbers,), (dots,))
+        value, left = refused((value, left), ~self._trusted(known.judged))
+        vector, unravel = ravel_pytree(left)
         flat = lambda tree: ravel_pytree(tree)[0]
-        chain, x0 = of(numbers)
-        _, times = _linearized(chain, x0, at, active)
-        _, times_still = _linearized(*still((chain, x0, at)), active)
-        given = still(chain), known.factors, active, times_still
+        chain = of(numbers)[0]
+        new, quiet = matrices(chain, at, active), still(chain)
+        times = lambda z: flat(product(chain, new, active, unravel(z)))
 
         def solve(_, b):
-            return flat(solve_linear(*given, unravel(b), self.refine))
+            def run(loops: Loops):
+                given = known.matrices, known.factors, active, unravel(b)
+                return solve_linear(replace(quiet, loops=loops), *given, self.refine)
 
-        product = lambda z: flat(times(unravel(z)))
-        found = lax.custom_linear_solve(product, vector, solve, symmetric=True)
-        return unravel(found), value
+            return flat(compiled(run, None))
+
+        change = lax.custom_linear_solve(times, vector, solve, symmetric=True)
+        return unravel(change), value
 
     def _trusted(self, judged: Judged) -> Bool[Array, ""]:
         if self.on_unconverged == "accept":
             return judged.positive
         return judged.positive & judged.is_stationary & (judged.weak == 0)
 
-    def _tangents(self, of, numbers, dots, found: Found, good) -> Found:
-        data = of(numbers)
-        known = self.settled(data, still(found))
+    def _tangents(self, of, numbers, dots, found: Found, successful) -> Found:
+        known = self.settled(of(numbers), still(found))
         if self.on_unconverged == "nan":
-            positive = known.judged.positive & good
+            positive = known.judged.positive & successful
             known = replace(known, judged=replace(known.judged, positive=positive))
         at, active = known.at, known.active
         change, cost = self._change(of, numbers, dots, known)
-        free = replace(active, lower=(), upper=())
 
         def answers(numbers, change):
             chain, x0 = of(numbers)
@@ -170,10 +216,8 @@ class ImplicitAdjoint(AbstractAdjoint):
                 out = replace(out, duals=duals)
             if found.costates is None:
                 return out
-            here = localized(chain, at)[1]
-            z = active.held(chain, jtu.tree_map(jnp.add, here, change))
-            value = lambda us: lagrangian(chain, x0, at, free, replace(z, us=us))
-            gradients = jax.grad(value)(z.us)
+            z = jtu.tree_map(jnp.add, localized(chain, at)[1], change)
+            gradients = conditions(chain, x0, at, active, z).us
             return replace(out, costates=(new.first, new.lams), gradients=gradients)
 
         zero = jtu.tree_map(jnp.zeros_like, change)
@@ -181,13 +225,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         return replace(out, cost=cost)
 
 
-def _along(fn, change: Point):
-    """The derivative of `fn` at no change along one."""
-    return jax.jvp(fn, (jtu.tree_map(jnp.zeros_like, change),), (change,))[1]
 
+ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
 
-def _linearized(chain: VectorChain, x0: Array, at: Point, active: Active):
-    """The gradient of L at a point, and the product of its Hessian with a change."""
-    slope = jax.grad(lambda z: lagrangian(chain, x0, at, active, z))
-    value, times = jax.linearize(slope, localized(chain, at)[1])
-    return value, lambda z: jtu.tree_map(jnp.add, times(z), active.fixed(z))
+- `on_unconverged`: "nan", or "accept" to take derivatives also where they may be wrong;
+    a row that is met without being pushed against then counts as inactive. Where a
+    stage has no minimum they are NaN all the same.
+- `refine`: how often the solve is repeated with what it left over.
+"""
