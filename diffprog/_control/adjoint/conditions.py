@@ -13,6 +13,7 @@ are those of this gradient. States are local coordinates at those of the solutio
 import functools as ft
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -196,13 +197,11 @@ def moved(chain: VectorChain, at: Point, change: Point) -> Point:
     return Point(xs, final, us, lams[0][0], following(lams, last), rows, end)
 
 
-def point_of(
-    chain: VectorChain, trajectory: VectorTrajectory, duals: Duals | None
-) -> tuple[Point, Rows]:
-    """A solution with its costates, and the gradient in the controls."""
+def point_of(chain: VectorChain, found: Any) -> tuple[Point, Rows]:
+    """What was found with its costates, and the gradient in the controls."""
     none = (None,) * len(chain.segments)
+    duals, (xs, final, us) = found.duals, (found.xs, found.final, found.us)
     rows, end = (duals.stages, duals.terminal) if duals else (none, None)
-    xs, final, us = trajectory.xs, trajectory.final, trajectory.us
     guess = Point(xs, final, us, final, us, rows, end)
     local, here = localized(chain, guess)
     first, lams, gradients = adjoints(local, here.trajectory)

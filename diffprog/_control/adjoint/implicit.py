@@ -1,7 +1,7 @@
 """Derivatives of a solution from the conditions that it satisfies."""
 
 from dataclasses import replace
-from typing import ClassVar, Literal as OneOf
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -25,7 +25,7 @@ from .conditions import (
     point_of,
     scale_of,
 )
-from .linear import Factors, factorize, Matrices, matrices, product, solve_linear
+from .linear import factorize, Factors, Matrices, matrices, product, solve_linear
 
 
 MAX_STEPS = 5  # of Newton, to where the gradient is a rounding
@@ -97,8 +97,8 @@ class ImplicitAdjoint(AbstractAdjoint):
     place of that of the cost.
     """
 
-    on_unconverged: OneOf["nan", "accept"] = eqx.field(static=True, default="nan")
-    refine: int = eqx.field(static=True, default=1)
+    on_unconverged: str = eqx.field(static=True, default="nan")
+    refine: Any = eqx.field(static=True, default=1)
 
     replays: ClassVar[bool] = False
 
@@ -129,7 +129,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         return replace(known, at=at)
 
     def _polished(self, chain, x0, found: Found) -> Settled:
-        start, gradients = point_of(chain, found, found.duals)
+        start, gradients = point_of(chain, found)
         active = active_at(chain, start, gradients)
         start = active.held(chain, start)
 
@@ -223,7 +223,6 @@ class ImplicitAdjoint(AbstractAdjoint):
         zero = jtu.tree_map(jnp.zeros_like, change)
         _, out = jax.jvp(answers, (numbers, zero), (dots, change))
         return replace(out, cost=cost)
-
 
 
 ImplicitAdjoint.__init__.__doc__ = """**Arguments:**

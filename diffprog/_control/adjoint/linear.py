@@ -70,10 +70,10 @@ def matrices(chain: VectorChain, at: Point, active: Active) -> Matrices:
             CD = jnp.where(on[:, None], jax.jacfwd(values)(z), 0)
         if held is not None:
             free = jnp.concatenate([jnp.ones(n, bool), ~held])
-            AB = jnp.where(free, AB, 0)
+            AB = jnp.where(free[None], AB, 0)
             one = jnp.diag((~free).astype(H.dtype))
-            H = jnp.where(free & free[:, None], H, one)
-            CD = CD if CD is None else jnp.where(free, CD, 0)
+            H = jnp.where(free[None] & free[:, None], H, one)
+            CD = CD if CD is None else jnp.where(free[None], CD, 0)
         return AB, H, CD
 
     data = here.xs, here.us, local.ts, here.lams, held, active.rows

@@ -1,7 +1,7 @@
 """Derivatives of a solution through the iterations that found it."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -29,7 +29,7 @@ class UnrolledAdjoint(AbstractAdjoint):
     Takes a few times the time of all iterations, and memory for an iterate of each.
     """
 
-    checkpoints: int | None = eqx.field(static=True, default=None)
+    checkpoints: Any = eqx.field(static=True, default=None)
 
     replays: ClassVar[bool] = True
 
