@@ -21,6 +21,7 @@ from ._chain.problem import (
 from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
+from ._common.saving import load as load, save as save
 from ._control.batch import solve_batch as solve_batch
 from ._control.direction import (
     AbstractDirection as AbstractDirection,

@@ -5,6 +5,7 @@ made before the calls are counted: making it compiles as well.
 """
 
 import functools as ft
+import tempfile
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -124,6 +125,12 @@ def trained(oracle, loss=losses.Squared(), targets="y"):
     return call
 
 
+def saved(n):
+    with tempfile.NamedTemporaryFile() as file:
+        dp.save(file.name, n.matrices)
+        return dp.load(file.name, n.matrices)
+
+
 RATE = dict(smoothing=1.0, l2=0.1)
 OPERATORS = {
     "f_softargmax": lambda n: losses.f_softargmax(
@@ -230,6 +237,8 @@ CONTROL = {
     "layerwise_lqr": lambda n: dp.layerwise_lqr(
         dp.NetworkProblem(n.net, losses.Squared(), n.y), n.x, n.net.params, damping=1.0
     ),
+    "save": saved,
+    "load": saved,
     "jacobian_norm": lambda n: dp.jacobian_norm(
         ft.partial(outputs, n.x), n.net, key=n.key
     ),
