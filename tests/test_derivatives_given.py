@@ -231,6 +231,13 @@ def test_matrices_of_another_shape_are_refused_by_name(case):
         dp.rollout(problem, X0, US)
 
 
+def test_a_next_state_of_another_dtype_is_refused():
+    wide = dp.with_jacobian(lambda x, u, t: x.astype(float), "rev")
+    problem = cart_pole(wide, T=3)
+    with pytest.raises(TypeError, match="`fn` returned float64 where x0 and us are"):
+        dp.rollout(problem, X0.astype("float32"), US[:3].astype("float32"))
+
+
 def test_wrong_arguments_are_refused(unchecked):
     f = CartPole().dynamics
     bent = dp.with_jacobian(f, "fwd", lambda x, u, t, p: jnp.eye(4))

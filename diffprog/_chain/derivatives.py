@@ -18,6 +18,7 @@ from .._common.types import (
     check_positive,
     number_or_none,
 )
+from .calls import check_dtype
 
 
 BY_JAX = "fwd", "rev"
@@ -144,6 +145,7 @@ class _Place:
 
     def value(self, z: Array, t: Array) -> Array:
         new = self.given.fn(*self._split(z), t)
+        check_dtype("fn", self.given.fn, new, self.x.dtype)
         self.new = Layout.of(new, self.x.dtype)
         return self.new.ravel(new)
 
