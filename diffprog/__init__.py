@@ -7,7 +7,12 @@ from ._chain.constraints import (
     Inequality as Inequality,
     StateBounds as StateBounds,
 )
+from ._chain.derivatives import (
+    FiniteDifferences as FiniteDifferences,
+    with_jacobian as with_jacobian,
+)
 from ._chain.discretize import discretize as discretize
+from ._chain.external import external as external
 from ._chain.manifold import AbstractManifold as AbstractManifold, Manifold as Manifold
 from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage
@@ -21,6 +26,7 @@ from ._chain.problem import (
 from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
+from ._common.saving import load as load, save as save
 from ._control.adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     ImplicitAdjoint as ImplicitAdjoint,

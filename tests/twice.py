@@ -5,6 +5,7 @@ made before the calls are counted: making it compiles as well.
 """
 
 import functools as ft
+import tempfile
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -124,6 +125,16 @@ def trained(oracle, loss=losses.Squared(), targets="y"):
     return call
 
 
+def simulated(x, u, t):
+    return x * u
+
+
+def saved(n):
+    with tempfile.NamedTemporaryFile() as file:
+        dp.save(file.name, n.matrices)
+        return dp.load(file.name, n.matrices)
+
+
 RATE = dict(smoothing=1.0, l2=0.1)
 OPERATORS = {
     "f_softargmax": lambda n: losses.f_softargmax(
@@ -216,6 +227,10 @@ CONTROL = {
     ),
     "Policy": lambda n: dp.solve_lqr(lqr(n), n.zero).policy(1, n.zero + n.size),
     "discretize": lambda n: dp.discretize(field, n.size)(n.row, n.row, 0),
+    "with_jacobian": lambda n: dp.with_jacobian(
+        field, dp.FiniteDifferences(n.size / 1e3)
+    )(n.row, n.row, 0),
+    "external": lambda n: dp.external(simulated)(n.row, n.row, 0),
     "Network": lambda n: n.stacked(n.sample),
     "Network of a batch": lambda n: jax.vmap(n.stacked)(n.x),
     "gradient of a Network": lambda n: jax.grad(lambda x: jnp.sum(n.stacked(x)))(
@@ -230,6 +245,8 @@ CONTROL = {
     "layerwise_lqr": lambda n: dp.layerwise_lqr(
         dp.NetworkProblem(n.net, losses.Squared(), n.y), n.x, n.net.params, damping=1.0
     ),
+    "save": saved,
+    "load": saved,
     "jacobian_norm": lambda n: dp.jacobian_norm(
         ft.partial(outputs, n.x), n.net, key=n.key
     ),
