@@ -1,5 +1,7 @@
 """Derivatives of solutions: against closed forms, differences and each other."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,8 @@ import diffprog as dp
 from . import constrained, helpers
 
 
-TIGHT = dict(rtol=1e-15, atol=1e-15)
-PRECISE = dict(outer=dp.AugmentedLagrangian(tol=1e-11), max_steps=500, **TIGHT)
+TIGHT: Any = dict(rtol=1e-15, atol=1e-15)
+PRECISE: Any = dict(outer=dp.AugmentedLagrangian(tol=1e-11), max_steps=500, **TIGHT)
 MODES = dict(reverse=jax.jacrev, forward=jax.jacfwd)
 
 
@@ -118,7 +120,7 @@ def test_forward_equals_reverse():
 @pytest.mark.parametrize("checkpoints", [None, 5])
 def test_unrolled_derivatives_of_a_converged_solve_are_the_implicit_ones(checkpoints):
     adjoint = dp.UnrolledAdjoint(checkpoints)
-    options = dict(max_steps=30, adjoint=adjoint)
+    options: Any = dict(max_steps=30, adjoint=adjoint)
     found = jax.grad(lambda theta: golden_loss(theta, **options))(golden_theta())
     assert_close(found, GOLDEN, 1e-7)
 
@@ -250,7 +252,7 @@ def quartic(theta, adjoint, max_steps=2):
     problem = dp.ControlProblem(
         lambda x, u, t: x, lambda x, u, t: (u[0] - theta) ** 4, lambda x: 0 * x[0], 1
     )
-    options = dict(max_steps=max_steps, adjoint=adjoint, throw=False)
+    options: Any = dict(max_steps=max_steps, adjoint=adjoint, throw=False)
     given = jnp.zeros(1), jnp.zeros((1, 1)), dp.FixedStep(0.01)
     return dp.solve(problem, dp.Gradient(), *given, **options).us[0, 0]
 
@@ -456,9 +458,9 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="takes neither limits of controls nor"):
         dp.solve(limited, dp.ILQR(), x0, us, adjoint=dp.UnrolledAdjoint())
     xs = jnp.zeros((13, 2))
+    _, x0, us = helpers.spring()
     with pytest.raises(ValueError, match="takes no first guess of the states"):
-        given = problem, dp.ILQR(), *helpers.spring()[1:]
-        dp.solve(*given, xs=xs, adjoint=dp.UnrolledAdjoint())
-    batch = jtu.tree_map(lambda a: a[None], dp.solve(*given))
+        dp.solve(problem, dp.ILQR(), x0, us, xs=xs, adjoint=dp.UnrolledAdjoint())
+    batch = jtu.tree_map(lambda a: a[None], dp.solve(problem, dp.ILQR(), x0, us))
     with pytest.raises(ValueError, match=r"holds a batch; give `solution\[i\]`"):
         dp.check_gradient(problem, batch)

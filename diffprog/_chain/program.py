@@ -25,5 +25,5 @@ class Program(eqx.Module):
         closed = jax.make_jaxpr(fn)(*examples)
         return Program(list(closed.consts), closed.jaxpr)
 
-    def __call__(self, *args: Array) -> Array:
+    def __call__(self, *args: Any) -> Any:
         return eval_jaxpr(self.jaxpr, self.numbers, *args)[0]

@@ -206,11 +206,11 @@ def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]
 
 @door
 def _solve(
-    problem, method, x0, us, xs, search, state, rtol, atol, outer, adjoint, options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, options, adjoint
 ) -> Solution:
     max_steps, history, verbose, fast_loops = options
     whole = vectorize(problem, x0, us)
-    data = whole.chain, whole.x_layouts[0].ravel(x0)
+    chain, first = whole.chain, whole.x_layouts[0].ravel(x0)
     given = whole, method, x0, us, xs, search, state, rtol, atol, outer
     vectorized, method, x0, us, xs, search, state, rtol, atol, outer = still(given)
 
@@ -232,9 +232,11 @@ def _solve(
     if not history:
         solution = dataclasses.replace(solution, history={})
     guess = vectorized.ravel(x0, us)[1]
-    solved = Solved(method, guess, rows, found, solution.success, xs is not None)
-    connected = answer_of(vectorized, adjoint.connect(*data, solved))
-    return dataclasses.replace(adjoint.without(*data, solution), **connected)
+    solved = Solved(
+        method, guess, rows, found, solution.success, with_states=xs is not None
+    )
+    answer = answer_of(vectorized, adjoint.connect(chain, first, solved))
+    return dataclasses.replace(adjoint.without(chain, first, solution), **answer)
 
 
 def check(
@@ -380,8 +382,7 @@ def solve(
     tolerances = rtol, atol, outer
     given = problem, method, x0, us, xs, search, state, *tolerances, *options
     check_kind("adjoint", adjoint, AbstractAdjoint, "dp.ImplicitAdjoint()")
-    *arrays, options = arguments(*given)
-    return judged(_solve(*arrays, adjoint, options), problem, throw)
+    return judged(_solve(*arguments(*given), adjoint), problem, throw)
 
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:

@@ -23,8 +23,9 @@ class Found(eqx.Module):
 
     - `xs`, `final`, `us`, `cost`: states, controls, and J.
     - `duals`: the multipliers of constraints; `None` without.
-    - `costates`: of the first state, and after each stage; `gradients`: of the
-        Lagrangian in the controls. `None` where the solution has no multipliers.
+    - `costates`: of the first state, and after each stage; `None` where the solution
+        has no multipliers.
+    - `gradients`: of the Lagrangian in the controls, likewise.
     """
 
     xs: Rows
@@ -49,7 +50,7 @@ class Solved(eqx.Module):
 
     method: AbstractDirection
     us: Rows
-    history: tuple[Float[Array, " rows"], Float[Array, " rows"]] | None
+    history: Any
     found: Found
     successful: Bool[Array, ""]
     with_states: bool = eqx.field(static=True)
@@ -67,11 +68,9 @@ class AbstractAdjoint(AbstractPart):
     def connect(self, chain: VectorChain, x0: Array, solved: Solved) -> Found:
         """What was found, as a function of the numbers of the chain and of x0."""
 
+    @abc.abstractmethod
     def without(self, chain: VectorChain, x0: Array, rest: PyTree) -> PyTree:
-        """What else is known; its derivatives are NaN."""
-        numbers, rest = eqx.partition(rest, eqx.is_inexact_array)
-        found = connected(_nan, (chain, x0), numbers, None)
-        return eqx.combine(found, rest)
+        """What else is known, and has no derivatives."""
 
 
 class NoAdjoint(AbstractAdjoint):
@@ -83,8 +82,7 @@ class NoAdjoint(AbstractAdjoint):
         return connected(_refuse, (chain, x0), solved.found, None)
 
     def without(self, chain, x0, rest):
-        numbers, rest = eqx.partition(rest, eqx.is_inexact_array)
-        return eqx.combine(connected(_refuse, (chain, x0), numbers, None), rest)
+        return connected(_refuse, (chain, x0), rest, None)
 
 
 def still(tree: PyTree) -> PyTree:
@@ -102,6 +100,7 @@ def connected(tangents: Callable, data: PyTree, out: PyTree, known: PyTree) -> P
     """
     numbers, rest = eqx.partition(data, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
+    out, fixed = eqx.partition(out, eqx.is_inexact_array)
     kept, form = eqx.partition((out, known), eqx.is_array)
 
     @jax.custom_jvp
@@ -115,13 +114,18 @@ def connected(tangents: Callable, data: PyTree, out: PyTree, known: PyTree) -> P
         out, (_, known) = call(*primals), eqx.combine(kept, form)
         return out, tangents(of, numbers, dots[0], out, known)
 
-    return call(numbers, arrays, kept)
+    return eqx.combine(call(numbers, arrays, kept), fixed)
 
 
-def _nan(of, primals, dots, out, known):
-    total = sum(jnp.sum(dot) for dot in jtu.tree_leaves(dots))
-    like = lambda a: jnp.broadcast_to(total, a.shape).astype(a.dtype)
-    return refused(jtu.tree_map(like, out), True)
+def with_nan(chain: VectorChain, x0: Array, rest: PyTree) -> PyTree:
+    """Numbers whose derivatives are NaN, where they are asked for."""
+
+    def tangents(of, numbers, dots, out, known):
+        total = sum(jnp.sum(dot) for dot in jtu.tree_leaves(dots))
+        like = lambda a: jnp.broadcast_to(total, a.shape).astype(a.dtype)
+        return refused(jtu.tree_map(like, out), True)
+
+    return connected(tangents, (chain, x0), rest, None)
 
 
 def _refuse(*args):

@@ -41,8 +41,8 @@ class Point(eqx.Module):
     us: Rows
     first: Float[Array, " _"]
     lams: Rows
-    rows: tuple[Array | None, ...]
-    end: Array | None
+    rows: tuple[Any, ...]
+    end: Any
 
     @property
     def trajectory(self) -> VectorTrajectory:
@@ -61,8 +61,8 @@ class Active(eqx.Module):
 
     lower: tuple[Bool[Array, "_ _"], ...]
     upper: tuple[Bool[Array, "_ _"], ...]
-    rows: tuple[Array | None, ...]
-    end: Array | None
+    rows: tuple[Any, ...]
+    end: Any
     weak: Float[Array, ""]
 
     def held(self, chain: VectorChain, z: Point) -> Point:
@@ -82,7 +82,7 @@ class Active(eqx.Module):
         return replace(z, us=us, rows=rows, end=masked(z.end, self.end))
 
 
-def masked(values: Array | None, on: Array | None) -> Array | None:
+def masked(values: Any, on: Any) -> Any:
     """The entries that are on, and 0."""
     return None if values is None else jnp.where(on, values, 0)
 
@@ -244,7 +244,7 @@ def active_at(chain: VectorChain, at: Point, gradients: Rows) -> Active:
 
     data = at.xs, at.us, chain.ts, at.rows, gradients, *chain.limits
     counts, rows, *sides = zip(*chain.map(stage, *data), strict=True)
-    weak, end = sum(map(jnp.sum, counts)), None
+    weak, end = jnp.sum(jnp.concatenate(counts)), None
     last = chain.end.rows
     if last is not None:
         end, more = of_rows(last, at.end, last.values(at.final))

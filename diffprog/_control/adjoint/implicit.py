@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..._chain.vector import VectorChain
 from ..._common.fast_loops import compiled, Loops
 from ..._common.tree import no, vary, where, yes
-from .base import AbstractAdjoint, connected, Found, refused, still
+from .base import AbstractAdjoint, connected, Found, refused, still, with_nan
 from .conditions import (
     Active,
     active_at,
@@ -117,6 +117,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         known = solved.successful
         return connected(self._tangents, (chain, x0), solved.found, known)
 
+    def without(self, chain, x0, rest):
+        return with_nan(chain, x0, rest)
+
     def settled(self, data: tuple[VectorChain, Array], found: Found) -> Settled:
         """The solution after a few exact steps, where derivatives are found."""
         chain, x0 = still(data)
@@ -141,8 +144,8 @@ class ImplicitAdjoint(AbstractAdjoint):
             found, of = conditions(chain, x0, at, active), matrices(chain, at, active)
             rounding = ROUNDINGS * jnp.finfo(chain.dtype).eps
             done = found.size <= rounding * scale_of(chain, at)
-            known = found.left, found.size, of, factorize(chain, of)
-            new = _Polish(at, *known, state.count + 1, done)
+            factors, count = factorize(chain, of), state.count + 1
+            new = _Polish(at, found.left, found.size, of, factors, count, done)
             ended = eqx.tree_at(lambda s: s.done, state, yes(done))
             return where(found.size < state.size, new, ended)
 
@@ -152,9 +155,9 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         zeros = lambda a: jnp.zeros(a.shape, a.dtype)
         nothing = jtu.tree_map(zeros, (start, *jax.eval_shape(empty)))
-        left, *unknown = nothing
+        left, of, factors = nothing
         far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
-        first = _Polish(start, left, far, *unknown, count, no(far))
+        first = _Polish(start, left, far, of, factors, count, no(far))
         goes_on = lambda state: ~state.done & (state.count <= MAX_STEPS)
         end = lax.while_loop(goes_on, step, vary(first, like=start))
         residual = end.size / scale_of(chain, end.at)
@@ -173,7 +176,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         at, active = known.at, known.active
 
         def found(numbers):
-            found = conditions(*of(numbers), at, active)
+            chain, x0 = of(numbers)
+            found = conditions(chain, x0, at, active)
             return found.value, found.left
 
         _, (value, left) = jax.jvp(found, (numbers,), (dots,))

@@ -5,6 +5,8 @@ active, C dx + D du = b, is given the weight 1 / delta, so that dy = (C dx + D d
 delta, and what is left of it is found by repeating the solve with what is left over.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,9 +35,9 @@ class Matrices(eqx.Module):
 
     AB: Stacks
     H: Stacks
-    CD: tuple[Array | None, ...]
+    CD: tuple[Any, ...]
     last: Float[Array, "n n"]
-    end: Array | None
+    end: Any
 
 
 class Factors(eqx.Module):

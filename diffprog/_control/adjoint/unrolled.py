@@ -11,7 +11,7 @@ from jax import lax
 
 from ..._chain.vector import run
 from ..._common.types import check_count
-from .base import AbstractAdjoint, connected, Found, refused, Solved
+from .base import AbstractAdjoint, connected, Found, refused, Solved, with_nan
 
 
 class UnrolledAdjoint(AbstractAdjoint):
@@ -51,8 +51,11 @@ class UnrolledAdjoint(AbstractAdjoint):
             )
         return connected(self._tangents, (chain, x0), solved.found, solved)
 
+    def without(self, chain, x0, rest):
+        return with_nan(chain, x0, rest)
+
     def _tangents(self, of, numbers, dots, found: Found, solved: Solved) -> Found:
-        again = lambda numbers: self._replayed(*of(numbers), solved)
+        again = lambda numbers: self._replayed(of(numbers), solved)
         new, out = jax.jvp(again, (numbers,), (dots,))
         tol = jnp.sqrt(jnp.finfo(found.cost.dtype).eps)
         far = [
@@ -61,14 +64,16 @@ class UnrolledAdjoint(AbstractAdjoint):
         ]
         return refused(out, jnp.any(jnp.stack(far)))
 
-    def _replayed(self, chain, x0, solved: Solved) -> Found:
+    def _replayed(self, data, solved: Solved) -> Found:
+        chain, x0 = data
+
         def iterate(trajectory, row):
             stepsize, damping = row
             local, at = chain.around(trajectory)
             expansion = solved.method.expand(local, at)
             sweep = solved.method.backward(local, at, expansion.model, damping)
-            taken = trajectory, expansion.model, sweep, stepsize
-            return solved.method.forward(chain, *taken)[0]
+            model = expansion.model
+            return solved.method.forward(chain, trajectory, model, sweep, stepsize)[0]
 
         @jax.checkpoint
         def step(trajectory, row):
