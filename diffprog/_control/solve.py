@@ -382,7 +382,7 @@ def solve(
     tolerances = rtol, atol, outer
     given = problem, method, x0, us, xs, search, state, *tolerances, *options
     check_kind("adjoint", adjoint, AbstractAdjoint, "dp.ImplicitAdjoint()")
-    return judged(_solve(*arguments(*given), adjoint), problem, throw)
+    return judged(_solve(*arguments(*given), adjoint=adjoint), problem, throw)
 
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:
