@@ -142,7 +142,7 @@ def test_the_derivative_of_the_cost_is_that_of_the_lagrangian():
     assert_close(found, jax.grad(along)(theta), 1e-10)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_second_derivatives_of_the_cost():
     theta = golden_theta()
     cost = lambda x0: golden_solution(theta | dict(x0=x0)).cost
@@ -184,7 +184,7 @@ def test_limits_of_controls():
         np.testing.assert_array_equal(jacobians[name][active], 0)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_a_limit_that_is_inactive_has_no_derivative():
     theta = pendulum_theta() | dict(most=jnp.asarray(60.0))
     found = jax.grad(lambda theta: weighted(pendulum(theta)))(theta)
@@ -215,7 +215,7 @@ def test_constraints_at_the_end():
     assert_close(jax.jacrev(fn)(theta), differences(fn, theta), 1e-5)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_derivatives_of_multipliers():
     """Of the terminal constraint: minus the derivative of the cost in the goal."""
     theta = mass_theta()
@@ -267,7 +267,7 @@ def test_an_unfinished_solve_has_no_implicit_derivative(mode):
     np.testing.assert_allclose(derivative(1.0, dp.UnrolledAdjoint()), 0.217320960)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_values_are_the_same_with_and_without_derivatives():
     theta = golden_theta()
     loss = lambda theta: golden_loss(theta, rtol=1e-5)
@@ -275,7 +275,7 @@ def test_values_are_the_same_with_and_without_derivatives():
     assert value == loss(theta)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_what_has_no_derivative_is_nan_and_spoils_nothing():
     theta = golden_theta()
 
@@ -292,7 +292,7 @@ def test_what_has_no_derivative_is_nan_and_spoils_nothing():
         assert all(np.all(np.isnan(a)) for a in bad.values())
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_guesses_have_no_derivative():
     theta = golden_theta()
 
@@ -305,7 +305,7 @@ def test_guesses_have_no_derivative():
         np.testing.assert_array_equal(found, 0)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_one_by_one_and_vectorized():
     theta = golden_theta()
     x0s = theta["x0"][None] + jnp.array([[0.0, 0.0], [0.05, 0.1], [-0.1, 0.0]])
@@ -334,7 +334,7 @@ def test_batches(fast_loops):
     np.testing.assert_allclose(jax.grad(loss)(theta["control"]), expected, rtol=1e-8)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_numbers_of_modules_and_of_functions():
     problem, x0, us = helpers.spring()
     T = len(us)
@@ -354,7 +354,7 @@ def test_numbers_of_modules_and_of_functions():
     )
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_local_coordinates():
     """Angles do what numbers do as long as they do not wrap."""
 
@@ -373,7 +373,7 @@ def test_local_coordinates():
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_phases_of_different_shapes():
     def solve(theta):
         first = dp.Phase(
@@ -394,7 +394,7 @@ def test_phases_of_different_shapes():
     assert_close(jax.grad(fn)(theta), differences(fn, theta), 1e-7)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_float32():
     theta = jtu.tree_map(lambda a: a.astype(jnp.float32), golden_theta())
 
@@ -409,7 +409,7 @@ def test_float32():
     assert_close(found, double(golden_theta()), 1e-2)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_a_kink_is_told_and_has_no_derivative():
     """Limits that the solution touches without pushing against them."""
     problem, x0, us = constrained.touching()
