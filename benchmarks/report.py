@@ -20,6 +20,7 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
+    "benchmarks-ticks": ("ticks",),
     "benchmarks-large": ("large", "large_lqr", "large_batch", "parts"),
 }
 TITLES = {
@@ -27,6 +28,7 @@ TITLES = {
     "benchmarks-limits": "Benchmarks with limits",
     "benchmarks-constraints": "Benchmarks with constraints",
     "benchmarks-states": "Benchmarks of starts from states",
+    "benchmarks-ticks": "Benchmarks of ticks",
     "benchmarks-large": "Benchmarks of large problems",
 }
 INTRODUCTION = """\

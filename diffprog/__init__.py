@@ -7,7 +7,12 @@ from ._chain.constraints import (
     Inequality as Inequality,
     StateBounds as StateBounds,
 )
+from ._chain.derivatives import (
+    FiniteDifferences as FiniteDifferences,
+    with_jacobian as with_jacobian,
+)
 from ._chain.discretize import discretize as discretize
+from ._chain.external import external as external
 from ._chain.manifold import AbstractManifold as AbstractManifold, Manifold as Manifold
 from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage
@@ -22,6 +27,12 @@ from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
 from ._common.saving import load as load, save as save
+from ._control.adjoint import (
+    AbstractAdjoint as AbstractAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    NoAdjoint as NoAdjoint,
+    UnrolledAdjoint as UnrolledAdjoint,
+)
 from ._control.batch import solve_batch as solve_batch
 from ._control.closed_loop import simulate as simulate, Simulation as Simulation
 from ._control.direction import (
@@ -36,6 +47,10 @@ from ._control.direction import (
     LinearRollout as LinearRollout,
     MoreauGradient as MoreauGradient,
     Newton as Newton,
+)
+from ._control.gradient_check import (
+    check_gradient as check_gradient,
+    GradientCheck as GradientCheck,
 )
 from ._control.layerwise import (
     layerwise_lqr as layerwise_lqr,

@@ -47,10 +47,9 @@ CONTROL = [
     ["records"],
     ["outer_loop"],
     ["loop", "solution"],
-    ["defaults"],
+    ["defaults", "adjoint"],
     ["solve", "layerwise"],
-    ["stepping", "batch"],
-    ["plan", "tick"],
+    ["stepping", "batch", "gradient_check", "plan", "tick"],
     ["mpc"],
     ["closed_loop"],
 ]

@@ -114,6 +114,17 @@ def by_hand(n):
     return dp.finish(problem, dp.step(problem, state), throw=False)
 
 
+spring = helpers.Spring()
+CONTROLLER = dp.MPC(dp.ControlProblem.from_system(spring, 3), dp.ILQR())
+
+
+def ticked(n):
+    """All that a controller does."""
+    _, x0, us = n.problem
+    _, state = CONTROLLER(x0, CONTROLLER.init(x0, us))
+    return CONTROLLER(x0, CONTROLLER.shift(state, 2), n.problem[0])
+
+
 def trained(oracle, loss=losses.Squared(), targets="y"):
     vd = dp.value_and_direction(loss, oracle)
 
@@ -123,6 +134,10 @@ def trained(oracle, loss=losses.Squared(), targets="y"):
         return vd(n.net, n.x, y), vd.step(n.net, state, n.x, y)
 
     return call
+
+
+def simulated(x, u, t):
+    return x * u
 
 
 def saved(n):
@@ -214,15 +229,32 @@ CONTROL = {
     "quadratize": lambda n: dp.quadratize(*n.problem),
     "costates": lambda n: dp.costates(*n.problem),
     "direction": lambda n: dp.direction(n.problem[0], dp.DDP(), *n.problem[1:]),
+    "check_gradient": lambda n: dp.check_gradient(
+        n.problem[0], dp.solve(n.problem[0], dp.ILQR(), *n.problem[1:])
+    ),
     "solve": lambda n: dp.solve(n.problem[0], dp.ILQR(), *n.problem[1:]),
     "solve_batch": lambda n: dp.solve_batch(n.problem[0], dp.ILQR(), *n.starts),
     "steps by hand": by_hand,
+    "MPC": ticked,
+    "simulate": lambda n: dp.simulate(
+        CONTROLLER,
+        spring.dynamics,
+        n.problem[1],
+        3,
+        n.size,
+        n.key,
+        state=CONTROLLER.init(*n.problem[1:]),
+    ),
     "solve_lqr": lambda n: dp.solve_lqr(lqr(n), n.zero + n.size),
     "solve_lqr in parallel": lambda n: dp.solve_lqr(
         lqr(n), n.zero + n.size, method=dp.ParallelRiccati()
     ),
     "Policy": lambda n: dp.solve_lqr(lqr(n), n.zero).policy(1, n.zero + n.size),
     "discretize": lambda n: dp.discretize(field, n.size)(n.row, n.row, 0),
+    "with_jacobian": lambda n: dp.with_jacobian(
+        field, dp.FiniteDifferences(n.size / 1e3)
+    )(n.row, n.row, 0),
+    "external": lambda n: dp.external(simulated)(n.row, n.row, 0),
     "Network": lambda n: n.stacked(n.sample),
     "Network of a batch": lambda n: jax.vmap(n.stacked)(n.x),
     "gradient of a Network": lambda n: jax.grad(lambda x: jnp.sum(n.stacked(x)))(

@@ -116,23 +116,13 @@ def _are_same(numbers: list, others: list) -> bool:
     )
 
 
-def undifferentiated(tree: PyTree) -> PyTree:
-    """The identity, which refuses to be differentiated."""
+def undifferentiated(tree: PyTree, message: str) -> PyTree:
+    """The identity, which says why it refuses to be differentiated."""
     numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(_undifferentiated(numbers), rest)
+    identity = jax.custom_jvp(lambda numbers: numbers)
 
+    @identity.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(message)
 
-@jax.custom_jvp
-def _undifferentiated(numbers):
-    return numbers
-
-
-@_undifferentiated.defjvp
-def _(primals, tangents):
-    raise NotImplementedError(
-        "Derivatives of `dp.solve` are not available yet: the solution depends on x0, "
-        "on us and on the numbers of the problem through a loop of unknown length. "
-        "Wrap these arguments in `jax.lax.stop_gradient`, or differentiate "
-        "`dp.rollout` at the solution (the envelope theorem gives the derivative of "
-        "the optimal cost)."
-    )
+    return eqx.combine(identity(numbers), rest)

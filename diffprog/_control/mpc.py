@@ -32,6 +32,12 @@ from .solve import check
 from .tick import awaiting, iterate, Outcome, resting
 
 
+UNFINISHED = (
+    "A tick of `dp.MPC` has no derivatives: it ends before its plan is solved. Those of "
+    "`dp.solve` are known. Or wrap the arguments in `jax.lax.stop_gradient`."
+)
+
+
 def _multipliers(vectorized: Vectorized, duals: Duals | None) -> dict[str, Any]:
     """Multipliers and penalties as a state has them."""
     if duals is None:
@@ -99,7 +105,7 @@ def _tick(controller: "MPC", problem: ControlProblem, x: PyTree, state: MPCState
     limits = tuple(side for (side,) in vectorized.chain.limits)
     state = replace(state, result=outcome.result, _past=past, _limits=limits)
     u = jtu.tree_map(lambda rows: rows[0], state.us)
-    return undifferentiated((u, state))
+    return undifferentiated((u, state), UNFINISHED)
 
 
 @door

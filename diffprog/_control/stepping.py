@@ -26,9 +26,17 @@ from .solve import (
     begun,
     check,
     duals_of,
+    found_of,
     judged,
     solution_of,
     solver_of,
+)
+
+
+BY_HAND = (
+    "A solve that is stepped by hand has no derivatives; that of `dp.solve` has: "
+    "`dp.solve(problem, method, x0, us)`. Or wrap the arguments in "
+    "`jax.lax.stop_gradient`."
 )
 
 
@@ -121,8 +129,8 @@ def _next_state(problem, state: SolverState) -> SolverState:
 def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
     duals = duals_of(vectorized.chain, loop)
-    options = state.outer, state.max_steps
-    return undifferentiated(solution_of(vectorized, loop, duals, *options))
+    options = found_of(loop, duals), state.outer, state.max_steps
+    return undifferentiated(solution_of(vectorized, loop, *options), BY_HAND)
 
 
 def init(
