@@ -64,14 +64,14 @@ def race(method) -> tuple:
 
 def latencies(controller, plant, x, state) -> numpy.ndarray:
     """Milliseconds of each tick."""
-    plant, found = jax.jit(lambda x, u, t: plant(x, u, t)), []
+    step, found = jax.jit(lambda x, u, t: plant(x, u, t)), []
     jax.block_until_ready(controller(x, controller(x, state)[1]))
     for tick in range(TICKS):
         x = jax.block_until_ready(x)
         start = time.perf_counter()
         u, state = jax.block_until_ready(controller(x, state))
         found.append(1e3 * (time.perf_counter() - start))
-        x = plant(x, u, tick)
+        x = step(x, u, tick)
     return numpy.array(found)
 
 

@@ -374,7 +374,7 @@ def test_a_race_car_stays_near_the_middle_of_the_track(iterations, caplog):
     move = lambda x, u, t: car.dynamics(x, u, t)
     drive = lambda x0: dp.simulate(mpc, move, x0, 200)
     found = drive(car.x0)
-    lower, upper = map(np.asarray, car.control_bounds)
+    lower, upper = map(np.asarray, car.control_bounds or ())
     us = np.asarray(found.us)
     assert np.all((lower <= us) & (us <= upper))
     errors = jax.vmap(car.lateral_error)(found.xs)
@@ -401,7 +401,7 @@ def test_wrong_calls_of_a_controller_say_so(unchecked):
     with pytest.raises(TypeError, match=r"`method` is .*; something like `dp.ILQR"):
         dp.MPC(problem, "ilqr")  # pyright: ignore
     with pytest.raises(TypeError, match="`problem` is .*ControlProblem"):
-        dp.MPC(helpers.two_phase()[0], dp.ILQR())
+        dp.MPC(helpers.two_phase()[0], dp.ILQR())  # pyright: ignore
     with pytest.raises(ValueError, match=r"`x` has the shapes \(3,\); .*\(2,\)"):
         mpc(jnp.zeros(3), state)
     with pytest.raises(ValueError, match="a plan of 15 stages, and the problem has 9"):

@@ -145,6 +145,6 @@ def simulate(
     found = _simulated(
         controller, plant, x0, replace(state, _manifold=None), noise, key, steps
     )
-    *record, last = found
+    xs, us, costs, results, last = found
     last = replace(last, _manifold=state._manifold)
-    return Simulation(*record, last)
+    return Simulation(xs, us, costs, results, last)

@@ -33,8 +33,8 @@ from .tick import awaiting, iterate, Outcome, resting
 
 
 UNFINISHED = (
-    "A tick of `dp.MPC` has no derivatives: it ends before its plan is solved. Those of "
-    "`dp.solve` are known. Or wrap the arguments in `jax.lax.stop_gradient`."
+    "A tick of `dp.MPC` has no derivatives, since it does not solve its plan to the "
+    "end; `dp.solve` has. Or wrap the arguments in `jax.lax.stop_gradient`."
 )
 
 

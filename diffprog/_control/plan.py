@@ -16,7 +16,6 @@ from .._common.tree import Layout
 from .._common.types import check_kind
 from .lqr import Policy
 from .search import SearchState
-from .solution import Multipliers
 
 
 class MPCState(eqx.Module):
@@ -41,9 +40,9 @@ class MPCState(eqx.Module):
     us: PyTree[Array]
     K: Float[Array, "*batch T m n"]
     cost: Float[Array, "*batch"]
-    multipliers: Multipliers | None
-    penalty: Float[Array, "*batch _"] | None
-    violation: Float[Array, "*batch"] | None
+    multipliers: Any
+    penalty: Any
+    violation: Any
     search: SearchState
     result: RESULTS
     _past: Bool[Array, "*batch"]  # the plan begins a stage before the next tick
