@@ -28,7 +28,7 @@ args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %%
-# The starts are tilted, and the cart may be pushed with 4 N. The numbers of a module are
+# The starts are tilted, and the cart may be pushed with 4 N. Numbers of a module are
 # data; these are positive, and learned as logarithms.
 horizon, limit = 40, 4.0
 tilts = jnp.pi / 180 * jnp.array([-15.0, -11.0, -6.0, 4.0, 9.0, 14.0])
@@ -96,7 +96,7 @@ for i in range(steps):
     losses.append(float(value))
     assert good and np.isfinite(value)
     if i % 35 == 0 or i == steps - 1:
-        print(f"{i:3d}  loss {value:.3e}  " + "  ".join(f"{v:.4f}" for v in numbers[-1]))
+        print(f"{i:3d}  loss {value:.3e} ", *(f"{v:.4f}" for v in numbers[-1]))
 
 # %%
 # The loss ends where the noise is, and the numbers where they were.
@@ -104,7 +104,7 @@ figure = Figure((10.0, 3.4), layout="constrained")
 left, middle, right = figure.subplots(1, 3)
 left.semilogy(losses, color="C3")
 left.axhline(1e-6, color="0.35", linewidth=1.0, linestyle="--")
-left.set(xlabel="step", ylabel="mean squared error", title="loss, and that of the noise")
+left.set(xlabel="step", ylabel="mean squared error", title="loss, that of the noise")
 for (name, true), curve in zip(truth.items(), np.transpose(numbers), strict=True):
     (line,) = middle.semilogy(curve, label=name.replace("_", " "))
     middle.axhline(true, color=line.get_color(), linewidth=1.0, linestyle="--")
