@@ -21,11 +21,11 @@ COLUMNS = {
     "first derivative s": "{:.1f}",
 }
 NOTES = (
-    "`dp.DDP`, float64, one thread, fast loops. The derivative is that of a number that "
-    "depends on all states and controls, in the first state, by reverse mode: the time "
-    "of a solve with it less that of a solve. `in iterations` divides it by the time "
-    "of an iteration, which is that of the solve divided by their number. The first "
-    "calls trace, compile and run.",
+    "`dp.DDP`, float64, one thread, fast loops. The derivative is that of a number "
+    "that depends on all states and controls, in the first state, by reverse mode: "
+    "the time of a solve with it less that of a solve. `in iterations` divides it by "
+    "the time of an iteration, which is that of the solve divided by their number. "
+    "The first calls trace, compile and run.",
 )
 
 
