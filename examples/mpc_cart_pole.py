@@ -39,7 +39,7 @@ ticks = 10 if args.fast else 200
 model = CartPole(dt=dt, friction=0.05, method="rk4")
 plant = CartPole(dt=dt / 10, friction=0.1, pole_mass=0.21)
 noise = jnp.array([0.005, 0.01, 0.05, 0.1])
-force, rail, margin = 6.0, 0.9, 0.1
+force, rail, margin = 8.0, 0.9, 0.1
 goal = jnp.array([0.0, model.target, 0.0, 0.0])
 
 

@@ -11,10 +11,12 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 LIMITS = {"car_racing.py": 255, "digits_gauss_newton.py": 165}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
+    "mpc_cart_pole.py": {"mpc_cart_pole.png"},
     "multilabel.py": {"multilabel.png"},
     "character_model.py": {"characters.png"},
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
+    "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
