@@ -223,6 +223,98 @@ for other in found:
 print("agree")
 """
 
+BATCH = """
+import equinox as eqx, jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+import diffprog as dp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tests import helpers
+
+stiffness = jnp.linspace(0.1, 0.6, 16)
+problems = dp.ControlProblem.from_system(helpers.Spring(stiffness=stiffness), 6)
+x0s = jnp.stack([jnp.linspace(-1.0, 1.0, 16), jnp.linspace(0.0, 0.5, 16)], axis=1)
+uss = jnp.full((16, 6, 1), 0.1)
+none = jax.tree.map(lambda _: None, problems)
+axes = eqx.tree_at(lambda p: p.system.stiffness, none, 0, is_leaf=lambda a: a is None)
+flat = jax.make_mesh((8,), ("problems",), axis_types=(AxisType.Auto,))
+grid = jax.make_mesh((2, 4), ("hosts", "cores"))
+
+def solve(x0s=x0s, n=None, **options):
+    some = eqx.tree_at(lambda p: p.system.stiffness, problems, stiffness[:n])
+    given = x0s[:n] if n else x0s
+    call = dict(in_axes=axes, history=True) | options
+    return dp.solve_batch(some, dp.ILQR(), given, uss[:n], **call)
+
+def agree(found, expected):
+    found, expected = jax.device_get((found, expected))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    for name in ("num_steps", "num_rollouts", "num_backwards"):
+        np.testing.assert_array_equal(found.stats[name], expected.stats[name])
+    np.testing.assert_array_equal(found.result._value, expected.result._value)
+
+whole = solve()
+assert np.ptp(whole.cost) > 0.01 and np.ptp(whole.stats["num_steps"]) > 0
+for mesh in (flat, grid):
+    found = solve(mesh=mesh)
+    agree(found, whole)
+    assert len(found.us.sharding.device_set) == 8
+    assert {a.data.shape for a in found.us.addressable_shards} == {(2, 6, 1)}
+    agree(found[3], whole[3])
+    for n in (3, 11):
+        agree(solve(n=n, mesh=mesh), jax.tree.map(lambda a: a[:n], whole))
+agree(solve(mesh=flat, fast_loops=False), whole)
+
+lines = []
+receive = lambda problems, **_: lines.append(problems)
+agree(solve(mesh=flat, batch_size=1, verbose=receive), whole)
+assert lines == [8, 8], lines
+agree(solve(n=11, mesh=grid, batch_size=1, verbose=receive), solve(n=11))
+assert lines == [8, 8, 6, 5], lines
+
+state = whole.state
+again = solve(mesh=flat, state=state, xss=whole.xs, max_steps=3)
+agree(again, solve(state=state, xss=whole.xs, max_steps=3))
+
+moves = ("all-reduce", "all-gather", "collective-permute", "all-to-all")
+for mesh in (flat, grid):
+    there = jax.device_put(x0s, NamedSharding(mesh, P(mesh.axis_names)))
+    for size in (None, 1):
+        inside = jax.jit(lambda x0s: solve(x0s, mesh=mesh, batch_size=size))
+        compiled = inside.lower(there).compile()
+        assert not [move for move in moves if move in compiled.as_text()]
+        agree(compiled(there), whole)
+    agree(solve(there, mesh=mesh), whole)
+    agree(solve(jax.device_put(x0s, jax.devices()[3]), mesh=mesh), whole)
+agree(jax.jit(lambda x0s: solve(x0s, n=11, mesh=flat))(x0s), solve(n=11))
+with jax.set_mesh(grid):
+    agree(solve(mesh=grid), whole)
+    agree(solve(n=11, mesh=grid), solve(n=11, mesh=None))
+    agree(jax.jit(lambda x0s: solve(x0s, mesh=grid))(there), whole)
+
+stop = dp.Equality(lambda x: x, name="stop")
+limits = jnp.array([-3.0]), jnp.array([3.0])
+to_rest = dp.ControlProblem.from_system(
+    helpers.Spring(), 6, limits, terminal_constraints=stop
+)
+rest = lambda **options: dp.solve_batch(
+    to_rest, dp.DDP(), 0.1 * x0s[:5], uss[:5], outer=dp.AugmentedLagrangian(), **options
+)
+agree(rest(mesh=grid), rest())
+assert np.all(rest().success)
+try:
+    jax.shard_map(
+        lambda x0s, uss: dp.solve_batch(to_rest, dp.DDP(), x0s, uss, mesh=flat).us,
+        mesh=flat, in_specs=P("problems"), out_specs=P("problems"),
+    )(x0s, uss)
+except ValueError as error:
+    assert "inside of `jax.shard_map` over" in str(error), error
+else:
+    raise AssertionError("a mesh in a mesh")
+print("agree")
+"""
+
 
 @pytest.mark.costly
 @pytest.mark.parametrize(
@@ -233,8 +325,9 @@ print("agree")
         pytest.param(CURVATURES, marks=pytest.mark.slow),
         FACTORS,
         PRECONDITIONERS,
+        BATCH,
     ),
-    ids=("solves", "vocabulary", "curvatures", "factors", "preconditioners"),
+    ids=("solves", "vocabulary", "curvatures", "factors", "preconditioners", "batch"),
 )
 def test_what_is_split_over_devices_equals_what_is_on_one(program):
     flags = (
