@@ -42,14 +42,14 @@ FLOORS = {
 NEVER = {("losses", "_chain")}
 # And so do the parts of a room that has some.
 CONTROL = [
-    ["lqr", "report"],
+    ["lqr", "report", "devices"],
     ["direction", "search", "outer", "gaps"],
     ["records"],
     ["outer_loop"],
     ["loop", "solution"],
-    ["defaults"],
+    ["defaults", "adjoint"],
     ["solve", "layerwise"],
-    ["stepping", "batch"],
+    ["stepping", "batch", "gradient_check"],
 ]
 OUTSIDE = ("systems", "plot")  # these see the public door only
 

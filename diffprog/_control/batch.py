@@ -19,11 +19,13 @@ from .._common.capture import put_together, Taken
 from .._common.changes import is_data, is_list, Same, shape_of
 from .._common.door import door
 from .._common.fast_loops import FastLoopsError
+from .._common.result import RESULTS
 from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
+from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .defaults import tolerance
-from .devices import check_mesh, joined, mesh_around, on_each, split
+from .devices import check_mesh, joined, mesh_around, on_each, own_rows, split
 from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
@@ -39,7 +41,7 @@ def _solve_all(shared, mapped, options):
 
 
 def _solve_share(size, max_steps, history, fast_loops, shared, mapped):
-    shared, method, search, rtol, atol, outer, begin = shared
+    shared, method, search, rtol, atol, outer, adjoint, begin = shared
     if begin is not None:
         rows = begin + jnp.arange(size)  # beyond the end it is the last one
         mapped = jtu.tree_map(lambda leaf: leaf.at[rows].get(mode="clip"), mapped)
@@ -50,6 +52,7 @@ def _solve_share(size, max_steps, history, fast_loops, shared, mapped):
         solution = solve(
             problem, method, x0, us, search, xs=xs, outer=outer, max_steps=max_steps,
             rtol=rtol, atol=atol, state=state, history=history, fast_loops=fast_loops,
+            adjoint=adjoint,
         )  # fmt: skip
         return on_manifold(solution, None)  # a function is no answer of a program
 
@@ -252,6 +255,7 @@ def solve_batch(
     history: bool = False,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
+    adjoint: AbstractAdjoint = ImplicitAdjoint(),
 ) -> Solution:
     r"""Solves many problems that differ in their numbers, first states and guesses.
 
@@ -262,7 +266,7 @@ def solve_batch(
     **Arguments:**
 
     - `problem`, `method`, `search`, `outer`, `max_steps`, `rtol`, `atol`,
-        `fast_loops`: as in [`diffprog.solve`][].
+        `fast_loops`, `adjoint`: as in [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
     - `xss`: first guesses of the states, arranged like `solution.xs` of a batch, or
@@ -273,16 +277,22 @@ def solve_batch(
         the problem, or like its upper part. Not given, it is `None`, but an array that
         has as many rows as there are problems (or a list of as many numbers or rows),
         and would also do with one row, is refused.
-    - `batch_size`: at most so many problems at once; all unless given. It bounds the
-        memory; a last batch that is not full is filled up with copies.
+    - `mesh`: a `jax.sharding.Mesh` over whose devices the problems are split, by all of
+        its axes. Each device solves its share and waits for no other; shares that are
+        not full are filled up with copies. See
+        [Several devices](../several-devices.md).
+    - `batch_size`: at most so many problems at once on each device; all unless given.
+        It bounds the memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.
     - `history`: whether to record each iteration of each problem; takes
         `problems * (max_steps + 1) * 6` numbers.
     - `verbose`: `True` prints one line for each batch; a function receives its figures
-        by name. The cost is the average of those that are finite.
+        by name. The cost is the average of those that are finite. Of several processes
+        each reports the problems of its own devices.
 
-    **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis.
-    Nothing is raised for a problem that fails: look at `solution.result`.
+    **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis,
+    split over the devices of a `mesh` if that is possible evenly, else all of them on
+    each. Nothing is raised for a problem that fails: look at `solution.result`.
 
     **Fails:** `ValueError` or `TypeError` at once for a wrong call.
 
@@ -320,16 +330,17 @@ def solve_batch(
         first = np.asarray(begin) if size < share else None
         with noted(ft.partial(_note, numbers, x0s, uss, problem, num_problems)):
             part = _solve_all(
-                (shared, method, search, *tolerances, outer, first),
+                (shared, method, search, *tolerances, outer, adjoint, first),
                 mapped,
                 (size, max_steps, bool(history), fast_loops, Same(mesh)),
             )
         if verbose and not isinstance(part.cost, Tracer):
             rows = begin + np.arange(size)
-            all_rows = rows + share * np.arange(num_devices)[:, None]
-            given = ((rows < share) & (all_rows < num_problems)).ravel()
+            problems = rows + share * np.arange(num_devices)[:, None]
+            given = ((rows < share) & (problems < num_problems)).ravel()
             number = f"{begin // size + 1} of {-(-share // size)}"
-            _report(verbose, number, part, given, start)
+            figures = part.cost, part.result, part.stats["num_steps"]
+            _report(verbose, number, *own_rows(figures, given), start)
         parts.append(part)
     solution = joined(parts, mesh, share, num_problems)
     return on_manifold(solution, problem.manifold)
@@ -361,16 +372,16 @@ def _note(numbers, x0s: PyTree, uss: PyTree, problem, num_problems: int) -> str:
     )
 
 
-def _report(verbose, batch: str, solution: Solution, given: np.ndarray, start: float):
+def _report(verbose, batch: str, costs, results, num_steps, start: float):
     """Prints one line, or hands it to the user's function by name."""
-    finite = np.isfinite(solution.cost) & given
+    finite = np.isfinite(costs)
     printed = ft.partial(print_batch, int(finite.sum()))
     receive = verbose if callable(verbose) else printed
     receive(
         batch=batch,
-        problems=int(given.sum()),
-        successful=int(np.sum(solution.success & given)),
-        iterations=float(np.mean(solution.stats["num_steps"], where=given)),
-        cost=float(np.mean(solution.cost, where=finite)),
+        problems=len(costs),
+        successful=int(np.sum(results == RESULTS.successful)),
+        iterations=float(jnp.mean(num_steps)),
+        cost=float(jnp.mean(costs, where=finite)),
         seconds=time.perf_counter() - start,
     )

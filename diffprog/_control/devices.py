@@ -100,18 +100,6 @@ def _joined(parts, mesh, share, num_rows):
     return jtu.tree_map(lambda leaf: leaf[:num_rows], whole)
 
 
-def own_rows(tree: PyTree) -> PyTree:
-    """The rows that are on the devices of this process, each array one of NumPy."""
-
-    def own(leaf):
-        if is_known(leaf):
-            return np.asarray(leaf)
-        shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start)
-        return np.concatenate([np.asarray(shard.data) for shard in shards])
-
-    return jtu.tree_map(own, tree)
-
-
 def _rows(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(mesh.axis_names)
 
@@ -129,3 +117,16 @@ def _put(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
         return jax.make_array_from_callback(rows.shape, place, rows.__getitem__)
 
     return jtu.tree_map(put, tree)
+
+
+def own_rows(tree: PyTree, given: np.ndarray) -> PyTree:
+    """The rows of this process that are `given`: others are for others to look at."""
+
+    def own(leaf):
+        if is_known(leaf):
+            return np.asarray(leaf)[given]
+        shards = {shard.index[0]: shard.data for shard in leaf.addressable_shards}
+        ordered = sorted(shards, key=lambda rows: rows.start or 0)
+        return np.concatenate([np.asarray(shards[i])[given[i]] for i in ordered])
+
+    return jtu.tree_map(own, tree)
