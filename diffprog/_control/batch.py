@@ -25,7 +25,15 @@ from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .defaults import tolerance
-from .devices import check_mesh, joined, mesh_around, on_each, own_rows, split
+from .devices import (
+    check_mesh,
+    given_rows,
+    joined,
+    mesh_around,
+    on_each,
+    own_rows,
+    split,
+)
 from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
@@ -325,22 +333,18 @@ def solve_batch(
         mapped = split(mesh, mapped, num_problems)
     share = -(-num_problems // num_devices)
     size, parts = min(batch_size or share, share), []
+    options = size, max_steps, bool(history), fast_loops, Same(mesh)
     for begin in range(0, share, size):
         start = time.perf_counter()
         first = np.asarray(begin) if size < share else None
         with noted(ft.partial(_note, numbers, x0s, uss, problem, num_problems)):
-            part = _solve_all(
-                (shared, method, search, *tolerances, outer, adjoint, first),
-                mapped,
-                (size, max_steps, bool(history), fast_loops, Same(mesh)),
-            )
+            common = shared, method, search, *tolerances, outer, adjoint, first
+            part = _solve_all(common, mapped, options)
         if verbose and not isinstance(part.cost, Tracer):
-            rows = begin + np.arange(size)
-            problems = rows + share * np.arange(num_devices)[:, None]
-            given = ((rows < share) & (problems < num_problems)).ravel()
-            number = f"{begin // size + 1} of {-(-share // size)}"
+            rows = range(begin, begin + size), share, num_devices, num_problems
             figures = part.cost, part.result, part.stats["num_steps"]
-            _report(verbose, number, *own_rows(figures, given), start)
+            number = f"{begin // size + 1} of {-(-share // size)}"
+            _report(verbose, number, *own_rows(figures, given_rows(*rows)), start)
         parts.append(part)
     solution = joined(parts, mesh, share, num_problems)
     return on_manifold(solution, problem.manifold)

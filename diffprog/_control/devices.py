@@ -119,14 +119,20 @@ def _put(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
     return jtu.tree_map(put, tree)
 
 
+def given_rows(batch: range, share: int, num_devices: int, num_rows: int):
+    """Which rows of a batch of each share are no repeated ones."""
+    rows = np.array(batch) + share * np.arange(num_devices)[:, None]
+    return ((np.array(batch) < share) & (rows < num_rows)).ravel()
+
+
 def own_rows(tree: PyTree, given: np.ndarray) -> PyTree:
     """The rows of this process that are `given`: others are for others to look at."""
 
     def own(leaf):
         if is_known(leaf):
             return np.asarray(leaf)[given]
-        shards = {shard.index[0]: shard.data for shard in leaf.addressable_shards}
-        ordered = sorted(shards, key=lambda rows: rows.start or 0)
-        return np.concatenate([np.asarray(shards[i])[given[i]] for i in ordered])
+        shards = sorted(leaf.addressable_shards, key=lambda own: own.index[0].start)
+        rows = [np.asarray(own.data)[given[own.index[0]]] for own in shards]
+        return np.concatenate(rows)
 
     return jtu.tree_map(own, tree)
