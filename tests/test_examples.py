@@ -16,6 +16,7 @@ FILES = {
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "line_of_states.py": {"line_of_states.png"},
+    "many_devices.py": {"many_devices.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},
