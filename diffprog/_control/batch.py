@@ -344,7 +344,7 @@ def solve_batch(
             rows = range(begin, begin + size), share, num_devices, num_problems
             figures = part.cost, part.result, part.stats["num_steps"]
             number = f"{begin // size + 1} of {-(-share // size)}"
-            _report(verbose, number, *own_rows(figures, given_rows(*rows)), start)
+            _report(verbose, number, own_rows(figures, given_rows(*rows)), start)
         parts.append(part)
     solution = joined(parts, mesh, share, num_problems)
     return on_manifold(solution, problem.manifold)
@@ -376,8 +376,9 @@ def _note(numbers, x0s: PyTree, uss: PyTree, problem, num_problems: int) -> str:
     )
 
 
-def _report(verbose, batch: str, costs, results, num_steps, start: float):
+def _report(verbose, batch: str, figures: tuple, start: float):
     """Prints one line, or hands it to the user's function by name."""
+    costs, results, num_steps = figures
     finite = np.isfinite(costs)
     printed = ft.partial(print_batch, int(finite.sum()))
     receive = verbose if callable(verbose) else printed
