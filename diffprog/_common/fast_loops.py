@@ -56,7 +56,8 @@ reduce_prod reduce_sum
 """.split()
 
 # Operations per number. A function counts as what it expands to.
-WORK: dict[str, int] = dict.fromkeys(MOVES, 0) | dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
+WORK: dict[str, int] = dict.fromkeys(MOVES, 0)
+WORK |= dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
 WORK |= dict.fromkeys(FUNCTIONS, 40)
 
 # XLA hands a reduction of 4096 numbers to a library. It splits over threads what moves
