@@ -20,6 +20,7 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .linalg import eliminate, ELIMINATED
@@ -37,7 +38,7 @@ CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".s
 MOVES = """
 and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p
 dynamic_slice dynamic_update_slice eq eq_to gather ge gt iota is_finite le le_to lt
-lt_to ne not or pad pcast population_count pvary reshape rev scatter scatter-add
+lt_to ne not or pad pcast population_count pvary reshape reshard rev scatter scatter-add
 select_n shift_left shift_right_arithmetic shift_right_logical slice split squeeze
 stack stop_gradient tile transpose unstack xor
 """.split()
@@ -55,7 +56,8 @@ reduce_prod reduce_sum
 """.split()
 
 # Operations per number. A function counts as what it expands to.
-WORK = dict.fromkeys(MOVES, 0) | dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
+WORK: dict[str, int] = dict.fromkeys(MOVES, 0)
+WORK |= dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
 WORK |= dict.fromkeys(FUNCTIONS, 40)
 
 # XLA hands a reduction of 4096 numbers to a library. It splits over threads what moves
@@ -183,9 +185,18 @@ def _is_known(closed: ClosedJaxpr) -> bool:
     return all(
         all(map(_is_known, _inner(eqn)))
         if eqn.primitive.name in CALLS
-        else eqn.primitive.name in WORK
+        else _is_listed(eqn)
         for eqn in closed.jaxpr.eqns
     )
+
+
+def _is_listed(eqn) -> bool:
+    """Whether a primitive is on the list; between devices nothing may move."""
+    name = eqn.primitive.name
+    if name == "reshard":  # inside `shard_map` it is the identity
+        kinds = eqn.outvars[0].aval.sharding.mesh.axis_types
+        return set(kinds) == {AxisType.Manual}
+    return name in WORK
 
 
 def obstacle(closed: ClosedJaxpr) -> str | None:
@@ -220,7 +231,7 @@ def _work(closed: ClosedJaxpr) -> int:
 
 def _check(name: str, eqn) -> int:
     """Operations of one primitive, if it is safe."""
-    if name not in WORK:
+    if not _is_listed(eqn):
         raise _Obstacle(f"the primitive `{name}`")
     ins, outs = ([v.aval for v in vs] for vs in (eqn.invars, eqn.outvars))
     for array in (*ins, *outs):
