@@ -315,6 +315,16 @@ def test_one_by_one_and_vectorized():
     np.testing.assert_allclose(jax.lax.map(slope, x0s), one, rtol=1e-8)
 
 
+def test_unrolled_derivatives_of_vectorized_solves():
+    problem, x0, us = helpers.spring(6)
+    options: Any = dict(max_steps=10, adjoint=dp.UnrolledAdjoint())
+    one = lambda x0: jnp.sum(dp.solve(problem, dp.ILQR(), x0, us, **options).us ** 2)
+    x0s = jnp.stack([x0, 0.5 * x0])
+    together = jax.grad(lambda x0s: jnp.sum(jax.vmap(one)(x0s)))(x0s)
+    expected = jnp.stack([jax.grad(one)(x0) for x0 in x0s])
+    np.testing.assert_allclose(together, expected, rtol=1e-9)
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [None, False])
 def test_batches(fast_loops):

@@ -68,7 +68,8 @@ class UnrolledAdjoint(AbstractAdjoint):
         chain, x0 = data
 
         def iterate(trajectory, row):
-            stepsize, damping = row
+            # Under `vmap` this runs after the end as well, where the numbers are NaN.
+            stepsize, damping = (jnp.where(jnp.isfinite(a), a, 0) for a in row)
             local, at = chain.around(trajectory)
             expansion = solved.method.expand(local, at)
             sweep = solved.method.backward(local, at, expansion.model, damping)
