@@ -1,0 +1,100 @@
+"""Loop bodies written out number by number give what the loops give, or stay."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import diffprog as dp
+from diffprog._common import straight
+from diffprog._common.fast_loops import compiled
+
+from . import helpers
+from .test_fast_loops import agree, both, usual
+
+
+@pytest.fixture
+def every_body(monkeypatch):
+    """Bodies of any size are written out."""
+    monkeypatch.setattr(straight, "LEAST", 0)
+    monkeypatch.setattr(straight, "LEAST_PER_NUMBER", 0)
+
+
+def stage(carry, row):
+    """Of every rule."""
+    (x, count), (a, t) = carry, row
+    first, rest = jnp.split(x, [1])
+    product = jnp.outer(x, a) @ jnp.diag(jnp.asarray([1.0, 0.0, 2.0])) @ x
+    batch = lax.dot_general(jnp.stack([x, a]), x[None], (((1,), (1,)), ((), ())))
+    looked = jnp.where(t > 3, jnp.sin(x), jnp.pad(rest, (0, 1))) + 0.0 * jnp.exp(a)
+    bounded = jnp.clip(jnp.flip(a), -0.5, first[0]) ** 3 + jnp.arange(3.0)
+    largest = jnp.max(jnp.abs(x)) - jnp.min(a) + jnp.prod(jnp.cos(x))
+    known = jnp.logical_and(jnp.isfinite(x), True) & (a < 1.0)
+    count = count + (jnp.all(known) | jnp.any(x > a)).astype(jnp.int32)
+    x = 0.5 * x + 0.1 * (looked + product / (1 + largest**2) + batch.sum())
+    x = jnp.concatenate([x[1:], x[:1] * 1.0]) - jnp.reshape(bounded, (1, 3))[0] / 9
+    return (x, count), (x[::2], count, t + t)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 12])
+def test_lines_equal_loops(length, reverse, every_body):
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(length, 3))), jnp.arange(length)
+    start = jnp.asarray(rng.normal(size=3)), jnp.int32(0)
+    loop = ft.partial(lax.scan, stage, reverse=reverse)
+    fast = usual(lambda *given: compiled(lambda _: loop(*given), True))
+    assert "reduce_window" in fast.lower(start, rows).as_text()
+    agree(fast(start, rows), loop(start, rows))
+
+
+def lines(body, x) -> bool:
+    loop = lambda x: lax.scan(lambda x, _: (body(x), x), x, None, length=8)
+    fast = jax.jit(lambda x: compiled(lambda _: loop(x), True))
+    return "reduce_window" in fast.lower(x).as_text()
+
+
+def test_bodies_that_are_long_or_move_numbers_only_stay_loops():
+    x = jnp.ones(4)
+    repeated = lambda n: lambda x: ft.reduce(lambda x, k: jnp.sin(x + k), range(n), x)
+    assert not lines(repeated(2), x)
+    assert lines(repeated(30), x)
+    assert not lines(repeated(300), x)
+    looped = lambda x: lax.while_loop(lambda x: x[0] < 0, repeated(30), x)
+    assert not lines(looped, x)
+
+
+def test_what_is_known_needs_no_operation():
+    known = np.diag([1.0, 0.0, 1.0])
+    count = lambda fn: straight._operations(jax.make_jaxpr(fn)(jnp.ones((3, 3))))
+    assert count(lambda x: jnp.asarray(known) @ x + jnp.zeros((3, 3))) == 0
+    assert count(lambda x: jnp.where(jnp.eye(3) > 0, x, x.T)) == 0
+    assert count(lambda x: x @ x) == 9 * 5
+    assert count(lambda x: jnp.sum(x + x) + jnp.sum(x + x)) == 9 + 8 + 1
+
+
+@pytest.mark.parametrize("method", [dp.ILQR(), dp.DDP()], ids=helpers.name)
+def test_solves_equal_those_of_ordinary_loops(method):
+    problem, x0, us = helpers.pendulum(24)
+    lowered = jax.jit(lambda us: dp.solve(problem, method, x0, us).us).lower(us)
+    assert "reduce_window" in lowered.as_text()
+    fast, plain = both(problem, x0, us, method)
+    agree(fast.us, plain.us, atol=1e-8)
+    agree(fast.policy, plain.policy, atol=1e-6)
+    for key in ("num_steps", "num_rollouts", "num_backwards"):
+        assert fast.stats[key] == plain.stats[key]
+
+
+def test_a_derivative_that_is_not_finite_has_the_same_code():
+    root = lambda x, u, t: x + 0.1 * u + jnp.sqrt(jnp.abs(x)) * 0.01
+    squares = lambda x, u, t: jnp.sum(x**2) + jnp.sum(u**2)
+    problem = dp.ControlProblem(root, squares, lambda x: jnp.sum(x**2), 8)
+    solve = lambda: both(
+        problem, jnp.zeros(2), jnp.zeros((8, 2)), dp.DDP(), throw=False
+    )
+    fast, plain = solve()
+    assert fast.result == plain.result != dp.RESULTS.successful
+    assert fast.stats["first_nonfinite"] == plain.stats["first_nonfinite"]
