@@ -11,9 +11,13 @@ from jax import lax
 import diffprog as dp
 from diffprog._common import straight
 from diffprog._common.fast_loops import compiled
+from diffprog._common.primitives import FUNCTIONS
 
 from . import helpers
 from .test_fast_loops import agree, both, usual
+
+
+TWO = "atan2", "nextafter", "pow"
 
 
 @pytest.fixture
@@ -49,6 +53,24 @@ def test_lines_equal_loops(length, reverse, every_body):
     fast = usual(lambda *given: compiled(lambda _: loop(*given), True))
     assert "reduce_window" in fast.lower(start, rows).as_text()
     agree(fast(start, rows), loop(start, rows))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_functions_and_compensated_sums_are_as_accurate(dtype, every_body):
+    """A sum whose order counts is not put into another."""
+    one = [getattr(lax, n) for n in FUNCTIONS if n not in ("acosh", *TWO)]
+    two = [getattr(lax, n) for n in TWO]
+
+    def every(x):
+        large = 0.1 / float(jnp.finfo(dtype).eps)
+        out = [f(x) for f in one] + [f(x, 0.7 * x + 0.1) for f in two]
+        return jnp.stack([*out, lax.acosh(1 + x), lax.exp(30 * x), (x + large) - large])
+
+    x = jnp.linspace(0.01, 0.99, 40, dtype=dtype)
+    loop = lambda x: lax.scan(lambda c, x: (c, every(x)), 0.0, x)[1]
+    fast = usual(lambda x: compiled(lambda _: loop(x), True))
+    assert "reduce_window" in fast.lower(x).as_text()
+    agree(fast(x), jax.jit(every)(x).T, rtol=8 * float(jnp.finfo(dtype).eps), atol=0)
 
 
 def lines(body, x) -> bool:

@@ -280,6 +280,9 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
             outs = eqn.primitive.bind(*ins, **params)
         elif whole and _is_eliminated(eqn):
             outs = eliminate(*map(jnp.asarray, ins))
+        # Fused, XLA would compute each entry of the matrix for both of its places.
+        elif whole and params.get("name") == "symmetrize":
+            outs = eqn.primitive.bind(*ins, **params)
         elif name in CALLS:
             (inner,) = inner_programs(eqn)
             outs = _run(inner.jaxpr, inner.consts, tuple(ins), whole)

@@ -25,8 +25,11 @@ from .primitives import BY_ENTRY, CALLS, inner_programs
 from .zeros import MOVES
 
 
-# Of one stage, and of all in a line; at most so many stages.
+# Operations of one stage, and of all in a line; stages in a line. What is longer is no
+# faster, and takes long to compile.
 MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 4
+# Operations of one stage, also for each number that goes in or out: with fewer, moving
+# the numbers costs what is saved.
 LEAST, LEAST_PER_NUMBER = 100, 3
 
 NUMBERWISE = {*BY_ENTRY, *"and eq ge gt is_finite le lt ne not or xor".split()}
@@ -42,7 +45,7 @@ REDUCERS: dict[str, Callable] = dict(
 
 
 class _NotStraight(Exception):
-    pass
+    """A program has to stay as it is."""
 
 
 def straight_scan(eqn: Any, ins: list) -> list[Array] | None:
@@ -95,7 +98,7 @@ def _run_line(
     def program(numbers):
         left = iter(numbers)
         arrays = [_objects(a.shape, list(it.islice(left, a.size))) for a in ins]
-        line = _Line(MAX_LINE)
+        line = _Line(math.inf)
         fixed, rows = arrays[: len(consts)], arrays[len(consts) + last :]
         carry, outs = arrays[len(consts) : len(consts) + last], {}
         for k in stages:
@@ -110,10 +113,10 @@ def _run_line(
     pairs = zip(results, sizes, strict=True)
     dtypes = [dtype for (_, dtype), size in pairs for _ in range(size)]
     left = iter(_apply(program, cells, dtypes))
-    join = lambda shape, dtype, size: jnp.concatenate(
-        [*it.islice(left, size)] or [jnp.zeros(0, dtype)]
-    ).reshape(shape)
-    found = [join(*result, n) for result, n in zip(results, sizes, strict=True)]
+    found = []
+    for (shape, dtype), size in zip(results, sizes, strict=True):
+        own = [*it.islice(left, size)] or [jnp.zeros(0, dtype)]
+        found.append(jnp.concatenate(own).reshape(shape))
     return found[:last], found[last:]
 
 
@@ -159,9 +162,12 @@ def _filled(shape: tuple, fn: Callable) -> np.ndarray:
 
 
 class _Line:
-    """Runs a program on arrays of numbers, of which some are known."""
+    """Runs a program on arrays of numbers, of which some are known.
 
-    def __init__(self, most: int):
+    The same operation is done once; `most` is how many there may be.
+    """
+
+    def __init__(self, most: int | float):
         self.most = most
         self.found: dict[tuple, tuple] = {}
 
@@ -197,7 +203,8 @@ class _Line:
             a = a.reshape(*aval.shape, -1)
             return [_filled(aval.shape, lambda i: self.reduced(name, aval, list(a[i])))]
         if name == "dot_general":
-            return [self.product(aval, *ins, params["dimension_numbers"])]
+            a, b = ins
+            return [self.product(aval, a, b, params["dimension_numbers"])]
         if name in MOVES:
             return MOVES[name](ins, params, [v.aval.shape for v in eqn.outvars])
         raise _NotStraight(name)
