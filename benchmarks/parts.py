@@ -71,32 +71,33 @@ def of_method(problem, method, us) -> dict:
     zero, one = jnp.zeros(()), jnp.ones(())
     within = lambda loops: dataclasses.replace(vectorized.chain, loops=loops)
     at = roll_out(vectorized.chain, *vectorized.ravel(x0, us))
-    near = lambda us, at: dataclasses.replace(at, us=us)
+    # What only states are read for must not be found once for all repeats.
+    near = lambda first, at: dataclasses.replace(at, xs=first[0], us=first[1])
 
-    def derivatives(loops, us, at):
-        found = linear_quadratic(within(loops), near(us, at), stored=True).model
+    def derivatives(loops, first, at):
+        found = linear_quadratic(within(loops), near(first, at), stored=True).model
         return found.V, found.F, found.W
 
     def sweep(loops, V, at, F, W):
         model = Stored(V, F, W, symmetric=W)
         return method.backward(within(loops), at, model, zero)
 
-    def backward(loops, us, at):
-        chain, at = within(loops), near(us, at)
+    def backward(loops, first, at):
+        chain, at = within(loops), near(first, at)
         return method.backward(chain, at, method.expand(chain, at).model, zero)
 
-    def trial(loops, us, at, found):
-        return method.forward(within(loops), near(us, at), None, found, one)
+    def trial(loops, first, at, found):
+        return method.forward(within(loops), near(first, at), None, found, one)
 
-    found, both = part(backward, at.us, at)
+    found, both = part(backward, (at.xs, at.us), at)
     if isinstance(method, dp.DDP):
         return {"backward us": both}
-    (V, F, W), first = part(derivatives, at.us, at)
+    (V, F, W), first = part(derivatives, (at.xs, at.us), at)
     return {
         "derivatives us": first,
         "sweep us": part(sweep, V, at, F, W)[1],
         "backward us": both,
-        "roll-out us": part(trial, at.us, at, found)[1],
+        "roll-out us": part(trial, (at.xs, at.us), at, found)[1],
     }
 
 

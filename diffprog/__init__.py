@@ -7,7 +7,12 @@ from ._chain.constraints import (
     Inequality as Inequality,
     StateBounds as StateBounds,
 )
+from ._chain.derivatives import (
+    FiniteDifferences as FiniteDifferences,
+    with_jacobian as with_jacobian,
+)
 from ._chain.discretize import discretize as discretize
+from ._chain.external import external as external
 from ._chain.manifold import AbstractManifold as AbstractManifold, Manifold as Manifold
 from ._chain.metric import StageMetric as StageMetric
 from ._chain.network import Network as Network, Stage as Stage

@@ -598,7 +598,7 @@ def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
     arm, (q, qd, u, a) = Arm(), map(jnp.asarray, POINT)
     links = arm._links(q)
     expected = jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2))(q, qd, a)
-    found = rigid._slopes(links, rigid._bodies(links, q), qd, a)
+    found = rigid._slopes(links, rigid._bodies(links, q, qd), qd, a)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 

@@ -125,6 +125,10 @@ def trained(oracle, loss=losses.Squared(), targets="y"):
     return call
 
 
+def simulated(x, u, t):
+    return x * u
+
+
 def saved(n):
     with tempfile.NamedTemporaryFile() as file:
         dp.save(file.name, n.matrices)
@@ -223,6 +227,10 @@ CONTROL = {
     ),
     "Policy": lambda n: dp.solve_lqr(lqr(n), n.zero).policy(1, n.zero + n.size),
     "discretize": lambda n: dp.discretize(field, n.size)(n.row, n.row, 0),
+    "with_jacobian": lambda n: dp.with_jacobian(
+        field, dp.FiniteDifferences(n.size / 1e3)
+    )(n.row, n.row, 0),
+    "external": lambda n: dp.external(simulated)(n.row, n.row, 0),
     "Network": lambda n: n.stacked(n.sample),
     "Network of a batch": lambda n: jax.vmap(n.stacked)(n.x),
     "gradient of a Network": lambda n: jax.grad(lambda x: jnp.sum(n.stacked(x)))(

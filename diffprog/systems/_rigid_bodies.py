@@ -31,63 +31,58 @@ def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-# a x b = C b, where C is the sum of a_i times the i-th of these matrices: one product
-# is compiled much sooner than a matrix put together from entries.
-_CROSS = np.cross(np.eye(3)[:, None], np.eye(3)).transpose(0, 2, 1)
-_CROSSES = np.zeros((2, 3, 2, 3, 2, 3))
-_CROSSES[0, :, 0, :, 0] = _CROSSES[0, :, 1, :, 1] = _CROSSES[1, :, 1, :, 0] = _CROSS
-_FORCES = np.zeros((2, 3, 2, 3, 2, 3))
-_FORCES[0, :, 0, :, 0] = _FORCES[1, :, 0, :, 1] = _FORCES[1, :, 1, :, 0] = _CROSS
+_EYE = np.eye(3)
+_CROSS = np.cross(_EYE[:, None], _EYE).transpose(0, 2, 1)  # a x b = sum_i a_i C_i b
 
 
-def _contract(vectors: Array, tensor: np.ndarray) -> Array:
-    like = jnp.asarray(tensor, vectors.dtype)
-    return jnp.tensordot(vectors, like, 1, precision="highest")
+def _joined(w: Array, v: Array) -> Array:
+    return jnp.concatenate([w, v], -1)
 
 
-def _skew(vectors: Array) -> Array:
-    """The matrices that multiply by a cross product, shape `(..., 3, 3)`."""
-    return _contract(vectors, _CROSS)
+def _parts(rows: Array) -> tuple[Array, Array]:
+    return rows[..., :3], rows[..., 3:]
 
 
-def _join(a: Array, b: Array, c: Array, d: Array) -> Array:
-    """[[a, b], [c, d]] of matrices of 3 x 3."""
-    rows = jnp.concatenate([a, b], -1), jnp.concatenate([c, d], -1)
-    return jnp.concatenate(rows, -2)
+def _crosses(vectors: Array, rows: Array) -> tuple[Array, Array]:
+    """Products of vectors with both parts of rows."""
+    both = jnp.cross(vectors[:, None], rows.reshape(-1, 2, 3))
+    return both[:, 0], both[:, 1]
 
 
-def _crosses(motions: Array) -> Array:
-    """The matrices that say how a motion changes which moves along with another.
+def _moves(motions: Array, rows: Array) -> Array:
+    """How motions change other motions that move along with them."""
+    w, v = _parts(motions)
+    turned, slid = _crosses(w, rows)
+    return _joined(turned, slid + jnp.cross(v, rows[:, :3]))
 
-    Minus their transposes say it of forces.
-    """
-    return _contract(motions, _CROSSES.reshape(6, 6, 6))
 
-
-def _crosses_of(forces: Array) -> Array:
-    """Of a motion: minus how these forces change that move along with it."""
-    return _contract(forces, _FORCES.reshape(6, 6, 6))
+def _moves_forces(motions: Array, forces: Array) -> Array:
+    """How motions change forces that move along with them."""
+    w, v = _parts(motions)
+    torque, force = _crosses(w, forces)
+    return _joined(torque + jnp.cross(v, forces[:, 3:]), force)
 
 
 def _apply(matrices: Array, vectors: Array) -> Array:
     return jnp.sum(matrices * vectors[..., None, :], -1)
 
 
-def _outward(rows: Array) -> Array:
+def _outward(rows: Any, reverse: bool = False) -> Any:
     """Sums over a joint and those before it."""
-    return _matmul(jnp.tri(len(rows), dtype=rows.dtype), rows)
+    add = lambda total, row: 2 * (jax.tree.map(jnp.add, total, row),)
+    start = jax.tree.map(lambda a: jnp.zeros_like(a[0]), rows)
+    return jax.lax.scan(add, start, rows, reverse=reverse)[1]
 
 
-def _inward(rows: Array) -> Array:
+def _inward(rows: Any) -> Any:
     """Sums over a joint and those after it."""
-    n = len(rows)
-    sums = _matmul(jnp.tri(n, dtype=rows.dtype).T, rows.reshape(n, -1))
-    return sums.reshape(rows.shape)
+    return _outward(rows, reverse=True)
 
 
 def _turn(axis: Array, q: Array) -> Array:
     """Rotation by q about the axis, by the formula of Rodrigues."""
-    K, eye = _skew(axis), jnp.eye(3, dtype=q.dtype)
+    K = jnp.tensordot(axis, jnp.asarray(_CROSS, q.dtype), 1, precision="highest")
+    eye = jnp.eye(3, dtype=q.dtype)
     square = axis[:, None] * axis[None] - jnp.sum(axis**2) * eye
     return eye + jnp.sin(q) * K + (1 - jnp.cos(q)) * square
 
@@ -136,82 +131,102 @@ def _(primals, tangents):
     moved = _outward(_dense(q, tangents[1])[:, None] * motions)
     w, v = moved[-1, :3], moved[-1, 3:]
     dR, dposition = jnp.cross(w[None], R.T).T, jnp.cross(w, position) + v
-    w, v = moved[:, :3], moved[:, 3:]
-    turned, slid = jnp.cross(w, motions[:, :3]), jnp.cross(v, motions[:, :3])
-    slid += jnp.cross(w, motions[:, 3:])
-    return outs, (dR, dposition, jnp.concatenate([turned, slid], -1))
+    return outs, (dR, dposition, _moves(moved, motions))
+
+
+class _Inertias(NamedTuple):
+    """Of bodies, about the origin: they add up, and make momentum of a motion."""
+
+    turning: Float[Array, "n 3 3"]
+    first: Float[Array, "n 3"]  # mass times center
+    mass: Float[Array, "n 1"]
+
+    def times(self, motions: Array) -> Array:
+        w, v = _parts(motions)
+        turned, slid = _crosses(self.first, motions)
+        return _joined(_apply(self.turning, w) + slid, self.mass * v - turned)
 
 
 class _Bodies(NamedTuple):
-    """Every joint, as a motion at the rate 1, and the inertia of its own link."""
+    """What is known of every link before its acceleration."""
 
-    motions: Float[Array, "n 6"]
-    inertias: Float[Array, "n 6 6"]
-
-
-def _bodies(links: Links, q: Array) -> _Bodies:
-    R, positions, motions = _places(links, q)
-    centers = _skew(positions + _apply(R, links.centers))
-    masses = links.masses[:, None, None]
-    first = masses * centers
-    about = _matmul(_matmul(R, links.inertias), R.mT) - _matmul(first, centers)
-    mass = masses * jnp.eye(3, dtype=q.dtype)[None]
-    return _Bodies(motions, _join(about, first, -first, mass))
-
-
-class _Flow(NamedTuple):
-    """Of every link: motion, its rate, momentum, and the force on it and all after."""
-
+    motions: Float[Array, "n 6"]  # of its joint at the rate 1
+    inertias: _Inertias
+    carried: _Inertias  # of it and of all after it, as of one body
     v: Float[Array, "n 6"]
-    a: Float[Array, "n 6"]
-    momentum: Float[Array, "n 6"]
-    force: Float[Array, "n 6"]
     turns: Float[Array, "n 6"]  # how joints move along with what is before them
+    momentum: Float[Array, "n 6"]
 
 
-def _flow(links: Links, bodies: _Bodies, qd: Array, qdd: Array) -> _Flow:
-    """Recursive Newton-Euler equations."""
-    rates, motions = qd[:, None], bodies.motions
-    v = _outward(rates * motions)
-    crosses = _crosses(v)
-    turns = _apply(crosses, motions)
+def _around(vectors: Array, others: Array) -> Array:
+    """The matrices (a' b) I - a b'."""
+    eye = jnp.asarray(_EYE[None], vectors.dtype)
+    inner = jnp.sum(vectors * others, -1)[:, None, None]
+    return inner * eye - vectors[:, :, None] * others[:, None, :]
+
+
+def _bodies(links: Links, q: Array, qd: Array) -> _Bodies:
+    R, positions, motions = _places(links, q)
+    centers, mass = positions + _apply(R, links.centers), links.masses[:, None]
+    first = mass * centers
+    turning = _matmul(_matmul(R, links.inertias), R.mT) + _around(first, centers)
+    own = _Inertias(turning, first, mass)
+    v = _outward(qd[:, None] * motions)
+    return _Bodies(motions, own, _inward(own), v, _moves(v, motions), own.times(v))
+
+
+def _flow(links: Links, bodies: _Bodies, qd: Array, qdd: Array) -> tuple[Array, Array]:
+    """Accelerations of links, and forces on each and all after it: Newton-Euler."""
     # Links at rest push as if they were lifted against gravity.
     lift = jnp.concatenate([jnp.zeros_like(links.gravity), -links.gravity])
-    a = _outward(qdd[:, None] * motions + rates * turns) + lift[None]
-    momentum = _apply(bodies.inertias, v)
-    force = _apply(bodies.inertias, a) - _apply(crosses.mT, momentum)
-    return _Flow(v, a, momentum, _inward(force), turns)
+    gained = qdd[:, None] * bodies.motions + qd[:, None] * bodies.turns
+    a = _outward(gained) + lift[None]
+    force = bodies.inertias.times(a) + _moves_forces(bodies.v, bodies.momentum)
+    return a, _inward(force)
 
 
-def _pushes(links: Links, bodies: _Bodies, qd: Array, flow: _Flow) -> Array:
-    return jnp.sum(bodies.motions * flow.force, -1) + links.damping * qd
+def _pushes(links: Links, bodies: _Bodies, qd: Array, qdd: Array) -> Array:
+    _, force = _flow(links, bodies, qd, qdd)
+    return jnp.sum(bodies.motions * force, -1) + links.damping * qd
 
 
 def torques(links: Links, q: Array, qd: Array, qdd: Array) -> Array:
     """The torques of an acceleration qdd."""
-    bodies = _bodies(links, q)
-    return _pushes(links, bodies, qd, _flow(links, bodies, qd, qdd))
+    return _pushes(links, _bodies(links, q, qd), qd, qdd)
 
 
 def _mass_matrix(bodies: _Bodies) -> Array:
-    """A joint moves all that it carries as one body."""
-    motions, inertias = bodies
-    mass = _matmul(_apply(_inward(inertias), motions), motions.T)
+    mass = _matmul(bodies.carried.times(bodies.motions), bodies.motions.T)
     return _halves(mass, mass.T)
 
 
-def _solve_positive(matrix: Array, rhs: Array) -> Array:
-    """Gauss-Jordan elimination, which needs no pivots here."""
+def _divide(rhs: Array, matrix: Array) -> Array:
+    """Gauss-Jordan elimination, which needs no pivots for a positive matrix.
 
-    def eliminate(rows, unit):
-        matrix, rhs = rows
-        column, row = _matmul(matrix, unit), _matmul(unit, matrix)
-        factor = (column - unit) / jnp.sum(column * unit)
-        rhs = rhs - factor * jnp.sum(rhs * unit)
-        return (matrix - factor[:, None] * row[None], rhs), None
+    Rows and columns go round: each in turn is the first.
+    """
 
-    units = jnp.eye(len(rhs), dtype=rhs.dtype)
-    return jax.lax.scan(eliminate, (matrix, rhs), units)[0][1]
+    def eliminate(rows, _):
+        row = rows[0] / rows[0, 0]
+        rows = jnp.concatenate([rows[1:] - rows[1:, :1] * row[None], row[None]])
+        return jnp.roll(rows, -1, 1), None
+
+    rows = jnp.concatenate([matrix, rhs], 1)
+    return jax.lax.scan(eliminate, rows, length=len(matrix))[0][:, : rhs.shape[1]]
+
+
+def _drags(bodies: _Bodies) -> tuple[Array, Array]:
+    """Twice what a velocity adds to the force on links that move already.
+
+    It is ((a, 0), (-2 C, 0)) of these a and c, where C b = c x b.
+    """
+    (w, v), (spin, momentum) = _parts(bodies.v), _parts(bodies.momentum)
+    turning, first, _ = bodies.inertias
+    twisted = jnp.cross(turning, w[:, None, :])
+    outer = _around(first, v)
+    K = jnp.tensordot(spin, jnp.asarray(_CROSS, v.dtype), 1, precision="highest")
+    drags = outer + outer.mT - twisted - twisted.mT - K
+    return _inward((drags, momentum))
 
 
 def _slopes(
@@ -223,27 +238,26 @@ def _slopes(
     Source: S. Singh, R. P. Russell and P. M. Wensing, "Efficient Analytical Derivatives
     of Rigid-Body Dynamics using Spatial Vector Algebra", 2022.
     """
-    motions, inertias = bodies
-    v, a, momentum, force, turns = _flow(links, bodies, qd, qdd)
-    # Twice what a velocity adds to the force on a link that moves already.
-    crosses = _crosses(v)
-    drags = _matmul(inertias, crosses)
-    drags = -drags - drags.mT - _crosses_of(momentum)
-    inertias, drags = _inward(inertias), _inward(drags)
+    motions, _, inertias, v, turns, _ = bodies
+    a, force = _flow(links, bodies, qd, qdd)
+    drags, momentum = _drags(bodies)
+
+    def dragging(rows):
+        w = rows[:, :3]
+        return _joined(_apply(drags, w), -2 * jnp.cross(momentum, w))
+
     # What a joint moves along with: the link before.
     rates = qd[:, None]
     pull = a - qdd[:, None] * motions - rates * turns
-    bends = _apply(_crosses(pull), motions)
-    bends += _apply(_crosses(v - rates * motions), turns)
-    carried = _apply(inertias, motions)
-    turned = _apply(inertias, turns)
-    after = _apply(drags, turns) + _apply(inertias, bends)
-    after -= _apply(_crosses(motions).mT, force)
-    dragged = _apply(drags.mT, motions)
-    by_q = _matmul(dragged, turns.T) + _matmul(carried, bends.T)
+    bends = _moves(pull, motions) + _moves(v - rates * motions, turns)
+    carried = inertias.times(motions)
+    dragged = _apply(drags.mT, motions[:, :3])
+    dragged += 2 * jnp.cross(momentum, motions[:, 3:])
+    after = dragging(turns) + inertias.times(bends) + _moves_forces(motions, force)
+    by_q = _matmul(dragged, turns[:, :3].T) + _matmul(carried, bends.T)
     by_q = _halves(by_q, _matmul(motions, after.T))
-    by_qd = _matmul(dragged, motions.T) + 2 * _matmul(carried, turns.T)
-    after = _apply(drags, motions) + 2 * turned
+    by_qd = _matmul(dragged, motions[:, :3].T) + 2 * _matmul(carried, turns.T)
+    after = dragging(motions) + 2 * inertias.times(turns)
     by_qd = _halves(by_qd, _matmul(motions, after.T)) + jnp.diag(links.damping)
     mass = _matmul(carried, motions.T)
     return by_q, by_qd, _halves(mass, mass.T)
@@ -256,14 +270,14 @@ def _halves(lower: Array, upper: Array) -> Array:
 
 @jax.custom_jvp
 def accelerations(links: Links, q: Array, qd: Array, u: Array) -> Array:
-    return _driven(links, _bodies(links, q), q, qd, u)
+    return _driven(links, _bodies(links, q, qd), q, qd, u)
 
 
 @jax.custom_jvp
 def _driven(links: Links, bodies: _Bodies, q: Array, qd: Array, u: Array) -> Array:
-    """The accelerations of bodies at q, with derivatives along q and not the bodies."""
-    bias = _pushes(links, bodies, qd, _flow(links, bodies, qd, jnp.zeros_like(qd)))
-    return _solve_positive(_mass_matrix(bodies), u - bias)
+    """The accelerations of bodies: with no derivatives along the bodies themselves."""
+    bias = _pushes(links, bodies, qd, jnp.zeros_like(qd))
+    return _divide((u - bias)[:, None], _mass_matrix(bodies))[:, 0]
 
 
 def _moved(links: Links, bodies: _Bodies, at: tuple, tangents: tuple):
@@ -277,13 +291,15 @@ def _moved(links: Links, bodies: _Bodies, at: tuple, tangents: tuple):
     if not _is_fixed(dlinks):
         of_links = lambda links: torques(links, q, qd, qdd)
         change -= jax.jvp(of_links, (links,), (_dense(links, dlinks),))[1]
-    return qdd, _solve_positive(mass, change)
+    # One elimination for all tangents.
+    inverse = _divide(jnp.eye(len(q), dtype=q.dtype), mass)
+    return qdd, _matmul(inverse, change)
 
 
 @ft.partial(accelerations.defjvp, symbolic_zeros=True)
 def _(primals, tangents):
-    links, q, *rest = primals
-    return _moved(links, _bodies(links, q), (q, *rest), tangents)
+    links, q, qd, u = primals
+    return _moved(links, _bodies(links, q, qd), (q, qd, u), tangents)
 
 
 @ft.partial(_driven.defjvp, symbolic_zeros=True)
