@@ -114,6 +114,13 @@ def test_what_makes_a_matrix_symmetric_stays_a_function():
     assert names.count("symmetrize") == 1
 
 
+def test_products_keep_the_precision_asked_for():
+    a = jnp.full(3, 1.1, jnp.float32)
+    wide = lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float64)
+    fast = usual(lambda a: compiled(lambda _: wide(a), True))
+    np.testing.assert_array_equal(fast(a), wide(a), strict=True)
+
+
 def test_every_primitive_of_the_list_compiles():
     one = {name: getattr(lax, name) for name in fast_loops.FUNCTIONS if name != "pow"}
     two = ("atan2", "nextafter", "pow")

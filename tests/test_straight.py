@@ -58,7 +58,7 @@ def test_lines_equal_loops(length, reverse, every_body):
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_functions_and_compensated_sums_are_as_accurate(dtype, every_body):
     """A sum whose order counts is not put into another."""
-    one = [getattr(lax, n) for n in FUNCTIONS if n not in ("acosh", *TWO)]
+    one = [getattr(lax, n) for n in FUNCTIONS if n not in ("acosh", "erfc", *TWO)]
     two = [getattr(lax, n) for n in TWO]
 
     def every(x):
@@ -73,6 +73,75 @@ def test_functions_and_compensated_sums_are_as_accurate(dtype, every_body):
     agree(fast(x), jax.jit(every)(x).T, rtol=8 * float(jnp.finfo(dtype).eps), atol=0)
 
 
+ROWS = jnp.arange(12.0).reshape(6, 2)
+NOT_FINITE = jnp.asarray([jnp.inf, jnp.nan, -1.0])
+SINGLE = jnp.asarray([7, 9, 200.1], jnp.float32)
+WIDE = dict(preferred_element_type=jnp.float64)
+
+
+@jax.jit
+def symmetrize(matrix):
+    """A user's function of the same name."""
+    return matrix @ matrix + jnp.sin(matrix)
+
+
+BODIES = dict(
+    signs_of_zero=(lambda x, _: (x / 2, (x / 0.0, x / -0.0)), jnp.ones(3), ROWS),
+    written_zero=(lambda x, _: (x / 2, 0.0 * x), NOT_FINITE, ROWS),
+    not_finite=(
+        lambda x, _: (
+            x / 2,
+            (x.max(), x.min(), x.prod(), jnp.where(x > 0, x, jnp.inf)),
+        ),
+        NOT_FINITE,
+        ROWS,
+    ),
+    casts=(
+        lambda x, _: (x, [x * jnp.full(3, n).astype("uint8") for n in (300, 3e2)]),
+        jnp.ones(3, jnp.uint8),
+        ROWS,
+    ),
+    empty_rows=(lambda x, r: (2 * x, (x, r)), jnp.ones(3), jnp.zeros((6, 0))),
+    empty_sum=(lambda x, _: (2 * x, jnp.ones((0, 3)).sum(1)), jnp.ones(3), ROWS),
+    empty_product=(lambda x, _: (x, x[:0, None] @ x[None, :1]), jnp.ones(3), ROWS),
+    weak=(lambda x, _: (2.0 * x, x), 1.0, ROWS),
+    precise=(lambda x, _: (2 * x, jnp.matmul(x, x, **WIDE)), SINGLE, ROWS),
+    own=(lambda x, _: (symmetrize(x) / 1e4, x[0]), jnp.ones((12, 12)), ROWS),
+)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_give_what_loops_give(name, every_body):
+    body, x, rows = BODIES[name]
+    loop = ft.partial(lax.scan, body)
+    fast = usual(lambda *given: compiled(lambda _: loop(*given), True))(x, rows)
+    agree(fast, jax.jit(loop)(x, rows))
+    like = lambda tree: [(a.dtype, a.weak_type) for a in jax.tree.leaves(tree)]
+    assert like(fast) == like(jax.jit(loop)(x, rows))
+
+
+def test_keys_pass_through_loops(every_body):
+    body = lambda carry, r: ((2 * carry[0], carry[1]), r * 2)
+    loop = ft.partial(lax.scan, body, (jnp.ones(3), jax.random.key(1)))
+    (x, key), rows = usual(lambda r: compiled(lambda _: loop(r), True))(ROWS)
+    agree((x, rows), (64 * jnp.ones(3), 2 * ROWS))
+    assert key == jax.random.key(1)
+
+
+def test_what_is_0_everywhere_is_0_times_infinity():
+    """So a column of a Jacobian does not spoil others."""
+    body = lambda x, _: (x / 2, jnp.eye(3) @ jnp.exp(x))
+    count = straight._operations(jax.make_jaxpr(body)(jnp.ones(3), None))
+    assert count == 3 + 3
+
+
+def test_large_constants_do_not_take_long_to_trace(monkeypatch):
+    table = jnp.ones(20_000)
+    body = lambda x, _: (table[:3] + x, x)
+    monkeypatch.setattr(straight, "_Line", None)  # would unpack all numbers
+    assert not lines(lambda x: body(x, None)[0], jnp.ones(3))
+
+
 def lines(body, x) -> bool:
     loop = lambda x: lax.scan(lambda x, _: (body(x), x), x, None, length=8)
     fast = jax.jit(lambda x: compiled(lambda _: loop(x), True))
@@ -81,10 +150,15 @@ def lines(body, x) -> bool:
 
 def test_bodies_that_are_long_or_move_numbers_only_stay_loops():
     x = jnp.ones(4)
-    repeated = lambda n: lambda x: ft.reduce(lambda x, k: jnp.sin(x + k), range(n), x)
+    line = lambda x, k: x[::-1] * x + k
+    repeated = lambda n: lambda x: ft.reduce(line, map(float, range(n)), x)
     assert not lines(repeated(2), x)
     assert lines(repeated(30), x)
     assert not lines(repeated(300), x)
+    assert not lines(repeated(30), jnp.ones(60))
+    assert not lines(lambda x: repeated(30)(lax.erfc(x)), x)
+    many = lambda x: repeated(30)(ft.reduce(lambda x, _: jnp.sin(x), range(8), x))
+    assert not lines(many, x)
     looped = lambda x: lax.while_loop(lambda x: x[0] < 0, repeated(30), x)
     assert not lines(looped, x)
 

@@ -267,22 +267,23 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         name, params = eqn.primitive.name, eqn.params
+        # Fused, XLA would compute each entry of the matrix for both of its places.
+        symmetrized = whole and params.get("name") == "symmetrize"
+        if name == "dot_general":
+            ins = [jnp.asarray(a, eqn.outvars[0].aval.dtype) for a in ins]
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
-            outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
+            outs = [_product(*ins, params["dimension_numbers"])]
         elif name == "dot_general" and whole and _is_tiled(eqn):
             tiled = ft.partial(_tiled, dimensions=params["dimension_numbers"])
             outs = [jax.jit(tiled)(*ins)]
         elif whole and name == "scan" and (line := straight_scan(eqn, ins)):
             outs = line
-        elif name in ("scan", "while", "cond"):
+        elif name in ("scan", "while", "cond") or symmetrized:
             rewritten = ft.partial(_rewritten, whole=whole)
             params = jtu.tree_map(rewritten, params, is_leaf=_is_program)
             outs = eqn.primitive.bind(*ins, **params)
         elif whole and _is_eliminated(eqn):
             outs = eliminate(*map(jnp.asarray, ins))
-        # Fused, XLA would compute each entry of the matrix for both of its places.
-        elif whole and params.get("name") == "symmetrize":
-            outs = eqn.primitive.bind(*ins, **params)
         elif name in CALLS:
             (inner,) = inner_programs(eqn)
             outs = _run(inner.jaxpr, inner.consts, tuple(ins), whole)

@@ -5,6 +5,10 @@ everywhere like the rest. A body that is written out, number by number, needs on
 is left of it, in registers. Its one operation is a `reduce_window` of windows of one
 number each: what XLA has for a program of its user's with many results. Several stages
 lie in one line, since numbers go in and out through memory.
+
+What is 0 everywhere is 0 also times what is not finite, where a loop can have NaN: a
+unit vector times an infinite derivative. A number 0 that the user's program multiplies
+by is no such zero.
 """
 
 import functools as ft
@@ -21,18 +25,20 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
-from .primitives import BY_ENTRY, CALLS, inner_programs
+from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs
 from .zeros import MOVES
 
 
 # Operations of one stage, and of all in a line; stages in a line. What is longer is no
 # faster, and takes long to compile.
 MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 4
+# The same of numbers that go in or out of a stage, and of functions; one is too long.
+MAX_MOVED, MAX_FUNCTIONS, LONG = 120, 30, "erfc"
 # Operations of one stage, also for each number that goes in or out: with fewer, moving
 # the numbers costs what is saved.
 LEAST, LEAST_PER_NUMBER = 100, 3
 
-NUMBERWISE = {*BY_ENTRY, *"and eq ge gt is_finite le lt ne not or xor".split()}
+NUMBERWISE = {*BY_ENTRY, *"and eq ge gt is_finite le lt ne not or xor".split()} - {LONG}
 LOOPS = "cond scan while".split()
 REDUCERS: dict[str, Callable] = dict(
     reduce_and=lax.bitwise_and,
@@ -53,25 +59,35 @@ def straight_scan(eqn: Any, ins: list) -> list[Array] | None:
     params = eqn.params
     body, length, reverse = params["jaxpr"], params["length"], params["reverse"]
     operations = _operations(body)
-    moved = sum(aval.size for aval in (*body.in_avals, *body.out_avals))
-    if operations < max(LEAST, LEAST_PER_NUMBER * moved):
+    if operations < max(LEAST, LEAST_PER_NUMBER * _moved(body), 1):
         return None
+    ins = [jnp.asarray(n, a.dtype) for n, a in zip(ins, body.in_avals, strict=True)]
     most = min(MAX_STAGES, max(MAX_LINE // operations, 1))
     together = max(d for d in range(1, most + 1) if length % d == 0)
     first = params["num_consts"]
     last = first + params["num_carry"]
     consts, carry, rows = ins[:first], ins[first:last], ins[last:]
     stages = range(together)[:: -1 if reverse else 1]
-    blocks = [jnp.reshape(r, (-1, together, *jnp.shape(r)[1:])) for r in rows]
+    count = length // together
+    blocks = [row.reshape(count, together, *row.shape[1:]) for row in rows]
     step = lambda carry, block: _run_line(body, stages, consts, carry, block)
-    carry = list(map(jnp.asarray, carry))
-    length //= together
-    carry, outs = lax.scan(step, carry, blocks, length=length, reverse=reverse)
-    return [*carry, *(out.reshape(-1, *out.shape[2:]) for out in outs)]
+    carry, outs = lax.scan(step, carry, blocks, length=count, reverse=reverse)
+    return [*carry, *(out.reshape(length, *out.shape[2:]) for out in outs)]
+
+
+def _moved(closed: ClosedJaxpr) -> int:
+    """How many numbers go in or out."""
+    return sum(aval.size for aval in (*closed.in_avals, *closed.out_avals))
 
 
 def _operations(closed: ClosedJaxpr) -> int:
     """Those on single numbers; none if the program has to stay."""
+    avals = *closed.in_avals, *closed.out_avals
+    keys = any(jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals)
+    # A number of a line is not weakly typed.
+    weak = any(aval.weak_type for aval in closed.out_avals)
+    if keys or weak or _moved(closed) > MAX_MOVED:
+        return 0
 
     def run(*arrays):
         ins = [_objects(a.shape, list(a.reshape(-1))) for a in arrays]
@@ -82,14 +98,16 @@ def _operations(closed: ClosedJaxpr) -> int:
         jax.eval_shape(run, *closed.in_avals)
     except _NotStraight:
         return 0
-    return sum(isinstance(out, Tracer) for out, _ in line.found.values())
+    made = [key[0] for key, (out, _) in line.found.items() if isinstance(out, Tracer)]
+    functions = sum(name in FUNCTIONS for name in made)
+    return len(made) if functions <= MAX_FUNCTIONS else 0
 
 
 def _run_line(
     body: ClosedJaxpr, stages: range, consts: list, carry: list, block: list
 ) -> tuple[list[Array], list[Array]]:
     """The next carry, and the results of some stages in a line."""
-    ins, last = [*map(jnp.asarray, (*consts, *carry, *block))], len(carry)
+    ins, last = [*consts, *carry, *block], len(carry)
     results = [
         *((aval.shape, aval.dtype) for aval in body.out_avals[:last]),
         *(((len(stages), *a.shape), a.dtype) for a in body.out_avals[last:]),
@@ -173,7 +191,7 @@ class _Line:
 
     def run(self, jaxpr: Jaxpr, consts: list, ins: list[np.ndarray]) -> list:
         known = lambda value: np.asarray(value)[..., None].astype(object)
-        if any(isinstance(value, Tracer) for value in consts):
+        if any(isinstance(c, Tracer) or np.size(c) > MAX_STAGE for c in consts):
             raise _NotStraight
         env: dict[Any, np.ndarray] = dict(zip(jaxpr.constvars, map(known, consts)))
         env |= zip(jaxpr.invars, ins, strict=True)
@@ -185,6 +203,9 @@ class _Line:
 
     def apply(self, eqn: Any, ins: list[np.ndarray]) -> list[np.ndarray]:
         name, params, aval = eqn.primitive.name, eqn.params, eqn.outvars[0].aval
+        sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
+        if name in (*REDUCERS, "dot_general") and 0 in sizes:
+            raise _NotStraight
         if name in CALLS and name not in LOOPS:
             (inner,) = inner_programs(eqn)
             return self.run(inner.jaxpr, inner.consts, ins)
@@ -193,30 +214,35 @@ class _Line:
             return [_filled(aval.shape, lambda i: index[i[params["dimension"]]])]
         if name in NUMBERWISE:
             ins = list(np.broadcast_arrays(*ins))
-            dtypes = [v.aval.dtype for v in eqn.invars]
+            dtypes = tuple(v.aval.dtype for v in eqn.invars)
             bind = lambda *ns: eqn.primitive.bind(*ns, **params)
             op = name, bind, dtypes, aval.dtype, str(params)
-            return [_filled(aval.shape, lambda i: self.number(op, *_at(ins, i)))]
+            written = name == "mul" and any(isinstance(v, Literal) for v in eqn.invars)
+            make = self.operation if written else self.number
+            return [_filled(aval.shape, lambda i: make(op, *_at(ins, i)))]
         if name in REDUCERS:
             kept = [i for i in range(ins[0].ndim - 1) if i not in params["axes"]]
             a = ins[0][..., 0].transpose(*kept, *params["axes"])
             a = a.reshape(*aval.shape, -1)
             return [_filled(aval.shape, lambda i: self.reduced(name, aval, list(a[i])))]
         if name == "dot_general":
-            a, b = ins
-            return [self.product(aval, a, b, params["dimension_numbers"])]
+            if {v.aval.dtype for v in eqn.invars} != {aval.dtype}:
+                raise _NotStraight
+            return [self.product(aval, *ins, params["dimension_numbers"])]
         if name in MOVES:
             return MOVES[name](ins, params, [v.aval.shape for v in eqn.outvars])
         raise _NotStraight(name)
 
     def number(self, op: tuple, *numbers: Any) -> Any:
         """One operation, unless something makes it none."""
+        known = _without(op[0], numbers)
+        return known[0] if known else self.operation(op, *numbers)
+
+    def operation(self, op: tuple, *numbers: Any) -> Any:
         name, fn, dtypes, dtype, params = op
-        known = _without(name, numbers)
-        if known:
-            return known[0]
-        named = [id(n) if isinstance(n, Tracer) else (n,) for n in numbers]
-        key = name, dtype, params, *named
+        # 0 and -0 are equal, but not written alike.
+        named = [id(n) if isinstance(n, Tracer) else repr(n) for n in numbers]
+        key = name, dtypes, dtype, params, *named
         if key not in self.found:
             if len(self.found) >= self.most:
                 raise _NotStraight
@@ -225,15 +251,13 @@ class _Line:
             if any(isinstance(n, Tracer) for n in numbers):
                 out = fn(*typed)
             else:
-                with jax.ensure_compile_time_eval():
+                with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
                     out = fn(*map(jnp.asarray, typed)).item()
             self.found[key] = out, numbers
         return self.found[key][0]
 
     def reduced(self, name: str, aval: Any, numbers: list) -> Any:
-        if not numbers:
-            raise _NotStraight
-        alike = [aval.dtype] * 2
+        alike = (aval.dtype,) * 2
         op = name.removeprefix("reduce_"), REDUCERS[name], alike, aval.dtype, ""
         return ft.reduce(ft.partial(self.number, op), numbers)
 
@@ -248,7 +272,7 @@ class _Line:
         b = b[..., 0].transpose(*b_batch, *b_free, *b_sum)
         a = a.reshape(*a.shape[:split], *([-1] if summed else [1]))
         b = b.reshape(*b.shape[: lead + len(b_free)], *([-1] if summed else [1]))
-        mul = "mul", lax.mul, [aval.dtype] * 2, aval.dtype, ""
+        mul = "mul", lax.mul, (aval.dtype,) * 2, aval.dtype, ""
 
         def entry(index):
             rows = a[index[:split]], b[(*index[:lead], *index[split:])]
