@@ -27,6 +27,12 @@ from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
 from ._common.saving import load as load, save as save
+from ._control.adjoint import (
+    AbstractAdjoint as AbstractAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    NoAdjoint as NoAdjoint,
+    UnrolledAdjoint as UnrolledAdjoint,
+)
 from ._control.batch import solve_batch as solve_batch
 from ._control.direction import (
     AbstractDirection as AbstractDirection,
@@ -40,6 +46,10 @@ from ._control.direction import (
     LinearRollout as LinearRollout,
     MoreauGradient as MoreauGradient,
     Newton as Newton,
+)
+from ._control.gradient_check import (
+    check_gradient as check_gradient,
+    GradientCheck as GradientCheck,
 )
 from ._control.layerwise import (
     layerwise_lqr as layerwise_lqr,

@@ -12,6 +12,7 @@ from ._chain.vectorize import vectorize as vectorize
 from ._common.linalg import matmul as matmul
 from ._common.tree import norm as norm, vdot as vdot
 from ._common.types import number as number
+from ._control.adjoint import Found as Found, Solved as Solved
 from ._control.direction.base import (
     feedforward as feedforward,
     gradients as gradients,

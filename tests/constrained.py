@@ -62,30 +62,34 @@ def swing_up():
     return problem, jnp.zeros(2), jnp.zeros((100, 1))
 
 
-def car(arrives=False, twice=False):
+CAR = dict(radius=0.6, length=0.5, weight=2.0, steering=0.5, speed=1.5)
+
+
+def car(arrives=False, twice=False, **numbers):
     """A car between two round obstacles, with a limit of its speed.
 
     It `arrives` at rest, or pays for not doing so. `twice` says the same again: the
-    first obstacle, and a sum of positions at the end.
+    first obstacle, and a sum of positions at the end. `CAR` has the numbers.
     """
+    radius, length, weight, steering, speed = (CAR | numbers).values()
 
     def dynamics(x, u, t):
-        speed, heading = x[3], x[2]
-        turn = speed / 0.5 * jnp.tan(u[0])
-        forward = speed * jnp.cos(heading), speed * jnp.sin(heading)
+        heading, pace = x[2], x[3]
+        turn = pace / length * jnp.tan(u[0])
+        forward = pace * jnp.cos(heading), pace * jnp.sin(heading)
         return x + 0.1 * jnp.stack([*forward, turn, u[1]])
 
     def away(x):
         return (x[0] - 4) ** 2 + (x[1] - 3) ** 2
 
     def cost(x, u, t):
-        return 0.05 * (0.1 * away(x) + 2 * u[0] ** 2 + 0.5 * u[1] ** 2)
+        return 0.05 * (0.1 * away(x) + weight * u[0] ** 2 + 0.5 * u[1] ** 2)
 
     def terminal_cost(x):
         return 0.5 * (50 * away(x) + 10 * x[2] ** 2 + 10 * x[3] ** 2)
 
     def inside(x, *_):
-        first = 0.6**2 - (x[0] - 1.5) ** 2 - (x[1] - 0.8) ** 2
+        first = radius**2 - (x[0] - 1.5) ** 2 - (x[1] - 0.8) ** 2
         second = 0.5**2 - (x[0] - 3) ** 2 - (x[1] - 2.6) ** 2
         return jnp.stack([first, second] + [first] * twice)
 
@@ -93,8 +97,9 @@ def car(arrives=False, twice=False):
         rest = x - like(x, 4, 3, 0, 0)
         return jnp.append(rest, rest[0] + rest[1]) if twice else rest
 
-    limit = jnp.array([0.5, 1.5])
-    speed = dp.StateBounds(None, jnp.array([jnp.inf, jnp.inf, jnp.inf, 1.5]), "speed")
+    limit = jnp.stack([jnp.asarray(steering), jnp.asarray(1.5)])
+    most = jnp.array([jnp.inf, jnp.inf, jnp.inf, 1.5]).at[3].set(speed)
+    slow = dp.StateBounds(None, most, "speed")
     obstacles = dp.Inequality(inside, name="obstacles")
     arrive = dp.Equality(goal, name="arrive")
     problem = dp.ControlProblem(
@@ -103,7 +108,7 @@ def car(arrives=False, twice=False):
         nothing if arrives else terminal_cost,
         60,
         (-limit, limit),
-        (obstacles, speed),
+        (obstacles, slow),
         (obstacles, arrive) if arrives else obstacles,
     )
     us = jnp.broadcast_to(jnp.array([0.0, 0.1]), (60, 2))

@@ -14,8 +14,9 @@ def count_equations(jaxpr) -> int:
     return sum(1 for _ in helpers.equations(jaxpr))
 
 
-# About 30 of them unpack the floats that the door was given.
-CEILINGS = dict(Gradient=855, GaussNewton=1035, Newton=1220, ILQR=1030, DDP=1140)
+# About 30 of them unpack the floats that the door was given, and 30 keep derivatives
+# out of the iterations.
+CEILINGS = dict(Gradient=885, GaussNewton=1065, Newton=1250, ILQR=1060, DDP=1170)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,3 @@
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -495,33 +494,6 @@ def test_nothing_is_thrown_under_transformations():
         "successful",
     ]
     assert np.all(np.isfinite(batch.us))
-
-
-@pytest.mark.costly
-@pytest.mark.parametrize("mode", ["grad", "jvp", "closure", "problem"])
-def test_derivatives_of_a_solve_are_refused_with_our_message(mode):
-    problem, x0, us = helpers.spring()
-    solve = lambda x0: jnp.sum(dp.solve(problem, dp.ILQR(), x0, us).us)
-
-    def closure(weight):
-        weighted = dp.ControlProblem(
-            problem.dynamics,
-            lambda x, u, t: weight * problem.cost(x, u, t),
-            problem.terminal_cost,
-            12,
-        )
-        return dp.solve(weighted, dp.ILQR(), x0, us).cost
-
-    array_problem = dp.ControlProblem.from_system(helpers.Spring(jnp.asarray(0.3)), 12)
-    through = lambda p: dp.solve(p, dp.ILQR(), x0, us).cost
-    call = {
-        "grad": lambda: jax.grad(solve)(x0),
-        "jvp": lambda: jax.jvp(solve, (x0,), (x0,)),
-        "closure": lambda: jax.grad(closure)(1.0),
-        "problem": lambda: eqx.filter_grad(through)(array_problem),
-    }[mode]
-    with pytest.raises(NotImplementedError, match="Derivatives of `dp.solve`"):
-        call()
 
 
 def test_codes_and_names_agree():

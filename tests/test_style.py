@@ -47,9 +47,9 @@ CONTROL = [
     ["records"],
     ["outer_loop"],
     ["loop", "solution"],
-    ["defaults"],
+    ["defaults", "adjoint"],
     ["solve", "layerwise"],
-    ["stepping", "batch"],
+    ["stepping", "batch", "gradient_check"],
 ]
 OUTSIDE = ("systems", "plot")  # these see the public door only
 

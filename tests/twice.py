@@ -218,6 +218,9 @@ CONTROL = {
     "quadratize": lambda n: dp.quadratize(*n.problem),
     "costates": lambda n: dp.costates(*n.problem),
     "direction": lambda n: dp.direction(n.problem[0], dp.DDP(), *n.problem[1:]),
+    "check_gradient": lambda n: dp.check_gradient(
+        n.problem[0], dp.solve(n.problem[0], dp.ILQR(), *n.problem[1:])
+    ),
     "solve": lambda n: dp.solve(n.problem[0], dp.ILQR(), *n.problem[1:]),
     "solve_batch": lambda n: dp.solve_batch(n.problem[0], dp.ILQR(), *n.starts),
     "steps by hand": by_hand,

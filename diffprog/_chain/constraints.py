@@ -139,7 +139,7 @@ class Rows(eqx.Module):
     - `free`: which entries depend on the controls.
     """
 
-    values: Callable = eqx.field(static=True)
+    values: Callable
     equal: tuple[bool, ...] = eqx.field(static=True)
     groups: tuple[int, ...] = eqx.field(static=True)
     free: tuple[bool, ...] = eqx.field(static=True)

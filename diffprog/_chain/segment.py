@@ -57,23 +57,23 @@ class AbstractCosts(eqx.Module):
 class End(AbstractCosts):
     """The last state."""
 
-    cost: Callable = eqx.field(static=True)  # (x) -> scalar
+    cost: Callable  # (x) -> scalar
     rows: RowSet | None
-    chart: Chart = eqx.field(static=True)
-    linear_rows: Callable | None = eqx.field(static=True, default=None)
+    chart: Chart
+    linear_rows: Callable | None = None
 
 
 class Segment(AbstractCosts):
     """One phase as functions of vectors, traced once."""
 
-    cost: Callable = eqx.field(static=True)  # (x, u, t) -> scalar
+    cost: Callable  # (x, u, t) -> scalar
     rows: RowSet | None
-    chart: Chart = eqx.field(static=True)
-    dynamics: Callable = eqx.field(static=True)  # (x, u, t) -> x
-    next_chart: Chart = eqx.field(static=True)
+    chart: Chart
+    dynamics: Callable  # (x, u, t) -> x
+    next_chart: Chart
     start: int = eqx.field(static=True)
     horizon: int = eqx.field(static=True)
-    linear_rows: Callable | None = eqx.field(static=True, default=None)
+    linear_rows: Callable | None = None
     has_gaps: bool = eqx.field(static=True, default=False)
 
     def difference(self, x: Array, y: Array) -> Array:

@@ -44,13 +44,14 @@ class VectorChain(eqx.Module):
         return replace(self, duals=duals, penalties=duals.penalties)
 
     def around(
-        self, trajectory: "VectorTrajectory"
+        self, trajectory: "VectorTrajectory", gaps: bool | None = None
     ) -> "tuple[VectorChain, VectorTrajectory]":
         """In local coordinates: states are differences from those of the trajectory.
 
-        Where states are vectors without gaps the chain is as good as it is.
+        Where states are vectors without gaps the chain is as good as it is. Whether
+        there may be `gaps` the trajectory knows unless they are given.
         """
-        gaps = trajectory.gaps is not None
+        gaps = trajectory.gaps is not None if gaps is None else gaps
         charts = [*(segment.chart for segment in self.segments), self.end.chart]
         if all(chart.is_flat for chart in charts) and not gaps:
             return self, trajectory
@@ -224,6 +225,13 @@ def following(xs: Rows, final: Array) -> Rows:
     after = lambda rows, last: jnp.concatenate([rows, last[None]])
     pairs = zip(xs, firsts, strict=True)
     return tuple(after(x[1:], a) if len(x) > 1 else a[None] for x, a in pairs)
+
+
+def preceding(first: Array, after: Rows) -> Rows:
+    """What belongs to the state of every stage, given what belongs to the next ones."""
+    starts = [first, *(rows[-1] for rows in after)]
+    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
+    return tuple(map(before, starts, after))
 
 
 def simulate(

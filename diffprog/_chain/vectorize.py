@@ -21,6 +21,7 @@ from .constraints import AbstractConstraint, Duals, Rows, value_of
 from .limits import like_controls
 from .manifold import AbstractManifold, Chart, local_difference, local_retraction
 from .problem import AbstractChain, ControlProblem, Phase
+from .program import Program
 from .segment import End, Segment
 from .vector import VectorChain
 
@@ -116,7 +117,7 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
         start += phase.horizon
     if isinstance(problem, ControlProblem):
         _check_next(x_layouts[-1], x_layouts[0])
-    terminal = _traced(
+    terminal = Program.of(
         lambda x: scalar(
             "terminal_cost", problem.terminal_cost, dtype, x_layouts[-1].unravel(x)
         ),
@@ -157,12 +158,6 @@ def _stage_layout(us: PyTree, horizon: int, dtype) -> Layout:
     return layout
 
 
-def _traced(fn: Callable, *examples: Array) -> Callable:
-    """`fn` as a fixed program: derivatives and loops never run its Python again."""
-    closed = jax.make_jaxpr(fn)(*examples)
-    return lambda *args: eval_jaxpr(closed.jaxpr, closed.consts, *args)[0]
-
-
 def _trace(
     phase: Phase,
     start: int,
@@ -189,7 +184,7 @@ def _trace(
         return scalar("cost", phase.cost, dtype, *args)
 
     examples = zeros(x_layout), zeros(u_layout), jnp.zeros((), jnp.int32)
-    f, h = _traced(dynamics, *examples), _traced(cost, *examples)
+    f, h = Program.of(dynamics, *examples), Program.of(cost, *examples)
     layouts, given = (x_layout, u_layout), phase.constraints
     rows = _rows_of("constraints", given, names, dtype, layouts, *examples)
     segment = Segment(
@@ -264,8 +259,8 @@ class Charts:
             given = x_layout.unravel(y), coordinates.unravel(v)
             return x_layout.ravel(local_retraction(manifold, *given))
 
-        to = _traced(difference, x, x)
-        back = _traced(retract, x, self.zeros(coordinates))
+        to = Program.of(difference, x, x)
+        back = Program.of(retract, x, self.zeros(coordinates))
         return Chart(coordinates.size, to, back), coordinates
 
 
@@ -309,8 +304,11 @@ def _rows_of(
                 "it; a function of them is expected."
             )
     each = lambda of: tuple(np.repeat(of, sizes).tolist())
+    joined = lambda *args: jnp.concatenate(
+        eval_jaxpr(closed.jaxpr, closed.consts, *args)
+    )
     return Rows(
-        lambda *args: jnp.concatenate(eval_jaxpr(closed.jaxpr, closed.consts, *args)),
+        Program.of(joined, *examples),
         equal=each([c.equal for c in constraints]),
         groups=each(range(first, first + len(constraints))),
         free=each([1 in of for of in inputs]),

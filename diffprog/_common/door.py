@@ -130,9 +130,7 @@ def _undifferentiated(numbers):
 @_undifferentiated.defjvp
 def _(primals, tangents):
     raise NotImplementedError(
-        "Derivatives of `dp.solve` are not available yet: the solution depends on x0, "
-        "on us and on the numbers of the problem through a loop of unknown length. "
-        "Wrap these arguments in `jax.lax.stop_gradient`, or differentiate "
-        "`dp.rollout` at the solution (the envelope theorem gives the derivative of "
-        "the optimal cost)."
+        "A solve that is stepped by hand has no derivatives; that of `dp.solve` has: "
+        "`dp.solve(problem, method, x0, us)`. Or wrap the arguments in "
+        "`jax.lax.stop_gradient`."
     )

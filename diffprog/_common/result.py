@@ -25,6 +25,7 @@ class RESULTS(eqx.Enumeration):
     factorization_failed = "A matrix of second derivatives is not positive definite."
     cost_unbounded = "The objective falls without bound."
     infeasible = "No point satisfies the constraints."
+    gradient_unreliable = "Derivatives of the solution may be wrong."
 
 
 # The members by value.
@@ -38,6 +39,7 @@ NAMES = (
     "factorization_failed",
     "cost_unbounded",
     "infeasible",
+    "gradient_unreliable",
 )
 
 

@@ -20,6 +20,7 @@ from .._common.fast_loops import FastLoopsError
 from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
+from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .defaults import tolerance
 from .direction import AbstractDirection
 from .outer import AbstractOuter
@@ -30,7 +31,7 @@ from .solve import solve
 
 
 @door
-def _solve_all(shared, method, mapped, search, rtol, atol, outer, options):
+def _solve_all(shared, method, mapped, search, rtol, atol, outer, adjoint, options):
     max_steps, history, fast_loops = options
 
     def one(arguments, fast_loops):
@@ -39,6 +40,7 @@ def _solve_all(shared, method, mapped, search, rtol, atol, outer, options):
         solution = solve(
             problem, method, x0, us, search, xs=xs, outer=outer, max_steps=max_steps,
             rtol=rtol, atol=atol, state=state, history=history, fast_loops=fast_loops,
+            adjoint=adjoint,
         )  # fmt: skip
         return on_manifold(solution, None)  # a function is no answer of a program
 
@@ -240,6 +242,7 @@ def solve_batch(
     history: bool = False,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
+    adjoint: AbstractAdjoint = ImplicitAdjoint(),
 ) -> Solution:
     r"""Solves many problems that differ in their numbers, first states and guesses.
 
@@ -250,7 +253,7 @@ def solve_batch(
     **Arguments:**
 
     - `problem`, `method`, `search`, `outer`, `max_steps`, `rtol`, `atol`,
-        `fast_loops`: as in [`diffprog.solve`][].
+        `fast_loops`, `adjoint`: as in [`diffprog.solve`][].
     - `x0s`: the first states, one more axis in front: `(problems, n)`, or a pytree.
     - `uss`: the first guesses of the controls, `(problems, T, m)`, or a pytree.
     - `xss`: first guesses of the states, arranged like `solution.xs` of a batch, or
@@ -306,7 +309,7 @@ def solve_batch(
             batch = jtu.tree_map(some, mapped)
         with noted(ft.partial(_note, *mapped, problem, num_problems)):
             solution = _solve_all(
-                shared, method, batch, search, *tolerances, outer, options
+                shared, method, batch, search, *tolerances, outer, adjoint, options
             )
         solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
         if verbose and not isinstance(solution.cost, Tracer):

@@ -9,20 +9,21 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._chain.limits import projected
 from .._chain.manifold import check_state
 from .._chain.network_problem import ADVICE as NETWORK_ADVICE, NetworkProblem
 from .._chain.problem import AbstractChain
-from .._chain.vector import VectorChain
+from .._chain.vector import preceding, VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
-from .._common.door import door, undifferentiated
+from .._common.door import door
 from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS, throw_unless_successful
 from .._common.tree import strong
 from .._common.types import check_kind, check_one_number, with_advice
+from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, Solved, still
 from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
 from .loop import Solver
@@ -62,19 +63,37 @@ def duals_of(chain: VectorChain, loop: Loop) -> Any:
     return adjoints(*chain.around(loop.trajectory))
 
 
-def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
+def found_of(loop: Loop, duals: Any) -> Found:
+    """What has derivatives."""
+    now, at = loop.trajectory, loop.constrained
+    known = now.xs, now.final, now.us, now.cost if at is None else at.found.cost
+    found = Found(*known, duals=at and at.found.duals)
+    if not duals:
+        return found
+    first, lams, gradients = duals
+    return dataclasses.replace(found, costates=(first, lams), gradients=gradients)
+
+
+def answer_of(vectorized: Vectorized, found: Found) -> dict[str, Any]:
+    """What has derivatives, arranged like the problem."""
+    return dict(
+        xs=vectorized.states(found.xs, found.final),
+        us=vectorized.controls(found.us),
+        cost=found.cost,
+        multipliers=found.gradients and _multipliers(vectorized, found)[0],
+    )
+
+
+def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array]:
     """The multipliers, and the largest entry of the gradient that is left."""
-    chain, us, (first, lams, gradients) = vectorized.chain, loop.trajectory.us, duals
-    starts = [first, *(rows[-1] for rows in lams)]
-    # A segment of one stage may change the shape of the state.
-    before = lambda a, rows: jnp.concatenate([a[None], rows[:-1]][: len(rows)])
-    costates = tuple(map(before, starts, lams))
+    chain, us, gradients = vectorized.chain, found.us, found.gradients
+    first, lams = found.costates
     infinite = tuple(jnp.full_like(u, jnp.inf) for u in us)
     limits = chain.limits or (tuple(-side for side in infinite), infinite)
     sides = zip(gradients, us, *limits, strict=True)
     stages, terminal = tuple({} for _ in us), {}
-    if loop.constrained is not None:
-        stages, terminal = loop.constrained.found.duals.named(chain.names)
+    if found.duals is not None:
+        stages, terminal = found.duals.named(chain.names)
     lower, upper, largest = [], [], []
     for gradient, u, low, high in sides:
         lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
@@ -86,14 +105,19 @@ def _multipliers(vectorized: Vectorized, loop: Loop, duals: Any):
         terminal=terminal,
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
-        costates=vectorized.differences(costates, starts[-1]),
+        costates=vectorized.differences(preceding(first, lams), lams[-1][-1]),
     )
     return multipliers, ft.reduce(jnp.maximum, largest)
 
 
 def solution_of(
-    vectorized: Vectorized, loop: Loop, duals: Any, outer: AbstractOuter, max_steps: int
+    vectorized: Vectorized,
+    loop: Loop,
+    found: Found,
+    outer: AbstractOuter,
+    max_steps: int,
 ) -> Solution:
+    """All that is known at the end of a solve."""
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         names = columns(loop.constrained, trajectory.gaps)
@@ -126,20 +150,19 @@ def solution_of(
     )
     if trajectory.gaps is not None:
         stats["gap"] = trajectory.gaps.largest
-    multipliers = None
-    if duals:
-        multipliers, stationarity = _multipliers(vectorized, loop, duals)
-        stats["stationarity"] = stationarity
-    cost = trajectory.cost
+    if found.gradients:
+        stats["stationarity"] = _multipliers(vectorized, found)[1]
     if loop.constrained is not None:
-        cost = loop.constrained.found.cost
         stats |= _constraint_stats(vectorized, loop.constrained)
-    xs = vectorized.states(trajectory.xs, trajectory.final)
-    us = vectorized.controls(trajectory.us)
-    policy = vectorized.problem.join_controls(policies)
-    state = _warm_start(vectorized, loop, outer, multipliers)
-    found = xs, us, cost, policy, multipliers, loop.result
-    return Solution(*found, stats, history, state)
+    answer = answer_of(vectorized, found)
+    return Solution(
+        **answer,
+        policy=vectorized.problem.join_controls(policies),
+        result=loop.result,
+        stats=stats,
+        history=history,
+        state=_warm_start(vectorized, loop, outer, answer["multipliers"]),
+    )
 
 
 def _warm_start(vectorized: Vectorized, loop: Loop, outer: AbstractOuter, multipliers):
@@ -183,20 +206,37 @@ def _constraint_stats(vectorized: Vectorized, at: Constrained) -> dict[str, Any]
 
 @door
 def _solve(
-    problem, method, x0, us, xs, search, state, rtol, atol, outer, options
+    problem, method, x0, us, xs, search, state, rtol, atol, outer, options, adjoint
 ) -> Solution:
     max_steps, history, verbose, fast_loops = options
-    vectorized = vectorize(problem, x0, us)
+    whole = vectorize(problem, x0, us)
+    chain, first = whole.chain, whole.x_layouts[0].ravel(x0)
+    given = whole, method, x0, us, xs, search, state, rtol, atol, outer
+    vectorized, method, x0, us, xs, search, state, rtol, atol, outer = still(given)
+
+    recorded = history or adjoint.replays
 
     def run(loops: Loops) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
         tolerances = rtol, atol, max_steps, verbose.value
         solver = solver_of(chain, method, search, *tolerances, outer)
-        loop = solver.run(begun(vectorized, solver, x0, us, xs, state, history))
+        loop = solver.run(begun(vectorized, solver, x0, us, xs, state, recorded))
         return loop, duals_of(chain, loop)
 
     loop, duals = compiled(run, fast_loops)
-    return undifferentiated(solution_of(vectorized, loop, duals, outer, max_steps))
+    found = found_of(loop, duals)
+    solution = solution_of(vectorized, loop, found, outer, max_steps)
+    rows = None
+    if adjoint.replays:
+        rows = solution.history["stepsize"], solution.history["damping"]
+    if not history:
+        solution = dataclasses.replace(solution, history={})
+    guess = vectorized.ravel(x0, us)[1]
+    solved = Solved(
+        method, guess, rows, found, solution.success, with_states=xs is not None
+    )
+    answer = answer_of(vectorized, adjoint.connect(chain, first, solved))
+    return dataclasses.replace(adjoint.without(chain, first, solution), **answer)
 
 
 def check(
@@ -270,6 +310,7 @@ def solve(
     history: bool = True,
     verbose: bool | Callable = False,
     fast_loops: bool | None = None,
+    adjoint: AbstractAdjoint = ImplicitAdjoint(),
 ) -> Solution:
     r"""Minimizes the cost of a chain over its controls.
 
@@ -306,6 +347,9 @@ def solve(
     - `fast_loops`: `None` compiles all loops into one function on the CPU where that is
         known to work, which is several times faster for small systems; `False` never
         does, and `True` raises `ValueError` where it is not possible.
+    - `adjoint`: how derivatives of the solution are found:
+        [`diffprog.ImplicitAdjoint`][], [`diffprog.UnrolledAdjoint`][] or
+        [`diffprog.NoAdjoint`][]. Without differentiation it changes nothing.
 
     **Returns:** a [`diffprog.Solution`][]: the best finite iterate, in the dtype of the
     inputs.
@@ -319,8 +363,12 @@ def solve(
     `solution.stats["minimum"]` is false.
 
     The functions of the problem are traced once; new numbers in the problem, method,
-    search, x0 or us do not compile again. Derivatives of the solution are not
-    available yet and raise.
+    search, x0 or us do not compile again.
+
+    States, controls, cost and multipliers may be differentiated with respect to x0 and
+    all floats of the problem, those that its functions capture included, in forward and
+    reverse mode. Derivatives in the guesses, the search and the tolerances are 0, those
+    of the policy, the statistics and `state` are NaN.
 
     Source: Roulet, Srinivasa, Fazel, Harchaoui, "Iterative Linear Quadratic
     Optimization for Nonlinear Control", 2022, arXiv 2207.06362.
@@ -333,7 +381,8 @@ def solve(
     options = max_steps, bool(history), Same(verbose), fast_loops
     tolerances = rtol, atol, outer
     given = problem, method, x0, us, xs, search, state, *tolerances, *options
-    return judged(_solve(*arguments(*given)), problem, throw)
+    check_kind("adjoint", adjoint, AbstractAdjoint, "dp.ImplicitAdjoint()")
+    return judged(_solve(*arguments(*given), adjoint=adjoint), problem, throw)
 
 
 def judged(solution: Solution, problem: AbstractChain, throw: bool) -> Solution:

@@ -26,6 +26,7 @@ from .solve import (
     begun,
     check,
     duals_of,
+    found_of,
     judged,
     solution_of,
     solver_of,
@@ -121,8 +122,8 @@ def _next_state(problem, state: SolverState) -> SolverState:
 def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
     duals = duals_of(vectorized.chain, loop)
-    options = state.outer, state.max_steps
-    return undifferentiated(solution_of(vectorized, loop, duals, *options))
+    options = found_of(loop, duals), state.outer, state.max_steps
+    return undifferentiated(solution_of(vectorized, loop, *options))
 
 
 def init(

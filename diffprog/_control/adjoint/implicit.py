@@ -1,0 +1,238 @@
+"""Derivatives of a solution from the conditions that it satisfies."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from ..._chain.vector import VectorChain
+from ..._common.fast_loops import compiled, Loops
+from ..._common.tree import no, vary, where, yes
+from .base import AbstractAdjoint, connected, Found, refused, still, with_nan
+from .conditions import (
+    Active,
+    active_at,
+    conditions,
+    localized,
+    moved,
+    Point,
+    point_of,
+    scale_of,
+)
+from .linear import factorize, Factors, Matrices, matrices, product, solve_linear
+
+
+MAX_STEPS = 5  # of Newton, to where the gradient is a rounding
+ROUNDINGS = 16
+
+
+class Judged(eqx.Module):
+    """Whether derivatives at a point may be trusted, and why.
+
+    - `residual`: the largest entry of the gradient of L, over the largest costate.
+    - `positive`: whether every stage has a minimum.
+    - `weak`: how many limits and rows are met without being pushed against.
+    """
+
+    residual: Float[Array, ""]
+    positive: Bool[Array, ""]
+    weak: Float[Array, ""]
+
+    @property
+    def is_stationary(self) -> Bool[Array, ""]:
+        return self.residual <= jnp.sqrt(jnp.finfo(self.residual.dtype).eps)
+
+
+class Settled(eqx.Module):
+    """A solution where its gradient is a rounding, and what is known there."""
+
+    at: Point
+    active: Active
+    matrices: Matrices
+    factors: Factors
+    judged: Judged
+
+
+class _Polish(eqx.Module):
+    at: Point
+    left: Point  # of the conditions
+    size: Float[Array, ""]
+    matrices: Matrices
+    factors: Factors
+    count: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
+class ImplicitAdjoint(AbstractAdjoint):
+    r"""The derivatives of a stationary point, from the conditions that it satisfies.
+
+    Where L is the Lagrangian, z all states, controls and multipliers, and
+    $\theta$ the numbers of the problem,
+
+    $$\nabla^2_{zz} L \, dz = -\partial_\theta \nabla_z L \, d\theta.$$
+
+    One pass of the Riccati recursion with exact second derivatives solves this, in
+    forward and in reverse mode, whatever the method of the solve was and however many
+    iterations it took. Controls at a limit move with it. Rows of constraints that are
+    active get the weight 1 / delta, with delta = eps^(3/8), and what that leaves is
+    mended by repeating the solve. The derivative of the cost is that of L at the
+    solution, and may be differentiated once more.
+
+    Derivatives are found at the solution after at most five of Newton's steps, that
+    bring the gradient to its rounding; the values are those of the solve. They are NaN
+    unless the solve was successful, the gradient is small there, every stage has a
+    minimum, and no limit or row is met without being pushed against, where the solution
+    has a kink. See [`diffprog.check_gradient`][] for what is wrong.
+
+    Takes the time of a few iterations of [`diffprog.DDP`][], and O(T (n + m)^2) memory.
+
+    Source: Amos, Rodriguez, Sacks, Boots, Kolter, "Differentiable MPC for End-to-end
+    Planning and Control", 2018, arXiv 1810.13400; with the Hessian of the Lagrangian in
+    place of that of the cost.
+    """
+
+    on_unconverged: str = eqx.field(static=True, default="nan")
+    refine: Any = eqx.field(static=True, default=1)
+
+    replays: ClassVar[bool] = False
+
+    def __check_init__(self):
+        if self.on_unconverged not in ("nan", "accept"):
+            raise ValueError(
+                f"`on_unconverged` is {self.on_unconverged!r}; 'nan' or 'accept' is "
+                "expected."
+            )
+        if isinstance(self.refine, bool) or not isinstance(self.refine, int):
+            raise TypeError(f"`refine` is {self.refine!r}; a Python int is expected.")
+        if self.refine < 0:
+            raise ValueError(f"`refine` is {self.refine}; 0 or more is expected.")
+
+    def connect(self, chain, x0, solved):
+        known = solved.successful
+        return connected(self._tangents, (chain, x0), solved.found, known)
+
+    def without(self, chain, x0, rest):
+        return with_nan(chain, x0, rest)
+
+    def settled(self, data: tuple[VectorChain, Array], found: Found) -> Settled:
+        """The solution after a few exact steps, where derivatives are found."""
+        chain, x0 = still(data)
+
+        def run(loops: Loops) -> Settled:
+            return self._polished(replace(chain, loops=loops), x0, found)
+
+        known = compiled(run, None)
+        at = connected(self._moves, data, known.at, known)
+        return replace(known, at=at)
+
+    def _polished(self, chain, x0, found: Found) -> Settled:
+        start, gradients = point_of(chain, found)
+        active = active_at(chain, start, gradients)
+        start = active.held(chain, start)
+
+        def step(state: _Polish) -> _Polish:
+            """To where the last matrices lead: nowhere, the first time."""
+            known = chain, state.matrices, state.factors, active
+            change = solve_linear(*known, state.left, 0)
+            at = active.held(chain, moved(chain, state.at, change))
+            found, of = conditions(chain, x0, at, active), matrices(chain, at, active)
+            rounding = ROUNDINGS * jnp.finfo(chain.dtype).eps
+            done = found.size <= rounding * scale_of(chain, at)
+            factors, count = factorize(chain, of), state.count + 1
+            new = _Polish(at, found.left, found.size, of, factors, count, done)
+            ended = eqx.tree_at(lambda s: s.done, state, yes(done))
+            return where(found.size < state.size, new, ended)
+
+        def empty():
+            of = matrices(chain, start, active)
+            return of, factorize(chain, of)
+
+        zeros = lambda a: jnp.zeros(a.shape, a.dtype)
+        nothing = jtu.tree_map(zeros, (start, *jax.eval_shape(empty)))
+        left, of, factors = nothing
+        far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
+        first = _Polish(start, left, far, of, factors, count, no(far))
+        goes_on = lambda state: ~state.done & (state.count <= MAX_STEPS)
+        end = lax.while_loop(goes_on, step, vary(first, like=start))
+        residual = end.size / scale_of(chain, end.at)
+        judged = Judged(residual, end.factors.positive, active.weak)
+        return Settled(end.at, active, end.matrices, end.factors, judged)
+
+    def _moves(self, of, numbers, dots, at: Point, known: Settled) -> Point:
+        """How the solution moves."""
+        change = self._change(of, numbers, dots, replace(known, at=at))[0]
+        zero = jtu.tree_map(jnp.zeros_like, change)
+        step = lambda change: moved(of(numbers)[0], at, change)
+        return jax.jvp(step, (zero,), (change,))[1]
+
+    def _change(self, of, numbers, dots, known: Settled) -> tuple[Point, Array]:
+        """The change of the solution in local coordinates, and that of L without it."""
+        at, active = known.at, known.active
+
+        def found(numbers):
+            chain, x0 = of(numbers)
+            found = conditions(chain, x0, at, active)
+            return found.value, found.left
+
+        _, (value, left) = jax.jvp(found, (numbers,), (dots,))
+        value, left = refused((value, left), ~self._trusted(known.judged))
+        vector, unravel = ravel_pytree(left)
+        flat = lambda tree: ravel_pytree(tree)[0]
+        chain = of(numbers)[0]
+        new, quiet = matrices(chain, at, active), still(chain)
+        times = lambda z: flat(product(chain, new, active, unravel(z)))
+
+        def solve(_, b):
+            def run(loops: Loops):
+                given = known.matrices, known.factors, active, unravel(b)
+                return solve_linear(replace(quiet, loops=loops), *given, self.refine)
+
+            return flat(compiled(run, None))
+
+        change = lax.custom_linear_solve(times, vector, solve, symmetric=True)
+        return unravel(change), value
+
+    def _trusted(self, judged: Judged) -> Bool[Array, ""]:
+        if self.on_unconverged == "accept":
+            return judged.positive
+        return judged.positive & judged.is_stationary & (judged.weak == 0)
+
+    def _tangents(self, of, numbers, dots, found: Found, successful) -> Found:
+        known = self.settled(of(numbers), still(found))
+        if self.on_unconverged == "nan":
+            positive = known.judged.positive & successful
+            known = replace(known, judged=replace(known.judged, positive=positive))
+        at, active = known.at, known.active
+        change, cost = self._change(of, numbers, dots, known)
+
+        def answers(numbers, change):
+            chain, x0 = of(numbers)
+            new = active.held(chain, moved(chain, at, change))
+            out = replace(found, xs=new.xs, final=new.final, us=new.us)
+            if found.duals is not None:
+                duals = replace(found.duals, stages=new.rows, terminal=new.end)
+                out = replace(out, duals=duals)
+            if found.costates is None:
+                return out
+            z = jtu.tree_map(jnp.add, localized(chain, at)[1], change)
+            gradients = conditions(chain, x0, at, active, z).us
+            return replace(out, costates=(new.first, new.lams), gradients=gradients)
+
+        zero = jtu.tree_map(jnp.zeros_like, change)
+        _, out = jax.jvp(answers, (numbers, zero), (dots, change))
+        return replace(out, cost=cost)
+
+
+ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `on_unconverged`: "nan", or "accept" to take derivatives also where they may be wrong;
+    a row that is met without being pushed against then counts as inactive. Where a
+    stage has no minimum they are NaN all the same.
+- `refine`: how often the solve is repeated with what it left over.
+"""
