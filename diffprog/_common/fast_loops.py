@@ -270,7 +270,8 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
         # Fused, XLA would compute each entry of the matrix for both of its places.
         symmetrized = whole and params.get("name") == "symmetrize"
         if name == "dot_general":
-            ins = [jnp.asarray(a, eqn.outvars[0].aval.dtype) for a in ins]
+            out: Any = eqn.outvars[0].aval
+            ins = [jnp.asarray(a, out.dtype) for a in ins]
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
             outs = [_product(*ins, params["dimension_numbers"])]
         elif name == "dot_general" and whole and _is_tiled(eqn):

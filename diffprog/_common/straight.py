@@ -228,7 +228,8 @@ class _Line:
         if name == "dot_general":
             if {v.aval.dtype for v in eqn.invars} != {aval.dtype}:
                 raise _NotStraight
-            return [self.product(aval, *ins, params["dimension_numbers"])]
+            a, b = ins
+            return [self.product(aval, a, b, params["dimension_numbers"])]
         if name in MOVES:
             return MOVES[name](ins, params, [v.aval.shape for v in eqn.outvars])
         raise _NotStraight(name)
