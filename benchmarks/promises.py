@@ -34,6 +34,7 @@ LARGE = {
     "tied drones": 0.9,
     "reacting rod": 0.9,
 }
+DERIVATIVE, LIMITED_BATCH = 4.0, 3.0
 ARM_BATCH, ARM_FIRST_CALL = 2.0, {"ILQR": 6.0, "DDP": 10.0}
 LARGE_LQR = {"14, 7, 100": 0.6, "24, 12, 200": 0.8, "40, 20, 200": 1.0}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
@@ -143,6 +144,19 @@ def of_batch(rows: list[dict], name: str = "pendulum", limit: float = BATCH):
     yield promise(text, limit, measured.get((name, 512)), most=False)
 
 
+def of_gradients(rows: list[dict]):
+    for row in rows:
+        text = f"iterations of DDP that a derivative takes: {row['problem']}"
+        yield promise(text, DERIVATIVE, row["in iterations"])
+
+
+def of_gradients_batch(rows: list[dict]):
+    for row in rows:
+        if not row["solver"].startswith("Fatrop"):
+            text = f"solves per second and core over Fatrop, at least: {row['solver']}"
+            yield promise(text, LIMITED_BATCH, row.get("times Fatrop"), most=False)
+
+
 def of_large_batch(rows: list[dict]):
     yield from of_batch(rows, "arm", ARM_BATCH)
 
@@ -164,6 +178,8 @@ PARTS = {
     "large_lqr": of_large_lqr,
     "batch": of_batch,
     "large_batch": of_large_batch,
+    "gradients": of_gradients,
+    "gradients_batch": of_gradients_batch,
     "compilation": of_compilation,
 }
 

@@ -20,6 +20,7 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
+    "benchmarks-gradients": ("gradients", "gradients_batch"),
     "benchmarks-large": ("large", "large_lqr", "large_batch", "parts"),
 }
 TITLES = {
@@ -27,6 +28,7 @@ TITLES = {
     "benchmarks-limits": "Benchmarks with limits",
     "benchmarks-constraints": "Benchmarks with constraints",
     "benchmarks-states": "Benchmarks of starts from states",
+    "benchmarks-gradients": "Benchmarks of derivatives",
     "benchmarks-large": "Benchmarks of large problems",
 }
 INTRODUCTION = """\

@@ -334,7 +334,22 @@ def test_batches(fast_loops):
     np.testing.assert_allclose(jax.grad(loss)(theta["control"]), expected, rtol=1e-8)
 
 
-@pytest.mark.slow
+def test_training_steps_compile_once(caplog):
+    problem, x0, us = helpers.spring()
+
+    def loss(weight):
+        system = helpers.Spring(weight=weight)
+        given = dp.ControlProblem.from_system(system, len(us))
+        return weighted(dp.solve(given, dp.ILQR(), x0, us))
+
+    weight = jnp.asarray(0.1)
+    weight -= 0.01 * jax.grad(loss)(weight)
+    with jax.log_compiles():
+        for _ in range(2):
+            weight -= 0.01 * jax.grad(loss)(weight)
+    assert not [r for r in caplog.records if "compil" in r.getMessage().lower()]
+
+
 def test_numbers_of_modules_and_of_functions():
     problem, x0, us = helpers.spring()
     T = len(us)

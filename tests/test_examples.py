@@ -15,6 +15,7 @@ FILES = {
     "character_model.py": {"characters.png"},
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
+    "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},

@@ -98,14 +98,10 @@ def combined(chain: VectorChain, fn: Callable, *points: Point) -> Point:
     return Point(xs, final, us, first, lams, rows, end)
 
 
-def largest(chain: VectorChain, *trees: PyTree) -> Float[Array, ""]:
-    """The largest absolute value in stacks of all stages, and in other arrays."""
-    size = lambda tree: jnp.max(
-        jnp.concatenate([jnp.ravel(jnp.abs(a)) for a in jtu.tree_leaves(tree)])
-    )
-    stacks, rest = trees
-    sizes = chain.map(lambda _, *rows: size(rows), *stacks)
-    return jnp.maximum(ft.reduce(jnp.maximum, map(jnp.max, sizes)), size(rest))
+def size_of(tree: PyTree) -> Float[Array, ""]:
+    """The largest absolute value."""
+    leaves = [jnp.ravel(jnp.abs(leaf)) for leaf in jtu.tree_leaves(tree)]
+    return jnp.max(jnp.concatenate(leaves))
 
 
 def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
@@ -124,13 +120,13 @@ def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
 class Conditions(eqx.Module):
     """L, and what is left of the conditions: minus its gradient.
 
-    - `size`: its largest entry.
+    - `residual`: its largest entry, over one more than the largest costate.
     - `us`: the gradient in all controls, as if none were held.
     """
 
     value: Float[Array, ""]
     left: Point
-    size: Float[Array, ""]
+    residual: Float[Array, ""]
     us: Rows
 
 
@@ -153,10 +149,7 @@ def conditions(
         total = value - matmul(lam, v_next)
         free = jnp.where(held[0] | held[1], 0, of_u) if held else of_u
         left = before - of_x, -free, -gap, masked(rows and -rows.values(v, u, t), on)
-        return total, size(left), of_u, *left
-
-    def size(tree):
-        return jnp.max(jnp.concatenate([jnp.abs(a) for a in jtu.tree_leaves(tree)]))
+        return total, (size_of(left), size_of(lam)), of_u, *left
 
     data = z.xs, z.us, local.ts, preceding(z.first, z.lams), z.lams
     flags = (active.lower, active.upper) if active.lower else ()
@@ -167,9 +160,13 @@ def conditions(
     value = sum(map(jnp.sum, totals)) + last + matmul(z.first, start)
     end = masked(local.end.rows and -local.end.rows.values(z.final), active.end)
     final = z.lams[-1][-1] - final
-    sizes = [*map(jnp.max, sizes), size((final, start, end))]
     left = Point(xs, final, us, -start, lams, rows, end)
-    return Conditions(value, left, ft.reduce(jnp.maximum, sizes), in_us)
+    ends = size_of((final, start, end)), size_of(z.first)
+    largest = [
+        ft.reduce(jnp.maximum, [last, *map(jnp.max, stages)])
+        for last, stages in zip(ends, zip(*sizes, strict=True), strict=True)
+    ]
+    return Conditions(value, left, largest[0] / (1 + largest[1]), in_us)
 
 
 def moved(chain: VectorChain, at: Point, change: Point) -> Point:
@@ -208,18 +205,16 @@ def point_of(chain: VectorChain, found: Any) -> tuple[Point, Rows]:
     return replace(guess, first=first, lams=lams), gradients
 
 
-def scale_of(chain: VectorChain, at: Point) -> Float[Array, ""]:
-    """What roundings of the gradient are measured by."""
-    return 1 + largest(chain, (at.lams,), at.first)
-
-
 def active_at(chain: VectorChain, at: Point, gradients: Rows) -> Active:
     """What is active at a solution.
 
     A multiplier or a distance counts as 0 up to the square root of the rounding.
     """
-    small = jnp.sqrt(jnp.finfo(chain.dtype).eps)
-    tol = small * scale_of(chain, at)
+    small, zero = jnp.sqrt(jnp.finfo(chain.dtype).eps), jnp.zeros((), chain.dtype)
+    if not (chain.limits or chain.names):
+        return Active((), (), at.rows, at.end, zero)
+    sizes = chain.map(lambda _, lam: size_of(lam), at.lams)
+    tol = small * (1 + ft.reduce(jnp.maximum, map(jnp.max, sizes)))
     count = lambda flags: jnp.sum(flags.astype(chain.dtype))
 
     def of_rows(rows, y, values):

@@ -23,7 +23,6 @@ from .conditions import (
     moved,
     Point,
     point_of,
-    scale_of,
 )
 from .linear import factorize, Factors, Matrices, matrices, product, solve_linear
 
@@ -62,7 +61,7 @@ class Settled(eqx.Module):
 class _Polish(eqx.Module):
     at: Point
     left: Point  # of the conditions
-    size: Float[Array, ""]
+    residual: Float[Array, ""]
     matrices: Matrices
     factors: Factors
     count: Int[Array, ""]
@@ -139,15 +138,18 @@ class ImplicitAdjoint(AbstractAdjoint):
         def step(state: _Polish) -> _Polish:
             """To where the last matrices lead: nowhere, the first time."""
             known = chain, state.matrices, state.factors, active
-            change = solve_linear(*known, state.left, 0)
-            at = active.held(chain, moved(chain, state.at, change))
+
+            def go():
+                change = solve_linear(*known, state.left, 0)
+                return active.held(chain, moved(chain, state.at, change))
+
+            at = lax.cond(state.count > 0, go, lambda: state.at)
             found, of = conditions(chain, x0, at, active), matrices(chain, at, active)
-            rounding = ROUNDINGS * jnp.finfo(chain.dtype).eps
-            done = found.size <= rounding * scale_of(chain, at)
+            done = found.residual <= ROUNDINGS * jnp.finfo(chain.dtype).eps
             factors, count = factorize(chain, of), state.count + 1
-            new = _Polish(at, found.left, found.size, of, factors, count, done)
+            new = _Polish(at, found.left, found.residual, of, factors, count, done)
             ended = eqx.tree_at(lambda s: s.done, state, yes(done))
-            return where(found.size < state.size, new, ended)
+            return where(found.residual < state.residual, new, ended)
 
         def empty():
             of = matrices(chain, start, active)
@@ -160,8 +162,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         first = _Polish(start, left, far, of, factors, count, no(far))
         goes_on = lambda state: ~state.done & (state.count <= MAX_STEPS)
         end = lax.while_loop(goes_on, step, vary(first, like=start))
-        residual = end.size / scale_of(chain, end.at)
-        judged = Judged(residual, end.factors.positive, active.weak)
+        judged = Judged(end.residual, end.factors.positive, active.weak)
         return Settled(end.at, active, end.matrices, end.factors, judged)
 
     def _moves(self, of, numbers, dots, at: Point, known: Settled) -> Point:
@@ -185,13 +186,14 @@ class ImplicitAdjoint(AbstractAdjoint):
         vector, unravel = ravel_pytree(left)
         flat = lambda tree: ravel_pytree(tree)[0]
         chain = of(numbers)[0]
+        refine = self.refine if chain.names else 0  # without rows nothing is left over
         new, quiet = matrices(chain, at, active), still(chain)
         times = lambda z: flat(product(chain, new, active, unravel(z)))
 
         def solve(_, b):
             def run(loops: Loops):
                 given = known.matrices, known.factors, active, unravel(b)
-                return solve_linear(replace(quiet, loops=loops), *given, self.refine)
+                return solve_linear(replace(quiet, loops=loops), *given, refine)
 
             return flat(compiled(run, None))
 
@@ -234,5 +236,6 @@ ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
 - `on_unconverged`: "nan", or "accept" to take derivatives also where they may be wrong;
     a row that is met without being pushed against then counts as inactive. Where a
     stage has no minimum they are NaN all the same.
-- `refine`: how often the solve is repeated with what it left over.
+- `refine`: how often the solve is repeated with what it left over, where there are
+    constraints.
 """
