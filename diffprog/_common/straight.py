@@ -31,7 +31,7 @@ from .zeros import MOVES
 
 # Operations of one stage, and of all in a line; stages in a line. What is longer is no
 # faster, and takes long to compile.
-MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 4
+MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 2
 # The same of numbers that go in or out of a stage, and of functions; one is too long.
 MAX_MOVED, MAX_FUNCTIONS, LONG = 120, 30, "erfc"
 # Operations of one stage, also for each number that goes in or out: with fewer, moving
