@@ -37,6 +37,7 @@ LARGE = {
 DERIVATIVE, LIMITED_BATCH = 4.0, 3.0
 ARM_BATCH, ARM_FIRST_CALL = 2.0, {"ILQR": 6.0, "DDP": 10.0}
 LARGE_LQR = {"14, 7, 100": 0.6, "24, 12, 200": 0.8, "40, 20, 200": 1.0}
+TICKS = {"ILQR": 1.0, "DDP": 3.0}
 PLAIN_LOOPS, DOOR, BATCH = 2.5, 150.0, 6.0
 COMPILATION = {"ILQR": 4.0, "DDP": 6.0}
 
@@ -161,6 +162,13 @@ def of_large_batch(rows: list[dict]):
     yield from of_batch(rows, "arm", ARM_BATCH)
 
 
+def of_ticks(rows: list[dict]):
+    for row in rows:
+        if row["problem"] == "quadrotor":
+            text = f"median milliseconds of a tick of dp.{row['method']}: quadrotor"
+            yield promise(text, TICKS[row["method"]], row["p50 ms"])
+
+
 def of_compilation(rows: list[dict]):
     for method, limit in COMPILATION.items():
         slowest = max(row["total s"] for row in rows if row["method"] == method)
@@ -178,6 +186,7 @@ PARTS = {
     "large_lqr": of_large_lqr,
     "batch": of_batch,
     "large_batch": of_large_batch,
+    "ticks": of_ticks,
     "gradients": of_gradients,
     "gradients_batch": of_gradients_batch,
     "compilation": of_compilation,

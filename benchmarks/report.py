@@ -20,6 +20,7 @@ PAGES = {
     "benchmarks-limits": ("limits",),
     "benchmarks-constraints": ("constraints",),
     "benchmarks-states": ("states",),
+    "benchmarks-ticks": ("ticks",),
     "benchmarks-gradients": ("gradients", "gradients_batch"),
     "benchmarks-large": ("large", "large_lqr", "large_batch", "parts"),
 }
@@ -28,6 +29,7 @@ TITLES = {
     "benchmarks-limits": "Benchmarks with limits",
     "benchmarks-constraints": "Benchmarks with constraints",
     "benchmarks-states": "Benchmarks of starts from states",
+    "benchmarks-ticks": "Benchmarks of ticks",
     "benchmarks-gradients": "Benchmarks of derivatives",
     "benchmarks-large": "Benchmarks of large problems",
 }
@@ -45,6 +47,18 @@ measured and wrote this page; `make bench` prints the tables. Solvers take turns
 thread each, and the figures are medians of the processor time. Of compilation and
 first calls it is the time that passes. `ours / this` is our time divided by that of
 the row: below 1 we are faster. There is no ratio without an equal final cost.
+
+"""
+TICKS_INTRODUCTION = """\
+# {title}
+
+Bare times of a controller, without peers. The command
+
+```bash
+{command}
+```
+
+measured and wrote this page; `make bench` prints the table.
 
 """
 GPU_INTRODUCTION = """\
@@ -119,7 +133,8 @@ def write_page(page: str, results: dict):
     """A page of the documentation and its pictures, from the results alone."""
     machine = results["machine"]
     sections = {name: results["sections"][name] for name in PAGES[page]}
-    introduction = INTRODUCTION.format(title=TITLES[page], command=machine["command"])
+    form = TICKS_INTRODUCTION if page == "benchmarks-ticks" else INTRODUCTION
+    introduction = form.format(title=TITLES[page], command=machine["command"])
     for name, rows in sections.items():
         if name in pictures.DRAW:
             pictures.save(name, rows, DOCS / "images" / picture_name(name))

@@ -34,6 +34,7 @@ from ._control.adjoint import (
     UnrolledAdjoint as UnrolledAdjoint,
 )
 from ._control.batch import solve_batch as solve_batch
+from ._control.closed_loop import simulate as simulate, Simulation as Simulation
 from ._control.direction import (
     AbstractDirection as AbstractDirection,
     AbstractRollout as AbstractRollout,
@@ -73,7 +74,9 @@ from ._control.lqr.expand import (
     QuadraticModel as QuadraticModel,
     quadratize as quadratize,
 )
+from ._control.mpc import MPC as MPC
 from ._control.outer import AugmentedLagrangian as AugmentedLagrangian
+from ._control.plan import MPCState as MPCState
 from ._control.search import (
     AbstractSearch as AbstractSearch,
     AdaptiveDamping as AdaptiveDamping,

@@ -49,7 +49,9 @@ CONTROL = [
     ["loop", "solution"],
     ["defaults", "adjoint"],
     ["solve", "layerwise"],
-    ["stepping", "batch", "gradient_check"],
+    ["stepping", "batch", "gradient_check", "plan", "tick"],
+    ["mpc"],
+    ["closed_loop"],
 ]
 OUTSIDE = ("systems", "plot")  # these see the public door only
 

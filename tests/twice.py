@@ -114,6 +114,17 @@ def by_hand(n):
     return dp.finish(problem, dp.step(problem, state), throw=False)
 
 
+spring = helpers.Spring()
+CONTROLLER = dp.MPC(dp.ControlProblem.from_system(spring, 3), dp.ILQR())
+
+
+def ticked(n):
+    """All that a controller does."""
+    _, x0, us = n.problem
+    _, state = CONTROLLER(x0, CONTROLLER.init(x0, us))
+    return CONTROLLER(x0, CONTROLLER.shift(state, 2), n.problem[0])
+
+
 def trained(oracle, loss=losses.Squared(), targets="y"):
     vd = dp.value_and_direction(loss, oracle)
 
@@ -224,6 +235,16 @@ CONTROL = {
     "solve": lambda n: dp.solve(n.problem[0], dp.ILQR(), *n.problem[1:]),
     "solve_batch": lambda n: dp.solve_batch(n.problem[0], dp.ILQR(), *n.starts),
     "steps by hand": by_hand,
+    "MPC": ticked,
+    "simulate": lambda n: dp.simulate(
+        CONTROLLER,
+        spring.dynamics,
+        n.problem[1],
+        3,
+        n.size,
+        n.key,
+        state=CONTROLLER.init(*n.problem[1:]),
+    ),
     "solve_lqr": lambda n: dp.solve_lqr(lqr(n), n.zero + n.size),
     "solve_lqr in parallel": lambda n: dp.solve_lqr(
         lqr(n), n.zero + n.size, method=dp.ParallelRiccati()

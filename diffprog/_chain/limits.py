@@ -116,6 +116,35 @@ def _like(name: str, side: PyTree, us: PyTree, fill: float, dtype: Any) -> PyTre
     return jtu.tree_map_with_path(broadcast, side, us)
 
 
+def middle(bounds: Any, horizon: int, dtype: Any) -> PyTree:
+    """The middle between the limits at all stages, where both are finite.
+
+    Else 0, cut off at a limit; `None` where they do not say the shape of a control.
+    """
+    is_one = lambda side: side is None or (is_number(side) and not np.ndim(side))
+    sides = [side for side in bounds or () if not is_one(side)]
+    if not sides:
+        return None
+
+    def zeros(leaf):
+        stacked = np.ndim(leaf) > 1 and np.shape(leaf)[0] == horizon
+        shape = np.shape(leaf)[1:] if stacked else np.shape(leaf)
+        return jnp.zeros((horizon, *shape), dtype)
+
+    limits = like_controls(bounds, jtu.tree_map(zeros, sides[0]), dtype)
+    return jtu.tree_map(between, *limits)
+
+
+def between(lower: Array, upper: Array) -> Array:
+    """Their middle, or what is nearest to 0 where one of them is infinite.
+
+    NaN where there is nothing between them.
+    """
+    finite = jnp.isfinite(lower) & jnp.isfinite(upper)
+    half = jnp.where(finite, lower / 2 + upper / 2, 0)
+    return cut_off(half, lower, upper)
+
+
 def _cast(leaf: Any, dtype: Any) -> Array:
     return jnp.asarray(leaf).astype(dtype)
 

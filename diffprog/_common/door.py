@@ -116,21 +116,13 @@ def _are_same(numbers: list, others: list) -> bool:
     )
 
 
-def undifferentiated(tree: PyTree) -> PyTree:
-    """The identity, which refuses to be differentiated."""
+def undifferentiated(tree: PyTree, message: str) -> PyTree:
+    """The identity, which says why it refuses to be differentiated."""
     numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(_undifferentiated(numbers), rest)
+    identity = jax.custom_jvp(lambda numbers: numbers)
 
+    @identity.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(message)
 
-@jax.custom_jvp
-def _undifferentiated(numbers):
-    return numbers
-
-
-@_undifferentiated.defjvp
-def _(primals, tangents):
-    raise NotImplementedError(
-        "A solve that is stepped by hand has no derivatives; that of `dp.solve` has: "
-        "`dp.solve(problem, method, x0, us)`. Or wrap the arguments in "
-        "`jax.lax.stop_gradient`."
-    )
+    return eqx.combine(identity(numbers), rest)

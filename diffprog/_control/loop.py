@@ -24,7 +24,7 @@ from jax import lax
 
 from .._chain.vector import run, through, VectorChain, VectorTrajectory
 from .._common.result import RESULTS
-from .._common.tree import no, vary, where
+from .._common.tree import no, vary, where, yes
 from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
 from .gaps import is_better, Price, price_of
@@ -70,19 +70,27 @@ class Solver(eqx.Module):
     verbose: bool | Callable = eqx.field(static=True)
     outer: AbstractOuter | None = None
     omega: Any = None  # the gradient that ends iterations before an update
+    tests: bool = eqx.field(static=True, default=True)  # whether a pass may be one
 
     def init(
         self, x0, us, states: Any, state: SearchState, duals, history: bool
     ) -> Loop:
-        chain, dtype = self.chain, self.chain.dtype
+        """Before the first iteration, from controls and maybe states."""
+        chain = self.chain
         outer = self.outer and self.outer.init(duals)
         if outer:
             chain = chain.priced(outer.duals)
-        number = lambda value: jnp.asarray(value, dtype)
-        count = lambda value: jnp.asarray(value, jnp.int32)
         us = chain.within(us)
         given = states and through(chain, states[0], states[1], us)
-        trajectory = given or run(chain, x0, us)
+        return self.start(given or run(chain, x0, us), state, outer, history)
+
+    def start(
+        self, trajectory, state: SearchState, outer: Any = None, history: bool = False
+    ) -> Loop:
+        """Before the first iteration, at a trajectory."""
+        chain, dtype, us = self.chain, self.chain.dtype, trajectory.us
+        number = lambda value: jnp.asarray(value, dtype)
+        count = lambda value: jnp.asarray(value, jnp.int32)
         finite = trajectory.first_nonfinite > chain.horizon
         cost = jnp.where(finite, trajectory.cost, jnp.inf)
         trajectory = eqx.tree_at(lambda t: t.cost, trajectory, cost)
@@ -99,6 +107,7 @@ class Solver(eqx.Module):
         never = jnp.where(finite, count(self.max_steps + 1), 0)
         search = where(jnp.isnan(given.stepsize), memory, given)
         rows = (self.max_steps + 1) * history
+        names = columns(bool(outer), trajectory.gaps)
         constrained, ended = None, ~finite
         if outer:
             constrained, hopeless = before_steps(self, outer, trajectory, memory)
@@ -117,11 +126,11 @@ class Solver(eqx.Module):
             stopping=ended,
             done=ended,
             first_cost=cost,
-            history=jnp.full((rows, len(columns(bool(outer), states))), jnp.nan, dtype),
+            history=jnp.full((rows, len(names)), jnp.nan, dtype),
             constrained=constrained,
-            weight=number(0.0) if states else None,
+            weight=number(0.0) if trajectory.gaps else None,
         )
-        return vary(loop, like=x0)
+        return vary(loop, like=trajectory)
 
     def run(self, loop: Loop) -> Loop:
         """Iterates until something stops the solve."""
@@ -254,7 +263,7 @@ class Solver(eqx.Module):
             positive=false,
             promised=nan,
             converged=false,
-            refuted=false,
+            refuted=false if self.tests else yes(stop),
             first_nonfinite=expansion.first_nonfinite,
             backwards=loop.counts.backwards,
             price=price_of(before, loop.weight),

@@ -33,6 +33,13 @@ from .solve import (
 )
 
 
+BY_HAND = (
+    "A solve that is stepped by hand has no derivatives; that of `dp.solve` has: "
+    "`dp.solve(problem, method, x0, us)`. Or wrap the arguments in "
+    "`jax.lax.stop_gradient`."
+)
+
+
 class SolverState(eqx.Module):
     """A solve that is stepped by hand.
 
@@ -123,7 +130,7 @@ def _finished(problem, state: SolverState) -> Solution:
     vectorized, loop = _stepped(problem, state, True)
     duals = duals_of(vectorized.chain, loop)
     options = found_of(loop, duals), state.outer, state.max_steps
-    return undifferentiated(solution_of(vectorized, loop, *options))
+    return undifferentiated(solution_of(vectorized, loop, *options), BY_HAND)
 
 
 def init(

@@ -1,0 +1,95 @@
+"""Ticks of a receding horizon: how long they take, and how evenly."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+import diffprog as dp
+from diffprog.systems import Race, Track
+
+from . import ours
+from .problems import PROBLEMS, UNSEEN
+
+
+TITLE = "Ticks of a receding horizon"
+COLUMNS = {
+    "problem": "{}",
+    "method": "{}",
+    "iterations": "{}",
+    "p50 ms": "{:.3f}",
+    "p90 ms": "{:.3f}",
+    "p99 ms": "{:.3f}",
+    "longest ms": "{:.3f}",
+    "in a jit ms": "{:.3f}",
+}
+NOTES = (
+    "Times that pass, not those of the processor, of single calls "
+    "`u, state = controller(x, state)` in a Python loop with a plant, float64, one "
+    "core: what a program of a robot sees, other programs of the machine included. "
+    "`in a jit` is the time of `dp.simulate` over its ticks, the least of five runs.",
+    "The quadrotor has 12 states, 50 stages and limits of its rotors; its plant is the "
+    "model with each state off by 1e-3 (normal noise), and it starts from a solve. The "
+    "race car, 8 states and 40 stages, drives the miniature track with limits.",
+)
+TICKS, RUNS = 400, 5
+
+
+def quadrotor(method) -> tuple:
+    (problem,) = (p for p in PROBLEMS + UNSEEN if p.name == "quadrotor")
+    problem = dataclasses.replace(problem, horizon=50)
+    free, (x0, us) = ours.chain(problem), ours.start(problem)
+    most = jnp.full(4, 1.2)
+    limited = dp.ControlProblem(
+        free.dynamics, free.cost, free.terminal_cost, 50, (-most, most)
+    )
+    controller = dp.MPC(limited, method)
+    solution = dp.solve(limited, dp.ILQR(), x0, us, throw=False)
+    state = controller.init(x0, solution.us, state=solution.state)
+
+    def plant(x, u, t):
+        key = jax.random.fold_in(jax.random.key(0), t)
+        return free.dynamics(x, u, t) + 1e-3 * jax.random.normal(key, x.shape)
+
+    return "quadrotor", controller, plant, x0, state
+
+
+def race(method) -> tuple:
+    car = Race.miniature(Track.simple(), squashed=False)
+    controller = dp.MPC(dp.ControlProblem.from_system(car, 40), method)
+    return "race car", controller, car.dynamics, car.x0, controller.init(car.x0)
+
+
+def latencies(controller, plant, x, state) -> numpy.ndarray:
+    """Milliseconds of each tick."""
+    step, found = jax.jit(lambda x, u, t: plant(x, u, t)), []
+    jax.block_until_ready(controller(x, controller(x, state)[1]))
+    for tick in range(TICKS):
+        x = jax.block_until_ready(x)
+        start = time.perf_counter()
+        u, state = jax.block_until_ready(controller(x, state))
+        found.append(1e3 * (time.perf_counter() - start))
+        x = step(x, u, tick)
+    return numpy.array(found)
+
+
+def one(name, controller, plant, x, state) -> dict:
+    times, runs = latencies(controller, plant, x, state), []
+    for _ in range(1 + RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(dp.simulate(controller, plant, x, TICKS, state=state))
+        runs.append(1e3 * (time.perf_counter() - start) / TICKS)
+    percentiles = {f"p{p} ms": float(numpy.percentile(times, p)) for p in (50, 90, 99)}
+    return dict(
+        problem=name,
+        method=type(controller.method).__name__,
+        iterations=controller.iterations,
+        **percentiles,
+        **{"longest ms": float(times.max()), "in a jit ms": min(runs)},
+    )
+
+
+def run() -> list[dict]:
+    return [one(*make(m)) for make in (quadrotor, race) for m in ours.METHODS]
