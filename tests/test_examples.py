@@ -11,6 +11,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 LIMITS = {"car_racing.py": 255, "digits_gauss_newton.py": 165}
 FILES = {
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
+    "mpc_car.py": {"mpc_car.png"},
     "mpc_cart_pole.py": {"mpc_cart_pole.png"},
     "multilabel.py": {"multilabel.png"},
     "character_model.py": {"characters.png"},
