@@ -19,6 +19,7 @@ FILES = {
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
+    "many_devices.py": {"many_devices.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},

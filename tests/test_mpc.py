@@ -196,6 +196,15 @@ def test_many_robots_are_each_alone():
         mpc(starts[0], states)
 
 
+def test_robots_may_be_split_over_devices():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("robots",))
+    run = jax.vmap(lambda x0: dp.simulate(controller(2), plant, x0, 3).xs)
+    spec = jax.sharding.PartitionSpec("robots")
+    split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+    starts = jnp.stack([X, X - 0.1])
+    same(split(starts), run(starts), 1e-9, 1e-9)
+
+
 def test_float32():
     problem = pendulum(jnp.float32)
     mpc = dp.MPC(problem, dp.ILQR(), 2)

@@ -42,7 +42,7 @@ FLOORS = {
 NEVER = {("losses", "_chain")}
 # And so do the parts of a room that has some.
 CONTROL = [
-    ["lqr", "report"],
+    ["lqr", "report", "devices"],
     ["direction", "search", "outer", "gaps"],
     ["records"],
     ["outer_loop"],

@@ -20,6 +20,7 @@ from jax import lax
 from jax.core import eval_jaxpr
 from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .linalg import eliminate, ELIMINATED
@@ -35,8 +36,33 @@ except ImportError:  # pragma: no cover
 # The newest JAX whose compiler was tried with all of this.
 NEWEST = (0, 12)
 
+<<<<<<< HEAD
+=======
+CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".split()
+MOVES = """
+and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p
+dynamic_slice dynamic_update_slice eq eq_to gather ge gt iota is_finite le le_to lt
+lt_to ne not or pad pcast population_count pvary reshape reshard rev scatter scatter-add
+select_n shift_left shift_right_arithmetic shift_right_logical slice split squeeze
+stack stop_gradient tile transpose unstack xor
+""".split()
+ARITHMETIC = """
+abs add add_any ceil clamp div floor integer_pow max min mul neg reduce_precision rem
+round sign sqrt square sub
+""".split()
+FUNCTIONS = """
+acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp2 expm1 log log1p
+logistic nextafter pow rsqrt sin sinh tan tanh
+""".split()
+REDUCTIONS = """
+argmax argmin cumprod cumsum dot_general reduce_and reduce_max reduce_min reduce_or
+reduce_prod reduce_sum
+""".split()
+
+>>>>>>> main
 # Operations per number. A function counts as what it expands to.
-WORK = dict.fromkeys(MOVES, 0) | dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
+WORK: dict[str, int] = dict.fromkeys(MOVES, 0)
+WORK |= dict.fromkeys(ARITHMETIC + REDUCTIONS, 1)
 WORK |= dict.fromkeys(FUNCTIONS, 40)
 
 # XLA hands a reduction of 4096 numbers to a library. It splits over threads what moves
@@ -164,9 +190,18 @@ def _is_known(closed: ClosedJaxpr) -> bool:
     return all(
         all(map(_is_known, inner_programs(eqn)))
         if eqn.primitive.name in CALLS
-        else eqn.primitive.name in WORK
+        else _is_listed(eqn)
         for eqn in closed.jaxpr.eqns
     )
+
+
+def _is_listed(eqn) -> bool:
+    """Whether a primitive is on the list; between devices nothing may move."""
+    name = eqn.primitive.name
+    if name == "reshard":  # inside `shard_map` it is the identity
+        kinds = eqn.outvars[0].aval.sharding.mesh.axis_types
+        return set(kinds) == {AxisType.Manual}
+    return name in WORK
 
 
 def obstacle(closed: ClosedJaxpr) -> str | None:
@@ -201,7 +236,7 @@ def _work(closed: ClosedJaxpr) -> int:
 
 def _check(name: str, eqn) -> int:
     """Operations of one primitive, if it is safe."""
-    if name not in WORK:
+    if not _is_listed(eqn):
         raise _Obstacle(f"the primitive `{name}`")
     ins, outs = ([v.aval for v in vs] for vs in (eqn.invars, eqn.outvars))
     for array in (*ins, *outs):

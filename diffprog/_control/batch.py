@@ -7,21 +7,33 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from .._chain.problem import AbstractChain
 from .._chain.vectorize import vectorize
 from .._common.capture import put_together, Taken
-from .._common.changes import is_data, is_list, shape_of
+from .._common.changes import is_data, is_list, Same, shape_of
 from .._common.door import door
 from .._common.fast_loops import FastLoopsError
+from .._common.result import RESULTS
 from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .defaults import tolerance
+from .devices import (
+    check_mesh,
+    given_rows,
+    joined,
+    mesh_around,
+    on_each,
+    own_rows,
+    split,
+)
 from .direction import AbstractDirection
 from .outer import AbstractOuter
 from .report import print_batch
@@ -31,8 +43,16 @@ from .solve import solve
 
 
 @door
-def _solve_all(shared, method, mapped, search, rtol, atol, outer, adjoint, options):
-    max_steps, history, fast_loops = options
+def _solve_all(shared, mapped, options):
+    *options, mesh = options
+    return on_each(ft.partial(_solve_share, *options), mesh.value, shared, mapped)
+
+
+def _solve_share(size, max_steps, history, fast_loops, shared, mapped):
+    shared, method, search, rtol, atol, outer, adjoint, begin = shared
+    if begin is not None:
+        rows = begin + jnp.arange(size)  # beyond the end it is the last one
+        mapped = jtu.tree_map(lambda leaf: leaf.at[rows].get(mode="clip"), mapped)
 
     def one(arguments, fast_loops):
         numbers, x0, us, xs, state = arguments
@@ -234,6 +254,7 @@ def solve_batch(
     xss: PyTree = None,
     outer: AbstractOuter | None = None,
     in_axes: Any = ...,
+    mesh: Mesh | None = None,
     batch_size: int | None = None,
     max_steps: int = 256,
     rtol: Any = None,
@@ -264,16 +285,22 @@ def solve_batch(
         the problem, or like its upper part. Not given, it is `None`, but an array that
         has as many rows as there are problems (or a list of as many numbers or rows),
         and would also do with one row, is refused.
-    - `batch_size`: at most so many problems at once; all unless given. It bounds the
-        memory; a last batch that is not full is filled up with copies.
+    - `mesh`: a `jax.sharding.Mesh` over whose devices the problems are split, by all of
+        its axes. Each device solves its share and waits for no other; shares that are
+        not full are filled up with copies. See
+        [Several devices](../several-devices.md).
+    - `batch_size`: at most so many problems at once on each device; all unless given.
+        It bounds the memory; a last batch that is not full is filled up with copies.
     - `state`: `solution.state` of an earlier batch.
     - `history`: whether to record each iteration of each problem; takes
         `problems * (max_steps + 1) * 6` numbers.
     - `verbose`: `True` prints one line for each batch; a function receives its figures
-        by name. The cost is the average of those that are finite.
+        by name. The cost is the average of those that are finite. Of several processes
+        each reports the problems of its own devices.
 
-    **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis.
-    Nothing is raised for a problem that fails: look at `solution.result`.
+    **Returns:** a [`diffprog.Solution`][] whose arrays have the problem as first axis,
+    split over the devices of a `mesh` if that is possible evenly, else all of them on
+    each. Nothing is raised for a problem that fails: look at `solution.result`.
 
     **Fails:** `ValueError` or `TypeError` at once for a wrong call.
 
@@ -283,48 +310,52 @@ def solve_batch(
     solutions = dp.solve_batch(problem, dp.DDP(), x0s, uss, in_axes=0)
     ```
     """
+    if mesh is not None:
+        check_mesh(mesh)
     asked = in_axes is not ...
     numbers, shared = _apart(problem, in_axes if asked else None)
     given = dict(x0s=x0s, uss=uss, xss=xss, state=state, problem=numbers)
     num_problems = _num_problems(**given)
     if num_problems < 1:
         raise ValueError("`x0s` has 0 problems; at least 1 is expected.")
-    batch_size = num_problems if batch_size is None else batch_size
-    check_count("batch_size", batch_size)
-    options = (max_steps, bool(history), fast_loops)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     (x0s, uss, xss), dtype = strong(x0s, uss, xss)
     tolerances = tolerance(rtol, dtype), tolerance(atol, dtype)
     if state is None:
         state = WarmStart(SearchState.none(dtype, (num_problems,)))
     if not asked and num_problems > 1:  # of one problem both readings are the same
         with taken_back(problem):
-            _check_shared(problem, num_problems, _first(x0s), _first(uss))
-    mapped, solutions = (numbers, x0s, uss, xss, state), []
-    for begin in range(0, num_problems, batch_size):
-        start, size = time.perf_counter(), min(batch_size, num_problems - begin)
-        batch = mapped
-        if batch_size < num_problems:
-            rows = begin + jnp.minimum(jnp.arange(batch_size), size - 1)
-            some = lambda leaf, rows=rows: jnp.asarray(leaf)[rows]
-            batch = jtu.tree_map(some, mapped)
-        with noted(ft.partial(_note, *mapped, problem, num_problems)):
-            solution = _solve_all(
-                shared, method, batch, search, *tolerances, outer, adjoint, options
-            )
-        solution = jtu.tree_map(lambda leaf, n=size: leaf[:n], solution)
-        if verbose and not isinstance(solution.cost, Tracer):
-            number = f"{begin // batch_size + 1} of {-(-num_problems // batch_size)}"
-            _report(verbose, number, solution, start)
-        solutions.append(solution)
-    join = lambda *leaves: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
-    return on_manifold(jtu.tree_map(join, *solutions), problem.manifold)
+            _check_shared(problem, num_problems, _one_of(x0s), _one_of(uss))
+    mapped, num_devices = (numbers, x0s, uss, xss, state), 1
+    if mesh is not None:
+        mesh, num_devices = mesh_around(mesh, shared, mapped), mesh.size
+        mapped = split(mesh, mapped, num_problems)
+    share = -(-num_problems // num_devices)
+    size, parts = min(batch_size or share, share), []
+    options = size, max_steps, bool(history), fast_loops, Same(mesh)
+    for begin in range(0, share, size):
+        start = time.perf_counter()
+        first = np.asarray(begin) if size < share else None
+        with noted(ft.partial(_note, numbers, x0s, uss, problem, num_problems)):
+            common = shared, method, search, *tolerances, outer, adjoint, first
+            part = _solve_all(common, mapped, options)
+        if verbose and not isinstance(part.cost, Tracer):
+            rows = range(begin, begin + size), share, num_devices, num_problems
+            figures = part.cost, part.result, part.stats["num_steps"]
+            number = f"{begin // size + 1} of {-(-share // size)}"
+            _report(verbose, number, own_rows(figures, given_rows(*rows)), start)
+        parts.append(part)
+    solution = joined(parts, mesh, share, num_problems)
+    return on_manifold(solution, problem.manifold)
 
 
-def _first(tree: PyTree) -> PyTree:
-    return jtu.tree_map(lambda leaf: leaf[0], tree)
+def _one_of(tree: PyTree) -> PyTree:
+    """Of the shapes of one problem."""
+    return jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), tree)
 
 
-def _note(numbers, x0s: PyTree, uss: PyTree, xss, _, problem, num_problems: int) -> str:
+def _note(numbers, x0s: PyTree, uss: PyTree, problem, num_problems: int) -> str:
     """What an error inside does not say."""
     named = lambda pairs: ", ".join(f"`problem{jtu.keystr(path)}`" for path, _ in pairs)
     rows, whole = named(jtu.tree_leaves_with_path(numbers)), ""
@@ -337,24 +368,25 @@ def _note(numbers, x0s: PyTree, uss: PyTree, xss, _, problem, num_problems: int)
         )
     return (
         "Raised in `dp.solve_batch`, where the first axis is the problem: each gets x0 "
-        f"of shape {shapes(_first(x0s)):.100} from `x0s` of shape {shapes(x0s):.100}, "
-        f"us of shape {shapes(_first(uss)):.100} from `uss` of shape "
+        f"of shape {shapes(_one_of(x0s)):.100} from `x0s` of shape {shapes(x0s):.100}, "
+        f"us of shape {shapes(_one_of(uss)):.100} from `uss` of shape "
         f"{shapes(uss):.100}"
         + (rows and f", and one row of {rows}")
         + f"{whole or ''}."
     )
 
 
-def _report(verbose, batch: str, solution: Solution, start: float):
+def _report(verbose, batch: str, figures: tuple, start: float):
     """Prints one line, or hands it to the user's function by name."""
-    finite = jnp.isfinite(solution.cost)
-    printed = ft.partial(print_batch, int(jnp.sum(finite)))
+    costs, results, num_steps = figures
+    finite = np.isfinite(costs)
+    printed = ft.partial(print_batch, int(finite.sum()))
     receive = verbose if callable(verbose) else printed
     receive(
         batch=batch,
-        problems=len(solution.cost),
-        successful=int(jnp.sum(solution.success)),
-        iterations=float(jnp.mean(solution.stats["num_steps"])),
-        cost=float(jnp.mean(solution.cost, where=finite)),
+        problems=len(costs),
+        successful=int(np.sum(results == RESULTS.successful)),
+        iterations=float(jnp.mean(num_steps)),
+        cost=float(jnp.mean(costs, where=finite)),
         seconds=time.perf_counter() - start,
     )

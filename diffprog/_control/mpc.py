@@ -200,7 +200,8 @@ class MPC(eqx.Module):
     `state.result` is `max_steps_reached` after an ordinary tick; `successful` where
     there was nothing left to gain; `no_descent` or `damping_limit` where no step was
     found; `nonfinite_derivative`, `factorization_failed` or `cost_unbounded` as in a
-    solve; `nonfinite_rollout` for the plan of before; and `infeasible` for limits that
+    solve; `nonfinite_rollout` for the plan of before, whose `cost` is then NaN, or
+    where no step was found and trials were not finite; and `infeasible` for limits that
     are crossed, or constraints that the largest penalties do not enforce.
 
     The functions of the stages get t = 0 for now in every tick. What moves, such as a

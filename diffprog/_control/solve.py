@@ -289,6 +289,7 @@ _NOT_IN_SOLVE = dict(
     "of an array",
     in_axes="`dp.solve_batch` solves many problems",
     batch_size="`dp.solve_batch` solves many problems",
+    mesh="`dp.solve_batch` solves many problems",
 )
 
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._chain.constraints import Duals
 from .._chain.limits import between, moved
 from .._chain.vector import run, simulate, through, VectorChain, VectorTrajectory
 from .._common.linalg import matmul
-from .._common.loops import repeat
+from .._common.loops import repeat, while_loop
 from .._common.result import RESULTS
 from .._common.tree import all_finite, no, where
 from .loop import Solver
@@ -78,8 +77,10 @@ def followed(chain: VectorChain, x0: Array, plan: tuple) -> VectorTrajectory:
     finite = lambda trajectory: trajectory.first_nonfinite > chain.horizon
     worse = ~finite(closed) | (finite(alone) & (alone.cost < closed.cost))
     found = where(worse, alone, closed)
-    again = lambda: run(chain, x0, (resting(chain, plan[1][0]),))
-    return lax.cond(finite(found), lambda: found, again)
+    rest = resting(chain, plan[1][0])
+    anew = lambda at: (run(chain, x0, (rest,)), no(at[1]))
+    start = found, ~finite(found)
+    return while_loop(lambda at: at[1], anew, start, like=rest)[0]
 
 
 def _improved(solver: Solver, loop: Loop) -> Loop:
