@@ -9,7 +9,7 @@ CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".s
 MOVES = """
 and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p
 dynamic_slice dynamic_update_slice eq eq_to gather ge gt iota is_finite le le_to lt
-lt_to ne not or pad pcast population_count pvary reshape rev scatter scatter-add
+lt_to ne not or pad pcast population_count pvary reshape reshard rev scatter scatter-add
 select_n shift_left shift_right_arithmetic shift_right_logical slice split squeeze
 stack stop_gradient tile transpose unstack xor
 """.split()
