@@ -12,7 +12,7 @@ from jax import lax
 import diffprog as dp
 from diffprog._common import fast_loops
 from diffprog._common.fast_loops import compiled, obstacle
-from diffprog._common.linalg import eliminate, solve_positive
+from diffprog._common.linalg import eliminate, solve_positive, symmetrize
 
 from . import helpers
 from .conftest import OLD_EMITTERS
@@ -105,6 +105,20 @@ def test_products_of_matrices_become_sums():
         a, b = (jnp.asarray(rng.integers(-9, 10, s), float) for s in (a_shape, b_shape))
         dot = lax.dot_general(a, b, dimensions, precision="highest")
         np.testing.assert_array_equal(fast_loops._product(a, b, dimensions), dot)
+
+
+def test_what_makes_a_matrix_symmetric_stays_a_function():
+    square = lambda m: symmetrize(m @ m)
+    rewritten = lambda m: fast_loops._run(jax.make_jaxpr(square)(m).jaxpr, [], (m,))
+    names = [e.params.get("name") for e in jax.make_jaxpr(rewritten)(jnp.eye(3)).eqns]
+    assert names.count("symmetrize") == 1
+
+
+def test_products_keep_the_precision_asked_for():
+    a = jnp.full(3, 1.1, jnp.float32)
+    wide = lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float64)
+    fast = usual(lambda a: compiled(lambda _: wide(a), True))
+    np.testing.assert_array_equal(fast(a), wide(a), strict=True)
 
 
 def test_every_primitive_of_the_list_compiles():

@@ -10,7 +10,7 @@ a library nor splits them over threads. Everything else runs as ordinary JAX.
 
 import functools as ft
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal as OneOf
 
 import jax
@@ -24,6 +24,8 @@ from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .linalg import eliminate, ELIMINATED
+from .primitives import ARITHMETIC, CALLS, FUNCTIONS, inner_programs, MOVES, REDUCTIONS
+from .straight import straight_scan
 
 
 try:
@@ -33,27 +35,6 @@ except ImportError:  # pragma: no cover
 
 # The newest JAX whose compiler was tried with all of this.
 NEWEST = (0, 12)
-
-CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".split()
-MOVES = """
-and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p
-dynamic_slice dynamic_update_slice eq eq_to gather ge gt iota is_finite le le_to lt
-lt_to ne not or pad pcast population_count pvary reshape reshard rev scatter scatter-add
-select_n shift_left shift_right_arithmetic shift_right_logical slice split squeeze
-stack stop_gradient tile transpose unstack xor
-""".split()
-ARITHMETIC = """
-abs add add_any ceil clamp div floor integer_pow max min mul neg reduce_precision rem
-round sign sqrt square sub
-""".split()
-FUNCTIONS = """
-acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp2 expm1 log log1p
-logistic nextafter pow rsqrt sin sinh tan tanh
-""".split()
-REDUCTIONS = """
-argmax argmin cumprod cumsum dot_general reduce_and reduce_max reduce_min reduce_or
-reduce_prod reduce_sum
-""".split()
 
 # Operations per number. A function counts as what it expands to.
 WORK: dict[str, int] = dict.fromkeys(MOVES, 0)
@@ -183,7 +164,7 @@ def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyT
 def _is_known(closed: ClosedJaxpr) -> bool:
     """Whether all primitives are on the list, whatever the sizes."""
     return all(
-        all(map(_is_known, _inner(eqn)))
+        all(map(_is_known, inner_programs(eqn)))
         if eqn.primitive.name in CALLS
         else _is_listed(eqn)
         for eqn in closed.jaxpr.eqns
@@ -220,7 +201,7 @@ def _work(closed: ClosedJaxpr) -> int:
         if _is_eliminated(eqn):
             continue
         if name in CALLS:
-            works = [_work(jaxpr) for jaxpr in _inner(eqn)]
+            works = [_work(jaxpr) for jaxpr in inner_programs(eqn)]
             total += 0 if name in ("scan", "while") else sum(works)
         else:
             total += _check(name, eqn)
@@ -257,13 +238,6 @@ def _check(name: str, eqn) -> int:
     if WORK[name] and size > MAX_COMPUTED:
         return MAX_WORK // MAX_CHEAP_OPERATIONS
     return size * WORK[name]
-
-
-def _inner(eqn) -> Iterator[ClosedJaxpr]:
-    for value in eqn.params.values():
-        for jaxpr in value if isinstance(value, tuple) else (value,):
-            if isinstance(jaxpr, ClosedJaxpr):
-                yield jaxpr
 
 
 def _num_products(eqn) -> int:
@@ -304,19 +278,26 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
     for eqn in jaxpr.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         name, params = eqn.primitive.name, eqn.params
+        # Fused, XLA would compute each entry of the matrix for both of its places.
+        symmetrized = whole and params.get("name") == "symmetrize"
+        if name == "dot_general":
+            out: Any = eqn.outvars[0].aval
+            ins = [jnp.asarray(a, out.dtype) for a in ins]
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
-            outs = [_product(*map(jnp.asarray, ins), params["dimension_numbers"])]
+            outs = [_product(*ins, params["dimension_numbers"])]
         elif name == "dot_general" and whole and _is_tiled(eqn):
             tiled = ft.partial(_tiled, dimensions=params["dimension_numbers"])
             outs = [jax.jit(tiled)(*ins)]
-        elif name in ("scan", "while", "cond"):
+        elif whole and name == "scan" and (line := straight_scan(eqn, ins)):
+            outs = line
+        elif name in ("scan", "while", "cond") or symmetrized:
             rewritten = ft.partial(_rewritten, whole=whole)
             params = jtu.tree_map(rewritten, params, is_leaf=_is_program)
             outs = eqn.primitive.bind(*ins, **params)
         elif whole and _is_eliminated(eqn):
             outs = eliminate(*map(jnp.asarray, ins))
         elif name in CALLS:
-            (inner,) = _inner(eqn)
+            (inner,) = inner_programs(eqn)
             outs = _run(inner.jaxpr, inner.consts, tuple(ins), whole)
         # A function is a call of its own: fused into others it would run once for each.
         elif name in ("sin", "cos"):

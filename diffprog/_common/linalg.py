@@ -18,8 +18,12 @@ UNROLLED = 7
 ELIMINATED = range(7, 22)
 
 
+@jax.jit
 def symmetrize(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """The symmetric part, which is all that x' matrix x sees."""
+    """The symmetric part, which is all that x' matrix x sees.
+
+    Fast loops know this function by its name, and keep it a function.
+    """
     return 0.5 * (matrix + matrix.mT)
 
 

@@ -10,15 +10,9 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array
 
-from .fast_loops import ARITHMETIC, FUNCTIONS
+from .primitives import BY_ENTRY
 
 
-# What makes each number from the numbers at its place.
-BY_ENTRY = {
-    *ARITHMETIC,
-    *FUNCTIONS,
-    *"convert_element_type copy copy_p select_n".split(),
-}
 # Programs that are as if written out. Those with a derivative of their own are not.
 INNER = dict(jit="jaxpr", pjit="jaxpr", closed_call="call_jaxpr")
 
@@ -149,8 +143,11 @@ MOVES: dict[str, Callable] = dict(
     pad=_pad,
     reduce_sum=lambda ins, params, _: [ins[0].any(tuple(params["axes"]))],
     reshape=_reshape,
+    rev=lambda ins, params, _: [np.flip(ins[0], params["dimensions"])],
     slice=_slice,
     split=_split,
     squeeze=_reshape,
+    stack=lambda ins, params, _: [np.stack(ins, params["axis"])],
     transpose=_transpose,
+    unstack=lambda ins, params, _: [*np.moveaxis(ins[0], params["axis"], 0)],
 )
