@@ -153,17 +153,20 @@ def test_second_derivatives_of_the_cost():
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
 
 
-def pendulum(theta: dict):
+def pendulum_problem(theta: dict):
     """Some of its 20 controls are at their limits."""
-    problem = dp.ControlProblem(
+    return dp.ControlProblem(
         lambda x, u, t: x + 0.05 * jnp.stack([x[1], 5 * jnp.sin(x[0]) + u[0]]),
         lambda x, u, t: 0.025 * (theta["weight"] * u[0] ** 2 + jnp.sum(x**2)),
         lambda x: theta["last"] * jnp.sum(x**2),
         20,
         (-theta["most"], 100 * theta["most"]),
     )
-    us = jnp.zeros((20, 1))
-    return dp.solve(problem, dp.DDP(), theta["x0"], us, **TIGHT, max_steps=500)
+
+
+def pendulum(theta: dict):
+    given = pendulum_problem(theta), dp.DDP(), theta["x0"], jnp.zeros((20, 1))
+    return dp.solve(*given, **TIGHT, max_steps=500)
 
 
 def pendulum_theta():
@@ -323,6 +326,23 @@ def test_unrolled_derivatives_of_vectorized_solves():
     together = jax.grad(lambda x0s: jnp.sum(jax.vmap(one)(x0s)))(x0s)
     expected = jnp.stack([jax.grad(one)(x0) for x0 in x0s])
     np.testing.assert_allclose(together, expected, rtol=1e-9)
+
+
+@pytest.mark.costly("fast_loops")
+@pytest.mark.parametrize("fast_loops", [False, None])
+def test_batches_with_limits(fast_loops):
+    theta = pendulum_theta()
+    x0s = theta["x0"][None] + jnp.array([[0.0, 0.0], [0.05, 0.1], [0, 0.2]])
+
+    def loss(most):
+        problem, us = pendulum_problem(theta | dict(most=most)), jnp.zeros((3, 20, 1))
+        options: Any = dict(fast_loops=fast_loops, max_steps=500, **TIGHT)
+        solutions = dp.solve_batch(problem, dp.DDP(), x0s, us, **options)
+        return jnp.sum(solutions.us**2)
+
+    one = lambda most, x0: jnp.sum(pendulum(theta | dict(most=most, x0=x0)).us ** 2)
+    expected = sum(jax.grad(one)(theta["most"], x0) for x0 in x0s)
+    np.testing.assert_allclose(jax.grad(loss)(theta["most"]), expected, rtol=1e-8)
 
 
 @pytest.mark.costly

@@ -117,7 +117,6 @@ def solution_of(
     outer: AbstractOuter,
     max_steps: int,
 ) -> Solution:
-    """All that is known at the end of a solve."""
     trajectory, history = loop.trajectory, {}
     if loop.history.shape[0]:
         names = columns(loop.constrained, trajectory.gaps)
@@ -226,9 +225,7 @@ def _solve(
     loop, duals = compiled(run, fast_loops)
     found = found_of(loop, duals)
     solution = solution_of(vectorized, loop, found, outer, max_steps)
-    rows = None
-    if adjoint.replays:
-        rows = solution.history["stepsize"], solution.history["damping"]
+    rows = [solution.history[k] for k in ("stepsize", "damping") if adjoint.replays]
     if not history:
         solution = dataclasses.replace(solution, history={})
     guess = vectorized.ravel(x0, us)[1]
@@ -236,7 +233,11 @@ def _solve(
         method, guess, rows, found, solution.success, with_states=xs is not None
     )
     answer = answer_of(vectorized, adjoint.connect(chain, first, solved))
-    return dataclasses.replace(adjoint.without(chain, first, solution), **answer)
+    # Limits are no batch under `vmap`, where their tangents would be one.
+    limits = [id(side) for side in jtu.tree_leaves(vectorized.chain.limits)]
+    rest, own = eqx.partition(solution, lambda leaf: id(leaf) not in limits)
+    rest = eqx.combine(adjoint.without(chain, first, rest), own)
+    return dataclasses.replace(rest, **answer)
 
 
 def check(

@@ -42,7 +42,7 @@ class Solved(eqx.Module):
 
     - `method`, `us`: the direction, and the first guess of the controls.
     - `history`: step size and damping of every iteration, and NaN after the last one;
-        `None` unless the adjoint asks for it.
+        empty unless the adjoint `replays`.
     - `found`: what was found; it has no derivatives.
     - `successful`: whether the result is.
     - `with_states`: whether the first guess had states.
