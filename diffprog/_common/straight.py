@@ -89,16 +89,20 @@ def _operations(closed: ClosedJaxpr) -> int:
     if keys or weak or _moved(closed) > MAX_MOVED:
         return 0
 
+    made = []
+
     def run(*arrays):
+        line = _Line(MAX_STAGE)
         ins = [_objects(a.shape, list(a.reshape(-1))) for a in arrays]
         line.run(closed.jaxpr, closed.consts, ins)
+        made[:] = [
+            k[0] for k, (out, _) in line.found.items() if isinstance(out, Tracer)
+        ]
 
-    line = _Line(MAX_STAGE)
     try:
         jax.eval_shape(run, *closed.in_avals)
     except _NotStraight:
         return 0
-    made = [key[0] for key, (out, _) in line.found.items() if isinstance(out, Tracer)]
     functions = sum(name in FUNCTIONS for name in made)
     return len(made) if functions <= MAX_FUNCTIONS else 0
 
