@@ -50,10 +50,9 @@ def _checked(problem, solution: Solution) -> GradientCheck:
         duals = vectorized.duals(solution.multipliers, penalty)
     found = Found(xs, final, us, solution.cost, duals)
     judged = ImplicitAdjoint().settled((vectorized.chain, x0), found).judged
-    good = judged.positive & judged.is_stationary & (judged.weak == 0)
     known = RESULTS.successful, RESULTS.gradient_unreliable
     return GradientCheck(
-        result=RESULTS.where(good & solution.success, *known),
+        result=RESULTS.where(judged.is_good & solution.success, *known),
         converged=solution.success,
         residual=judged.residual,
         positive=judged.positive,

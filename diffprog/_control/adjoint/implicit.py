@@ -47,6 +47,10 @@ class Judged(eqx.Module):
     def is_stationary(self) -> Bool[Array, ""]:
         return self.residual <= jnp.sqrt(jnp.finfo(self.residual.dtype).eps)
 
+    @property
+    def is_good(self) -> Bool[Array, ""]:
+        return self.positive & self.is_stationary & (self.weak == 0)
+
 
 class Settled(eqx.Module):
     """A solution where its gradient is a rounding, and what is known there."""
@@ -201,9 +205,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         return unravel(change), value
 
     def _trusted(self, judged: Judged) -> Bool[Array, ""]:
-        if self.on_unconverged == "accept":
-            return judged.positive
-        return judged.positive & judged.is_stationary & (judged.weak == 0)
+        return judged.positive if self.on_unconverged == "accept" else judged.is_good
 
     def _tangents(self, of, numbers, dots, found: Found, successful) -> Found:
         known = self.settled(of(numbers), still(found))
