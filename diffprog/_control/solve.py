@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .._chain.limits import projected
 from .._chain.manifold import check_state
@@ -28,6 +28,7 @@ from .defaults import no_state, OUTER, tolerance
 from .direction import AbstractDirection
 from .loop import Solver
 from .lqr import Policy
+from .lqr.base import largest
 from .lqr.expand import adjoints
 from .outer import AbstractOuter
 from .records import Constrained, Loop
@@ -80,12 +81,11 @@ def answer_of(vectorized: Vectorized, found: Found) -> dict[str, Any]:
         xs=vectorized.states(found.xs, found.final),
         us=vectorized.controls(found.us),
         cost=found.cost,
-        multipliers=found.gradients and _multipliers(vectorized, found)[0],
+        multipliers=found.gradients and _multipliers(vectorized, found),
     )
 
 
-def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array]:
-    """The multipliers, and the largest entry of the gradient that is left."""
+def _multipliers(vectorized: Vectorized, found: Any) -> Multipliers:
     chain, us, gradients = vectorized.chain, found.us, found.gradients
     first, lams = found.costates
     infinite = tuple(jnp.full_like(u, jnp.inf) for u in us)
@@ -94,20 +94,17 @@ def _multipliers(vectorized: Vectorized, found: Any) -> tuple[Multipliers, Array
     stages, terminal = tuple({} for _ in us), {}
     if found.duals is not None:
         stages, terminal = found.duals.named(chain.names)
-    lower, upper, largest = [], [], []
+    lower, upper = [], []
     for gradient, u, low, high in sides:
         lower.append(jnp.where(u <= low, jnp.maximum(gradient, 0), 0))
         upper.append(jnp.where(u >= high, jnp.maximum(-gradient, 0), 0))
-        left = projected(gradient, u, low, high)
-        largest.append(jnp.max(jnp.abs(left)))
-    multipliers = Multipliers(
+    return Multipliers(
         constraints=vectorized.problem.join_controls(stages),
         terminal=terminal,
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
         costates=vectorized.differences(preceding(first, lams), lams[-1][-1]),
     )
-    return multipliers, ft.reduce(jnp.maximum, largest)
 
 
 def solution_of(
@@ -150,7 +147,8 @@ def solution_of(
     if trajectory.gaps is not None:
         stats["gap"] = trajectory.gaps.largest
     if found.gradients:
-        stats["stationarity"] = _multipliers(vectorized, found)[1]
+        left = map(projected, found.gradients, found.us, *vectorized.chain.limits)
+        stats["stationarity"] = largest(tuple(left))
     if loop.constrained is not None:
         stats |= _constraint_stats(vectorized, loop.constrained)
     answer = answer_of(vectorized, found)
