@@ -65,7 +65,14 @@ class Active(eqx.Module):
     end: Any
     weak: Float[Array, ""]
 
-    def held(self, chain: VectorChain, z: Point) -> Point:
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Whether a control is at a limit; `None` without limits."""
+        if not self.lower:
+            return (None,) * len(self.rows)
+        return tuple(map(jnp.logical_or, self.lower, self.upper))
+
+    def keep(self, chain: VectorChain, z: Point) -> Point:
         """Controls at their limits put there; no multipliers of inactive rows."""
         if not (self.lower or chain.names):
             return z
@@ -120,13 +127,11 @@ def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
 class Conditions(eqx.Module):
     """L, and what is left of the conditions: minus its gradient.
 
-    - `residual`: its largest entry, over one more than the largest costate.
     - `us`: the gradient in all controls, as if none were held.
     """
 
     value: Float[Array, ""]
     left: Point
-    residual: Float[Array, ""]
     us: Rows
 
 
@@ -135,38 +140,31 @@ def conditions(
 ) -> Conditions:
     """Those at z, in local coordinates at a point; at the point itself unless given."""
     z = localized(chain, at)[1] if z is None else z
-    z = active.held(chain, z)
+    z = active.keep(chain, z)
     local, _ = localized(chain, replace(at, rows=z.rows, end=z.end))
 
-    def stage(segment, v, u, t, before, lam, v_next, on, *held):
+    def stage(segment, v, u, t, before, lam, v_next, on, held):
         def hamiltonian(v, u):
             new = segment.dynamics(v, u, t)
             return segment.cost(v, u, t) + matmul(lam, new), new
 
         both = jax.value_and_grad(hamiltonian, (0, 1), has_aux=True)
         (value, new), (of_x, of_u) = both(v, u)
-        gap, rows = new - v_next, segment.rows
-        total = value - matmul(lam, v_next)
-        free = jnp.where(held[0] | held[1], 0, of_u) if held else of_u
-        left = before - of_x, -free, -gap, masked(rows and -rows.values(v, u, t), on)
-        return total, (size_of(left), size_of(lam)), of_u, *left
+        rows, free = segment.rows, of_u if held is None else jnp.where(held, 0, of_u)
+        left = before - of_x, -free, v_next - new
+        rows = masked(rows and -rows.values(v, u, t), on)
+        return value - matmul(lam, v_next), of_u, *left, rows
 
     data = z.xs, z.us, local.ts, preceding(z.first, z.lams), z.lams
-    flags = (active.lower, active.upper) if active.lower else ()
-    found = local.map(stage, *data, following(z.xs, z.final), active.rows, *flags)
-    totals, sizes, in_us, xs, us, lams, rows = zip(*found, strict=True)
+    more = following(z.xs, z.final), active.rows, active.held
+    found = local.map(stage, *data, *more)
+    totals, in_us, xs, us, lams, rows = zip(*found, strict=True)
     last, final = jax.value_and_grad(local.terminal_cost)(z.final)
     start = chain.segments[0].difference(x0, at.xs[0][0]) - z.xs[0][0]
     value = sum(map(jnp.sum, totals)) + last + matmul(z.first, start)
     end = masked(local.end.rows and -local.end.rows.values(z.final), active.end)
     final = z.lams[-1][-1] - final
-    left = Point(xs, final, us, -start, lams, rows, end)
-    ends = size_of((final, start, end)), size_of(z.first)
-    largest = [
-        ft.reduce(jnp.maximum, [last, *map(jnp.max, stages)])
-        for last, stages in zip(ends, zip(*sizes, strict=True), strict=True)
-    ]
-    return Conditions(value, left, largest[0] / (1 + largest[1]), in_us)
+    return Conditions(value, Point(xs, final, us, -start, lams, rows, end), in_us)
 
 
 def moved(chain: VectorChain, at: Point, change: Point) -> Point:
