@@ -35,7 +35,7 @@ MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 2
 # The same of numbers that go in or out of a stage, and of functions; one is too long.
 MAX_MOVED, MAX_FUNCTIONS, LONG = 120, 30, "erfc"
 # Operations of one stage, also for each number that goes in or out: with fewer, moving
-# the numbers costs what is saved. One that is kept for every stage counts several times.
+# the numbers costs what is saved. What is kept of every stage counts several times.
 LEAST, LEAST_PER_NUMBER, KEPT = 100, 3, 4
 
 NUMBERWISE = {*BY_ENTRY, *"and eq ge gt is_finite le lt ne not or xor".split()} - {LONG}

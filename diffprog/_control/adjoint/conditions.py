@@ -72,21 +72,26 @@ class Active(eqx.Module):
             return (None,) * len(self.rows)
         return tuple(map(jnp.logical_or, self.lower, self.upper))
 
+    def limits(self, chain: VectorChain) -> tuple[Any, ...]:
+        """The limits of every stage, and which of them hold; empty without."""
+        return (*chain.limits, self.lower, self.upper) if self.lower else ()
+
     def keep(self, chain: VectorChain, z: Point) -> Point:
         """Controls at their limits put there; no multipliers of inactive rows."""
         if not (self.lower or chain.names):
             return z
-
-        def stage(_, u, y, on, *limits):
-            if limits:
-                low, high, lower, upper = limits
-                u = jnp.where(lower, low, jnp.where(upper, high, u))
-            return u, masked(y, on)
-
-        limits = (*chain.limits, self.lower, self.upper) if self.lower else ()
-        found = chain.map(stage, z.us, z.rows, self.rows, *limits)
+        data = z.us, z.rows, self.rows, *self.limits(chain)
+        found = chain.map(lambda _, *row: kept(*row), *data)
         us, rows = zip(*found, strict=True)
         return replace(z, us=us, rows=rows, end=masked(z.end, self.end))
+
+
+def kept(u, y, on, *limits):
+    """A control, at its limit where it is held there, and the multipliers of rows."""
+    if limits:
+        low, high, lower, upper = limits
+        u = jnp.where(lower, low, jnp.where(upper, high, u))
+    return u, masked(y, on)
 
 
 def masked(values: Any, on: Any) -> Any:
@@ -167,7 +172,7 @@ def conditions(
     return Conditions(value, Point(xs, final, us, -start, lams, rows, end), in_us)
 
 
-def moved(chain: VectorChain, at: Point, change: Point) -> Point:
+def moved(chain: VectorChain, at: Point, change: Point, active: Active) -> Point:
     """The point after a change; costates are those in local coordinates there."""
 
     def back(chart, x, v, lam):
@@ -178,39 +183,43 @@ def moved(chain: VectorChain, at: Point, change: Point) -> Point:
         to = lambda w: chart.difference(chart.retract(new, w), x)
         return new, jax.vjp(to, jnp.zeros_like(v))[1](lam)[0]
 
-    def stage(segment, x, v, lam, dlam, *sums):
-        new = back(segment.chart, x, v, lam + dlam)
-        return *new, *(jtu.tree_map(jnp.add, *pair) for pair in zip(*sums))
+    def stage(segment, x, v, lam, dlam, u, du, y, dy, *rest):
+        y = None if y is None else y + dy
+        return *back(segment.chart, x, v, lam + dlam), *kept(u + du, y, *rest)
 
     lams = [preceding(point.first, point.lams) for point in (at, change)]
-    rest = [tuple(zip(p.us, p.rows, strict=True)) for p in (at, change)]
-    found = chain.map(stage, at.xs, change.xs, *lams, *rest)
+    data = at.xs, change.xs, *lams, at.us, change.us, at.rows, change.rows
+    found = chain.map(stage, *data, active.rows, *active.limits(chain))
     xs, lams, us, rows = zip(*found, strict=True)
     last = at.lams[-1][-1] + change.lams[-1][-1]
     final, last = back(chain.end.chart, at.final, change.final, last)
-    end = None if at.end is None else at.end + change.end
+    end = None if at.end is None else masked(at.end + change.end, active.end)
     return Point(xs, final, us, lams[0][0], following(lams, last), rows, end)
 
 
-def point_of(chain: VectorChain, found: Any) -> tuple[Point, Rows]:
-    """What was found with its costates, and the gradient in the controls."""
-    none = (None,) * len(chain.segments)
+def start(chain: VectorChain, found: Any) -> tuple[Point, Active, Bool[Array, ""]]:
+    """What was found, what is active there, and whether its costates are unknown."""
+    none, zero = (None,) * len(chain.segments), jnp.zeros_like(found.final[0])
     duals, (xs, final, us) = found.duals, (found.xs, found.final, found.us)
     rows, end = (duals.stages, duals.terminal) if duals else (none, None)
     guess = Point(xs, final, us, final, us, rows, end)
     local, here = localized(chain, guess)
+    if not (chain.limits or chain.names):
+        lams = following(here.xs, here.final)
+        at = replace(guess, first=here.xs[0][0], lams=lams)
+        return at, Active((), (), rows, end, zero), zero == 0
     first, lams, gradients = adjoints(local, here.trajectory)
-    return replace(guess, first=first, lams=lams), gradients
+    at = replace(guess, first=first, lams=lams)
+    active = active_at(chain, at, gradients)
+    return active.keep(chain, at), active, zero != 0
 
 
 def active_at(chain: VectorChain, at: Point, gradients: Rows) -> Active:
-    """What is active at a solution.
+    """What is active where the costates are known, and the gradient in the controls.
 
     A multiplier or a distance counts as 0 up to the square root of the rounding.
     """
-    small, zero = jnp.sqrt(jnp.finfo(chain.dtype).eps), jnp.zeros((), chain.dtype)
-    if not (chain.limits or chain.names):
-        return Active((), (), at.rows, at.end, zero)
+    small = jnp.sqrt(jnp.finfo(chain.dtype).eps)
     sizes = chain.map(lambda _, lam: size_of(lam), at.lams)
     tol = small * (1 + ft.reduce(jnp.maximum, map(jnp.max, sizes)))
     count = lambda flags: jnp.sum(flags.astype(chain.dtype))

@@ -17,12 +17,11 @@ from ..._common.tree import no, vary, where
 from .base import AbstractAdjoint, connected, Found, refused, still, with_nan
 from .conditions import (
     Active,
-    active_at,
     conditions,
     localized,
     moved,
     Point,
-    point_of,
+    start,
 )
 from .linear import (
     backward,
@@ -150,32 +149,31 @@ class ImplicitAdjoint(AbstractAdjoint):
         return replace(known, at=at)
 
     def _polished(self, chain, x0, found: Found) -> Settled:
-        start, gradients = point_of(chain, found)
-        active, eps = active_at(chain, start, gradients), jnp.finfo(chain.dtype).eps
-        small = ROUNDINGS * eps
-        start = active.keep(chain, start)
+        at, active, fresh = start(chain, found)
+        eps = jnp.finfo(chain.dtype).eps
 
         def step(state: _Polish) -> _Polish:
-            found, count = backward(chain, x0, state.next, active), state.count + 1
+            first, count = state.count == 0, state.count + 1
+            found = backward(chain, x0, state.next, active, fresh & first)
             better = found.residual < state.residual
             residual = jnp.where(better, found.residual, state.residual)
-            best = where(better, state.next, state.best)
+            best = where(better, found.at, state.best)
             known = found.matrices, found.factors, active, found.constants
             change = forward(chain, *known)
-            new = active.keep(chain, moved(chain, state.next, change))
-            enough = better & ((residual <= small) | (count > MAX_STEPS))
+            new = moved(chain, found.at, change, active)
+            enough = better & ((residual <= ROUNDINGS * eps) | (count > MAX_STEPS))
             # Where two roundings meet it does not matter whose matrices these are.
             worse = ~better & (state.back | (found.residual <= jnp.sqrt(eps)))
             after = where(better, new, best)
             return _Polish(best, residual, after, found, count, ~better, enough | worse)
 
         zeros = lambda a: jnp.zeros(a.shape, a.dtype)
-        like = jax.eval_shape(lambda: backward(chain, x0, start, active))
+        like = jax.eval_shape(lambda: backward(chain, x0, at, active, fresh))
         nothing = jtu.tree_map(zeros, like)
         far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
-        first = _Polish(start, far, start, nothing, count, no(far), no(far))
+        first = _Polish(at, far, at, nothing, count, no(far), no(far))
         go_on = lambda state: ~state.done
-        end = lax.while_loop(go_on, step, vary(first, like=start))
+        end = lax.while_loop(go_on, step, vary(first, like=at))
         factors = end.found.factors
         judged = Judged(end.residual, factors.positive, active.weak)
         return Settled(end.best, active, end.found.matrices, factors, judged)
@@ -184,7 +182,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         """How the solution moves."""
         change = self._change(of, numbers, dots, replace(known, at=at))[0]
         zero = jtu.tree_map(jnp.zeros_like, change)
-        step = lambda change: moved(of(numbers)[0], at, change)
+        step = lambda change: moved(of(numbers)[0], at, change, known.active)
         return jax.jvp(step, (zero,), (change,))[1]
 
     def _change(self, of, numbers, dots, known: Settled) -> tuple[Point, Array]:
@@ -228,7 +226,7 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         def answers(numbers, change):
             chain, x0 = of(numbers)
-            new = active.keep(chain, moved(chain, at, change))
+            new = moved(chain, at, change, active)
             out = replace(found, xs=new.xs, final=new.final, us=new.us)
             if found.duals is not None:
                 duals = replace(found.duals, stages=new.rows, terminal=new.end)

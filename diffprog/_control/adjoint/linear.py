@@ -5,6 +5,7 @@ active, C dx + D du = b, is given the weight 1 / delta, so that dy = (C dx + D d
 delta, and what is left of it is found by repeating the solve with what is left over.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -78,11 +79,13 @@ class Constants(eqx.Module):
 class Pass(eqx.Module):
     """What a backward pass finds at a point.
 
+    - `at`: the point, with its costates.
     - `matrices`, `factors`: of the linear system there.
     - `constants`: of its right-hand side, which is minus the gradient of L.
     - `residual`: the largest entry of that, over one more than the largest costate.
     """
 
+    at: Point
     matrices: Matrices
     factors: Factors
     constants: Constants
@@ -178,38 +181,50 @@ def _substituted(p, P, AB, K, inverse, CD, b_x, b_u, b_lam, b_rows, on):
     return qr[:n] + matmul(AB[:, :n].T, g) + matmul(K.T, h), -matmul(inverse, h)
 
 
-def backward(chain: VectorChain, x0: Array, at: Point, active: Active) -> Pass:
-    """One pass from the last stage to the first, at a point."""
+def backward(
+    chain: VectorChain, x0: Array, at: Point, active: Active, fresh: Bool[Array, ""]
+) -> Pass:
+    """One pass from the last stage to the first, at a point.
+
+    Where it is `fresh` its costates are those of its states and controls.
+    """
     local, here = localized(chain, at)
 
-    def stage(segment, carry, u, t, before, lam, on, held):
-        (P, p), positive, sizes = carry
+    def stage(segment, carry, u, t, before, on, held):
+        (P, p), lam, positive, sizes = carry
         F, W, (AB, H, CD) = _stage(segment, u, t, lam, on, held)
         n, slope, rows = len(before), W[0, 1:] + matmul(lam, F[1:, 1:]), segment.rows
+        before = jnp.where(fresh, slope[:n], before)
         b_u = -slope[n:] if held is None else jnp.where(held, 0, -slope[n:])
         v, gap = jnp.zeros_like(before), -F[1:, 0]
         b = before - slope[:n], b_u, gap, masked(rows and -rows.values(v, u, t), on)
         P_new, K, inverse, good = _eliminated(n, P, AB, H, CD)
         p_new, k = _substituted(p, P, AB, K, inverse, CD, *b, on)
         sizes = jtu.tree_map(jnp.maximum, sizes, (size_of(b), size_of(lam)))
-        new, H = ((P_new, p_new), positive & good, sizes), H if chain.names else None
-        return new, ((AB, H, CD), (K, inverse, P), (k, p), b[2:])
+        new, H = ((P_new, p_new), before, positive & good, sizes), H if known else None
+        return new, (lam, (AB, H, CD), (K, inverse, P), (k, p), b[2:])
 
+    known = bool(chain.names)  # what repeats a solve
     V, H, CD = _last(local, here.final, active)
     rows, start = local.end.rows, chain.segments[0].difference(x0, at.xs[0][0])
     end = masked(rows and -rows.values(here.final), active.end)
-    final = here.lams[-1][-1] - V[0, 1:]
+    lam = jnp.where(fresh, V[0, 1:], here.lams[-1][-1])
+    final = lam - V[0, 1:]
     p = -final if CD is None else -final - _sent(CD, end, active.end)
-    sizes = size_of((final, start, end)), size_of(here.first)
-    carry = (_weighted(H, CD), p), jnp.isfinite(H[0, 0]), sizes
-    before = preceding(here.first, here.lams)
-    data = here.us, local.ts, before, here.lams, active.rows, active.held
+    sizes = size_of((final, start, end)), jnp.zeros_like(start[0])
+    carry = (_weighted(H, CD), p), lam, jnp.isfinite(H[0, 0]), sizes
+    data = here.us, local.ts, preceding(here.first, here.lams), active.rows, active.held
     carry, found = local.scan(stage, vary(carry, like=at), *data, reverse=True)
-    of, factors, (k, p), b = map(_by_kind, zip(*found, strict=True))
-    (P, first), positive, (largest, costate) = carry
-    given = Constants(k, p, first, start, *b, end)
-    known = Matrices(*of, H, CD), Factors(*factors, P, positive)
-    return Pass(*known, given, largest / (1 + costate))
+    lams, *kinds = zip(*found, strict=True)
+    of, factors, (k, p), b = map(_by_kind, kinds)
+    (P, first), before, positive, (largest, costate) = carry
+    return Pass(
+        replace(at, first=before, lams=lams),
+        Matrices(*of, H, CD),
+        Factors(*factors, P, positive),
+        Constants(k, p, first, start, *b, end),
+        largest / (1 + jnp.maximum(costate, size_of(before))),
+    )
 
 
 def _by_kind(segments):
