@@ -158,14 +158,17 @@ class ImplicitAdjoint(AbstractAdjoint):
             better = found.residual < state.residual
             residual = jnp.where(better, found.residual, state.residual)
             best = where(better, found.at, state.best)
-            known = found.matrices, found.factors, active, found.constants
-            change = forward(chain, *known)
-            new = moved(chain, found.at, change, active)
-            enough = better & ((residual <= ROUNDINGS * eps) | (count > MAX_STEPS))
+            enough = (residual <= ROUNDINGS * eps) | (count > MAX_STEPS)
             # Where two roundings meet it does not matter whose matrices these are.
-            worse = ~better & (state.back | (found.residual <= jnp.sqrt(eps)))
-            after = where(better, new, best)
-            return _Polish(best, residual, after, found, count, ~better, enough | worse)
+            no_worse = state.back | (found.residual <= jnp.sqrt(eps))
+            done = jnp.where(better, enough, no_worse)
+
+            def go() -> Point:
+                known = found.matrices, found.factors, active, found.constants
+                return moved(chain, found.at, forward(chain, *known), active)
+
+            after = lax.cond(better & ~done, go, lambda: best)
+            return _Polish(best, residual, after, found, count, ~better, done)
 
         zeros = lambda a: jnp.zeros(a.shape, a.dtype)
         like = jax.eval_shape(lambda: backward(chain, x0, at, active, fresh))

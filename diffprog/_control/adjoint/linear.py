@@ -122,8 +122,8 @@ def matrices(chain: VectorChain, at: Point, active: Active) -> Matrices:
     """Those at a point."""
     local, here = localized(chain, at)
     data = here.us, local.ts, here.lams, active.rows, active.held
-    rows = local.map(lambda *row: _stage(*row)[2], *data)
-    return Matrices(*zip(*rows, strict=True), *_last(local, here.final, active)[1:])
+    AB, H, CD = _by_kind(local.map(lambda *row: _stage(*row)[2], *data))
+    return Matrices(AB, H, CD, *_last(local, here.final, active)[1:])
 
 
 def product(chain: VectorChain, of: Matrices, active: Active, d: Point) -> Point:
@@ -216,13 +216,13 @@ def backward(
     data = here.us, local.ts, preceding(here.first, here.lams), active.rows, active.held
     carry, found = local.scan(stage, vary(carry, like=at), *data, reverse=True)
     lams, *kinds = zip(*found, strict=True)
-    of, factors, (k, p), b = map(_by_kind, kinds)
+    (ABs, Hs, CDs), (K, inverses, Ps), (k, p), (gaps, rows) = map(_by_kind, kinds)
     (P, first), before, positive, (largest, costate) = carry
     return Pass(
         replace(at, first=before, lams=lams),
-        Matrices(*of, H, CD),
-        Factors(*factors, P, positive),
-        Constants(k, p, first, start, *b, end),
+        Matrices(ABs, Hs, CDs, H, CD),
+        Factors(K, inverses, Ps, P, positive),
+        Constants(k, p, first, start, gaps, rows, end),
         largest / (1 + jnp.maximum(costate, size_of(before))),
     )
 
@@ -247,7 +247,8 @@ def substitute(
     known = factors.P, of.AB, factors.K, factors.inverses, of.CD
     data = *known, b.xs, b.us, b.lams, b.rows, active.rows
     first, found = chain.scan(stage, vary(p, like=b), *data, reverse=True)
-    return Constants(*_by_kind(found), first, -b.first, b.lams, b.rows, b.end)
+    k, p = _by_kind(found)
+    return Constants(k, p, first, -b.first, b.lams, b.rows, b.end)
 
 
 def forward(
