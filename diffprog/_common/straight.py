@@ -25,7 +25,8 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
-from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs
+from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs, VARY
+from .tree import vary
 from .zeros import MOVES
 
 
@@ -61,14 +62,15 @@ def straight_scan(eqn: Any, ins: list) -> list[Array] | None:
     operations, carried = _operations(body), params["num_carry"]
     kept = sum(aval.size for aval in body.out_avals[carried:])
     least = LEAST_PER_NUMBER * (_moved(body) + (KEPT - 1) * kept)
-    if operations < max(LEAST, least):
+    if operations < max(LEAST, least, 1):
         return None
     ins = [jnp.asarray(n, a.dtype) for n, a in zip(ins, body.in_avals, strict=True)]
     most = min(MAX_STAGES, max(MAX_LINE // operations, 1))
     together = max(d for d in range(1, most + 1) if length % d == 0)
     first = params["num_consts"]
     last = first + carried
-    consts, carry, rows = ins[:first], ins[first:last], ins[last:]
+    consts, rows = ins[:first], ins[last:]
+    carry = vary(ins[first:last], like=ins)  # as the line does
     stages = range(together)[:: -1 if reverse else 1]
     count = length // together
     blocks = [row.reshape(count, together, *row.shape[1:]) for row in rows]
@@ -236,6 +238,8 @@ class _Line:
                 raise _NotStraight
             a, b = ins
             return [self.product(aval, a, b, params["dimension_numbers"])]
+        if name in VARY:
+            return ins
         if name in MOVES:
             return MOVES[name](ins, params, [v.aval.shape for v in eqn.outvars])
         raise _NotStraight(name)
