@@ -39,7 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # To move what is constant out of loops XLA first runs each of them, which is a third of
-# compiling; to count their turns, it runs copies. Its older way to generate code, in one
+# compiling; to simplify them, it copies each. Its older way to generate code, in one
 # piece, takes half the time, and a fifth less without notes on what may overlap. Later
 # versions no longer have it, and stop at flags that they do not know.
 FAST_TO_COMPILE = (
@@ -124,12 +124,12 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--all"):
         return
     costly = collections.defaultdict(lambda: collections.defaultdict(list))
+    dropped = {item for item in items if item.get_closest_marker("slow")}
     for item in items:
         mark = item.get_closest_marker("costly")
-        if mark:
+        if mark and item not in dropped:
             values = tuple(id(item.callspec.params[name]) for name in mark.args)
             costly[item.nodeid.split("[")[0]][values].append(item)
-    dropped = {item for item in items if item.get_closest_marker("slow")}
     # Other tests, and other seeds, take other parameters: together they see every
     # direction, loss and solver.
     for name, groups in costly.items():
