@@ -12,6 +12,9 @@ from ._duals import (
     Augmented as Augmented,
     Penalty as Penalty,
     PI as PI,
+    PID as PID,
+    Relaxed as Relaxed,
 )
 from ._growth import Growth as Growth
 from ._lagrangian import Lagrangian as Lagrangian, Report as Report
+from ._wrappers import Clip as Clip, FromOptax as FromOptax, Restart as Restart

@@ -1,6 +1,7 @@
 """One call of `measure`: its values, how to pull back, and means over devices."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._common.model import is_parameter
 from .._common.multipliers import complementarity, multiplier, priced, violation
-from .._common.tree import working_dtype
+from .._common.tree import varying_axes, working_dtype
 from .._common.types import came
 from ._constraint import check_constraint, Constraint, SURROGATE
 
@@ -57,8 +58,8 @@ def called(
     """
 
     def run(params: PyTree, *args: Any) -> Measured:
-        _check_axis(axis_name)
         loss, constraints, aux = _outcome(measure(params, *args))
+        _check_axis(axis_name, params, loss)
         violations, errors = {}, {}
         for name, constraint in constraints.items():
             check_constraint(name, constraint)
@@ -121,22 +122,30 @@ def _averaged(value: Array, strict: Any, constraint: Constraint, axis_name: str)
     """The mean over devices, of those where an entry counts."""
     mask = constraint.counted()
     if mask is None:
-        return lax.pmean((value, strict, constraint), axis_name)
+        value, strict = lax.pmean((value, strict), axis_name)
+        return value, strict, replace(constraint, value=value)
     number = lax.psum(mask.astype(value.dtype), axis_name)
 
     def mean(a):
         total = lax.psum(jnp.where(mask, a, 0), axis_name)
         return total / jnp.maximum(number, 1).astype(a.dtype)
 
-    constraint = eqx.tree_at(lambda c: c.mask, constraint, number > 0)
-    return mean(value), None if strict is None else mean(strict), constraint
+    value, strict = mean(value), None if strict is None else mean(strict)
+    return value, strict, replace(constraint, value=value, mask=number > 0)
 
 
-def _check_axis(axis_name: str | None):
-    """Raises where gradients would not be summed over the devices."""
+def _check_axis(axis_name: str | None, params: PyTree, loss: Array):
+    """Raises where gradients would not be those of means over the devices."""
     if axis_name is None:
+        missing = varying_axes(loss) - varying_axes(params)
+        if missing:
+            raise ValueError(
+                f"The loss differs between the devices of {missing}, over which the "
+                "parameters are the same: give the Lagrangian "
+                f"`axis_name={min(missing)!r}`."
+            )
         return
-    if axis_name not in jax.typeof(lax.axis_index(axis_name)).vma:
+    if axis_name not in varying_axes(lax.axis_index(axis_name)):
         raise ValueError(
             f"`axis_name` is {axis_name!r}, which is no axis of a `jax.shard_map` with "
             "`check_vma=True`: without that check gradients of replicated parameters "
