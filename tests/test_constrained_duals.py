@@ -50,7 +50,7 @@ def exponential(x):
     return x**2 / 2, {"h": equal(jnp.exp(x), jnp.exp(1.0))}
 
 
-def trained(tx, lagrangian, x, duals, num_steps, parameters_first=False):
+def trained(tx, lagrangian, x, duals, num_steps, parameters_first=False) -> Any:
     """All iterates and the multipliers by which constraints entered their gradients."""
 
     def step(carry, _):
