@@ -21,7 +21,8 @@ from ._constraint import check_constraint, Constraint, SURROGATE
 class Measured(NamedTuple):
     """What `measure` returned, by name, in the dtypes of the multipliers.
 
-    `violations` are those of the surrogates, `errors` of the strict measures.
+    `violations` are those of the surrogates, `errors` of the strict measures, with 0
+    where an entry does not count.
     """
 
     loss: Array
@@ -71,7 +72,8 @@ def called(
                     value, strict, constraint, axis_name
                 )
             violations[name] = value.astype(constraint.dtype)
-            errors[name] = violations[name] if strict is None else strict
+            error = violations[name] if strict is None else strict
+            errors[name] = _counted(constraint, error)
             constraints[name] = constraint
         if axis_name is not None:
             loss = lax.pmean(loss, axis_name)
@@ -173,6 +175,12 @@ def _dependent(name: str, value: Array, anchor: Array) -> Array:
     return identity(value, anchor)
 
 
+def _counted(constraint: Constraint, entries: Array) -> Array:
+    """The entries, 0 where one does not count."""
+    counted = constraint.counted()
+    return entries if counted is None else jnp.where(counted, entries, 0)
+
+
 # What is known of it ---------------------------------------------------------------
 
 
@@ -183,8 +191,7 @@ def effective(at: Measured, prices: Prices) -> dict[str, Array]:
         constraint = at.constraints[name]
         m = multiplier(at.violations[name], y, c, constraint.equal)
         m = jnp.where(jnp.isfinite(m), m, y)
-        counted = constraint.counted()
-        out[name] = m if counted is None else jnp.where(counted, m, 0)
+        out[name] = _counted(constraint, m)
     return out
 
 
@@ -195,9 +202,7 @@ def total(at: Measured, prices: Prices) -> Array:
     for name, (y, c) in prices.items():
         constraint = at.constraints[name]
         merit = priced(at.violations[name], y, c, constraint.equal)
-        counted = constraint.counted()
-        merit = jnp.sum(merit if counted is None else jnp.where(counted, merit, 0))
-        out = out + merit.astype(dtype)
+        out = out + jnp.sum(_counted(constraint, merit)).astype(dtype)
     return out
 
 
@@ -207,17 +212,15 @@ def residuals(
     """Feasibility, complementarity, dual sign, and whether all errors are finite."""
     sizes, gaps, signs, finite = [], [], [], []
     for name, error in at.errors.items():
-        constraint = at.constraints[name]
-        counted, equal = constraint.counted(), constraint.equal
-        keep = lambda a, other=0: a if counted is None else jnp.where(counted, a, other)
+        equal = at.constraints[name].equal
         sign = jnp.zeros_like(error) if equal else jnp.maximum(-m[name], 0)
         for found, into in (
             (violation(error, equal), sizes),
             (complementarity(error, m[name], equal), gaps),
             (sign, signs),
         ):
-            into.append(jnp.max(keep(found), initial=0))
-        finite.append(jnp.all(keep(jnp.isfinite(error), True)))
+            into.append(jnp.max(found, initial=0))
+        finite.append(jnp.all(jnp.isfinite(error)))
     bad = 1 - jnp.min(jnp.stack(finite).astype(jnp.int32))
     found = _largest(sizes), _largest(gaps), _largest(signs), bad
     if axis_name is not None:
