@@ -118,7 +118,8 @@ from ._training.value_and_direction import (
 from .oracles._rules import rule_boundary as rule_boundary
 
 
-from . import extend as extend, losses as losses, manifolds as manifolds  # isort: skip
+from . import constrained as constrained, extend as extend  # isort: skip
+from . import losses as losses, manifolds as manifolds  # isort: skip
 from . import optim as optim, oracles as oracles  # isort: skip
 from . import plot as plot, systems as systems  # isort: skip  (import this door)
 

@@ -39,13 +39,14 @@ from diffprog.systems._system import AbstractSystem
 MODULES = {
     "": dp, "losses.": dp.losses, "oracles.": dp.oracles, "optim.": dp.optim,
     "plot.": plot, "extend.": dp.extend, "manifolds.": manifolds,
+    "constrained.": dp.constrained,
 }  # fmt: skip
 # Methods that users call, or that decide a result.
 METHODS = """
-__call__ block_update center conjugate conjugate_prox cost derivative difference
-dual_projection dynamics factor gradient half_widths heading hessian_mv left lines
-minimize normal pose propose retract right scaled step terminal_cost torques
-vector_field
+__call__ block_update center conjugate conjugate_prox cost density derivative
+difference dual_projection dynamics factor grad gradient grow half_widths heading
+hessian_mv left lines minimize normal pose price probabilities propose realized_density
+retract right scaled step terminal_cost torques update vector_field
 """.split()
 
 called: set[str] = set()
@@ -137,8 +138,8 @@ def uniform(out, *_, **__):
 
 
 def state_as_it_was(state, *args, **kwargs):
-    """Of `dp.step` and of `ValueAndDirection.step`."""
-    if isinstance(args[0], dp.ValueAndDirection):
+    """Of `dp.step`, and of the steps of directions and of Lagrangians."""
+    if isinstance(args[0], dp.ValueAndDirection | dp.constrained.Lagrangian):
         found, direction, state = state
         return found, zeros(direction), state
     same = [a for a in (*args, *kwargs.values()) if isinstance(a, dp.SolverState)]
