@@ -43,10 +43,10 @@ MODULES = {
 }  # fmt: skip
 # Methods that users call, or that decide a result.
 METHODS = """
-__call__ block_update center conjugate conjugate_prox cost derivative difference
-dual_projection dynamics factor grad gradient half_widths heading hessian_mv left lines
-minimize normal pose price propose retract right scaled step terminal_cost torques
-update vector_field
+__call__ block_update center conjugate conjugate_prox cost density derivative
+difference dual_projection dynamics factor grad gradient grow half_widths heading
+hessian_mv left lines minimize normal pose price probabilities propose realized_density
+retract right scaled step terminal_cost torques update vector_field
 """.split()
 
 called: set[str] = set()

@@ -50,10 +50,19 @@ def assert_close(found: dict, expected: dict, rtol):
 
 def weighted(solution: dp.Solution):
     """A number that depends on all states and controls."""
-    leaves = jtu.tree_leaves((solution.xs, solution.us))
+    return weighted_sum(jtu.tree_leaves((solution.xs, solution.us)))
+
+
+@jax.jit
+def weighted_sum(leaves):
     return sum(
         jnp.sum(jnp.cos(jnp.arange(a.size)).reshape(a.shape) * a) for a in leaves
     )
+
+
+@jax.jit
+def sum_of_squares(us):
+    return jnp.sum(us**2)
 
 
 # A published table: a pendulum that goes from pi to 0 in 25 stages.
@@ -68,19 +77,26 @@ GOLDEN = dict(
 WITHOUT_CURVATURE = dict(g=4.2441, friction=13.7406, speed=-19.1111, control=3570.45)
 
 
-def golden(theta: dict):
-    g, friction, speed, control = (theta[k] for k in list(GOLDEN)[:4])
+class Golden(eqx.Module):
+    g: jax.Array
+    friction: jax.Array
+    speed: jax.Array
+    control: jax.Array
 
-    def dynamics(x, u, t):
-        change = g * jnp.sin(x[0]) - friction * x[1] + u[0]
+    def dynamics(self, x, u, t):
+        change = self.g * jnp.sin(x[0]) - self.friction * x[1] + u[0]
         return x + 0.08 * jnp.stack([x[1], change])
 
-    return dp.ControlProblem(
-        dynamics,
-        lambda x, u, t: control * u[0] ** 2 + 0.001 * jnp.sum(jnp.cos(x)),
-        lambda x: x[0] ** 2 + speed * x[1] ** 2,
-        25,
-    )
+    def cost(self, x, u, t):
+        return self.control * u[0] ** 2 + 0.001 * jnp.sum(jnp.cos(x))
+
+    def terminal_cost(self, x):
+        return x[0] ** 2 + self.speed * x[1] ** 2
+
+
+def golden(theta: dict):
+    numbers = {name: theta[name] for name in list(GOLDEN)[:4]}
+    return dp.ControlProblem.from_system(Golden(**numbers), 25)
 
 
 def golden_solution(theta: dict, method=dp.Newton(), **options):
@@ -90,8 +106,13 @@ def golden_solution(theta: dict, method=dp.Newton(), **options):
 
 def golden_loss(theta: dict, method=dp.Newton(), **options):
     solution = golden_solution(theta, method, **options)
+    return golden_distance(solution.xs, solution.us)
+
+
+@jax.jit
+def golden_distance(xs, us):
     line = jnp.linspace(jnp.pi, 0, 26)
-    return jnp.sum((solution.xs[:, 0] - line) ** 2) + 0.01 * jnp.sum(solution.us**2)
+    return jnp.sum((xs[:, 0] - line) ** 2) + 0.01 * jnp.sum(us**2)
 
 
 def golden_theta():
@@ -99,7 +120,7 @@ def golden_theta():
     return jtu.tree_map(jnp.asarray, numbers | dict(x0=jnp.array([jnp.pi, 0.0])))
 
 
-@pytest.mark.costly("method")
+@pytest.mark.costly
 @pytest.mark.parametrize("method", helpers.SECOND_ORDER[1:], ids=helpers.name)
 def test_published_derivatives(method):
     """The same from every method, and not those without second derivatives of f."""
@@ -139,7 +160,7 @@ def test_the_derivative_of_the_cost_is_that_of_the_lagrangian():
         costs = jnp.sum(jax.vmap(problem.cost)(xs[:-1], us, ts))
         return costs + problem.terminal_cost(xs[-1]) + jnp.sum(lams * gaps)
 
-    assert_close(found, jax.grad(along)(theta), 1e-10)
+    assert_close(found, jax.jit(jax.grad(along))(theta), 1e-10)
 
 
 @pytest.mark.slow
@@ -153,15 +174,24 @@ def test_second_derivatives_of_the_cost():
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
 
 
+class Pendulum(eqx.Module):
+    weight: jax.Array
+    last: jax.Array
+
+    def dynamics(self, x, u, t):
+        return x + 0.05 * jnp.stack([x[1], 5 * jnp.sin(x[0]) + u[0]])
+
+    def cost(self, x, u, t):
+        return 0.025 * (self.weight * u[0] ** 2 + jnp.sum(x**2))
+
+    def terminal_cost(self, x):
+        return self.last * jnp.sum(x**2)
+
+
 def pendulum_problem(theta: dict):
     """Some of its 20 controls are at their limits."""
-    return dp.ControlProblem(
-        lambda x, u, t: x + 0.05 * jnp.stack([x[1], 5 * jnp.sin(x[0]) + u[0]]),
-        lambda x, u, t: 0.025 * (theta["weight"] * u[0] ** 2 + jnp.sum(x**2)),
-        lambda x: theta["last"] * jnp.sum(x**2),
-        20,
-        (-theta["most"], 100 * theta["most"]),
-    )
+    system, most = Pendulum(theta["weight"], theta["last"]), theta["most"]
+    return dp.ControlProblem.from_system(system, 20, (-most, 100 * most))
 
 
 def pendulum(theta: dict):
@@ -179,7 +209,7 @@ def test_limits_of_controls():
     solution = pendulum(theta)
     active = np.asarray(solution.us == -6)
     assert 3 <= active.sum() <= 15
-    jacobians = jax.jacrev(lambda theta: pendulum(theta).us)(theta)
+    jacobians = jax.jit(jax.jacrev(lambda theta: pendulum(theta).us))(theta)
     assert_close(jacobians, differences(lambda theta: pendulum(theta).us, theta), 1e-6)
     # An active limit takes the control along, and nothing else moves it.
     np.testing.assert_array_equal(jacobians["most"][active], -1)
@@ -213,9 +243,12 @@ def mass_theta():
 
 
 def test_constraints_at_the_end():
-    fn = lambda theta: jnp.stack([weighted(mass(theta)), mass(theta).cost])
+    def fn(theta):
+        solution = mass(theta)
+        return jnp.stack([weighted(solution), solution.cost])
+
     theta = mass_theta()
-    assert_close(jax.jacrev(fn)(theta), differences(fn, theta), 1e-5)
+    assert_close(jax.jit(jax.jacrev(fn))(theta), differences(fn, theta), 1e-5)
 
 
 @pytest.mark.slow
@@ -323,12 +356,13 @@ def test_unrolled_derivatives_of_vectorized_solves():
     options: Any = dict(max_steps=10, adjoint=dp.UnrolledAdjoint())
     one = lambda x0: jnp.sum(dp.solve(problem, dp.ILQR(), x0, us, **options).us ** 2)
     x0s = jnp.stack([x0, 0.5 * x0])
-    together = jax.grad(lambda x0s: jnp.sum(jax.vmap(one)(x0s)))(x0s)
-    expected = jnp.stack([jax.grad(one)(x0) for x0 in x0s])
+    together = jax.jit(jax.grad(lambda x0s: jnp.sum(jax.vmap(one)(x0s))))(x0s)
+    slope = jax.jit(jax.grad(one))
+    expected = jnp.stack([slope(x0) for x0 in x0s])
     np.testing.assert_allclose(together, expected, rtol=1e-9)
 
 
-@pytest.mark.costly("fast_loops")
+@pytest.mark.costly
 @pytest.mark.parametrize("fast_loops", [False, None])
 def test_batches_with_limits(fast_loops):
     theta = pendulum_theta()
@@ -338,10 +372,11 @@ def test_batches_with_limits(fast_loops):
         problem, us = pendulum_problem(theta | dict(most=most)), jnp.zeros((3, 20, 1))
         options: Any = dict(fast_loops=fast_loops, max_steps=500, **TIGHT)
         solutions = dp.solve_batch(problem, dp.DDP(), x0s, us, **options)
-        return jnp.sum(solutions.us**2)
+        return sum_of_squares(solutions.us)
 
-    one = lambda most, x0: jnp.sum(pendulum(theta | dict(most=most, x0=x0)).us ** 2)
-    expected = sum(jax.grad(one)(theta["most"], x0) for x0 in x0s)
+    one = lambda most, x0: sum_of_squares(pendulum(theta | dict(most=most, x0=x0)).us)
+    slope = jax.jit(jax.grad(one))
+    expected = sum(slope(theta["most"], x0) for x0 in x0s)
     np.testing.assert_allclose(jax.grad(loss)(theta["most"]), expected, rtol=1e-8)
 
 
@@ -355,12 +390,13 @@ def test_batches(fast_loops):
         problem, uss = golden(theta | dict(control=control)), jnp.zeros((2, 25, 1))
         options = dict(fast_loops=fast_loops, **TIGHT)
         solutions = dp.solve_batch(problem, dp.Newton(), x0s, uss, **options)
-        return jnp.sum(solutions.us**2)
+        return sum_of_squares(solutions.us)
 
-    one = lambda control, x0: jnp.sum(
-        golden_solution(theta | dict(control=control, x0=x0)).us ** 2
+    one = lambda control, x0: sum_of_squares(
+        golden_solution(theta | dict(control=control, x0=x0)).us
     )
-    expected = sum(jax.grad(one)(theta["control"], x0) for x0 in x0s)
+    slope = jax.jit(jax.grad(one))
+    expected = sum(slope(theta["control"], x0) for x0 in x0s)
     np.testing.assert_allclose(jax.grad(loss)(theta["control"]), expected, rtol=1e-8)
 
 

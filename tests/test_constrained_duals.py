@@ -14,11 +14,16 @@ from diffprog.constrained import (
     at_least,
     at_most,
     Augmented,
+    Clip,
     equal,
+    FromOptax,
     Growth,
     Lagrangian,
     Penalty,
     PI,
+    PID,
+    Relaxed,
+    Restart,
 )
 
 
@@ -45,7 +50,7 @@ def exponential(x):
     return x**2 / 2, {"h": equal(jnp.exp(x), jnp.exp(1.0))}
 
 
-def trained(tx, lagrangian, x, duals, num_steps, parameters_first=False):
+def trained(tx, lagrangian, x, duals, num_steps, parameters_first=False) -> Any:
     """All iterates and the multipliers by which constraints entered their gradients."""
 
     def step(carry, _):
@@ -321,6 +326,106 @@ def test_divergence_is_reported():
     report, sizes = run(x)
     assert sizes[2000] > 1e20 and not report.finite
     assert jnp.isfinite(report.multipliers["sum"])
+
+
+def test_derivatives_act_on_what_gets_worse():
+    state = inequalities(PID(0.5, 2.0, 3.0), 2)
+    dual = PID(0.5, 2.0, 3.0)
+    for error, multiplier in (
+        ([1.0, -1.0], [0.5 + 2 + 3, 0]),
+        ([2.0, 0.5], [1.5 + 4 + 3, 0.25 + 1 + 4.5]),
+        ([0.5, 0.5], [1.75 + 1, 0.5 + 1]),
+    ):
+        state = dual.update(state, jnp.array(error))
+        np.testing.assert_allclose(dual.price(state)[0], multiplier)
+    plain, PI_ = PID(0.5, 2.0), PI(0.5, 2.0)
+    one, other = inequalities(plain, 2), inequalities(PI_, 2)
+    for error in RNG.normal(size=(20, 2)):
+        one = plain.update(one, jnp.asarray(error))
+        other = PI_.update(other, jnp.asarray(error))
+        np.testing.assert_array_equal(plain.price(one)[0], PI_.price(other)[0])
+
+
+def inequalities(dual, size):
+    """The first state of so many."""
+    lagrangian = Lagrangian(lambda x: (0.0, {"g": at_most(x, 0)}), dual)
+    return lagrangian.init(jnp.zeros(size))["g"]
+
+
+def test_relaxed_constraints_are_a_quadratic_penalty():
+    def measure(x):
+        loss = jnp.sum((x - jnp.array([2.0, -1.0, 0.5])) ** 2) / 2 + jnp.prod(x) / 4
+        return loss, {
+            "sum": at_most(jnp.sum(x), 1.0),
+            "sine": equal(jnp.sin(x[0]), 0.3),
+            "slack": at_most(x, 3.0),
+        }
+
+    def run(dual, num_steps):
+        lagrangian, x = Lagrangian(measure, dual), jnp.zeros(3)
+        duals = lagrangian.init(x)
+        return trained(optax.sgd(0.05), lagrangian, x, duals, num_steps)
+
+    alpha = 4.0
+    (x, m), (y, p) = jax.jit(
+        lambda: (run(Relaxed(alpha, step=0.2), 4000), run(Penalty(alpha), 4000))
+    )()
+    np.testing.assert_allclose(x[-1], y[-1], atol=1e-12)
+    for name in m:
+        np.testing.assert_allclose(m[name][-1], p[name][-1], atol=1e-12)
+    assert m["sum"][-1] > 0.1 and np.all(m["slack"][-1] == 0)
+    dual, error = Relaxed(alpha), jnp.array([-1.0, 0.3, 7.0])
+    state = dual.update(dual.update(inequalities(dual, 3), 3 + error), error)
+    np.testing.assert_array_equal(state.value, alpha * jnp.maximum(error, 0))
+
+
+def test_restarts_clips_and_optimizers_of_multipliers():
+    errors = jnp.array([[1.0, 2.0, -1.0], [-0.5, 1.0, 0.5], [0.0, 3.0, 0.5]])
+
+    def run(dual):
+        state = inequalities(dual, 3)
+        for error in errors:
+            state = dual.update(state, error)
+        return state
+
+    plain = run(Ascent(0.25))
+    np.testing.assert_array_equal(run(FromOptax(optax.sgd(0.25))).value, plain.value)
+    np.testing.assert_array_equal(run(Restart(Ascent(0.25))).value, [0, 1.5, 0.25])
+    np.testing.assert_array_equal(
+        run(Clip(Ascent(0.25), 0.75)).value, [0.125, 0.75, 0.25]
+    )
+    forgotten = run(Restart(FromOptax(optax.sgd(0.25, momentum=0.5))))
+    assert forgotten.memory[0].trace[0] == 0 != forgotten.memory[0].trace[1]
+    grown = run(Restart(Augmented(1.0, 0.25, Growth(2.0))))
+    np.testing.assert_array_equal(grown.memory["penalty"], [1, 8, 4])
+    equality = Lagrangian(lambda x: (0.0, {"h": equal(x, 0)}), Restart(Ascent(0.25)))
+    state = equality.init(errors[0])["h"]
+    np.testing.assert_array_equal(
+        Restart(Ascent(0.25)).update(state, -errors[0]).value, -errors[0] / 4
+    )
+
+
+def test_what_adam_momentum_and_restarts_do_to_multipliers():
+    """Of P2, the worst of the last 500 of 10 000 steps."""
+
+    def worst(make, steps):
+        def run(step):
+            lagrangian, x = Lagrangian(program, make(step)), jnp.zeros(3)
+            duals = lagrangian.init(x)
+            xs, _ = trained(optax.sgd(0.1), lagrangian, x, duals, 10_000)
+            return jnp.max(jnp.abs(xs[-500:] - jnp.array([[0.7, 0.18, 0.12]])))
+
+        return jax.jit(jax.vmap(run))(jnp.array(steps))
+
+    adam = worst(lambda a: FromOptax(optax.adam(a)), [1e-1, 1e-2, 1e-3])
+    np.testing.assert_allclose(adam[:2], [0.8, 0.1], rtol=0.3)
+    assert adam[2] > 1e-4
+    momentum = lambda a: FromOptax(optax.sgd(a, momentum=0.9))
+    high, low, slow = worst(momentum, [0.2, 0.02, 0.005])
+    assert high > 0.01 and low > 0.01 and slow < 1e-9
+    high, low, slow = worst(lambda a: Restart(Ascent(a)), [1.0, 0.2, 0.02])
+    assert high > 0.05 and low > 0.05 and slow < 1e-12
+    assert worst(Ascent, [0.2])[0] < 1e-14
 
 
 def test_the_position_form_starts_from_zeros():

@@ -16,12 +16,23 @@ from diffprog.constrained import (
     at_least,
     at_most,
     Augmented,
+    Clip,
     equal,
+    FromOptax,
     Growth,
     Lagrangian,
     Penalty,
     PI,
+    PID,
+    Relaxed,
+    Restart,
 )
+
+
+@pytest.fixture(autouse=True)
+def dtypes_as_optax_mixes_them():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 RNG = np.random.default_rng(0)
@@ -39,6 +50,12 @@ DUALS = {
     "augmented, no penalty": Augmented(0.0, step=0.1),
     "penalty": Penalty(2.0),
     "penalty, growing": Penalty(1.0, Growth(1.0, 0.1, max_penalty=5.0)),
+    "relaxed": Relaxed(5.0, step=0.1),
+    "PID": PID(0.1, 0.5, 0.2),
+    "momentum": FromOptax(optax.sgd(0.1, momentum=0.5)),
+    "Adam": FromOptax(optax.adam(0.1)),
+    "restarted": Restart(Augmented(1.0, 0.1, Growth(1.05, max_penalty=5.0))),
+    "clipped": Clip(PI(0.1, gain=0.5), 0.2),
 }
 
 
@@ -93,8 +110,8 @@ def test_gradients_are_those_of_the_value_and_multipliers_have_their_sign(name):
 def test_first_multipliers_share_no_memory_and_can_be_donated(name):
     lagrangian = Lagrangian(measure, DUALS[name])
     duals = lagrangian.init(jax.ShapeDtypeStruct((5,), jnp.bfloat16))
-    numbers = [leaf for leaf in jax.tree.leaves(duals) if leaf.dtype != bool]
-    assert {leaf.dtype for leaf in numbers} == {jnp.dtype("float32")}
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(duals)}
+    assert dtypes - {jnp.dtype(bool), jnp.dtype("int32")} == {jnp.dtype("float32")}
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(duals)]
     assert len(set(pointers)) == len(pointers)
     step = jax.jit(lambda duals, x: lagrangian.step(x, duals)[1:], donate_argnums=0)
@@ -351,6 +368,7 @@ def test_duals_by_name(unchecked):
 
 of_lagrangian: Any = Lagrangian
 control: Any = PI
+of_dual: Any = Restart
 augmented: Any = Augmented
 
 
@@ -368,6 +386,12 @@ augmented: Any = Augmented
         (lambda: PI(1.0, 1.0, start="sgd"), '`start="sgd"` belongs to `form="velo'),
         (lambda: control(1.0, 1.0, form="p"), "`form` is 'p'"),
         (lambda: control(1.0, 1.0, start="p"), "`start` is 'p'"),
+        (lambda: Relaxed(0.0), "`strength` is 0.0; a number > 0"),
+        (lambda: Relaxed(1.0, -1.0), "`step` is -1.0"),
+        (lambda: PID(-1.0), "`step` is -1.0"),
+        (lambda: FromOptax(0.1), "`tx` is 0.1; a transformation of optax"),
+        (lambda: of_dual(0.1), "`dual` is 0.1; something like"),
+        (lambda: Clip(Ascent(1.0), 0.0), "`limit` is 0.0; a number > 0"),
         (lambda: Growth(-1.0), "`factor` is -1.0"),
         (lambda: of_lagrangian(None, Ascent(1.0)), "`measure` is None; a function"),
         (lambda: of_lagrangian(measure, 0.1), "`dual` is 0.1; something like"),

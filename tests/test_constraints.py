@@ -32,7 +32,11 @@ REFERENCES = {
 def solved(which):
     make, *_ = REFERENCES[which]
     problem, x0, us = make()
-    return problem, x0, dp.solve(problem, dp.DDP(), x0, us, max_steps=500)
+    return problem, x0, solve(problem, x0, us)
+
+
+def solve(problem, x0, us, **options: Any):
+    return dp.solve(problem, dp.DDP(), x0, us, max_steps=500, **options)
 
 
 @pytest.mark.parametrize("which", REFERENCES)
@@ -150,26 +154,26 @@ def test_constraints_that_are_not_reached_change_only_the_tolerance():
     assert not np.any(np.asarray(bound.multipliers.constraints["constraints[0]"]))
 
 
-def test_a_warm_start_at_a_solution_takes_no_step():
-    for which in ("mass", "car"):
-        problem, x0, cold = solved(which)
-        again = dp.solve(problem, dp.DDP(), x0, cold.us, state=cold.state)
-        assert again.success
-        assert again.stats["num_steps"] == again.stats["num_outer"] == 0
-        np.testing.assert_allclose(again.cost, cold.cost, rtol=1e-12)
-        close(again.multipliers, cold.multipliers, 1e-7)
-        close(again.state.penalty, cold.state.penalty, 0)
-        assert np.max(cold.state.penalty) < cold.stats["penalty"]
+@pytest.mark.costly
+@pytest.mark.parametrize("which", ["mass", "car"])
+def test_a_warm_start_at_a_solution_takes_no_step(which):
+    problem, x0, cold = solved(which)
+    again = solve(problem, x0, cold.us, state=cold.state)
+    assert again.success
+    assert again.stats["num_steps"] == again.stats["num_outer"] == 0
+    np.testing.assert_allclose(again.cost, cold.cost, rtol=1e-12)
+    close(again.multipliers, cold.multipliers, 1e-7)
+    close(again.state.penalty, cold.state.penalty, 0)
+    assert np.max(cold.state.penalty) < cold.stats["penalty"]
 
 
 def test_a_warm_start_elsewhere_saves_iterations():
     problem, _, cold = solved("car")
     noise = 0.03 * np.random.default_rng(0).normal(size=(4, 4))
-    solve = ft.partial(dp.solve, problem, dp.DDP(), max_steps=500)
     counts = []
     for x in jnp.asarray(noise):
-        warm = solve(x, cold.us, state=cold.state)
-        fresh = solve(x, car()[2])
+        warm = solve(problem, x, cold.us, state=cold.state)
+        fresh = solve(problem, x, car()[2])
         np.testing.assert_allclose(warm.cost, fresh.cost, rtol=1e-7)
         counts.append([s.stats["num_steps"] for s in (warm, fresh)])
     warm, fresh = np.mean(counts, 0)
@@ -237,8 +241,7 @@ def test_a_gradient_that_rounding_hides_counts_as_none():
 
 def test_phases_have_constraints_of_their_own():
     chain, x0, us = helpers.two_phase()
-    free = dp.solve(chain, dp.DDP(), x0, us)
-    most = 0.5 * float(jnp.max(free.us[0]))
+    most = 0.65  # half of what a free solution takes
     first = dp.Phase(
         chain.phases[0].dynamics,
         chain.phases[0].cost,

@@ -16,7 +16,7 @@ from diffprog import systems
 from . import constrained, helpers
 
 
-T, MOST = 15, 2.4
+T, MOST, STEPS = 15, 2.4, 8
 
 
 def pendulum(dtype=jnp.float64, friction=0.1, most=MOST, **options):
@@ -31,8 +31,8 @@ US = jnp.zeros((T, 1))
 
 
 @ft.cache
-def controller(iterations=1, search="Backtracking", method="ILQR"):
-    return dp.MPC(pendulum(), getattr(dp, method)(), iterations, getattr(dp, search)())
+def controller(search="Backtracking", method="ILQR"):
+    return dp.MPC(pendulum(), getattr(dp, method)(), 2, getattr(dp, search)())
 
 
 def plant(x, u, t):
@@ -40,6 +40,11 @@ def plant(x, u, t):
 
 
 moved = jax.jit(plant)
+
+
+@ft.cache
+def simulated(x=tuple(X.tolist())):
+    return dp.simulate(controller(), plant, jnp.array(x), STEPS)
 
 
 def ticks(mpc, state, x, number):
@@ -61,11 +66,12 @@ def same(a, b, rtol=1e-12, atol=1e-12):
 # What a tick is -------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["ILQR", "DDP", "GaussNewton"])
 def test_the_first_tick_is_a_solve_of_so_many_iterations(method):
-    mpc = controller(3, method=method)
+    mpc = controller(method=method)
     u, state = mpc(X, mpc.init(X, US))
-    solution = dp.solve(mpc.problem, mpc.method, X, US, max_steps=3, throw=False)
+    solution = dp.solve(mpc.problem, mpc.method, X, US, max_steps=2, throw=False)
     same((state.us, state.xs, state.cost), (solution.us, solution.xs, solution.cost))
     same(u, solution.us[0])
     assert state.result == dp.RESULTS.max_steps_reached
@@ -75,12 +81,13 @@ def test_one_tick_controls_a_linear_quadratic_problem_optimally():
     problem, x0, us = helpers.linear()
     mpc = dp.MPC(problem, dp.ILQR())
     state = mpc.init(x0, us)
+    move = jax.jit(lambda x, u: problem.dynamics(x, u, jnp.int32(0)) + 0.1)
     x = x0
     for _ in range(3):
         u, state = mpc(x, state)
         best = dp.solve(problem, dp.ILQR(), x, us)
         same((u, state.K), (best.us[0], best.policy.K), 1e-9, 1e-9)
-        x = problem.dynamics(x, u, jnp.int32(0)) + 0.1
+        x = move(x, u)
 
 
 def test_the_policy_is_around_the_new_plan():
@@ -109,7 +116,7 @@ def test_a_tick_moves_the_plan_by_one_stage_unless_it_was_moved():
 
 
 def test_repeated_ticks_at_one_stage_reach_the_solution():
-    mpc = controller(2)
+    mpc = controller()
     state = mpc.init(X, US)
     for _ in range(30):
         u, state = mpc(X, mpc.shift(state, 0))
@@ -150,12 +157,13 @@ def test_a_reference_that_moves_is_numbers_of_another_problem(caplog):
 # Loops ----------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("search", ["Backtracking", "FixedStep"])
 def test_simulate_scan_and_the_loop_of_python_agree(search):
-    mpc = controller(2, search)
+    mpc = controller(search)
     state = mpc.init(X, US)
-    states, controls, last = ticks(mpc, state, X, 12)
-    found = dp.simulate(mpc, plant, X, 12)
+    states, controls, last = ticks(mpc, state, X, STEPS)
+    found = dp.simulate(mpc, plant, X, STEPS)
     same((found.xs, found.us), (states, controls), 1e-9, 1e-9)
     same(found.state, last, 1e-9, 1e-9)
 
@@ -166,7 +174,7 @@ def test_simulate_scan_and_the_loop_of_python_agree(search):
             u, state = mpc(x, state)
             return (plant(x, u, t), state), u
 
-        return jax.lax.scan(tick, (x, state), jnp.arange(12))
+        return jax.lax.scan(tick, (x, state), jnp.arange(STEPS))
 
     (_, last), us = scanned(X, state)
     same(us, controls, 1e-9, 1e-9)
@@ -189,11 +197,11 @@ def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path):
 def test_many_robots_are_each_alone():
     starts = jnp.array([[2.9, 0.0], [2.9, -1.0], [3.0, 0.5]])
     limits = jnp.array([3.0, 4.0, 2.0])
-    mpc = controller(2)
+    mpc = controller()
 
     def run(x0, most):
         robot = dp.MPC(pendulum(most=most), dp.ILQR(), 2)
-        return dp.simulate(robot, plant, x0, 8)
+        return dp.simulate(robot, plant, x0, STEPS)
 
     many = jax.vmap(run)(starts, limits)
     for i in range(3):
@@ -209,39 +217,39 @@ def test_many_robots_are_each_alone():
 
 def test_robots_may_be_split_over_devices():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("robots",))
-    run = jax.vmap(lambda x0: dp.simulate(controller(2), plant, x0, 3).xs)
+    run = jax.vmap(lambda x0: dp.simulate(controller(), plant, x0, STEPS).xs)
     spec = jax.sharding.PartitionSpec("robots")
     split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
     starts = jnp.stack([X, X - 0.1])
-    same(split(starts), run(starts), 1e-9, 1e-9)
+    alone = [simulated(tuple(x)).xs for x in starts.tolist()]
+    same(split(starts), jnp.stack(alone), 1e-9, 1e-9)
 
 
 def test_float32():
     problem = pendulum(jnp.float32)
     mpc = dp.MPC(problem, dp.ILQR(), 2)
     x = X.astype(jnp.float32)
-    found = dp.simulate(mpc, plant, x, 10)
+    found = dp.simulate(mpc, plant, x, STEPS)
     assert {a.dtype.name for a in jtu.tree_leaves((found.xs, found.us))} == {"float32"}
     assert np.all(np.abs(found.us) <= np.float32(MOST))
-    double = dp.simulate(controller(2), plant, X, 10)
-    same(found.xs, double.xs, 1e-3, 1e-3)
+    same(found.xs, simulated().xs, 1e-3, 1e-3)
     with pytest.raises(TypeError, match="`x` is float64 and `state"):
         mpc(X, found.state)
 
 
 def test_noise_is_measured_and_not_that_of_the_plant():
-    mpc = controller(2)
+    mpc = controller()
     key = jr.key(3)
-    run = lambda noise, key=key: dp.simulate(mpc, plant, X, 6, noise, key)
-    quiet, noisy = run(0.0), run(jnp.array([0.1, 0.2]))
-    same(quiet.xs, dp.simulate(mpc, plant, X, 6).xs)
+    run = lambda noise, key=key: dp.simulate(mpc, plant, X, STEPS, noise, key)
+    quiet, noisy = run(jnp.zeros(2)), run(jnp.array([0.1, 0.2]))
+    same(quiet.xs, simulated().xs)
     assert np.any(noisy.us != quiet.us)
     same(noisy.xs, run(jnp.array([0.1, 0.2])).xs)
     assert np.any(noisy.us != run(jnp.array([0.1, 0.2]), jr.key(4)).us)
     x = X
-    for t in range(6):
+    for t in range(STEPS):
         same(noisy.xs[t], x)
-        x = plant(x, noisy.us[t], t)
+        x = moved(x, noisy.us[t], t)
 
 
 def test_states_on_a_manifold():
@@ -386,7 +394,7 @@ def race():
     return systems.Race.miniature(systems.Track.simple(), squashed=False)
 
 
-@pytest.mark.parametrize("iterations", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("iterations", [pytest.param(10, marks=pytest.mark.slow), 1])
 def test_a_race_car_stays_near_the_middle_of_the_track(iterations, caplog):
     car = race()
     problem = dp.ControlProblem.from_system(car, 40)
@@ -397,7 +405,7 @@ def test_a_race_car_stays_near_the_middle_of_the_track(iterations, caplog):
     lower, upper = map(np.asarray, car.control_bounds or ())
     us = np.asarray(found.us)
     assert np.all((lower <= us) & (us <= upper))
-    errors = jax.vmap(car.lateral_error)(found.xs)
+    errors = jax.jit(jax.vmap(car.lateral_error))(found.xs)
     assert np.max(np.abs(errors)) < 0.05
     assert np.all(np.isfinite(found.costs))
     assert found.xs[-1, -2] > (1 if iterations == 10 else 0.9) * car.track.length

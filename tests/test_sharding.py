@@ -68,8 +68,7 @@ labels = jnp.array([0, 799, 5, 600, 200, 199])
 prior = jnp.asarray(rng.uniform(size=800))
 rows, row, tail = P("batch", "classes"), P("batch"), P("classes")
 traced = Alpha(jnp.asarray(1.3))
-for f, named in ((KL(), "unit"), (Alpha(1.5), "unit"), (JensenShannon(), "uniform"),
-                 (traced, "unit"), (Alpha(1.5), None)):
+for f, named in (GENERATORS):
     def outputs(scores, labels, prior, axis_name=None):
         options = dict(reference=named or prior, axis_name=axis_name)
         loss = lambda s: f_loss(s, labels, f, **options)
@@ -93,6 +92,13 @@ for f, named in ((KL(), "unit"), (Alpha(1.5), "unit"), (JensenShannon(), "unifor
 print("agree")
 """
 
+IN_CLOSED_FORM, BY_ITERATION = (
+    VOCABULARY.replace("GENERATORS", generators)
+    for generators in (
+        '(KL(), "unit"), (Alpha(1.5), "unit"), (Alpha(1.5), None)',
+        '(JensenShannon(), "uniform"), (traced, "unit")',
+    )
+)
 
 CURVATURES = """
 import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
@@ -419,7 +425,8 @@ print("agree")
     "program",
     (
         PROGRAM,
-        VOCABULARY,
+        IN_CLOSED_FORM,
+        BY_ITERATION,
         pytest.param(CURVATURES, marks=pytest.mark.slow),
         FACTORS,
         PRECONDITIONERS,
@@ -428,7 +435,8 @@ print("agree")
     ),
     ids=(
         "solves",
-        "vocabulary",
+        "vocabulary in closed form",
+        "vocabulary by iteration",
         "curvatures",
         "factors",
         "preconditioners",

@@ -217,8 +217,8 @@ def test_a_race_between_hard_borders():
     )
     x0 = race.start(1.5).at[2].set(0.3)
     outer = dp.AugmentedLagrangian(tol=1e-6)
-    solution = dp.solve(problem, dp.DDP(), x0, jnp.zeros((20, 3)), outer=outer)
-    margins = jax.vmap(race.border_margin)(solution.xs)
+    solution = dp.solve(problem, dp.ILQR(), x0, jnp.zeros((20, 3)), outer=outer)
+    margins = jax.jit(jax.vmap(race.border_margin))(solution.xs)
     assert -1e-6 < margins.min() < 1e-6
     pushes = solution.multipliers.constraints["borders"]
     assert pushes.max() > 0.1 and np.all(pushes[0] == 0)
@@ -597,8 +597,11 @@ def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
     """Of torques, pose and accelerations; of second order, and by its fields."""
     arm, (q, qd, u, a) = Arm(), map(jnp.asarray, POINT)
     links = arm._links(q)
-    expected = jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2))(q, qd, a)
-    found = rigid._slopes(links, rigid._bodies(links, q, qd), qd, a)
+    slopes = lambda q, qd, a: rigid._slopes(links, rigid._bodies(links, q, qd), qd, a)
+    expected = jax.jit(jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2)))(
+        q, qd, a
+    )
+    found = jax.jit(slopes)(q, qd, a)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 

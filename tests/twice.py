@@ -140,6 +140,15 @@ def simulated(x, u, t):
     return x * u
 
 
+def limited(w, b):
+    return jnp.sum(jnp.cosh(w)), {"sum": dp.constrained.at_least(jnp.sum(w), b)}
+
+
+def minimized(n):
+    lagrangian = dp.constrained.Lagrangian(limited, dp.constrained.Augmented(n.size))
+    return dp.constrained.minimize(lagrangian, n.w, n.alpha)
+
+
 def saved(n):
     with tempfile.NamedTemporaryFile() as file:
         dp.save(file.name, n.matrices)
@@ -269,6 +278,7 @@ CONTROL = {
     "layerwise_lqr": lambda n: dp.layerwise_lqr(
         dp.NetworkProblem(n.net, losses.Squared(), n.y), n.x, n.net.params, damping=1.0
     ),
+    "minimize": minimized,
     "save": saved,
     "load": saved,
     "jacobian_norm": lambda n: dp.jacobian_norm(

@@ -67,6 +67,18 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     return jtu.tree_map(add, tree)
 
 
+def varying_axes(tree: PyTree) -> set:
+    """The axes of `shard_map` over which arrays vary."""
+
+    def axes(array):
+        kind = jax.typeof(array)  # versions of JAX differ in where it has them
+        found = getattr(kind, "manual_axis_type", None)
+        return kind.vma if found is None else found.varying
+
+    arrays = [leaf for leaf in jtu.tree_leaves(tree) if isinstance(leaf, jax.Array)]
+    return set().union(*map(axes, arrays))
+
+
 def strong(*trees: PyTree) -> tuple[tuple[PyTree, ...], np.dtype]:
     """The trees with weakly typed arrays in the dtype of the others, and that dtype.
 

@@ -10,6 +10,7 @@ from .._common.types import (
     check_kind,
     check_not_negative,
     check_number,
+    check_positive,
     checked,
     Number,
     number,
@@ -32,6 +33,17 @@ def check_smoothing(name: str, value: Any):
 def check_none_or(check: Any) -> Any:
     """The check, which `None` passes."""
     return lambda name, value: None if value is None else check(name, value)
+
+
+def check_growth(name: str, value: Any):
+    """Raises for what is no schedule of a penalty."""
+    check_kind(name, value, Growth, "dp.constrained.Growth(1.01)")
+
+
+def none_or_not_negative() -> Any:
+    """A field with a number >= 0, or `None` for another one."""
+    check = check_none_or(check_not_negative)
+    return checked(check, default=None, converter=to_float)
 
 
 class Ascent(AbstractDual):
@@ -155,15 +167,8 @@ class Augmented(AbstractDual):
     """
 
     penalty: Number = not_negative()
-    step: Number | None = checked(
-        check_none_or(check_not_negative), default=None, converter=to_float
-    )
-    schedule: Growth | None = checked(
-        check_none_or(
-            lambda name, value: check_kind(name, value, Growth, "Growth(1.01)")
-        ),
-        default=None,
-    )
+    step: Number | None = none_or_not_negative()
+    schedule: Growth | None = checked(check_none_or(check_growth), default=None)
 
     def init(self, value, equal):
         return _start(self, value)
@@ -188,12 +193,7 @@ class Penalty(AbstractDual):
     """
 
     penalty: Number = not_negative()
-    schedule: Growth | None = checked(
-        check_none_or(
-            lambda name, value: check_kind(name, value, Growth, "Growth(1.01)")
-        ),
-        default=None,
-    )
+    schedule: Growth | None = checked(check_none_or(check_growth), default=None)
 
     def init(self, value, equal):
         return _start(self, value)
@@ -203,6 +203,76 @@ class Penalty(AbstractDual):
 
     def price(self, state):
         return jnp.zeros_like(state.value), _penalty(self, state)
+
+
+class Relaxed(AbstractDual):
+    r"""Ascent on limits that may give way:
+    $\lambda \leftarrow [(1 - \eta / \alpha) \lambda + \eta g]_+$.
+
+    A limit moves by u where that lowers the loss by more than $\tfrac\alpha2 u^2$. It
+    settles at $\lambda = \alpha [g]_+$ or $\mu = \alpha h$, also where a limit cannot
+    be kept and the multipliers of other duals grow without bound. Parameters are then
+    those of [`diffprog.constrained.Penalty`][] with a penalty alpha.
+
+    - `strength`: alpha > 0; large for limits that hardly give way.
+    - `step`: eta >= 0; `None` is the strength, which settles in one update. Above twice
+        the strength it diverges.
+
+    Source: Ramirez and others, "Feasible Learning", 2025, arXiv 2501.14912.
+    """
+
+    strength: Number = checked(check_positive, converter=to_float)
+    step: Number | None = none_or_not_negative()
+
+    def init(self, value, equal):
+        return {}
+
+    def update(self, state, error):
+        strength = spread(self.strength, error)
+        step = strength if self.step is None else spread(self.step, error)
+        left = (1 - step / strength) * state.value
+        return remembering(state, multiplier(error, left, step, state.equal))
+
+    def price(self, state):
+        return state.value, jnp.zeros_like(state.value)
+
+
+class PID(AbstractDual):
+    r"""Proportional, integral and derivative control of the violation e = g or h.
+
+    $$I \leftarrow [I + \eta e]_+, \quad
+    \lambda = [I + \kappa e + \delta [e - e_{-}]_+]_+.$$
+
+    The derivative acts on what gets worse only. Without brackets for an equality. The
+    paper also divides the gradient by $1 + \lambda$, which is left to the optimizer.
+
+    - `step`: eta >= 0.
+    - `gain`: kappa.
+    - `derivative`: delta.
+
+    Three numbers per multiplier. Source: Stooke, Achiam, Abbeel, "Responsive Safety in
+    Reinforcement Learning by PID Lagrangian Methods", 2020, arXiv 2007.03964.
+    """
+
+    step: Number = not_negative()
+    gain: Number = number(0.0, check_number)
+    derivative: Number = number(0.0, check_number)
+
+    def init(self, value, equal):
+        return {"error": jnp.zeros_like(value), "change": jnp.zeros_like(value)}
+
+    def update(self, state, error):
+        change = error - state.memory["error"]
+        change = change if state.equal else jnp.maximum(change, 0)
+        step = spread(self.step, error)
+        value = multiplier(error, state.value, step, state.equal)
+        return remembering(state, value, error=error, change=change)
+
+    def price(self, state):
+        value, memory = state.value, state.memory
+        value = value + spread(self.derivative, value) * memory["change"]
+        gain = spread(self.gain, value)
+        return multiplier(memory["error"], value, gain, state.equal), 0 * value
 
 
 def _start(dual: Augmented | Penalty, value):

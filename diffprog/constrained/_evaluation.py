@@ -1,6 +1,7 @@
 """One call of `measure`: its values, how to pull back, and means over devices."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._common.model import is_parameter
 from .._common.multipliers import complementarity, multiplier, priced, violation
-from .._common.tree import working_dtype
+from .._common.tree import varying_axes, working_dtype
 from .._common.types import came
 from ._constraint import check_constraint, Constraint, SURROGATE
 
@@ -20,7 +21,8 @@ from ._constraint import check_constraint, Constraint, SURROGATE
 class Measured(NamedTuple):
     """What `measure` returned, by name, in the dtypes of the multipliers.
 
-    `violations` are those of the surrogates, `errors` of the strict measures.
+    `violations` are those of the surrogates, `errors` of the strict measures, with 0
+    where an entry does not count.
     """
 
     loss: Array
@@ -57,8 +59,8 @@ def called(
     """
 
     def run(params: PyTree, *args: Any) -> Measured:
-        _check_axis(axis_name)
         loss, constraints, aux = _outcome(measure(params, *args))
+        _check_axis(axis_name, params, loss)
         violations, errors = {}, {}
         for name, constraint in constraints.items():
             check_constraint(name, constraint)
@@ -70,7 +72,8 @@ def called(
                     value, strict, constraint, axis_name
                 )
             violations[name] = value.astype(constraint.dtype)
-            errors[name] = violations[name] if strict is None else strict
+            error = violations[name] if strict is None else strict
+            errors[name] = _counted(constraint, error)
             constraints[name] = constraint
         if axis_name is not None:
             loss = lax.pmean(loss, axis_name)
@@ -121,22 +124,30 @@ def _averaged(value: Array, strict: Any, constraint: Constraint, axis_name: str)
     """The mean over devices, of those where an entry counts."""
     mask = constraint.counted()
     if mask is None:
-        return lax.pmean((value, strict, constraint), axis_name)
+        value, strict = lax.pmean((value, strict), axis_name)
+        return value, strict, replace(constraint, value=value)
     number = lax.psum(mask.astype(value.dtype), axis_name)
 
     def mean(a):
         total = lax.psum(jnp.where(mask, a, 0), axis_name)
         return total / jnp.maximum(number, 1).astype(a.dtype)
 
-    constraint = eqx.tree_at(lambda c: c.mask, constraint, number > 0)
-    return mean(value), None if strict is None else mean(strict), constraint
+    value, strict = mean(value), None if strict is None else mean(strict)
+    return value, strict, replace(constraint, value=value, mask=number > 0)
 
 
-def _check_axis(axis_name: str | None):
-    """Raises where gradients would not be summed over the devices."""
+def _check_axis(axis_name: str | None, params: PyTree, loss: Array):
+    """Raises where gradients would not be those of means over the devices."""
     if axis_name is None:
+        missing = varying_axes(loss) - varying_axes(params)
+        if missing:
+            raise ValueError(
+                f"The loss differs between the devices of {missing}, over which the "
+                "parameters are the same: give the Lagrangian "
+                f"`axis_name={min(missing)!r}`."
+            )
         return
-    if axis_name not in jax.typeof(lax.axis_index(axis_name)).vma:
+    if axis_name not in varying_axes(lax.axis_index(axis_name)):
         raise ValueError(
             f"`axis_name` is {axis_name!r}, which is no axis of a `jax.shard_map` with "
             "`check_vma=True`: without that check gradients of replicated parameters "
@@ -164,6 +175,12 @@ def _dependent(name: str, value: Array, anchor: Array) -> Array:
     return identity(value, anchor)
 
 
+def _counted(constraint: Constraint, entries: Array) -> Array:
+    """The entries, 0 where one does not count."""
+    counted = constraint.counted()
+    return entries if counted is None else jnp.where(counted, entries, 0)
+
+
 # What is known of it ---------------------------------------------------------------
 
 
@@ -174,8 +191,7 @@ def effective(at: Measured, prices: Prices) -> dict[str, Array]:
         constraint = at.constraints[name]
         m = multiplier(at.violations[name], y, c, constraint.equal)
         m = jnp.where(jnp.isfinite(m), m, y)
-        counted = constraint.counted()
-        out[name] = m if counted is None else jnp.where(counted, m, 0)
+        out[name] = _counted(constraint, m)
     return out
 
 
@@ -186,9 +202,7 @@ def total(at: Measured, prices: Prices) -> Array:
     for name, (y, c) in prices.items():
         constraint = at.constraints[name]
         merit = priced(at.violations[name], y, c, constraint.equal)
-        counted = constraint.counted()
-        merit = jnp.sum(merit if counted is None else jnp.where(counted, merit, 0))
-        out = out + merit.astype(dtype)
+        out = out + jnp.sum(_counted(constraint, merit)).astype(dtype)
     return out
 
 
@@ -198,17 +212,15 @@ def residuals(
     """Feasibility, complementarity, dual sign, and whether all errors are finite."""
     sizes, gaps, signs, finite = [], [], [], []
     for name, error in at.errors.items():
-        constraint = at.constraints[name]
-        counted, equal = constraint.counted(), constraint.equal
-        keep = lambda a, other=0: a if counted is None else jnp.where(counted, a, other)
+        equal = at.constraints[name].equal
         sign = jnp.zeros_like(error) if equal else jnp.maximum(-m[name], 0)
         for found, into in (
             (violation(error, equal), sizes),
             (complementarity(error, m[name], equal), gaps),
             (sign, signs),
         ):
-            into.append(jnp.max(keep(found), initial=0))
-        finite.append(jnp.all(keep(jnp.isfinite(error), True)))
+            into.append(jnp.max(found, initial=0))
+        finite.append(jnp.all(jnp.isfinite(error)))
     bad = 1 - jnp.min(jnp.stack(finite).astype(jnp.int32))
     found = _largest(sizes), _largest(gaps), _largest(signs), bad
     if axis_name is not None:

@@ -37,9 +37,17 @@ class Growth(AbstractPart):
 
     def grow(self, penalty: Array, error: Array, before: Array, equal: bool) -> Array:
         """The penalties after an error, and the one before it."""
-        size, old = violation(error, equal), violation(before, equal)
         number = lambda value: jnp.asarray(value).astype(penalty.dtype)
         grown = number(self.factor) * penalty + number(self.increment)
         grown = jnp.maximum(penalty, jnp.minimum(grown, number(self.max_penalty)))
-        poor = (size > number(self.tol)) & (size > number(self.progress) * old)
-        return jnp.where(poor, grown, penalty)
+        return jnp.where(self.is_poor(error, before, equal), grown, penalty)
+
+    def is_poor(self, error: Array, before: Array, equal: bool) -> Array:
+        """Whether a violation calls for a larger penalty."""
+        size, old = violation(error, equal), violation(before, equal)
+        number = lambda value: jnp.asarray(value).astype(error.dtype)
+        return (size > number(self.tol)) & (size > number(self.progress) * old)
+
+    def is_largest(self, penalty: Array) -> Array:
+        """Whether a penalty grows no further."""
+        return penalty >= jnp.asarray(self.max_penalty).astype(penalty.dtype)

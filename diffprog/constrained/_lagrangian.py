@@ -29,7 +29,8 @@ class Report(eqx.Module):
     """What a call found, at the parameters that it was given.
 
     - `violations`: by name, g or h of every entry, of the strict measure where there is
-        one; negative where an inequality is strictly satisfied.
+        one; negative where an inequality is strictly satisfied, 0 where an entry does
+        not count.
     - `multipliers`: by name, the effective multipliers m, by which constraints entered
         the gradient; 0 where an entry does not count.
     - `penalties`: by name, the penalties c.
@@ -50,7 +51,7 @@ class Report(eqx.Module):
     complementarity: Array
     dual_sign: Array
     finite: Array
-    stationarity: Array | None
+    stationarity: Any
     aux: Any
 
 
@@ -128,7 +129,7 @@ class Lagrangian(eqx.Module):
                     f"`dual` has {_listed(unused)}, which `measure` does not return; "
                     f"it returns {_listed(measured)}."
                 )
-        return {name: start(self._of(name), c) for name, c in measured.items()}
+        return {name: start(self.dual_of(name), c) for name, c in measured.items()}
 
     def step(
         self, params: PyTree, duals: Duals, *args: Any
@@ -172,6 +173,17 @@ class Lagrangian(eqx.Module):
         at = called(self.measure, self.axis_name)(params, *args)
         return total(at, self._prices(duals, at))
 
+    def dual_of(self, name: str) -> AbstractDual:
+        """The dual of the constraint of this name."""
+        if not isinstance(self.dual, Mapping):
+            return self.dual
+        if name not in self.dual:
+            raise ValueError(
+                f"`dual` has no entry for constraint `{name}`; it has "
+                f"{_listed(self.dual)}."
+            )
+        return self.dual[name]
+
     # Parts ------------------------------------------------------------------------
 
     def _pulled(self, at: Measured, pull: Callable, priced: Prices):
@@ -181,16 +193,6 @@ class Lagrangian(eqx.Module):
         dtype = jnp.result_type(at.loss)
         largest = jnp.max(jnp.stack([size.astype(dtype) for size in sizes]))
         return (at.loss, self._report(at, priced, m, largest)), grads
-
-    def _of(self, name: str) -> AbstractDual:
-        if not isinstance(self.dual, Mapping):
-            return self.dual
-        if name not in self.dual:
-            raise ValueError(
-                f"`dual` has no entry for constraint `{name}`; it has "
-                f"{_listed(self.dual)}."
-            )
-        return self.dual[name]
 
     def _states(self, duals: Duals, at: Measured):
         """The name, the dual, its state and what was measured."""
@@ -213,7 +215,7 @@ class Lagrangian(eqx.Module):
                     f"of shape {constraint.shape}; when `init` was called it was "
                     f"{kind(state.equal)} of shape {state.value.shape}."
                 )
-            yield name, self._of(name), state, constraint
+            yield name, self.dual_of(name), state, constraint
 
     def _updated(self, duals: Duals, at: Measured) -> Duals:
         new = dict(duals) if isinstance(duals, dict) else {}

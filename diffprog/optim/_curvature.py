@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._common.capture import Frozen
 from .._common.model import check_batch, Parts, runner, split
 from .._common.reduction import check_reduction, Reduction, weight
-from .._common.tree import scale, vary, vdot
+from .._common.tree import scale, vary, varying_axes, vdot
 from .._common.types import (
     AbstractPart,
     check_callable,
@@ -253,7 +253,7 @@ def _axes(axis_name: Any, params: PyTree, batch: PyTree) -> tuple:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not manual:
         return names
-    of_params, of_batch = map(_varying, (params, batch))
+    of_params, of_batch = map(varying_axes, (params, batch))
     missing = of_batch - of_params - {*names}
     unknown = axis_name is None and not of_params | of_batch
     if missing or unknown:
@@ -265,15 +265,3 @@ def _axes(axis_name: Any, params: PyTree, batch: PyTree) -> tuple:
             "device has the whole batch."
         )
     return names
-
-
-def _varying(tree: PyTree) -> set:
-    """The axes of `shard_map` over which arrays vary."""
-    arrays = [leaf for leaf in jtu.tree_leaves(tree) if isinstance(leaf, jax.Array)]
-    return set().union(*(_axes_of(jax.typeof(array)) for array in arrays))
-
-
-def _axes_of(kind: Any) -> frozenset:
-    # Versions of JAX differ in where they have it.
-    found = getattr(kind, "manual_axis_type", None)
-    return kind.vma if found is None else found.varying
