@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
-from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs, VARY
+from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs
 from .tree import vary
 from .zeros import MOVES
 
@@ -238,8 +238,6 @@ class _Line:
                 raise _NotStraight
             a, b = ins
             return [self.product(aval, a, b, params["dimension_numbers"])]
-        if name in VARY:
-            return ins
         if name in MOVES:
             return MOVES[name](ins, params, [v.aval.shape for v in eqn.outvars])
         raise _NotStraight(name)
