@@ -21,6 +21,7 @@ FILES = {
     "line_of_states.py": {"line_of_states.png"},
     "many_devices.py": {"many_devices.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
+    "norm_constrained.py": {"norm_constrained.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},
     "pendulum.py": {"pendulum.png", "pendulum_convergence.png"},
