@@ -297,6 +297,7 @@ def quartic(theta, adjoint, max_steps=2):
     return dp.solve(problem, dp.Gradient(), *given, **options).us[0, 0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", MODES)
 def test_an_unfinished_solve_has_no_implicit_derivative(mode):
     """Two steps of gradient descent, whose derivative is known."""

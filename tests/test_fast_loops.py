@@ -188,6 +188,7 @@ def test_recursions_of_every_size_compile_and_equal_ordinary_loops(size, dtype):
     agree(fast.policy.K, plain.policy.K, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("limited", [False, True])
 def test_many_states_and_controls_equal_ordinary_loops(limited):
     """Tiles, elimination and, for DDP, second derivatives that each pass finds."""
