@@ -182,6 +182,18 @@ def test_simulate_scan_and_the_loop_of_python_agree(search):
     assert np.all(np.abs(controls) <= MOST) and np.any(np.abs(controls) == MOST)
 
 
+def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path):
+    mpc = controller(2)
+    states, _, state = ticks(mpc, mpc.init(X, US), X, 2)
+    dp.save(tmp_path / "run", state)
+    loaded = dp.load(tmp_path / "run", mpc.init(X, US))
+    same(loaded, state, 0, 0)
+    for a, b in zip(
+        ticks(mpc, state, states[-1], 2), ticks(mpc, loaded, states[-1], 2)
+    ):
+        same(a, b, 0, 0)
+
+
 def test_many_robots_are_each_alone():
     starts = jnp.array([[2.9, 0.0], [2.9, -1.0], [3.0, 0.5]])
     limits = jnp.array([3.0, 4.0, 2.0])

@@ -128,6 +128,27 @@ def test_keys_pass_through_loops(every_body):
     assert key == jax.random.key(1)
 
 
+def test_lines_on_devices_vary_as_a_whole(every_body):
+    """Also what the loop itself finds alike on all of them."""
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=kinds)
+
+    def loop(x):
+        body = lambda carry, row: ((carry[0] * x, carry[1] + 1), row > 0)
+        (x, count), flags = lax.scan(body, (x, 0), ROWS)
+        return x + count, jnp.where(flags[:, :1], x, 0)
+
+    fast = lambda x: compiled(lambda _: loop(x), True)
+    parts = jax.sharding.PartitionSpec("devices")
+    split = jax.shard_map(
+        fast,
+        mesh=mesh,
+        in_specs=parts,
+        out_specs=(parts, jax.sharding.PartitionSpec(None, "devices")),
+    )
+    agree(usual(split)(jnp.ones(3)), loop(jnp.ones(3)))
+
+
 def test_what_is_0_everywhere_is_0_times_infinity():
     """So a column of a Jacobian does not spoil others."""
     body = lambda x, _: (x / 2, jnp.eye(3) @ jnp.exp(x))
@@ -142,8 +163,8 @@ def test_large_constants_do_not_take_long_to_trace(monkeypatch):
     assert not lines(lambda x: body(x, None)[0], jnp.ones(3))
 
 
-def lines(body, x) -> bool:
-    loop = lambda x: lax.scan(lambda x, _: (body(x), x), x, None, length=8)
+def lines(body, x, kept=1) -> bool:
+    loop = lambda x: lax.scan(lambda x, _: (body(x), [x] * kept), x, None, length=8)
     fast = jax.jit(lambda x: compiled(lambda _: loop(x), True))
     return "reduce_window" in fast.lower(x).as_text()
 
@@ -154,6 +175,7 @@ def test_bodies_that_are_long_or_move_numbers_only_stay_loops():
     repeated = lambda n: lambda x: ft.reduce(line, map(float, range(n)), x)
     assert not lines(repeated(2), x)
     assert lines(repeated(30), x)
+    assert not lines(repeated(30), x, kept=8)
     assert not lines(repeated(300), x)
     assert not lines(repeated(30), jnp.ones(60))
     assert not lines(lambda x: repeated(30)(lax.erfc(x)), x)

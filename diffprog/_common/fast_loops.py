@@ -24,7 +24,15 @@ from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .linalg import eliminate, ELIMINATED
-from .primitives import ARITHMETIC, CALLS, FUNCTIONS, inner_programs, MOVES, REDUCTIONS
+from .primitives import (
+    ARITHMETIC,
+    CALLS,
+    FUNCTIONS,
+    inner_programs,
+    MOVES,
+    REDUCTIONS,
+    VARY,
+)
 from .straight import straight_scan
 
 
@@ -299,6 +307,9 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
         elif name in CALLS:
             (inner,) = inner_programs(eqn)
             outs = _run(inner.jaxpr, inner.consts, tuple(ins), whole)
+        # What comes out of a line varies over all devices that any of it does.
+        elif name in VARY and jax.typeof(ins[0]) == eqn.outvars[0].aval:
+            outs = ins
         # A function is a call of its own: fused into others it would run once for each.
         elif name in ("sin", "cos"):
             if eqn.invars[0] not in sines:

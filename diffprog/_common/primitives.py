@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from jax.extend.core import ClosedJaxpr
 
 
+VARY = "pcast", "pvary"  # they change the type only
 CALLS = "closed_call cond custom_jvp_call custom_vjp_call jit pjit scan while".split()
 MOVES = """
 and bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p

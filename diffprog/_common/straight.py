@@ -26,6 +26,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
 from .primitives import BY_ENTRY, CALLS, FUNCTIONS, inner_programs
+from .tree import vary
 from .zeros import MOVES
 
 
@@ -35,8 +36,8 @@ MAX_STAGE, MAX_LINE, MAX_STAGES = 1000, 2000, 2
 # The same of numbers that go in or out of a stage, and of functions; one is too long.
 MAX_MOVED, MAX_FUNCTIONS, LONG = 120, 30, "erfc"
 # Operations of one stage, also for each number that goes in or out: with fewer, moving
-# the numbers costs what is saved.
-LEAST, LEAST_PER_NUMBER = 100, 3
+# the numbers costs what is saved. What is kept of every stage counts several times.
+LEAST, LEAST_PER_NUMBER, KEPT = 100, 3, 4
 
 NUMBERWISE = {*BY_ENTRY, *"and eq ge gt is_finite le lt ne not or xor".split()} - {LONG}
 LOOPS = "cond scan while".split()
@@ -58,15 +59,18 @@ def straight_scan(eqn: Any, ins: list) -> list[Array] | None:
     """The results of a `scan`, its body as straight lines; None if it has to stay."""
     params = eqn.params
     body, length, reverse = params["jaxpr"], params["length"], params["reverse"]
-    operations = _operations(body)
-    if operations < max(LEAST, LEAST_PER_NUMBER * _moved(body), 1):
+    operations, carried = _operations(body), params["num_carry"]
+    kept = sum(aval.size for aval in body.out_avals[carried:])
+    least = LEAST_PER_NUMBER * (_moved(body) + (KEPT - 1) * kept)
+    if operations < max(LEAST, least, 1):
         return None
     ins = [jnp.asarray(n, a.dtype) for n, a in zip(ins, body.in_avals, strict=True)]
     most = min(MAX_STAGES, max(MAX_LINE // operations, 1))
     together = max(d for d in range(1, most + 1) if length % d == 0)
     first = params["num_consts"]
-    last = first + params["num_carry"]
-    consts, carry, rows = ins[:first], ins[first:last], ins[last:]
+    last = first + carried
+    consts, rows = ins[:first], ins[last:]
+    carry = vary(ins[first:last], like=ins)  # as the line does
     stages = range(together)[:: -1 if reverse else 1]
     count = length // together
     blocks = [row.reshape(count, together, *row.shape[1:]) for row in rows]

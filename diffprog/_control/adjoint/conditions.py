@@ -65,21 +65,33 @@ class Active(eqx.Module):
     end: Any
     weak: Float[Array, ""]
 
-    def held(self, chain: VectorChain, z: Point) -> Point:
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Whether a control is at a limit; `None` without limits."""
+        if not self.lower:
+            return (None,) * len(self.rows)
+        return tuple(map(jnp.logical_or, self.lower, self.upper))
+
+    def limits(self, chain: VectorChain) -> tuple[Any, ...]:
+        """The limits of every stage, and which of them hold; empty without."""
+        return (*chain.limits, self.lower, self.upper) if self.lower else ()
+
+    def keep(self, chain: VectorChain, z: Point) -> Point:
         """Controls at their limits put there; no multipliers of inactive rows."""
         if not (self.lower or chain.names):
             return z
-
-        def stage(_, u, y, on, *limits):
-            if limits:
-                low, high, lower, upper = limits
-                u = jnp.where(lower, low, jnp.where(upper, high, u))
-            return u, masked(y, on)
-
-        limits = (*chain.limits, self.lower, self.upper) if self.lower else ()
-        found = chain.map(stage, z.us, z.rows, self.rows, *limits)
+        data = z.us, z.rows, self.rows, *self.limits(chain)
+        found = chain.map(lambda _, *row: kept(*row), *data)
         us, rows = zip(*found, strict=True)
         return replace(z, us=us, rows=rows, end=masked(z.end, self.end))
+
+
+def kept(u, y, on, *limits):
+    """A control, at its limit where it is held there, and the multipliers of rows."""
+    if limits:
+        low, high, lower, upper = limits
+        u = jnp.where(lower, low, jnp.where(upper, high, u))
+    return u, masked(y, on)
 
 
 def masked(values: Any, on: Any) -> Any:
@@ -120,13 +132,11 @@ def localized(chain: VectorChain, at: Point) -> tuple[VectorChain, Point]:
 class Conditions(eqx.Module):
     """L, and what is left of the conditions: minus its gradient.
 
-    - `residual`: its largest entry, over one more than the largest costate.
     - `us`: the gradient in all controls, as if none were held.
     """
 
     value: Float[Array, ""]
     left: Point
-    residual: Float[Array, ""]
     us: Rows
 
 
@@ -135,41 +145,34 @@ def conditions(
 ) -> Conditions:
     """Those at z, in local coordinates at a point; at the point itself unless given."""
     z = localized(chain, at)[1] if z is None else z
-    z = active.held(chain, z)
+    z = active.keep(chain, z)
     local, _ = localized(chain, replace(at, rows=z.rows, end=z.end))
 
-    def stage(segment, v, u, t, before, lam, v_next, on, *held):
+    def stage(segment, v, u, t, before, lam, v_next, on, held):
         def hamiltonian(v, u):
             new = segment.dynamics(v, u, t)
             return segment.cost(v, u, t) + matmul(lam, new), new
 
         both = jax.value_and_grad(hamiltonian, (0, 1), has_aux=True)
         (value, new), (of_x, of_u) = both(v, u)
-        gap, rows = new - v_next, segment.rows
-        total = value - matmul(lam, v_next)
-        free = jnp.where(held[0] | held[1], 0, of_u) if held else of_u
-        left = before - of_x, -free, -gap, masked(rows and -rows.values(v, u, t), on)
-        return total, (size_of(left), size_of(lam)), of_u, *left
+        rows, free = segment.rows, of_u if held is None else jnp.where(held, 0, of_u)
+        left = before - of_x, -free, v_next - new
+        rows = masked(rows and -rows.values(v, u, t), on)
+        return value - matmul(lam, v_next), of_u, *left, rows
 
     data = z.xs, z.us, local.ts, preceding(z.first, z.lams), z.lams
-    flags = (active.lower, active.upper) if active.lower else ()
-    found = local.map(stage, *data, following(z.xs, z.final), active.rows, *flags)
-    totals, sizes, in_us, xs, us, lams, rows = zip(*found, strict=True)
+    more = following(z.xs, z.final), active.rows, active.held
+    found = local.map(stage, *data, *more)
+    totals, in_us, xs, us, lams, rows = zip(*found, strict=True)
     last, final = jax.value_and_grad(local.terminal_cost)(z.final)
     start = chain.segments[0].difference(x0, at.xs[0][0]) - z.xs[0][0]
     value = sum(map(jnp.sum, totals)) + last + matmul(z.first, start)
     end = masked(local.end.rows and -local.end.rows.values(z.final), active.end)
     final = z.lams[-1][-1] - final
-    left = Point(xs, final, us, -start, lams, rows, end)
-    ends = size_of((final, start, end)), size_of(z.first)
-    largest = [
-        ft.reduce(jnp.maximum, [last, *map(jnp.max, stages)])
-        for last, stages in zip(ends, zip(*sizes, strict=True), strict=True)
-    ]
-    return Conditions(value, left, largest[0] / (1 + largest[1]), in_us)
+    return Conditions(value, Point(xs, final, us, -start, lams, rows, end), in_us)
 
 
-def moved(chain: VectorChain, at: Point, change: Point) -> Point:
+def moved(chain: VectorChain, at: Point, change: Point, active: Active) -> Point:
     """The point after a change; costates are those in local coordinates there."""
 
     def back(chart, x, v, lam):
@@ -180,39 +183,43 @@ def moved(chain: VectorChain, at: Point, change: Point) -> Point:
         to = lambda w: chart.difference(chart.retract(new, w), x)
         return new, jax.vjp(to, jnp.zeros_like(v))[1](lam)[0]
 
-    def stage(segment, x, v, lam, dlam, *sums):
-        new = back(segment.chart, x, v, lam + dlam)
-        return *new, *(jtu.tree_map(jnp.add, *pair) for pair in zip(*sums))
+    def stage(segment, x, v, lam, dlam, u, du, y, dy, *rest):
+        y = None if y is None else y + dy
+        return *back(segment.chart, x, v, lam + dlam), *kept(u + du, y, *rest)
 
     lams = [preceding(point.first, point.lams) for point in (at, change)]
-    rest = [tuple(zip(p.us, p.rows, strict=True)) for p in (at, change)]
-    found = chain.map(stage, at.xs, change.xs, *lams, *rest)
+    data = at.xs, change.xs, *lams, at.us, change.us, at.rows, change.rows
+    found = chain.map(stage, *data, active.rows, *active.limits(chain))
     xs, lams, us, rows = zip(*found, strict=True)
     last = at.lams[-1][-1] + change.lams[-1][-1]
     final, last = back(chain.end.chart, at.final, change.final, last)
-    end = None if at.end is None else at.end + change.end
+    end = None if at.end is None else masked(at.end + change.end, active.end)
     return Point(xs, final, us, lams[0][0], following(lams, last), rows, end)
 
 
-def point_of(chain: VectorChain, found: Any) -> tuple[Point, Rows]:
-    """What was found with its costates, and the gradient in the controls."""
-    none = (None,) * len(chain.segments)
+def start(chain: VectorChain, found: Any) -> tuple[Point, Active, Bool[Array, ""]]:
+    """What was found, what is active there, and whether its costates are unknown."""
+    none, zero = (None,) * len(chain.segments), jnp.zeros_like(found.final[0])
     duals, (xs, final, us) = found.duals, (found.xs, found.final, found.us)
     rows, end = (duals.stages, duals.terminal) if duals else (none, None)
     guess = Point(xs, final, us, final, us, rows, end)
     local, here = localized(chain, guess)
+    if not (chain.limits or chain.names):
+        lams = following(here.xs, here.final)
+        at = replace(guess, first=here.xs[0][0], lams=lams)
+        return at, Active((), (), rows, end, zero), zero == 0
     first, lams, gradients = adjoints(local, here.trajectory)
-    return replace(guess, first=first, lams=lams), gradients
+    at = replace(guess, first=first, lams=lams)
+    active = active_at(chain, at, gradients)
+    return active.keep(chain, at), active, zero != 0
 
 
 def active_at(chain: VectorChain, at: Point, gradients: Rows) -> Active:
-    """What is active at a solution.
+    """What is active where the costates are known, and the gradient in the controls.
 
     A multiplier or a distance counts as 0 up to the square root of the rounding.
     """
-    small, zero = jnp.sqrt(jnp.finfo(chain.dtype).eps), jnp.zeros((), chain.dtype)
-    if not (chain.limits or chain.names):
-        return Active((), (), at.rows, at.end, zero)
+    small = jnp.sqrt(jnp.finfo(chain.dtype).eps)
     sizes = chain.map(lambda _, lam: size_of(lam), at.lams)
     tol = small * (1 + ft.reduce(jnp.maximum, map(jnp.max, sizes)))
     count = lambda flags: jnp.sum(flags.astype(chain.dtype))

@@ -13,18 +13,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._chain.vector import VectorChain
 from ..._common.fast_loops import compiled, Loops
-from ..._common.tree import no, vary, where, yes
+from ..._common.tree import no, vary, where
 from .base import AbstractAdjoint, connected, Found, refused, still, with_nan
 from .conditions import (
     Active,
-    active_at,
     conditions,
     localized,
     moved,
     Point,
-    point_of,
+    start,
 )
-from .linear import factorize, Factors, Matrices, matrices, product, solve_linear
+from .linear import (
+    backward,
+    Factors,
+    forward,
+    Matrices,
+    matrices,
+    Pass,
+    product,
+    solve_linear,
+)
 
 
 MAX_STEPS = 5  # of Newton, to where the gradient is a rounding
@@ -63,12 +71,18 @@ class Settled(eqx.Module):
 
 
 class _Polish(eqx.Module):
-    at: Point
-    left: Point  # of the conditions
+    """The best point so far, with its residual, and where to look next.
+
+    - `found`: of the last pass.
+    - `back`: whether the next point is the best one, because the last was worse.
+    """
+
+    best: Point
     residual: Float[Array, ""]
-    matrices: Matrices
-    factors: Factors
+    next: Point
+    found: Pass
     count: Int[Array, ""]
+    back: Bool[Array, ""]
     done: Bool[Array, ""]
 
 
@@ -135,45 +149,43 @@ class ImplicitAdjoint(AbstractAdjoint):
         return replace(known, at=at)
 
     def _polished(self, chain, x0, found: Found) -> Settled:
-        start, gradients = point_of(chain, found)
-        active = active_at(chain, start, gradients)
-        start = active.held(chain, start)
+        at, active, fresh = start(chain, found)
+        eps = jnp.finfo(chain.dtype).eps
 
         def step(state: _Polish) -> _Polish:
-            """To where the last matrices lead: nowhere, the first time."""
-            known = chain, state.matrices, state.factors, active
+            first, count = state.count == 0, state.count + 1
+            found = backward(chain, x0, state.next, active, fresh & first)
+            better = found.residual < state.residual
+            residual = jnp.where(better, found.residual, state.residual)
+            best = where(better, found.at, state.best)
+            enough = (residual <= ROUNDINGS * eps) | (count > MAX_STEPS)
+            # Where two roundings meet it does not matter whose matrices these are.
+            no_worse = state.back | (found.residual <= jnp.sqrt(eps))
+            done = jnp.where(better, enough, no_worse)
 
-            def go():
-                change = solve_linear(*known, state.left, 0)
-                return active.held(chain, moved(chain, state.at, change))
+            def go() -> Point:
+                known = found.matrices, found.factors, active, found.constants
+                return moved(chain, found.at, forward(chain, *known), active)
 
-            at = lax.cond(state.count > 0, go, lambda: state.at)
-            found, of = conditions(chain, x0, at, active), matrices(chain, at, active)
-            done = found.residual <= ROUNDINGS * jnp.finfo(chain.dtype).eps
-            factors, count = factorize(chain, of), state.count + 1
-            new = _Polish(at, found.left, found.residual, of, factors, count, done)
-            ended = eqx.tree_at(lambda s: s.done, state, yes(done))
-            return where(found.residual < state.residual, new, ended)
-
-        def empty():
-            of = matrices(chain, start, active)
-            return of, factorize(chain, of)
+            after = lax.cond(better & ~done, go, lambda: best)
+            return _Polish(best, residual, after, found, count, ~better, done)
 
         zeros = lambda a: jnp.zeros(a.shape, a.dtype)
-        nothing = jtu.tree_map(zeros, (start, *jax.eval_shape(empty)))
-        left, of, factors = nothing
+        like = jax.eval_shape(lambda: backward(chain, x0, at, active, fresh))
+        nothing = jtu.tree_map(zeros, like)
         far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
-        first = _Polish(start, left, far, of, factors, count, no(far))
-        goes_on = lambda state: ~state.done & (state.count <= MAX_STEPS)
-        end = lax.while_loop(goes_on, step, vary(first, like=start))
-        judged = Judged(end.residual, end.factors.positive, active.weak)
-        return Settled(end.at, active, end.matrices, end.factors, judged)
+        first = _Polish(at, far, at, nothing, count, no(far), no(far))
+        go_on = lambda state: ~state.done
+        end = lax.while_loop(go_on, step, vary(first, like=at))
+        factors = end.found.factors
+        judged = Judged(end.residual, factors.positive, active.weak)
+        return Settled(end.best, active, end.found.matrices, factors, judged)
 
     def _moves(self, of, numbers, dots, at: Point, known: Settled) -> Point:
         """How the solution moves."""
         change = self._change(of, numbers, dots, replace(known, at=at))[0]
         zero = jtu.tree_map(jnp.zeros_like, change)
-        step = lambda change: moved(of(numbers)[0], at, change)
+        step = lambda change: moved(of(numbers)[0], at, change, known.active)
         return jax.jvp(step, (zero,), (change,))[1]
 
     def _change(self, of, numbers, dots, known: Settled) -> tuple[Point, Array]:
@@ -217,7 +229,7 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         def answers(numbers, change):
             chain, x0 = of(numbers)
-            new = active.held(chain, moved(chain, at, change))
+            new = moved(chain, at, change, active)
             out = replace(found, xs=new.xs, final=new.final, us=new.us)
             if found.duals is not None:
                 duals = replace(found.duals, stages=new.rows, terminal=new.end)

@@ -1,23 +1,25 @@
-"""The linear system of the conditions of optimality: one factorization, cheap solves.
+"""The linear system of the conditions of optimality: one backward pass, cheap solves.
 
 Its unknowns are changes of states, controls, costates and multipliers. A row that is
 active, C dx + D du = b, is given the weight 1 / delta, so that dy = (C dx + D du - b) /
 delta, and what is left of it is found by repeating the solve with what is left over.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
 from ..._chain.vector import following, preceding, VectorChain
 from ..._common.linalg import matmul, solve_positive, symmetrize
 from ..._common.tree import vary
-from ..._common.types import Stacks
+from ..._common.types import Rows, Stacks
 from ..lqr.expand import curved, linear, terminal
-from .conditions import Active, combined, localized, Point
+from .conditions import Active, combined, localized, masked, Point, size_of
 
 
 def delta(dtype) -> float:
@@ -31,10 +33,12 @@ class Matrices(eqx.Module):
     - `AB`, `H`, `CD`: derivatives of the dynamics, second ones of the Hamiltonian, and
         derivatives of the rows, of every stage.
     - `last`, `end`: H and CD of the last state.
+
+    A pass leaves out H, which a solve needs where rows make it repeat itself.
     """
 
     AB: Stacks
-    H: Stacks
+    H: tuple[Any, ...]
     CD: tuple[Any, ...]
     last: Float[Array, "n n"]
     end: Any
@@ -55,61 +59,71 @@ class Factors(eqx.Module):
     positive: Bool[Array, ""]
 
 
+class Constants(eqx.Module):
+    """What the recursion leaves of a right-hand side, for the way forward.
+
+    - `k`, `p`: of the controls, and of the costates after each stage.
+    - `first`: of the first costate.
+    - `start`, `gaps`, `rows`, `end`: of the first state, the dynamics and the rows.
+    """
+
+    k: Rows
+    p: Rows
+    first: Float[Array, " n"]
+    start: Float[Array, " n"]
+    gaps: Rows
+    rows: tuple[Any, ...]
+    end: Any
+
+
+class Pass(eqx.Module):
+    """What a backward pass finds at a point.
+
+    - `at`: the point, with its costates.
+    - `matrices`, `factors`: of the linear system there.
+    - `constants`: of its right-hand side, which is minus the gradient of L.
+    - `residual`: the largest entry of that, over one more than the largest costate.
+    """
+
+    at: Point
+    matrices: Matrices
+    factors: Factors
+    constants: Constants
+    residual: Float[Array, ""]
+
+
+def _stage(segment, u, t, lam, on, held):
+    """F, W and the matrices of a stage; a held control has the identity."""
+    v = jnp.zeros(segment.chart.size, u.dtype)
+    n, z = len(v), jnp.concatenate([v, u])
+    F, W = linear(segment, v, u, t), curved(segment, v, u, t, lam)
+    AB, H, CD = F[1:, 1:], symmetrize(W[1:, 1:]), None
+    if segment.rows is not None:
+        values = lambda z: segment.rows.values(z[:n], z[n:], t)
+        CD = jnp.where(on[:, None], jax.jacfwd(values)(z), 0)
+    if held is not None:
+        free = jnp.concatenate([jnp.ones(n, bool), ~held])
+        AB = jnp.where(free[None], AB, 0)
+        one = jnp.diag((~free).astype(H.dtype))
+        H = jnp.where(free[None] & free[:, None], H, one)
+        CD = CD if CD is None else jnp.where(free[None], CD, 0)
+    return F, W, (AB, H, CD)
+
+
+def _last(chain: VectorChain, x: Array, active: Active):
+    """V, H and CD of the last state."""
+    V, end = terminal(chain, x, exact=True), None
+    if chain.end.rows is not None:
+        end = jnp.where(active.end[:, None], jax.jacfwd(chain.end.rows.values)(x), 0)
+    return V, symmetrize(V[1:, 1:]), end
+
+
 def matrices(chain: VectorChain, at: Point, active: Active) -> Matrices:
-    """Those at a point; a held control has a row and a column of the identity."""
+    """Those at a point."""
     local, here = localized(chain, at)
-    held = (None,) * len(chain.segments)
-    if active.lower:
-        held = tuple(map(jnp.logical_or, active.lower, active.upper))
-
-    def stage(segment, v, u, t, lam, held, on):
-        n, z = len(v), jnp.concatenate([v, u])
-        AB = linear(segment, v, u, t)[1:, 1:]
-        H = symmetrize(curved(segment, v, u, t, lam)[1:, 1:])
-        CD = None
-        if segment.rows is not None:
-            values = lambda z: segment.rows.values(z[:n], z[n:], t)
-            CD = jnp.where(on[:, None], jax.jacfwd(values)(z), 0)
-        if held is not None:
-            free = jnp.concatenate([jnp.ones(n, bool), ~held])
-            AB = jnp.where(free[None], AB, 0)
-            one = jnp.diag((~free).astype(H.dtype))
-            H = jnp.where(free[None] & free[:, None], H, one)
-            CD = CD if CD is None else jnp.where(free[None], CD, 0)
-        return AB, H, CD
-
-    data = here.xs, here.us, local.ts, here.lams, held, active.rows
-    AB, H, CD = zip(*local.map(stage, *data), strict=True)
-    last = symmetrize(terminal(local, here.final, exact=True)[1:, 1:])
-    end = None
-    if local.end.rows is not None:
-        end = jax.jacfwd(local.end.rows.values)(here.final)
-        end = jnp.where(active.end[:, None], end, 0)
-    return Matrices(AB, H, CD, last, end)
-
-
-def factorize(chain: VectorChain, of: Matrices) -> Factors:
-    """A backward pass over the matrices."""
-    weight = 1 / delta(chain.dtype)
-    weighted = lambda H, CD: H if CD is None else H + weight * matmul(CD.T, CD)
-
-    def stage(segment, carry, AB, H, CD):
-        P, positive = carry
-        n = segment.chart.size
-        Z = weighted(H, CD) + matmul(AB.T, matmul(P, AB))
-        G, H = Z[n:, n:], Z[n:, :n]
-        eye = jnp.eye(len(G), dtype=G.dtype)
-        solved, good = solve_positive(G, jnp.concatenate([eye, -H], 1))
-        inverse, K = solved[:, : len(G)], solved[:, len(G) :]
-        new = symmetrize(Z[:n, :n] + matmul(H.T, K))
-        return (new, positive & good), (K, inverse, P)
-
-    P = weighted(of.last, of.end)
-    start = vary((P, jnp.isfinite(P[0, 0])), like=of)
-    data = of.AB, of.H, of.CD
-    (first, positive), found = chain.scan(stage, start, *data, reverse=True)
-    K, inverses, P = zip(*found, strict=True)
-    return Factors(K, inverses, P, first, positive)
+    data = here.us, local.ts, here.lams, active.rows, active.held
+    AB, H, CD = _by_kind(local.map(lambda *row: _stage(*row)[2], *data))
+    return Matrices(AB, H, CD, *_last(local, here.final, active)[1:])
 
 
 def product(chain: VectorChain, of: Matrices, active: Active, d: Point) -> Point:
@@ -133,51 +147,133 @@ def product(chain: VectorChain, of: Matrices, active: Active, d: Point) -> Point
     return Point(xs, final, us, -d.xs[0][0], lams, rows, end)
 
 
-def _solve_once(
+def _sent(CD, b, on) -> Array:
+    """What the right-hand side of rows adds to that of x and u."""
+    return matmul(CD.T, jnp.where(on, b, 0)) / delta(b.dtype)
+
+
+def _multipliers(values, b, on) -> Array:
+    """dy of rows, given C dx + D du."""
+    return jnp.where(on, (values - b) / delta(b.dtype), b)
+
+
+def _weighted(H, CD) -> Array:
+    """H with the active rows in it."""
+    return H if CD is None else H + matmul(CD.T, CD) / delta(H.dtype)
+
+
+def _eliminated(n, P, AB, H, CD):
+    """P before a stage of n states, the gains, G^-1, and whether G is positive."""
+    Z = _weighted(H, CD) + matmul(AB.T, matmul(P, AB))
+    G, H = Z[n:, n:], Z[n:, :n]
+    eye = jnp.eye(len(G), dtype=G.dtype)
+    solved, good = solve_positive(G, jnp.concatenate([eye, -H], 1))
+    inverse, K = solved[:, : len(G)], solved[:, len(G) :]
+    return symmetrize(Z[:n, :n] + matmul(H.T, K)), K, inverse, good
+
+
+def _substituted(p, P, AB, K, inverse, CD, b_x, b_u, b_lam, b_rows, on):
+    """p before a stage, and k."""
+    n, qr = len(b_x), -jnp.concatenate([b_x, b_u])
+    qr = qr if CD is None else qr - _sent(CD, b_rows, on)
+    g = p - matmul(P, b_lam)
+    h = qr[n:] + matmul(AB[:, n:].T, g)
+    return qr[:n] + matmul(AB[:, :n].T, g) + matmul(K.T, h), -matmul(inverse, h)
+
+
+def backward(
+    chain: VectorChain, x0: Array, at: Point, active: Active, fresh: Bool[Array, ""]
+) -> Pass:
+    """One pass from the last stage to the first, at a point.
+
+    Where it is `fresh` its costates are those of its states and controls.
+    """
+    local, here = localized(chain, at)
+
+    def stage(segment, carry, u, t, before, on, held):
+        (P, p), lam, positive, sizes = carry
+        F, W, (AB, H, CD) = _stage(segment, u, t, lam, on, held)
+        n, slope, rows = len(before), W[0, 1:] + matmul(lam, F[1:, 1:]), segment.rows
+        before = jnp.where(fresh, slope[:n], before)
+        b_u = -slope[n:] if held is None else jnp.where(held, 0, -slope[n:])
+        v, gap = jnp.zeros_like(before), -F[1:, 0]
+        b = before - slope[:n], b_u, gap, masked(rows and -rows.values(v, u, t), on)
+        P_new, K, inverse, good = _eliminated(n, P, AB, H, CD)
+        p_new, k = _substituted(p, P, AB, K, inverse, CD, *b, on)
+        sizes = jtu.tree_map(jnp.maximum, sizes, (size_of(b), size_of(lam)))
+        new, H = ((P_new, p_new), before, positive & good, sizes), H if known else None
+        return new, (lam, (AB, H, CD), (K, inverse, P), (k, p), b[2:])
+
+    known = bool(chain.names)  # what repeats a solve
+    V, H, CD = _last(local, here.final, active)
+    rows, start = local.end.rows, chain.segments[0].difference(x0, at.xs[0][0])
+    end = masked(rows and -rows.values(here.final), active.end)
+    lam = jnp.where(fresh, V[0, 1:], here.lams[-1][-1])
+    final = lam - V[0, 1:]
+    p = -final if CD is None else -final - _sent(CD, end, active.end)
+    sizes = size_of((final, start, end)), jnp.zeros_like(start[0])
+    carry = (_weighted(H, CD), p), lam, jnp.isfinite(H[0, 0]), sizes
+    data = here.us, local.ts, preceding(here.first, here.lams), active.rows, active.held
+    carry, found = local.scan(stage, vary(carry, like=at), *data, reverse=True)
+    lams, *kinds = zip(*found, strict=True)
+    (ABs, Hs, CDs), (K, inverses, Ps), (k, p), (gaps, rows) = map(_by_kind, kinds)
+    (P, first), before, positive, (largest, costate) = carry
+    return Pass(
+        replace(at, first=before, lams=lams),
+        Matrices(ABs, Hs, CDs, H, CD),
+        Factors(K, inverses, Ps, P, positive),
+        Constants(k, p, first, start, gaps, rows, end),
+        largest / (1 + jnp.maximum(costate, size_of(before))),
+    )
+
+
+def _by_kind(segments):
+    """Of each kind a row per segment."""
+    return tuple(zip(*segments, strict=True))
+
+
+def substitute(
     chain: VectorChain, of: Matrices, factors: Factors, active: Active, b: Point
+) -> Constants:
+    """The pass for one right-hand side more."""
+
+    def stage(segment, p, P, *row):
+        new, k = _substituted(p, P, *row)
+        return new, (k, p)
+
+    p = -b.final
+    if of.end is not None:
+        p = p - _sent(of.end, b.end, active.end)
+    known = factors.P, of.AB, factors.K, factors.inverses, of.CD
+    data = *known, b.xs, b.us, b.lams, b.rows, active.rows
+    first, found = chain.scan(stage, vary(p, like=b), *data, reverse=True)
+    k, p = _by_kind(found)
+    return Constants(k, p, first, -b.first, b.lams, b.rows, b.end)
+
+
+def forward(
+    chain: VectorChain,
+    of: Matrices,
+    factors: Factors,
+    active: Active,
+    b: Constants,
 ) -> Point:
-    """The change whose product with the weighted Hessian is b."""
-    small = delta(chain.dtype)
+    """The change whose product with the weighted Hessian is the right-hand side."""
 
-    def to_multipliers(values, b, on):
-        """dy of rows, given C dx + D du."""
-        return jnp.where(on, (values - b) / small, b)
-
-    def sent(CD, b, on):
-        """What the right-hand side of rows adds to that of x and u."""
-        return matmul(CD.T, jnp.where(on, b, 0)) / small
-
-    def back(segment, p, b_x, b_u, b_lam, AB, K, inverse, P, CD, b_rows, on):
-        n, qr = len(b_x), -jnp.concatenate([b_x, b_u])
-        qr = qr if CD is None else qr - sent(CD, b_rows, on)
-        g = p - matmul(P, b_lam)
-        h = qr[n:] + matmul(AB[:, n:].T, g)
-        new = qr[:n] + matmul(AB[:, :n].T, g) + matmul(K.T, h)
-        return new, (-matmul(inverse, h), p)
-
-    def forth(segment, v, k, p, b_lam, AB, K, P, CD, b_rows, on):
+    def stage(segment, v, k, p, gap, AB, K, P, CD, b_rows, on):
         u = matmul(K, v) + k
         z = jnp.concatenate([v, u])
-        new = matmul(AB, z) - b_lam
-        y = None if CD is None else to_multipliers(matmul(CD, z), b_rows, on)
+        new = matmul(AB, z) - gap
+        y = None if CD is None else _multipliers(matmul(CD, z), b_rows, on)
         return new, (v, u, matmul(P, new) + p, y)
 
-    rows = of.CD, b.rows, active.rows
-    p, last = -b.final, of.end
-    if last is not None:
-        p = p - sent(last, b.end, active.end)
-    common = b.lams, of.AB, factors.K
-    data = b.xs, b.us, *common, factors.inverses, factors.P, *rows
-    p, found = chain.scan(back, vary(p, like=b), *data, reverse=True)
-    k, ps = zip(*found, strict=True)
-    start = -b.first
-    data = k, ps, *common, factors.P, *rows
-    final, found = chain.scan(forth, start, *data)
-    xs, us, lams, ys = zip(*found, strict=True)
+    data = b.k, b.p, b.gaps, of.AB, factors.K, factors.P, of.CD, b.rows, active.rows
+    final, found = chain.scan(stage, b.start, *data)
+    xs, us, lams, ys = _by_kind(found)
     end = None
-    if last is not None:
-        end = to_multipliers(matmul(last, final), b.end, active.end)
-    first = matmul(factors.first, start) + p
+    if of.end is not None:
+        end = _multipliers(matmul(of.end, final), b.end, active.end)
+    first = matmul(factors.first, b.start) + b.first
     return Point(xs, final, us, first, lams, ys, end)
 
 
@@ -191,8 +287,9 @@ def solve_linear(
 ) -> Point:
     """The change whose product is b, refined so many times."""
     known = chain, of, factors, active
-    found = _solve_once(*known, b)
+    once = lambda b: forward(*known, substitute(*known, b))
+    found = once(b)
     for _ in range(refine):
         left = combined(chain, jnp.subtract, b, product(chain, of, active, found))
-        found = combined(chain, jnp.add, found, _solve_once(*known, left))
+        found = combined(chain, jnp.add, found, once(left))
     return found
