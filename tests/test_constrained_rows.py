@@ -249,6 +249,7 @@ def of_nnx():
     return params, lambda params, x: nnx.merge(graphdef, params)(x)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("make", [of_linen, of_nnx])
 def test_models_of_flax_keep_a_loss_of_every_example(make):
     params, apply = make()

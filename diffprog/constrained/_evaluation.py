@@ -36,9 +36,14 @@ Prices = dict[str, tuple[Array, Array]]
 
 
 def trained(params: PyTree) -> tuple[PyTree, PyTree]:
-    """The floating arrays of the parameters, and the rest."""
+    """The floating arrays of the parameters, and the rest.
+
+    A float in a container is an array, and one in a module a setting.
+    """
     number = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
-    found, rest = eqx.partition(jtu.tree_map(number, params), is_parameter)
+    is_module = lambda node: isinstance(node, eqx.Module)
+    params = jtu.tree_map(number, params, is_leaf=is_module)
+    found, rest = eqx.partition(params, is_parameter)
     if not jtu.tree_leaves(found):
         raise TypeError(
             f"`params` are {came(params)}, with no floating array, so there is nothing "
