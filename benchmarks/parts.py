@@ -14,7 +14,7 @@ from diffprog.extend import linear_quadratic, run as roll_out, Stored, vectorize
 from . import ours
 from .large_problems import arm, chain, QUADRUPED
 from .peers import load
-from .problems import PROBLEMS, UNSEEN
+from .problems import PROBLEMS
 from .timing import alternate
 
 
@@ -134,5 +134,5 @@ def one(problem) -> list[dict]:
 
 
 def run() -> list[dict]:
-    large = chain(14, 3), chain(40, 5), QUADRUPED, arm()
-    return [row for problem in (*PROBLEMS, *UNSEEN, *large) for row in one(problem)]
+    chosen = (*PROBLEMS, chain(14, 3), chain(40, 5), QUADRUPED, arm())
+    return [row for problem in chosen for row in one(problem)]

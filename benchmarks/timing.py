@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 
-ROUNDS, BLOCK, PATIENCE = 15, 0.04, 3.0
+ROUNDS, BLOCK, PATIENCE = 9, 0.04, 1.5
 
 
 def once(call: Callable, clock: Callable = time.process_time) -> float:

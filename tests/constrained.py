@@ -328,7 +328,7 @@ def conditions(problem, x0, solution):
             total += jnp.sum(flat(c(trajectory.xs[-1])) * found.terminal[c.name])
         return total
 
-    return jax.grad(lagrangian)(solution.us) + found.upper - found.lower
+    return jax.jit(jax.grad(lagrangian))(solution.us) + found.upper - found.lower
 
 
 def check_optimal(problem, x0, solution, tol=1e-7):

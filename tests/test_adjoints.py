@@ -21,7 +21,6 @@ MODES = dict(reverse=jax.jacrev, forward=jax.jacfwd)
 
 def differences(fn, theta: dict, step=1e-4):
     """Central ones, extrapolated: the error is of fourth order in the step."""
-    fn = jax.jit(fn)
 
     def central(name, i, h):
         value = np.array(theta[name], float)
@@ -209,7 +208,7 @@ def test_limits_of_controls():
     solution = pendulum(theta)
     active = np.asarray(solution.us == -6)
     assert 3 <= active.sum() <= 15
-    jacobians = jax.jit(jax.jacrev(lambda theta: pendulum(theta).us))(theta)
+    jacobians = jax.jacrev(lambda theta: pendulum(theta).us)(theta)
     assert_close(jacobians, differences(lambda theta: pendulum(theta).us, theta), 1e-6)
     # An active limit takes the control along, and nothing else moves it.
     np.testing.assert_array_equal(jacobians["most"][active], -1)
@@ -248,7 +247,8 @@ def test_constraints_at_the_end():
         return jnp.stack([weighted(solution), solution.cost])
 
     theta = mass_theta()
-    assert_close(jax.jit(jax.jacrev(fn))(theta), differences(fn, theta), 1e-5)
+    found = jax.jit(jax.jacrev(fn))(theta)
+    assert_close(found, differences(jax.jit(fn), theta), 1e-5)
 
 
 @pytest.mark.slow
@@ -276,14 +276,16 @@ def test_a_car_between_obstacles(kind, rtol):
     """Radius, length, weight, steering limit, speed limit."""
     theta = jtu.tree_map(jnp.asarray, constrained.CAR)
     fn = lambda theta: weighted(driven(theta, **kind))
-    assert_close(jax.grad(fn)(theta), differences(fn, theta, 1e-5), rtol)
+    expected = differences(jax.jit(fn), theta, 1e-5)
+    assert_close(jax.grad(fn)(theta), expected, rtol)
 
 
 @pytest.mark.slow
 def test_dependent_rows():
     theta = jtu.tree_map(jnp.asarray, constrained.CAR)
     fn = lambda theta: weighted(driven(theta, arrives=True, twice=True))
-    assert_close(jax.grad(fn)(theta), differences(fn, theta, 1e-5), 1e-4)
+    expected = differences(jax.jit(fn), theta, 1e-5)
+    assert_close(jax.grad(fn)(theta), expected, 1e-4)
 
 
 def quartic(theta, adjoint, max_steps=2):
@@ -295,6 +297,7 @@ def quartic(theta, adjoint, max_steps=2):
     return dp.solve(problem, dp.Gradient(), *given, **options).us[0, 0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", MODES)
 def test_an_unfinished_solve_has_no_implicit_derivative(mode):
     """Two steps of gradient descent, whose derivative is known."""
@@ -472,7 +475,7 @@ def test_phases_of_different_shapes():
 
     theta = dict(weight=jnp.asarray(0.5), x0=jnp.array([1.0, -0.4]))
     fn = lambda theta: weighted(solve(theta))
-    assert_close(jax.grad(fn)(theta), differences(fn, theta), 1e-7)
+    assert_close(jax.grad(fn)(theta), differences(jax.jit(fn), theta), 1e-7)
 
 
 @pytest.mark.slow

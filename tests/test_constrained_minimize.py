@@ -104,6 +104,7 @@ def flat(params):
     return np.concatenate([np.ravel(a) for a in jax.tree.leaves(params)])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", GOLDEN)
 def test_reference_problems(name):
     measure, x0, x, multipliers, loss = GOLDEN[name]
@@ -140,6 +141,7 @@ def test_float32():
     np.testing.assert_allclose(flat(solution.params), x, atol=2e-3)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "inner, max_inner",
     [(optx.LBFGS(1e-9, 1e-9), 256), (optax.sgd(0.05, momentum=0.5), 400)],
@@ -159,10 +161,13 @@ def test_a_solution_starts_another_one():
         Lagrangian(program, Augmented(10.0)), first.params, duals=first.duals
     )
     assert again.stats["num_outer"] == 1 < first.stats["num_outer"]
-    # Steps go on from there too.
+    # Steps go on from there, and to there.
     lagrangian = Lagrangian(program, Augmented(10.0))
     (_, report), _, _ = lagrangian.step(first.params, first.duals)
     assert report.stationarity < 1e-6
+    _, _, duals = lagrangian.step(jnp.ones(3), lagrangian.init(first.params))
+    last = minimize(lagrangian, jnp.ones(3), duals=duals)
+    np.testing.assert_allclose(last.params, first.params, atol=1e-7)
 
 
 def nowhere(x):
@@ -383,7 +388,7 @@ def test_gates_of_a_wrong_drop(drop, unchecked):
 
 
 def test_a_density_is_a_constraint():
-    target = jnp.asarray(np.random.default_rng(1).normal(size=40))
+    target = jnp.asarray(np.random.RandomState(1).normal(size=40))
 
     def measure(params, key):
         z = params["gates"](key)
@@ -392,7 +397,7 @@ def test_a_density_is_a_constraint():
         return loss, {"density": found}
 
     params = {"w": target, "gates": HardConcrete(40, 0.1)}
-    lagrangian = Lagrangian(measure, PI(0.01, gain=4.0))
+    lagrangian = Lagrangian(measure, PI(0.05, gain=20.0))
     rates = {"w": 0.1, "gates": 20.0}
 
     @jax.jit

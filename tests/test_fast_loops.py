@@ -188,6 +188,7 @@ def test_recursions_of_every_size_compile_and_equal_ordinary_loops(size, dtype):
     agree(fast.policy.K, plain.policy.K, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("limited", [False, True])
 def test_many_states_and_controls_equal_ordinary_loops(limited):
     """Tiles, elimination and, for DDP, second derivatives that each pass finds."""
@@ -221,18 +222,18 @@ def test_derivatives_and_batches_of_a_solve_with_a_positive_matrix_compile():
 
 
 def test_a_matrix_that_is_eliminated_shows_a_way_down():
-    rng = np.random.default_rng(0)
+    rng, compiled = np.random.default_rng(0), jax.jit(eliminate)
     for m in (7, 21):
         factor = rng.normal(size=(m, m))
         G = jnp.asarray(factor @ factor.T + np.eye(m))
         rhs = jnp.asarray(rng.normal(size=(m, 3)))
-        x, positive = eliminate(G, rhs, jnp.asarray(True))
+        x, positive = compiled(G, rhs, jnp.asarray(True))
         assert positive
         agree(x, jnp.linalg.solve(G, rhs), rtol=1e-9, atol=1e-9)
-        x, positive = eliminate(G - 2 * jnp.eye(m), rhs, jnp.asarray(True))
+        x, positive = compiled(G - 2 * jnp.eye(m), rhs, jnp.asarray(True))
         assert not positive
         assert x[:, 0] @ (G - 2 * jnp.eye(m)) @ x[:, 0] <= 0 < jnp.max(jnp.abs(x))
-        x, positive = eliminate(G, rhs, jnp.asarray(False))
+        x, positive = compiled(G, rhs, jnp.asarray(False))
         assert not positive
         assert not jnp.any(x)
 

@@ -194,6 +194,7 @@ def test_what_is_known_needs_no_operation():
     assert count(lambda x: jnp.sum(x + x) + jnp.sum(x + x)) == 9 + 8 + 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [dp.ILQR(), dp.DDP()], ids=helpers.name)
 def test_solves_equal_those_of_ordinary_loops(method):
     problem, x0, us = helpers.pendulum(24)

@@ -80,6 +80,16 @@ def functions(system, x, u, t):
     return system.dynamics(x, u, t), slope, *costs
 
 
+@eqx.filter_jit
+def slope_of(system, x, u):
+    return system.vector_field(x, u, 0.0)
+
+
+@eqx.filter_jit
+def torques_of(arm, x, a):
+    return arm.torques(x, a)
+
+
 def test_first_cost_of_the_pendulum():
     J, slope = cost_and_slope(Pendulum(), jnp.zeros((50, 1)))
     np.testing.assert_allclose(J, math.pi**2, rtol=1e-14)
@@ -429,6 +439,7 @@ def test_quadrotor_spins_freely():
     np.testing.assert_allclose(energy(end), energy(x), rtol=1e-12)
 
 
+@jax.jit
 def of_angles(x):
     """The state of a `QuaternionQuadrotor` from that of a `Quadrotor`."""
     turn = lambda angle, i: jnp.concatenate(
@@ -450,8 +461,8 @@ def test_both_quadrotors_fly_alike():
     x, u = jnp.linspace(-0.5, 0.6, 12), jnp.array([0.1, -0.2, 0.3, 0.4])
     start = of_angles(x)
     np.testing.assert_allclose(of_angles(Quadrotor().x0), QuaternionQuadrotor().x0)
-    field = jax.jvp(of_angles, (x,), (Quadrotor().vector_field(x, u, 0.0),))[1]
-    found = QuaternionQuadrotor().vector_field(start, u, 0.0)
+    field = jax.jvp(of_angles, (x,), (slope_of(Quadrotor(), x, u),))[1]
+    found = slope_of(QuaternionQuadrotor(), start, u)
     np.testing.assert_allclose(found, field, atol=1e-12)
     np.testing.assert_allclose(start[3:7] @ found[3:7], 0.0, atol=1e-15)
 
@@ -478,7 +489,8 @@ def test_both_quadrotors_are_alike_near_hover():
 
     found = jax.jit(jax.jacobian(local, (0, 1)))(jnp.zeros(12), u)
     alike = lambda x, u: Quadrotor().dynamics(x, u, 0)
-    for a, b in zip(found, jax.jacobian(alike, (0, 1))(angles, u), strict=True):
+    expected = jax.jit(jax.jacobian(alike, (0, 1)))(angles, u)
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
@@ -539,9 +551,8 @@ def test_one_joint_is_a_pendulum():
     angle, rate, torque = 0.7, -0.4, 1.5
     x, u = jnp.array([angle, rate]), jnp.array([torque])
     expected = (torque - 0.2 * rate - 9.81 * 0.5 * math.sin(angle)) * 3
-    found = arm.vector_field(x, u, 0.0)
-    np.testing.assert_allclose(found, [rate, expected], rtol=1e-13)
-    position, rotation = arm.pose(x)
+    np.testing.assert_allclose(slope_of(arm, x, u), [rate, expected], rtol=1e-13)
+    position, rotation = jax.jit(lambda x: arm.pose(x))(x)
     hand = [-math.sin(angle), 0.0, -math.cos(angle)]
     np.testing.assert_allclose(position, hand, atol=1e-15)
     np.testing.assert_allclose(rotation @ jnp.array([0.0, 0.0, -1.0]), hand, atol=1e-15)
@@ -558,8 +569,9 @@ def test_two_joints_obey_the_equations_of_the_textbook():
     gravity = np.array([9.81 * 1.5 * math.sin(q1) + fall, fall])
     a = np.array([0.3, -0.8])
     torques = M @ a + coriolis + gravity
-    np.testing.assert_allclose(arm.torques(x, jnp.asarray(a)), torques, rtol=1e-12)
-    found = arm.vector_field(x, jnp.asarray(torques), 0.0)[2:]
+    found = torques_of(arm, x, jnp.asarray(a))
+    np.testing.assert_allclose(found, torques, rtol=1e-12)
+    found = slope_of(arm, x, jnp.asarray(torques))[2:]
     np.testing.assert_allclose(found, a, rtol=1e-12)
 
 
@@ -574,7 +586,7 @@ def test_the_mass_matrix_of_an_arm_is_symmetric_and_positive():
     np.testing.assert_allclose(M, M.T, atol=1e-12)
     assert np.linalg.eigvalsh(M)[0] > 1e-3
     # Accelerations are the inverse of torques.
-    found = arm.vector_field(x, arm.torques(x, jnp.asarray(a)), 0.0)[7:]
+    found = slope_of(arm, x, torques_of(arm, x, jnp.asarray(a)))[7:]
     np.testing.assert_allclose(found, a, rtol=1e-10, atol=1e-10)
     # A known product, as the energy needs it: b' M a = a' M b.
     np.testing.assert_allclose(b @ inertia(a), a @ inertia(b), rtol=1e-10)
@@ -593,10 +605,9 @@ def test_derivatives_of_an_arm_are_those_of_its_program():
     )
 
 
-def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
-    """Of torques, pose and accelerations; of second order, and by its fields."""
-    arm, (q, qd, u, a) = Arm(), map(jnp.asarray, POINT)
-    links = arm._links(q)
+def test_slopes_of_torques_of_an_arm_are_the_derivatives_of_its_scan():
+    q, qd, _, a = map(jnp.asarray, POINT)
+    links = Arm()._links(q)
     slopes = lambda q, qd, a: rigid._slopes(links, rigid._bodies(links, q, qd), qd, a)
     expected = jax.jit(jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2)))(
         q, qd, a
@@ -604,6 +615,22 @@ def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
     found = jax.jit(slopes)(q, qd, a)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda fn: jax.jacfwd(fn, 1),
+        lambda fn: jax.jacrev(fn, (0, 1)),
+        lambda fn: jax.jacfwd(jax.jacrev(fn, 1), 1),
+    ],
+    ids=["forward", "reverse", "second"],
+)
+def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans(derivative):
+    """Of pose and accelerations; of second order, and by its fields."""
+    q, qd, u, _ = map(jnp.asarray, POINT)
+    links = Arm()._links(q)
 
     def plain(links, z):
         q, qd, u = jnp.split(z, 3)
@@ -615,21 +642,17 @@ def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans():
         q, qd, u = jnp.split(z, 3)
         return rigid.accelerations(links, q, qd, u), rigid.pose(links, q)[:2]
 
-    def check(derivative):
-        both = [jax.jit(derivative(fn))(links, z) for fn in (closed, plain)]
-        for one, other in zip(*map(jax.tree.leaves, both), strict=True):
-            scale = 1 + float(np.abs(other).max())
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * scale)
-
     z = jnp.concatenate([q, qd, u])
-    check(lambda fn: jax.jacfwd(fn, 1))
-    check(lambda fn: jax.jacrev(fn, (0, 1)))
-    check(lambda fn: jax.jacfwd(jax.jacrev(fn, 1), 1))
+    both = [jax.jit(derivative(fn))(links, z) for fn in (closed, plain)]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+        scale = 1 + float(np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * scale)
 
 
 def test_an_arm_that_swings_freely_keeps_its_energy():
     """Up to an error of the order of the method."""
 
+    @eqx.filter_jit
     def energy(arm, x):
         still = jnp.concatenate([x[:7], jnp.zeros(7)])
         held = arm.torques(still, jnp.zeros(7))
@@ -637,7 +660,7 @@ def test_an_arm_that_swings_freely_keeps_its_energy():
         height = lambda q: arm.torques(jnp.concatenate([q, jnp.zeros(7)]), jnp.zeros(7))
         # Potential energy is the integral of the torques that hold the arm, on a line.
         nodes, shares = np.polynomial.legendre.leggauss(20)
-        points = (nodes + 1) / 2 * np.array(x[:7])[:, None]
+        points = (nodes[None] + 1) / 2 * x[:7, None]
         return kinetic + x[:7] @ jax.vmap(height)(points.T).T @ shares / 2
 
     errors = []
@@ -653,7 +676,7 @@ def test_an_arm_that_swings_freely_keeps_its_energy():
 def test_an_arm_at_its_pose_costs_nothing():
     arm = Arm()
     x = jnp.concatenate([jnp.asarray(POINT[0]), jnp.zeros(7)])
-    position, rotation = arm.pose(x)
+    position, rotation = jax.jit(lambda x: arm.pose(x))(x)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-14)
     arm = Arm(position=position, rotation=rotation)
     np.testing.assert_allclose(arm.terminal_cost(x), 0.0, atol=1e-25)

@@ -21,8 +21,8 @@ from ._constraint import check_constraint, Constraint, SURROGATE
 class Measured(NamedTuple):
     """What `measure` returned, by name, in the dtypes of the multipliers.
 
-    `violations` are those of the surrogates, `errors` of the strict measures, with 0
-    where an entry does not count.
+    `violations` are those of the surrogates, `errors` of the strict measures; both are
+    0 where an entry does not count.
     """
 
     loss: Array
@@ -36,9 +36,14 @@ Prices = dict[str, tuple[Array, Array]]
 
 
 def trained(params: PyTree) -> tuple[PyTree, PyTree]:
-    """The floating arrays of the parameters, and the rest."""
+    """The floating arrays of the parameters, and the rest.
+
+    A float in a container is an array, and one in a module a setting.
+    """
     number = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
-    found, rest = eqx.partition(jtu.tree_map(number, params), is_parameter)
+    is_module = lambda node: isinstance(node, eqx.Module)
+    params = jtu.tree_map(number, params, is_leaf=is_module)
+    found, rest = eqx.partition(params, is_parameter)
     if not jtu.tree_leaves(found):
         raise TypeError(
             f"`params` are {came(params)}, with no floating array, so there is nothing "
@@ -71,9 +76,9 @@ def called(
                 value, strict, constraint = _averaged(
                     value, strict, constraint, axis_name
                 )
-            violations[name] = value.astype(constraint.dtype)
-            error = violations[name] if strict is None else strict
-            errors[name] = _counted(constraint, error)
+            value = value.astype(constraint.dtype)
+            violations[name] = _counted(constraint, value)
+            errors[name] = _counted(constraint, value if strict is None else strict)
             constraints[name] = constraint
         if axis_name is not None:
             loss = lax.pmean(loss, axis_name)

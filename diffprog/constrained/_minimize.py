@@ -28,8 +28,8 @@ from ._outer import run
 EXAMPLE = "dp.constrained.Lagrangian(measure, dp.constrained.Augmented(10.0))"
 FACTOR, PROGRESS = 10.0, 0.25  # of penalties, where violations did not fall so far
 ADVICE = dict(
-    max_steps_reached="Raise `max_outer`, or `max_inner` where the stationarity is "
-    "large; float32 hardly reaches 1e-4.",
+    max_steps_reached="Raise `max_outer`, `max_inner` where the stationarity is large, "
+    "or `tol` where rounding is: in float32 below 1e-4.",
     infeasible="Give them other limits, or let them give way: `Penalty(strength)` in "
     "place of `Augmented`, or in single steps `Relaxed(strength, step)`.",
     nonfinite_rollout="Look for NaN in `params` and the arguments of `measure`, and "
@@ -116,7 +116,7 @@ def minimize(
     - `max_inner`: the most steps of an inner minimization; with optax its steps.
     - `max_outer`: the most inner minimizations.
     - `tol`: 1e-8, in float32 1e-4.
-    - `duals`: those of an earlier solution.
+    - `duals`: those of an earlier solution, or of steps.
     - `throw`: whether to raise [`diffprog.SolveError`][], which carries the solution,
         for a result that is not successful.
 

@@ -1,5 +1,6 @@
 """The loop of `minimize`."""
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,6 @@ from .._common.multipliers import complementarity, violation
 from .._common.result import RESULTS
 from .._common.tree import all_finite, where, working_dtype
 from ._best import Best
-from ._dual import remembering
 from ._duals import Penalty
 from ._lagrangian import Duals, Lagrangian, Report
 
@@ -160,16 +160,18 @@ class Outer(eqx.Module):
         return out
 
 
-def first(duals: Duals) -> Duals:
-    """Before the first update no violation failed to fall."""
-
-    def unknown(state):
-        if not state.memory:
-            return state
-        error = jnp.full_like(state.value, jnp.inf)
-        return remembering(state, state.value, error=error)
-
-    return {name: unknown(state) for name, state in duals.items()}
+def first(lagrangian: Lagrangian, duals: Duals | None, *args: Any) -> Duals:
+    """The state to begin with: before the first update no violation failed to fall."""
+    out = lagrangian.init(*args) if duals is None else dict(duals)
+    for name, state in out.items():
+        dual: Any = lagrangian.dual_of(name)
+        known = duals is not None and "penalty" in state.memory
+        if dual.schedule is None or known:
+            continue
+        memory = dual.init(state.value, state.equal)
+        memory["error"] = jnp.full_like(state.value, jnp.inf)
+        out[name] = replace(state, memory=memory)
+    return out
 
 
 def run(
@@ -189,8 +191,7 @@ def run(
         call = lambda params, duals, args: fn(eqx.combine(params, rest), duals, *args)
         return eqx.filter_closure_convert(call, params, duals, args)  # traced once
 
-    if duals is None:
-        duals = first(lagrangian.init(eqx.combine(params, rest), *args))
+    duals = first(lagrangian, duals, eqx.combine(params, rest), *args)
     evaluate, value = whole(lagrangian.step), whole(lagrangian)
     outer = Outer(
         lagrangian,
