@@ -4,7 +4,8 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
-.PHONY: bench bench-losses bench-oracles bench-llqr bench-training bench-gpu clean
+.PHONY: bench bench-losses bench-oracles bench-llqr bench-learning bench-training
+.PHONY: bench-gpu clean
 
 venv: .venv/.installed
 
@@ -79,6 +80,9 @@ bench-oracles: venv
 
 bench-llqr: venv
 	$(BIN)/python -m benchmarks.llqr $(ARGS)
+
+bench-learning: .venv/.bench
+	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 bench-training: .venv/.bench
 	$(BIN)/python -m benchmarks.training $(ARGS)

@@ -25,6 +25,7 @@ PACKAGES = (
     "optax",
     "entmax",
     "kfac-jax",
+    "cooper-optim",
 )
 
 
