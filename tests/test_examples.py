@@ -30,6 +30,7 @@ FILES = {
         "quadrotor_quaternion.gif",
     },
     "prox_linear_regression.py": {"prox_linear_regression.png"},
+    "rates.py": {"rates.png"},
     "robust_regression.py": {"robust_regression.png"},
     "temporal_order.py": {"temporal_order.png"},
 }
