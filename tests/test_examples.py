@@ -32,6 +32,7 @@ FILES = {
     "prox_linear_regression.py": {"prox_linear_regression.png"},
     "rates.py": {"rates.png"},
     "robust_regression.py": {"robust_regression.png"},
+    "sparse_digits.py": {"sparse_digits.png"},
     "temporal_order.py": {"temporal_order.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m
