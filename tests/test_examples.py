@@ -17,6 +17,7 @@ FILES = {
     "character_model.py": {"characters.png"},
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
+    "feasible_digits.py": {"feasible_digits.png"},
     "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "many_devices.py": {"many_devices.png"},
@@ -32,6 +33,7 @@ FILES = {
     "prox_linear_regression.py": {"prox_linear_regression.png"},
     "rates.py": {"rates.png"},
     "robust_regression.py": {"robust_regression.png"},
+    "sparse_digits.py": {"sparse_digits.png"},
     "temporal_order.py": {"temporal_order.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m

@@ -183,7 +183,7 @@ def test_simulate_scan_and_the_loop_of_python_agree(search):
 
 
 def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path):
-    mpc = controller(2)
+    mpc = controller()
     states, _, state = ticks(mpc, mpc.init(X, US), X, 2)
     dp.save(tmp_path / "run", state)
     loaded = dp.load(tmp_path / "run", mpc.init(X, US))

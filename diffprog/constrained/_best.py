@@ -21,7 +21,8 @@ class Best(eqx.Module):
     A measure that is a step function, such as a rate, flickers around its limit, and
     the last parameters keep it by chance. Until some keep the limits, the best are
     those that violate them least. Loss and violations are compared as they are: where
-    they are of a batch, give those of an evaluation from time to time.
+    they are of a batch, give those of an evaluation from time to time. In place of the
+    loss any number does of which less is better, such as a rate of false alarms.
 
     - `params`: the best parameters.
     - `loss`: their loss; infinite before the first.

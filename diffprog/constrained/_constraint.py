@@ -106,7 +106,8 @@ def at_most(
     - `limit`: l, a number or an array that broadcasts to the shape of `value`.
     - `strict`: what has to keep the limit in truth, where `value` is only a smooth
         stand-in for it, such as a rate beside a mean of sigmoids; of the same shape. It
-        drives the multipliers and the report, and `value` the gradient.
+        drives the multipliers and the report, and `value` the gradient. A rate jumps:
+        with small steps of the dual it can stay a little above its limit for long.
     - `index`: where every example has a multiplier of its own, and a call sees some of
         them: the row in a table of `rows` multipliers, integers of shape `(B,)` for a
         `value` of shape `(B, ...)`. Rows that repeat count with their mean; what is no
