@@ -16,9 +16,9 @@ with mock.patch.dict(os.environ):  # which they set
 
 pytestmark = pytest.mark.slow
 PAIRS = [
-    ("SGD", "ascent", "simultaneous"),
+    ("Adam", "ascent", "simultaneous"),
     ("momentum", "augmented", "dual first"),
-    ("Adam", "nuPI, zeros", "primal first"),
+    ("SGD", "nuPI, zeros", "primal first"),
 ]
 
 
