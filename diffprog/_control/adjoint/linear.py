@@ -34,7 +34,7 @@ class Matrices(eqx.Module):
         derivatives of the rows, of every stage.
     - `last`, `end`: H and CD of the last state.
 
-    A pass leaves out H, which a solve needs where rows make it repeat itself.
+    A pass leaves out H where there are no rows: only they make a solve repeat itself.
     """
 
     AB: Stacks
