@@ -78,7 +78,7 @@ def main():
         return good
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sys.exit(not all(pool.map(one, pages)))
+        sys.exit(not all([*pool.map(one, pages)]))
 
 
 if __name__ == "__main__":
