@@ -184,6 +184,13 @@ def getkey():
 
 
 @pytest.fixture
+def mixed_dtypes():
+    """As optax and Flax mix them: counts in int32, say."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def unchecked():
     """As users run it: no run-time types, which would object first."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -3,7 +3,6 @@
 import os
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,18 +13,12 @@ with mock.patch.dict(os.environ):  # which they set
     from benchmarks import learning_pairs
     from benchmarks.peers import cooper
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 PAIRS = [
     ("Adam", "ascent", "simultaneous"),
     ("momentum", "augmented", "dual first"),
     ("SGD", "nuPI, zeros", "primal first"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def dtypes_as_optax_mixes_them():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

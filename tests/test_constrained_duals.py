@@ -34,10 +34,7 @@ START = jnp.asarray(RNG.normal(size=12))
 ETA, C = 0.1, 2.0
 
 
-@pytest.fixture(autouse=True)
-def dtypes_as_optax_mixes_them():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def curved(x):

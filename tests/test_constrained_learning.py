@@ -29,10 +29,7 @@ from diffprog.constrained import (
 )
 
 
-@pytest.fixture(autouse=True)
-def dtypes_as_optax_mixes_them():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 RNG = np.random.default_rng(0)

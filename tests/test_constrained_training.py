@@ -10,6 +10,9 @@ from sklearn.datasets import load_diabetes
 import diffprog as dp
 
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
+
 def mean(values, of):
     return jnp.mean(values.astype(float), where=of)
 
@@ -53,8 +56,7 @@ def test_two_groups_are_told_alike(kind, diabetes):
     w = jnp.zeros(11)
     carry = w, tx.init(w), lagrangian.init(w), dp.constrained.Best(w)
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000)[0])
-    with jax.numpy_dtype_promotion("standard"):  # of Adam
-        w, _, _, best = run(carry)
+    w, _, _, best = run(carry)
     found = measure(best.params if kind == "strict" else w)[2]
     if kind == "strict":
         assert best.found and found <= 0.05

@@ -24,10 +24,7 @@ INPUTS, TARGETS = jr.normal(jr.key(0), (6, 3)), jr.normal(jr.key(1), (6, 2))
 ORACLE = GaussNewton(1.0)
 
 
-@pytest.fixture(autouse=True)
-def dtypes_as_the_frameworks_mix_them():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def batch_norm(rngs):

@@ -28,10 +28,7 @@ MLP = eqx.nn.MLP(4, 2, 8, 1, jnp.tanh, key=KEYS[3])
 MIXED = dp.Network([eqx.nn.Linear(4, 8, key=KEYS[1]), eqx.nn.LayerNorm(8)])
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def parameters(model):
