@@ -105,7 +105,7 @@ class Arm(AbstractSystem):
         q, qd = x.reshape(2, -1)
         cast = lambda a: jnp.asarray(a, x.dtype)
         first = jnp.stack([cast(w) for w in weights[:2]])
-        goal = Goal(*map(cast, (self.hand, self.position, self.rotation)), first)
+        goal = Goal(cast(self.hand), cast(self.position), cast(self.rotation), first)
         squares = [jnp.sum(e**2) for e in (qd, *controls)]
         rest = sum(w * e for w, e in zip(weights[2:], squares, strict=True)) / 2
         return miss(self._links(x), goal, q) + rest

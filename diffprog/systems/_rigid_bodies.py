@@ -149,8 +149,9 @@ def _errors(goal: Goal, R: Array, position: Array) -> tuple[Array, Array]:
 
 
 def _miss(links: Links, goal: Goal, q: Array) -> Array:
-    errors = _errors(goal, *_hand(links, q)[:2])
-    return sum(w * jnp.sum(e**2) for w, e in zip(goal.weights, errors)) / 2
+    place, turn = _errors(goal, *_hand(links, q)[:2])
+    squares = jnp.stack([jnp.sum(place**2), jnp.sum(turn**2)])
+    return jnp.sum(goal.weights * squares) / 2
 
 
 miss = jax.custom_jvp(_miss)
