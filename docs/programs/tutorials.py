@@ -43,7 +43,19 @@ from PIL import Image, ImageOps
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GROUPS = {
-    "Control": ["pendulum"],
+    "Control": [
+        "pendulum",
+        "five_directions",
+        "obstacles",
+        "fastest_lap",
+        "mpc_cart_pole",
+        "mpc_car",
+        "quadrotor_quaternion",
+        "many_problems",
+        "many_devices",
+        "learn_from_demonstrations",
+        "simulator",
+    ],
     "Training": [],
     "Losses": [],
     "Constraints in learning": [],
