@@ -23,7 +23,7 @@ FORMULA = re.compile(
 NO_DOCSTRING = "<p>Initialize self.  See help(type(self)) for accurate signature.</p>"
 TEXT = re.compile(r"\\text\{[^{}]*\}")
 FUNCTION = re.compile(
-    r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|exp)(?![A-Za-z])"
+    r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|ln|exp)(?![A-Za-z])"
     r"(?P<after>\s*(?=[\\\w{]))?"
 )
 SIZED = re.compile(r"\\[bB]igg?(?P<side>[lr])(?![A-Za-z])")
