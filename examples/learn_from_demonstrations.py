@@ -132,8 +132,8 @@ figure.savefig(args.out / "learn_from_demonstrations.png", dpi=110)
 # ![The loss, the numbers that are learned, and forces](learn_from_demonstrations.png)
 
 # %% What must hold, and what to change next
-# - Without `seen` as the first guess of the states the solves still end there, after
-#   more iterations.
+# - `plan(logs)` in the loss starts from zero controls instead: do the solves still end
+#   at what was seen?
 # - Ten times the noise: which of the three numbers suffers first?
 # - A network instead of `terminal_cost` is learned in the same way: any module is data.
 assert losses[-1] < losses[0] / 2

@@ -237,7 +237,7 @@ def gallery() -> str:
     parts = [
         "# Gallery",
         "Programs from beginning to end, to read and to run. Each is one file in "
-        "`examples/`,\nends in assertions, and takes less than a minute.",
+        "`examples/`,\nends in assertions, and takes a minute at most.",
     ]
     for group, members in GROUPS.items():
         if members:
