@@ -26,6 +26,8 @@ FUNCTION = re.compile(
     r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|exp)(?![A-Za-z])"
     r"(?P<after>\s*(?=[\\\w{]))?"
 )
+# A bracket of a given size does not reach over an exponent; a pair that grows does.
+BIG = re.compile(r"\\[Bb]ig{1,2}(?P<side>[lr]?)(?P<bracket>\\?[()\[\]{}|])")
 DELIMITERS = {"span": ("\\(", "\\)", "inline"), "div": ("\\[", "\\]", "block")}
 
 
@@ -61,7 +63,8 @@ def to_mathml(tag, source, where):
 def to_one(latex, display, where):
     if len(re.findall(r"(?<!\\)\{", latex)) != len(re.findall(r"(?<!\\)\}", latex)):
         raise PluginError(f"{where}: braces do not match in {latex}")
-    prepared = FUNCTION.sub(spaced, latex.strip())
+    prepared = FUNCTION.sub(spaced, BIG.sub(growing, latex.strip()))
+    prepared = prepared.replace("{aligned}", "{align*}")
     # Inside \text a word may carry underscores, which latex2mathml does not unescape.
     prepared = TEXT.sub(lambda m: m[0].replace(r"\_", "_"), prepared)
     if display == "block":  # what is minimized over stands below
@@ -70,11 +73,17 @@ def to_one(latex, display, where):
         converted = convert(prepared, display=display)
     except Exception as error:
         raise PluginError(f"{where}: no MathML for {latex}: {error!r}") from error
+    converted = converted.replace('columnspacing="0em 2em"', 'columnspacing="0em 1em"')
     # What is not understood comes back as text.
-    unknown = re.search(r"\\[A-Za-z]+|\$", html.unescape(converted))
+    unknown = re.search(r"\\[A-Za-z]+|[$&]", html.unescape(converted))
     if unknown:
         raise PluginError(f"{where}: {unknown[0]} is not understood in {latex}")
     return converted
+
+
+def growing(match):
+    left = match["side"] == "l" or match["bracket"] in ("(", "[", r"\{")
+    return (r"\left" if left else r"\right") + match["bracket"]
 
 
 def spaced(match):
