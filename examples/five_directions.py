@@ -98,8 +98,8 @@ figure.savefig(args.out / "five_directions.png", dpi=110)
 # straight, which is linear convergence. Newton and DDP fall off: the number of right
 # digits doubles. But far from the solution Newton's model is often indefinite, and
 # damping shortens its steps; DDP weighs the same curvature by the gradient of a value
-# that knows what feedback will do. Second derivatives cost time: DDP takes half as many
-# iterations as iLQR, and about as long.
+# that knows what feedback will do. An iteration of DDP takes longer than one of iLQR,
+# for its second derivatives, and here it needs half as many.
 #
 # ![Cost above the best, against iterations and against time, for five
 # directions](five_directions.png)

@@ -84,8 +84,8 @@ places = {
 }
 print("rows of us on each device:", set(places.values()))
 
-# Eight threads on two cores gain little, eight GPUs much: no device waits for another,
-# since nothing is exchanged. What a device has solved stays there.
+# Eight threads that share a core gain nothing, eight GPUs much: no device waits for
+# another, since nothing is exchanged. What a device has solved stays there.
 
 # %% What it looks like
 # Back in the order of the grid. A strong motor brings its pendulum to the top in time,
