@@ -99,10 +99,15 @@ steps["Gauss-Newton"] = exact.step
 for name, score in dp.optim.score(own, steps, rho, value=exact.value).items():
     print(f"{name:18} {score:10.3f}")
 
-# So long as it is, each of these steps but the exact one is of little use. A step has a
-# direction and a length, and the best length needs one product with the Jacobian:
-# $t = -\langle g, d \rangle / \langle d, (C + \rho I) d \rangle$. Here are all lengths,
-# judged by the batch that made the step, and by another one.
+# As they are, the gradient has a third of the decrease, and the signs raise the model.
+
+# %% All lengths
+# A step has a direction and a length, and the best length needs one product with the
+# Jacobian,
+#
+# $$t = -\frac{\langle g, d \rangle}{\langle d, (C + \rho I) d \rangle}.$$
+#
+# Here are all, judged by the batch that made the step, and by another one.
 lengths = jnp.logspace(-2, 2, 9 if args.fast else 81)
 batches = own, curvature(net.params, other, other_labels)
 curves = {}

@@ -107,6 +107,10 @@ for name, (optimizer, rate) in runs.items():
     seconds, curves[name] = time.process_time() - begin, losses
     print(f"{name:18}{losses[-1]:14.1e}{100 * right[-1]:19.1f} %{seconds:9.2f}")
 
+# No rate was chosen, and after 20 epochs the loss is a tenth of that of the best Adam.
+# A step costs two to three times as much. Around Adam the model finds a length that is
+# as good as one of the better rates, without the jumps of the largest.
+
 # %% What is seen
 figure = Figure(figsize=(8, 4), layout="constrained")
 axis = figure.subplots()
