@@ -141,8 +141,8 @@ figure.savefig(args.out / "backward_passes.png", dpi=110)
 
 # %% What must hold, and what to change next
 # Take [a loss with kinks](../oracles/prox_linear.md): Gauss-Newton has nothing but the
-# gradient there. Or a long sequence, where [gradients vanish](temporal_order.md), or
-# [a rule of your own](../oracles/own_oracle.md).
+# gradient there. Or a sequence, through which targets
+# [come back and gradients do not](../oracles/target_propagation.md).
 assert all(values[-1] < values[0] for values, _ in curves.values())
 if not args.fast:
     steps = {name: np.argmax(values < 0.01) for name, (values, _) in curves.items()}

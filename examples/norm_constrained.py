@@ -137,7 +137,7 @@ figure.savefig(args.out / "norm_constrained.png", dpi=110)
 
 # %% What must hold, and what to change next
 # Change the limit, and look how the price follows; add a second limit to the dict. Then
-# limit [a rate](rates.md), or [the loss of every example](feasible_digits.md).
+# limit [a rate](rates.md), or the loss of every example.
 # [All duals](../constrained-learning.md) have a page.
 if not args.fast:
     loss, excess, m = (float(values[-1]) for values in histories["PI"])

@@ -6,9 +6,8 @@ possible at all.
 """
 
 # %%
-# Softmax gives every class some probability, however hopeless its score is. With
-# thousands of classes that adds up, and nothing is ever ruled out. Another divergence
-# from the uniform reference makes another softmax, and some of them have zeros.
+# Softmax gives every class some probability, however hopeless its score is: nothing is
+# ever ruled out. Other divergences make other softmaxes, and some of these have zeros.
 import argparse
 import pathlib
 
@@ -105,7 +104,8 @@ def train(loss, num_steps):
 # %% What the zeros say
 # `support` is how many digits have a positive probability, on average; `missed` how
 # often the true one has none; `calibration` how far the largest probability is from how
-# often it is right.
+# often it is right. `one left` says of how many images one digit is left, and how many
+# of these are right.
 truth, sizes, table = np.asarray(labels[n:]), {}, {}
 print(f"{'':24} right  calibration  support  one left: right  more: right  missed")
 for name, f in divergences.items():

@@ -44,15 +44,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GROUPS = {
     "Control": ["pendulum"],
-    "Training": [
-        "backward_passes",
-        "layerwise_lqr",
-        "no_learning_rate",
-        "temporal_order",
-        "prox_linear_regression",
-        "moreau_pendulum",
-    ],
-    "Losses": ["sparse_probabilities", "robust_regression"],
+    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Losses": ["sparse_probabilities"],
     "Constraints in learning": ["norm_constrained", "rates"],
 }
 COMMAND = "make tutorials ARGS="
