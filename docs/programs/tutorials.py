@@ -45,7 +45,7 @@ DOCS = ROOT / "docs"
 GROUPS = {
     "Control": ["pendulum"],
     "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
-    "Losses": ["sparse_probabilities"],
+    "Losses": ["sparse_probabilities", "robust_regression"],
     "Constraints in learning": ["norm_constrained", "rates"],
 }
 COMMAND = "make tutorials ARGS="
