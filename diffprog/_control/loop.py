@@ -338,7 +338,7 @@ class Solver(eqx.Module):
         """A backward pass, as that of the merit where there may be gaps."""
         if hasty := isinstance(model, Recomputed) and self.omega is None:
             model = replace(model, gives_up=searching)
-        sweep = self.method.backward(*local, model, damping)
+        sweep = self.method.backward(local[0], local[1], model, damping)
         check_sweep(self.method, local[1], sweep)
         if hasty:
             found = jnp.where(sweep.positive | ~searching, sweep.gradient, jnp.nan)
