@@ -22,7 +22,6 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
 parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-parser.add_argument("--rate", type=float, default=0.03, help="learning rate of gates")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 digits = load_digits()
@@ -74,7 +73,7 @@ def measure(params, index, key, limit, weight):
 
 
 tx = optax.multi_transform(
-    {"net": optax.adam(2e-3), "gates": optax.adam(args.rate)},
+    {"net": optax.adam(2e-3), "gates": optax.adam(0.03)},
     {"net": "net", "gates": "gates"},
 )
 lagrangian = dp.constrained.Lagrangian(measure, dp.constrained.PI(0.05, gain=20.0))

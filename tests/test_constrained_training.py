@@ -81,7 +81,7 @@ def test_few_units_violate_more_bounds_but_less():
 
     def losses(params, images, labels):
         W, b, V, c = params
-        outputs = jax.nn.relu(images @ W + b) @ V + c
+        outputs = jax.vmap(lambda x: jax.nn.relu(x @ W + b) @ V + c)(images)
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
     def measure(params, index, weight):
