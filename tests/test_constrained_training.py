@@ -71,12 +71,10 @@ def test_few_units_violate_more_bounds_but_less():
 
     The training data of `examples/feasible_digits.py`.
     """
-    digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
-    images, _, labels, _ = train_test_split(
-        images, digits.target, test_size=0.25, random_state=0
-    )
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
+    images = (images / 16).astype(np.float32)
+    parts = train_test_split(images, labels, test_size=0.25, random_state=0)
+    images, _, labels, _ = (jnp.asarray(part) for part in parts)
     rows, limit, tx = len(images), -np.log(np.float32(0.6)), optax.adamw(2e-3)
 
     def losses(params, images, labels):
