@@ -10,6 +10,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 LIMITS = {"car_racing.py": 230}
 FILES = {
+    "backward_passes.py": {"backward_passes.png"},
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "mpc_car.py": {"mpc_car.png"},
     "mpc_cart_pole.py": {"mpc_cart_pole.png"},
@@ -20,11 +21,13 @@ FILES = {
     "fastest_lap.py": {"fastest_lap.png", "fastest_lap_inputs.png"},
     "feasible_digits.py": {"feasible_digits.png"},
     "five_directions.py": {"five_directions.png"},
+    "layerwise_lqr.py": {"layerwise_lqr.png"},
     "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "many_devices.py": {"many_devices.png"},
     "many_problems.py": {"many_problems.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
+    "no_learning_rate.py": {"no_learning_rate.png"},
     "norm_constrained.py": {"norm_constrained.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},
@@ -38,6 +41,7 @@ FILES = {
     "robust_regression.py": {"robust_regression.png"},
     "simulator.py": {"simulator.png"},
     "sparse_digits.py": {"sparse_digits.png"},
+    "sparse_probabilities.py": {"sparse_probabilities.png"},
     "temporal_order.py": {"temporal_order.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m

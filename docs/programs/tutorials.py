@@ -56,9 +56,9 @@ GROUPS = {
         "learn_from_demonstrations",
         "simulator",
     ],
-    "Training": [],
-    "Losses": [],
-    "Constraints in learning": [],
+    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Losses": ["sparse_probabilities", "robust_regression"],
+    "Constraints in learning": ["norm_constrained", "rates"],
 }
 COMMAND = "make tutorials ARGS="
 CELL = re.compile(r"^# %%(?P<title>.*)\n", re.MULTILINE)
