@@ -41,6 +41,7 @@ stages = round(track.length / (10.0 if args.fast else 5.0))
 step = track.length / stages
 print(f"{track.length:.1f} m in {stages} stages of {step:.2f} m")
 
+# %%
 # Time is what we look for, so it is not what we count in: a stage is a piece of the
 # center line, and the time that it takes is its cost. The problem needs to know the
 # curvature of the track and its widths, in the middle of each stage.

@@ -72,7 +72,7 @@ def dynamics(x, u, t):
 # %% The problem
 # Ten meters to the right, from rest to rest, with at most 1 kN. Costs are functions of
 # JAX as always; limits and constraints are as with any other dynamics.
-goal = jnp.array([4.0 if args.fast else 10.0, 0.0, 0.0, 0.0])
+goal = jnp.array([1.0 if args.fast else 10.0, 0.0, 0.0, 0.0])
 limit = jnp.array([1.0])
 problem = dp.ControlProblem(
     dp.external(dynamics),
