@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
-.PHONY: bench bench-losses bench-oracles bench-llqr bench-learning bench-training
+.PHONY: tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
 .PHONY: bench-gpu package clean
 
 venv: .venv/.installed
@@ -58,6 +58,10 @@ docs: .venv/.docs
 # The Python blocks of the pages, and what they print.
 pages: venv
 	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(BIN)/python docs/programs/run_pages.py $(ARGS)
+
+# The pages of tutorials from a run of their programs: make tutorials ARGS=pendulum.
+tutorials: venv
+	$(BIN)/python docs/programs/tutorials.py $(ARGS)
 
 # Torch first, and this one: other versions bring gigabytes of libraries for a GPU. The
 # setup of mpc needs an old setuptools.

@@ -70,8 +70,8 @@ def over(problems, methods, **without) -> dict[str, dict[str, float]]:
     for problem in problems:
         pair = problem, dataclasses.replace(problem, **without)
         for method in methods:
-            seconds = lambda p: sum(first_call(p, method, time.process_time))
-            with_it, free = map(min, zip(*(map(seconds, pair) for _ in range(3))))
+            times = (first_call(p, method, time.process_time) for p in pair)
+            with_it, free = map(sum, times)
             solver = f"diffprog {type(method).__name__}"
             found.setdefault(problem.name, {})[solver] = with_it / free
     return found

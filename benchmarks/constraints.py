@@ -28,7 +28,7 @@ NOTES = (
     "constraints, in a roll-out of the controls. `ours / this` divides `dp.DDP` by the "
     "row; there is no ratio where a solver did not converge or the final cost differs "
     "by more than 1e-6. `first call x` is the processor time to trace and compile, "
-    "divided by that of the same problem without constraints, each the least of three.",
+    "divided by that of the same problem without constraints.",
     "A mass and a pendulum end at a point; a car passes two obstacles below a speed "
     "limit, and pays for the distance to its goal or arrives there; a pole swings up "
     "on a cart with a short rail. All controls have limits. diffprog stops when "
@@ -48,10 +48,9 @@ def solvers(problem) -> dict:
     for suffix, options in variants.items():
         found[f"diffprog DDP{suffix}"] = ours.Solver(problem, ours.DDP, **options)
     if casadi := load("casadi"):
-        for name in ("Fatrop", "Ipopt"):
-            for suffix, expand in {"": False, ", expanded": True}.items():
-                solver = casadi.MultipleShooting(problem, name.lower(), expand)
-                found[name + suffix] = solver
+        for name in ("Fatrop", "Fatrop, expanded", "Ipopt, expanded"):
+            solver, _, expand = name.lower().partition(", ")
+            found[name] = casadi.MultipleShooting(problem, solver, bool(expand))
     if mim_solvers := load("mim_solvers"):
         found["mim-solvers, ProxQP, C++"] = mim_solvers.solver(problem)
     return found

@@ -26,8 +26,7 @@ NOTES = (
     "a control beyond its limit. `ours / this` divides the better of `dp.ILQR` and "
     "`dp.DDP` by the row; there is no ratio where a solver did not converge or the "
     "final cost differs by more than 1e-6. `first call x` is the processor time to "
-    "trace and compile, divided by that of the same problem without limits, each the "
-    "least of three.",
+    "trace and compile, divided by that of the same problem without limits.",
     "The pendulum has |u| <= 3, or limits that change with the stage and are missing "
     "at some; the car has |angle| <= 0.5 and |acceleration| <= 2, and starts from "
     "small waves. diffprog and Crocoddyl stop when the model promises a decrease below "

@@ -321,6 +321,28 @@ def test_a_missing_minimum_of_many_controls_is_no_bad_derivative():
     assert solution.stats["num_backwards"] > solution.stats["num_steps"] + 1
 
 
+@pytest.mark.parametrize("n", [2, 9])  # a straight line, and a loop
+def test_passes_that_fail_leave_the_right_gradient(n):
+    """Of a solve that ends with such a pass, and of one that only begins with it."""
+    problem = dp.ControlProblem(
+        lambda x, u, t: x + 0.1 * jnp.concatenate([x[1:], u]),
+        lambda x, u, t: 0.1 * jnp.sum(jnp.cos(x)) - 0.2 * u @ u + 0.1 * jnp.sum(u**4),
+        lambda x: x @ x,
+        10,
+    )
+    x0, us = jnp.linspace(0.0, 1.0, n), jnp.full((10, 1), 0.1)
+    gradient = jax.grad(lambda us: dp.rollout(problem, x0, us).cost)(us)
+    for max_damping in (1e-3, 1e10):
+        search = dp.Backtracking(max_damping=max_damping)
+        fast, plain = both(problem, x0, us, dp.ILQR(), search, throw=False, max_steps=3)
+        assert plain.stats["num_backwards"] > plain.stats["num_steps"] + 2
+        agree(fast.us, plain.us)
+        agree(fast.history, plain.history)
+        agree(fast.stats["gradient"], plain.stats["gradient"])
+        assert fast.result == plain.result
+        agree(plain.history["gradient"][0], jnp.linalg.norm(gradient))
+
+
 def test_a_second_derivative_that_is_not_finite_has_the_same_code():
     step = lambda x, u, t: x + jnp.sign(u) * jnp.abs(u) ** 1.5
     cost = lambda x, u, t: x[0] ** 2 + 0.1 * (u[0] - 1.0) ** 2

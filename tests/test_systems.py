@@ -608,7 +608,11 @@ def test_derivatives_of_an_arm_are_those_of_its_program():
 def test_slopes_of_torques_of_an_arm_are_the_derivatives_of_its_scan():
     q, qd, _, a = map(jnp.asarray, POINT)
     links = Arm()._links(q)
-    slopes = lambda q, qd, a: rigid._slopes(links, rigid._bodies(links, q, qd), qd, a)
+
+    def slopes(q, qd, a):
+        bodies = rigid._bodies(links, q, qd)
+        return *rigid._slopes(links, bodies, qd, a), rigid._mass_matrix(bodies)
+
     expected = jax.jit(jax.jacrev(ft.partial(rigid.torques, links), (0, 1, 2)))(
         q, qd, a
     )
@@ -628,19 +632,23 @@ def test_slopes_of_torques_of_an_arm_are_the_derivatives_of_its_scan():
     ids=["forward", "reverse", "second"],
 )
 def test_derivatives_of_an_arm_in_closed_form_are_those_of_its_scans(derivative):
-    """Of pose and accelerations; of second order, and by its fields."""
+    """Of accelerations, pose and errors; of second order, and by its fields."""
     q, qd, u, _ = map(jnp.asarray, POINT)
-    links = Arm()._links(q)
+    arm = Arm()
+    links, weights = arm._links(q), jnp.array([2.0, 0.3])
+    goal = rigid.Goal(arm.hand, arm.position, arm.rotation, weights)
 
     def plain(links, z):
         q, qd, u = jnp.split(z, 3)
         by = ft.partial(rigid.torques, links, q, qd)
         matrix, bias = jax.jacfwd(by)(q), by(jnp.zeros_like(q))
-        return jnp.linalg.solve(matrix, u - bias), rigid._hand(links, q)[:2]
+        found = jnp.linalg.solve(matrix, u - bias), rigid._hand(links, q)[:2]
+        return *found, rigid._miss(links, goal, q)
 
     def closed(links, z):
         q, qd, u = jnp.split(z, 3)
-        return rigid.accelerations(links, q, qd, u), rigid.pose(links, q)[:2]
+        found = rigid.accelerations(links, q, qd, u), rigid.pose(links, q)[:2]
+        return *found, rigid.miss(links, goal, q)
 
     z = jnp.concatenate([q, qd, u])
     both = [jax.jit(derivative(fn))(links, z) for fn in (closed, plain)]

@@ -29,6 +29,7 @@ from .direction import AbstractDirection, Expansion
 from .direction.base import check_expansion, check_sweep
 from .gaps import is_better, Price, price_of
 from .lqr import Sweep
+from .lqr.expand import Recomputed
 from .outer import AbstractOuter
 from .outer_loop import after_step, before_step, before_steps
 from .records import (
@@ -275,7 +276,7 @@ class Solver(eqx.Module):
         searching, testing, policy, fallback = map(is_for, PURPOSES)
         damping = jnp.where(fallback, p.known.feasible_damping, 0)
         damping = jnp.where(searching, p.trials.search.damping, damping)
-        sweep, price = self._swept(p.price, local, expansion.model, damping)
+        sweep, price = self._swept(p.price, local, expansion.model, damping, searching)
         positive, promised, damped = sweep.positive, sweep.promised, damping > 0
         tolerance = self.atol + self.rtol * jnp.abs(before.cost)
         small, doubtful = self._is_small(sweep, promised, tolerance, damped, price)
@@ -315,7 +316,7 @@ class Solver(eqx.Module):
                     searching & positive, damping, known.feasible_damping
                 ),
                 slope=latest(sweep.slope, known.slope),
-                gradient=sweep.gradient,
+                gradient=jnp.where(positive | ~searching, sweep.gradient, jnp.nan),
                 decrement=latest(promised, known.decrement),
                 minimum=jnp.where(damped, known.minimum, positive),
                 largest=None if self.omega is None else sweep.largest_entry,
@@ -332,9 +333,11 @@ class Solver(eqx.Module):
         )
 
     def _swept(
-        self, price: Price | None, local, model, damping
+        self, price: Price | None, local, model, damping, searching
     ) -> tuple[Sweep, Price | None]:
         """A backward pass, as that of the merit where there may be gaps."""
+        if isinstance(model, Recomputed) and self.omega is None:
+            model = replace(model, gives_up=searching)
         chain, at = local
         sweep = self.method.backward(chain, at, model, damping)
         check_sweep(self.method, at, sweep)

@@ -134,12 +134,15 @@ def recorded(loop: Loop, before: VectorTrajectory, passes: Passes, stop, verbose
         passes.known.gradient,
         *more,
     ])  # fmt: skip
+    names = columns(at is not None, before.gaps)
     if verbose:
-        report(verbose, step, columns(at is not None, before.gaps), row)
+        report(verbose, step, names, row)
     if not loop.history.shape[0]:
         return loop.history
-    # The row of a search that failed stays.
+    # The row of a search that failed stays; the gradient is known from the last pass.
     written = loop.history[step]
+    same, last = written[0] == cost, names.index("gradient")
+    written = written.at[last].set(jnp.where(same, row[last], written[last]))
     kept = ~jnp.isnan(written[0])
     if at is not None:  # an update takes no step, and the next row is a new one
         kept = kept & stop

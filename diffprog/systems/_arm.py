@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._rigid_bodies import accelerations, Links, pose, torques
+from ._rigid_bodies import accelerations, Goal, Links, miss, pose, torques
 from ._system import AbstractSystem, Scalar
 
 
@@ -102,16 +102,13 @@ class Arm(AbstractSystem):
         return self._half_squares(self.terminal_weights, x)
 
     def _half_squares(self, weights, x, *controls):
-        position, rotation = self.pose(x)
-        goals = (jnp.asarray(a, x.dtype) for a in (self.position, self.rotation))
-        rates = x[len(self.masses) :]
-        errors = [
-            *(a - b for a, b in zip((position, rotation), goals, strict=True)),
-            rates,
-        ]
-        squares = [jnp.sum(e**2) for e in (*errors, *controls)]
-        parts = [w * e for w, e in zip(weights, squares, strict=True)]
-        return jnp.sum(jnp.stack(parts)) / 2
+        q, qd = x.reshape(2, -1)
+        cast = lambda a: jnp.asarray(a, x.dtype)
+        first = jnp.stack([cast(w) for w in weights[:2]])
+        goal = Goal(cast(self.hand), cast(self.position), cast(self.rotation), first)
+        squares = [jnp.sum(e**2) for e in (qd, *controls)]
+        rest = sum(w * e for w, e in zip(weights[2:], squares, strict=True)) / 2
+        return miss(self._links(x), goal, q) + rest
 
     def _links(self, x: Array) -> Links:
         fields = (getattr(self, name) for name in Links._fields)

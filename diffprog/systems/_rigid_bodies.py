@@ -6,6 +6,7 @@ that makes momentum of a motion.
 """
 
 import functools as ft
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ def _hand(links: Links, q: Array) -> tuple[Array, Array, Array]:
     return rotations[-1], positions[-1], motions
 
 
-def _is_fixed(tangents: Links) -> bool:
+def _is_fixed(tangents: Iterable) -> bool:
     return all(isinstance(t, SymbolicZero) for t in tangents)
 
 
@@ -132,6 +133,80 @@ def _(primals, tangents):
     w, v = moved[-1, :3], moved[-1, 3:]
     dR, dposition = jnp.cross(w[None], R.T).T, jnp.cross(w, position) + v
     return outs, (dR, dposition, _moves(moved, motions))
+
+
+class Goal(NamedTuple):
+    """Where the hand is to be, and what it costs not to be there."""
+
+    hand: Float[Array, " 3"]  # from the last joint
+    position: Float[Array, " 3"]
+    rotation: Float[Array, "3 3"]
+    weights: Float[Array, " 2"]  # of both errors
+
+
+def _errors(goal: Goal, R: Array, position: Array) -> tuple[Array, Array]:
+    return position + _matmul(R, goal.hand) - goal.position, R - goal.rotation
+
+
+def _miss(links: Links, goal: Goal, q: Array) -> Array:
+    place, turn = _errors(goal, *_hand(links, q)[:2])
+    squares = jnp.stack([jnp.sum(place**2), jnp.sum(turn**2)])
+    return jnp.sum(goal.weights * squares) / 2
+
+
+miss = jax.custom_jvp(_miss)
+miss.__doc__ = "Half the weighted squares of the errors of the hand."
+
+
+@ft.partial(miss.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    if not _is_fixed((*tangents[0], *tangents[1])):
+        return jax.jvp(_miss, primals, _dense(primals, tangents))
+    return _miss(*primals), jnp.sum(_pull(*primals) * tangents[2])
+
+
+class _Lever(NamedTuple):
+    """How joints move the hand, and what pulls at it."""
+
+    w: Float[Array, "n 3"]
+    v: Float[Array, "n 3"]  # of the hand
+    force: Float[Array, " 3"]
+    torque: Float[Array, " 3"]
+    R: Float[Array, "3 3"]
+
+
+def _lever(links: Links, goal: Goal, q: Array) -> _Lever:
+    R, position, motions = _hand(links, q)
+    error, _ = _errors(goal, R, position)
+    w, v = _parts(motions)
+    v = v + jnp.cross(w, (error + goal.position)[None])
+    torque = jnp.sum(jnp.cross(goal.rotation.T, R.T), 0)
+    return _Lever(w, v, goal.weights[0] * error, goal.weights[1] * torque, R)
+
+
+def _pulled(links: Links, goal: Goal, q: Array) -> Array:
+    w, v, force, torque, _ = _lever(links, goal, q)
+    return _matmul(v, force) + _matmul(w, torque)
+
+
+_pull = jax.custom_jvp(_pulled)  # the gradient of `miss`
+
+
+@ft.partial(_pull.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    """By two joints: the later one moves along with the earlier."""
+    links, goal, _ = primals
+    if not _is_fixed((*tangents[0], *tangents[1])):
+        return jax.jvp(_pulled, primals, _dense(primals, tangents))
+    w, v, force, torque, R = _lever(*primals)
+    overlap = goal.weights[1] * _matmul(R, goal.rotation.T)
+    turned = jnp.trace(overlap) * w - _matmul(w, overlap.T)
+    turned += jnp.cross(torque[None], w)
+    moved = goal.weights[0] * v + jnp.cross(force[None], w)
+    upper = _matmul(moved, v.T) + _matmul(turned, w.T)
+    hessian = _halves(upper.T, upper)
+    pull = _matmul(v, force) + _matmul(w, torque)
+    return pull, _matmul(hessian, tangents[2])
 
 
 class _Inertias(NamedTuple):
@@ -200,19 +275,15 @@ def _mass_matrix(bodies: _Bodies) -> Array:
     return _halves(mass, mass.T)
 
 
-def _divide(rhs: Array, matrix: Array) -> Array:
-    """Gauss-Jordan elimination, which needs no pivots for a positive matrix.
-
-    Rows and columns go round: each in turn is the first.
-    """
-
-    def eliminate(rows, _):
-        row = rows[0] / rows[0, 0]
-        rows = jnp.concatenate([rows[1:] - rows[1:, :1] * row[None], row[None]])
-        return jnp.roll(rows, -1, 1), None
-
-    rows = jnp.concatenate([matrix, rhs], 1)
-    return jax.lax.scan(eliminate, rows, length=len(matrix))[0][:, : rhs.shape[1]]
+def _inverse(matrix: Array) -> Array:
+    """That of a positive matrix, grown by a row and a column at a time."""
+    found = 1 / matrix[:1, :1]
+    for j in range(1, len(matrix)):
+        along = _matmul(found, matrix[:j, j : j + 1])
+        left = matrix[j : j + 1, j : j + 1] - _matmul(matrix[j : j + 1, :j], along)
+        side = -along / left
+        found = jnp.block([[found - side * along.T, side], [side.T, 1 / left]])
+    return found
 
 
 def _drags(bodies: _Bodies) -> tuple[Array, Array]:
@@ -231,8 +302,8 @@ def _drags(bodies: _Bodies) -> tuple[Array, Array]:
 
 def _slopes(
     links: Links, bodies: _Bodies, qd: Array, qdd: Array
-) -> tuple[Array, Array, Array]:
-    """Derivatives of the torques by q, by qd and by qdd, as matrices.
+) -> tuple[Array, Array]:
+    """Derivatives of the torques by q and by qd, as matrices.
 
     An entry is a product of two joints with what the later one of them carries.
     Source: S. Singh, R. P. Russell and P. M. Wensing, "Efficient Analytical Derivatives
@@ -259,8 +330,7 @@ def _slopes(
     by_qd = _matmul(dragged, motions[:, :3].T) + 2 * _matmul(carried, turns.T)
     after = dragging(motions) + 2 * inertias.times(turns)
     by_qd = _halves(by_qd, _matmul(motions, after.T)) + jnp.diag(links.damping)
-    mass = _matmul(carried, motions.T)
-    return by_q, by_qd, _halves(mass, mass.T)
+    return by_q, by_qd
 
 
 def _halves(lower: Array, upper: Array) -> Array:
@@ -277,7 +347,7 @@ def accelerations(links: Links, q: Array, qd: Array, u: Array) -> Array:
 def _driven(links: Links, bodies: _Bodies, q: Array, qd: Array, u: Array) -> Array:
     """The accelerations of bodies: with no derivatives along the bodies themselves."""
     bias = _pushes(links, bodies, qd, jnp.zeros_like(qd))
-    return _divide((u - bias)[:, None], _mass_matrix(bodies))[:, 0]
+    return _matmul(_inverse(_mass_matrix(bodies)), u - bias)
 
 
 def _moved(links: Links, bodies: _Bodies, at: tuple, tangents: tuple):
@@ -286,14 +356,12 @@ def _moved(links: Links, bodies: _Bodies, at: tuple, tangents: tuple):
     qdd = _driven(links, bodies, *at)
     dlinks, *rest = tangents
     dq, dqd, du = _dense(at, tuple(rest))
-    by_q, by_qd, mass = _slopes(links, bodies, qd, qdd)
+    by_q, by_qd = _slopes(links, bodies, qd, qdd)
     change = du - _matmul(by_q, dq) - _matmul(by_qd, dqd)
     if not _is_fixed(dlinks):
         of_links = lambda links: torques(links, q, qd, qdd)
         change -= jax.jvp(of_links, (links,), (_dense(links, dlinks),))[1]
-    # One elimination for all tangents.
-    inverse = _divide(jnp.eye(len(q), dtype=q.dtype), mass)
-    return qdd, _matmul(inverse, change)
+    return qdd, _matmul(_inverse(_mass_matrix(bodies)), change)
 
 
 @ft.partial(accelerations.defjvp, symbolic_zeros=True)

@@ -26,6 +26,13 @@ FUNCTION = re.compile(
     r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|exp)(?![A-Za-z])"
     r"(?P<after>\s*(?=[\\\w{]))?"
 )
+SIZED = re.compile(r"\\[bB]igg?(?P<side>[lr])(?![A-Za-z])")
+# What opens and closes a group in which no formula may break, and where it may.
+GROUPS = re.compile(
+    r"(?P<open>(?<!\\)\{|\\begin(?=\{)|\\left(?![a-z]))"
+    r"|(?P<close>(?<!\\)\}|\\end(?=\{)|\\right(?![a-z]))"
+    r"|(?P<gap>\\q?quad(?![a-z]))"
+)
 DELIMITERS = {"span": ("\\(", "\\)", "inline"), "div": ("\\[", "\\]", "block")}
 
 
@@ -40,7 +47,9 @@ def on_page_content(content, page, config, files):
     def mathml(match):
         return to_mathml(match["tag"], match["source"], page.file.src_uri)
 
-    return FORMULA.sub(mathml, content.replace(NO_DOCSTRING, ""))
+    content = FORMULA.sub(mathml, content.replace(NO_DOCSTRING, ""))
+    # No line begins with the period after a formula: a word joiner.
+    return re.sub(r"</math>(?=[.,;:)])", "</math>&#8288;", content)
 
 
 def to_mathml(tag, source, where):
@@ -53,9 +62,24 @@ def to_mathml(tag, source, where):
     if tag == "span":
         return to_one(latex, display, where)
     # Markdown takes two displays one after the other for one.
-    parts = [part for part in latex.split("$$") if part.strip()]
-    lines = [to_one(part, display, where) for part in parts]
-    return "".join(f'<div class="formula">{line}</div>' for line in lines)
+    lines = [line for line in latex.split("$$") if line.strip()]
+    parts = ["".join(to_one(p, display, where) for p in pieces(s)) for s in lines]
+    return "".join(f'<div class="formula">{part}</div>' for part in parts)
+
+
+def pieces(latex):
+    """The parts of a display between its wide spaces, where a narrow page breaks it.
+
+    Brackets of a given size become those that stretch: an exponent belongs to both.
+    """
+    latex = SIZED.sub(lambda m: dict(l=r"\left", r=r"\right")[m["side"]], latex)
+    depth, start = 0, 0
+    for found in GROUPS.finditer(latex):
+        depth += bool(found["open"]) - bool(found["close"])
+        if found["gap"] and depth == 0:
+            yield latex[start : found.start()]
+            start = found.end()
+    yield latex[start:]
 
 
 def to_one(latex, display, where):

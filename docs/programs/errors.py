@@ -43,6 +43,14 @@ INTERNAL = {
     ("optim/_structures.py", "a leaf of shape"): "part of `does not fit the structure`",
     ("systems/_track_checks.py", "it begins with"): "part of `is not an array`",
 }
+# Files with messages that are put together elsewhere, which slow programs meet.
+WORDS_ELSEWHERE = {
+    "_chain/derivatives.py",
+    "_common/door.py",
+    "_common/result.py",
+    "_control/lqr/expand.py",
+    "optim/_checks.py",
+}
 SHOWN = re.compile(r"0x[0-9a-f]+")  # addresses, which are others at every run
 SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "\\*_[]{}|~$"})
 

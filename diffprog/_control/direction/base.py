@@ -143,7 +143,8 @@ def linear_quadratic(
     if again and weights is None and not stored:
         norms = chain.map(cost_gradient, *data)
         first = jnp.where(all_finite(V), T + 1, T)
-        return Expansion(Recomputed(V, second_order), norm(norms, V[0]), first)
+        model = Recomputed(V, second_order=second_order)
+        return Expansion(model, norm(norms, V[0]), first)
 
     def stage(segment, x, u, t, *weight):
         F = linear(segment, x, u, t)

@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..._chain.problem import ControlProblem
 from ..._chain.segment import Segment
@@ -36,10 +36,13 @@ class AbstractModel(eqx.Module):
 
     - `V`: that of the last state.
     - `is_checked`: whether the expansion says where F or W is not finite.
+    - `gives_up`: whether a pass is of use only with a minimum at every stage, so that
+        it may leave out, as 0, the gains and gradients before one that has none.
     """
 
     V: eqx.AbstractVar[Float[Array, "_ _"]]
     is_checked: eqx.AbstractClassVar[bool]
+    gives_up: eqx.AbstractVar[Bool[Array, ""] | bool]
 
     @property
     @abc.abstractmethod
@@ -75,6 +78,7 @@ class Stored(AbstractModel):
     symmetric: PyTree = None
 
     is_checked: ClassVar[bool] = True
+    gives_up: ClassVar[bool] = False
 
     @property
     def rows(self):
@@ -106,6 +110,7 @@ class WithTensors(AbstractModel):
     symmetric: PyTree = None
 
     is_checked: ClassVar[bool] = True
+    gives_up: ClassVar[bool] = False
 
     @property
     def rows(self):
@@ -139,10 +144,12 @@ class Recomputed(AbstractModel):
 
     - `V`: that of the last state.
     - `second_order`: whether W has the second derivatives of p'f, as in DDP.
+    - `gives_up`: as above.
     """
 
     V: Float[Array, "_ _"]
     second_order: bool = eqx.field(static=True)
+    gives_up: Bool[Array, ""] | bool = False
 
     is_checked: ClassVar[bool] = False
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ..._chain.limits import projected
@@ -10,6 +11,7 @@ from ..._common.door import door
 from ..._common.fast_loops import compiled, FastLoopsError, Loops, scan
 from ..._common.linalg import matmul, solve_positive, symmetrize
 from ..._common.result import explain, RESULTS, throw_unless_successful
+from ..._common.straight import MAX_MOVED
 from ..._common.tree import Layout, vary
 from ..._common.types import came
 from .base import (
@@ -62,15 +64,22 @@ class Riccati(AbstractRiccati):
             if chain.has_gaps:
                 line = W[0] + product[n + 1]
                 slope = ((line[: len(V)] + matmul(line[len(V) :], gains))[None],)
-            rows = jnp.concatenate([V, lam[None, : len(V)], *slope])
             if not model.is_checked:
                 # What is not finite in F or W spreads to V, so that V tells where they
                 # are not: from a stage that failed the pass goes on with V = 0.
                 finite = jnp.all(jnp.isfinite(jnp.sum(V, 0)))
                 first, positive = jnp.where(finite, first, t), positive & finite
-                rows = jnp.where(positive, rows, 0)
+                V, *slope = (jnp.where(positive, rows, 0) for rows in (V, *slope))
+            rows = jnp.concatenate([V, lam[None, : len(V)], *slope])
             gradient = projected(lam[len(V) :], u, *limits)
             return (rows, total + change, positive, first), (gains, gradient)
+
+        def unless_failed(segment, carry, x, u, *row):
+            """The stage, or no step if the pass has given up."""
+            none = jnp.zeros_like(u, shape=(len(u), 1 + len(x))), jnp.zeros_like(u)
+            find = lambda: stage(segment, carry, x, u, *row)
+            left = lambda: (carry, vary(none, like=carry))
+            return lax.cond(carry[2] | ~model.gives_up, find, left)
 
         V = symmetrize(model.V)
         more = [V[:1]] * (2 if chain.has_gaps else 1)
@@ -79,7 +88,11 @@ class Riccati(AbstractRiccati):
         start = vary(start, like=trajectory)
         limited = len(chain.limits)
         data = (trajectory.xs, trajectory.us, chain.ts, *chain.limits, *model.rows)
-        (V, *sums), rows = chain.scan(stage, start, *data, reverse=True)
+        # Small bodies are straight lines, of which nothing can be left out.
+        ends = chain.loops != "plain" and 2 * V.size > MAX_MOVED
+        ends = ends and model.gives_up is not False
+        step = unless_failed if ends else stage
+        (V, *sums), rows = chain.scan(step, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
         change, positive, first = sums
         found = gains, gradients, change, damping, positive, first
