@@ -146,7 +146,7 @@ def place(error: BaseException, known: list[Raise]) -> Raise | None:
 
 def plain(error: BaseException) -> str:
     """The message, or its end where a traceback comes before it."""
-    text = SHOWN.sub("0x...", str(error))
+    text = SHOWN.sub("0x...", str(error)).replace(os.getcwd() + os.sep, "")
     if "Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1]
     return " ".join(text.split())

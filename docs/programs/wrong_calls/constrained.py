@@ -36,7 +36,7 @@ bounded = Lagrangian(lambda x: (x @ x, {"limit": at_most(x, 0.0)}), Ascent(0.1))
 
 # %% ### `measure`
 
-# %% Return the loss and the constraints by name.
+# %% [slow] Return the loss and the constraints by name.
 begin(lambda x: x[0])
 
 # %% The loss is one floating number.
@@ -95,7 +95,7 @@ limited(lambda x: at_most(x, 0.0), {"limit": Ascent(1.0), "other": Ascent(1.0)})
 # %% Give every constraint its dual, or one for all.
 limited(lambda x: at_most(x, 0.0), {})
 
-# %% Begin with `duals = lagrangian.init(params, *args)`.
+# %% [slow] Begin with `duals = lagrangian.init(params, *args)`.
 bounded.step(params, None)
 
 # %% The same constraints come at every step.

@@ -119,7 +119,7 @@ tree = dp.Manifold(lambda x, y: {"v": x - y}, lambda y, v: y + v["v"])
 dp.manifolds.Blocks((2, tree)).difference(jnp.ones(2), jnp.ones(2))
 
 
-# %% The cheaper maps of `near()` have the same local coordinates.
+# %% [slow] The cheaper maps of `near()` have the same local coordinates.
 class Near(dp.AbstractManifold):
     def difference(self, x, y):
         return x - y

@@ -73,7 +73,7 @@ dp.RNNCell(3, 4, key=keys[0], init="zeros")
 # %% [slow] A cell sees one example at one time.
 dp.RNNCell(3, 4, key=keys[0])(jnp.ones(2), jnp.ones(4))
 
-# %% Give the number of hidden units, or the state to begin with.
+# %% [slow] Give the number of hidden units, or the state to begin with.
 dp.Recurrent(dp.RNNCell(3, 4, key=keys[0]), "zeros")
 
 # %% A recurrent network takes one sequence; `jax.vmap` is for many.
@@ -105,10 +105,10 @@ layerwise(form="information", damping=0.0)
 # %% Give `net.params`.
 layerwise(params=net)
 
-# %% Parameters have the shapes of those of the network.
+# %% [slow] Parameters have the shapes of those of the network.
 layerwise(params=jax.tree.map(lambda a: a[:1], net.params))
 
-# %% Leave `form` out for other layers.
+# %% [slow] Leave `form` out for other layers.
 conv = dp.Network((eqx.nn.Conv1d(1, 1, 2, key=keys[0]), jnp.ravel))
 other = dp.NetworkProblem(conv, dp.losses.Squared(), targets)
 layerwise(problem=other, params=conv.params, form="information", damping=1.0)

@@ -36,7 +36,7 @@ optim.score(recipe, params)
 # %% Steps are arranged as the parameters are.
 optim.score(at, {"w": inputs})
 
-# %% Steps have the shapes of the parameters.
+# %% [slow] Steps have the shapes of the parameters.
 optim.score(at, jax.tree.map(lambda a: a[:1], params))
 
 # %% [slow] Give one curvature, or a list of them.
@@ -113,7 +113,7 @@ tx.update(
     curvature=optim.hessian(dp.losses.Squared())(net, inputs, targets),
 )
 
-# %% Leave `predict` out.
+# %% [slow] Leave `predict` out.
 tx, predict = optim.kfac(), lambda net, x: jax.vmap(net)(x)
 own = optim.ggn(dp.losses.Squared(), predict)(net, inputs, targets)
 tx.update(params, tx.init(params), curvature=own)
@@ -136,7 +136,7 @@ optim.llqr(warm_start=1)
 # %% Take one of the names.
 optim.llqr(graft="Norm")
 
-# %% Give the updates of the parameters that `init` was given.
+# %% [slow] Give the updates of the parameters that `init` was given.
 tx = optim.llqr()
 tx.update({"w": inputs}, tx.init(params))
 
@@ -168,7 +168,7 @@ optim.llqr(lambda path, leaf: optim.Stacked(optim.Diagonal(), axes=3)).init(para
 # %% Give the state of an optimizer with an `llqr` in it.
 optim.refresh(optax.sgd(0.1).init(params), params, at)
 
-# %% Larger structures are fitted by `LinearCG()`.
+# %% [slow] Larger structures are fitted by `LinearCG()`.
 tx = optim.llqr(optim.Diagonal(), solver=optim.NormalEquations(3))
 optim.refresh(tx.init(params), params, at)
 

@@ -46,16 +46,16 @@ dp.solve(problem, dp.ILQR(), x0, us, own(dp.Backtracking, init=first)())
 search = own(dp.Backtracking, step=lambda self, state, trial: state)()
 dp.solve(problem, dp.ILQR(), x0, us, search)
 
-# %% A roll-out that keeps limits says so with `keeps_limits = True`.
+# %% [slow] A roll-out that keeps limits says so with `keeps_limits = True`.
 rollout = own(dp.LinearRollout, keeps_limits=False)()
 dp.solve(limited, own(dp.ILQR, rollout=rollout)(), x0, us)
 
-# %% Return the trajectory, and the change of the controls.
+# %% [slow] Return the trajectory, and the change of the controls.
 rollout = own(dp.Feedback, roll=lambda self, chain, trajectory, *rest: trajectory)()
 dp.solve(problem, own(dp.ILQR, rollout=rollout)(), x0, us)
 
 
-# %% Gains have the shape (m, 1 + n) at every stage: k and K.
+# %% [slow] Gains have the shape (m, 1 + n) at every stage: k and K.
 def backward(self, *given):
     sweep = dp.Gradient().backward(*given)
     return dataclasses.replace(sweep, gains=(jnp.zeros((5, 1, 1)),))

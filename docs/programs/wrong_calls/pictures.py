@@ -28,7 +28,7 @@ finally:
 # %% [slow] Give controls beside states.
 plot.trajectory(xs)
 
-# %% Name every column.
+# %% [slow] Name every column.
 plot.trajectory(xs, us, names=["angle"])
 
 # %% Draw a chain phase by phase.

@@ -71,8 +71,8 @@ dp.rollout(control_problem(cost=lambda x, u, t: x**2), x0, us)
 # %% Write the next state like the one that came: the same tree, the same shapes.
 dp.rollout(control_problem(lambda x, u, t: x[0] + u), x0, us)
 
-# %% Numbers of the problem follow x0 and us where they are Python floats; arrays keep
-# their own dtype.
+# %% [slow] Numbers of the problem follow x0 and us where they are Python floats; arrays
+# keep their own dtype.
 mass = jnp.asarray([2.0, 2.0])
 small = jnp.ones(2, jnp.float32), jnp.zeros((5, 1), jnp.float32)
 dp.rollout(control_problem(lambda x, u, t: x * mass), *small)
@@ -124,7 +124,8 @@ dp.rollout(problem, jnp.array([1, 0]), us)
 # %% Convert one of them, so that a problem is of one precision throughout.
 dp.rollout(problem, jnp.ones(2, jnp.float32), us)
 
-# %% First guesses of states are those of all stages and of the end: `horizon + 1` rows.
+# %% [slow] First guesses of states are those of all stages and of the end: `horizon +
+# 1` rows.
 dp.solve(problem, dp.ILQR(), x0, us, xs=jnp.zeros((5, 2)))
 
 # %% ### Limits of controls

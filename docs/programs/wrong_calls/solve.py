@@ -131,13 +131,13 @@ dp.solve(constrained, dp.MoreauGradient(), x0, us)
 # %% [slow] Take another direction for first guesses of states.
 dp.solve(problem, dp.MoreauGradient(), x0, us, xs=jnp.zeros((6, 2)))
 
-# %% Take another direction for limits.
+# %% [slow] Take another direction for limits.
 dp.solve(limited, dp.MoreauGradient(), x0, us)
 
-# %% The recursion over all stages at once knows no limits: leave `riccati` out.
+# %% [slow] The recursion over all stages at once knows no limits: leave `riccati` out.
 dp.solve(limited, dp.ILQR(riccati=dp.ParallelRiccati()), x0, us)
 
-# %% It knows no gaps between states either.
+# %% [slow] It knows no gaps between states either.
 parallel = dp.ILQR(riccati=dp.ParallelRiccati())
 dp.solve(problem, parallel, x0, us, xs=jnp.zeros((6, 2)))
 
@@ -296,8 +296,8 @@ def make_cost(names):
 dp.solve(control_problem(cost=make_cost(names)), method, x0, us)
 
 
-# %% What a fixed function holds is not looked at again: make it a field that is not
-# static.
+# %% [slow] What a fixed function holds is not looked at again: make it a field that is
+# not static.
 class Weighted(eqx.Module):
     price: object = eqx.field(static=True)
 

@@ -103,7 +103,7 @@ Track.from_waypoints(circle[[*range(10), 12, 10, 11, *range(13, 60)]], 3.0)
 # %% Keep one lap.
 Track.from_waypoints(np.concatenate([circle, circle]), 3.0)
 
-# %% Exchange `left` and `right`, or reverse all rows.
+# %% [slow] Exchange `left` and `right`, or reverse all rows.
 Track.from_borders(circle, 1.1 * circle, 0.9 * circle)
 
 # %% A border far inside of a corner runs backwards: lower the width.
