@@ -5,6 +5,7 @@ pytest --default-flags    compiles as users do
 pytest --seed 3           draws other random numbers, wherever a test draws some
 pytest --plain-loops      runs as if fast loops did not exist
 pytest --selection        tests of every public function once: `selection.txt`
+pytest --site FOLDER      also reads the built site: `make docs browser`
 pytest --calls FILE       lists what each test calls: `public.py`
 pytest --trivial FILE     lists tests that trivial answers pass: `public.py`
 """
@@ -72,6 +73,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--selection", action="store_true", help="every public function once"
     )
+    parser.addoption("--site", help="folder of the built site, for tests/test_site.py")
     parser.addoption("--calls", help="file for what each test calls")
     parser.addoption("--trivial", help="file for tests that trivial answers pass")
 

@@ -109,3 +109,9 @@ def test_long_formulas_break_between_their_parts():
     found = mathml(r"a = b, \qquad c = \left( d \quad e \right), \quad f = g")
     assert found.count("<math") == 3 and found.count("<div") == 1
     assert mathml(r"\begin{bmatrix} a \quad b \end{bmatrix}").count("<math") == 1
+
+
+def test_functions_stand_apart_from_what_is_around_them():
+    for name in ("ln", "log", "exp", "sin"):
+        found = mathml(rf"u \{name} u - 1")
+        assert found.count("<mspace") == 2, found

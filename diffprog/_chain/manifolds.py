@@ -58,7 +58,7 @@ class UnitQuaternion(AbstractManifold):
     r"""Attitudes as unit quaternions, with rotation vectors in the frame of the body.
 
     $$v = \log(\bar y \, x), \qquad x = y \, \exp(v / 2) = y \,
-    \Big(\cos \frac{|v|}{2}, \; \frac{v}{|v|} \sin \frac{|v|}{2}\Big)$$
+    \Bigl(\cos \frac{|v|}{2}, \; \frac{v}{|v|} \sin \frac{|v|}{2}\Bigr)$$
 
     A state is an array (..., 4) with the real part first and Hamilton's product; v is
     (..., 3), the axis times the angle [rad], which is at most pi. q and -q are the same

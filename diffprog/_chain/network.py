@@ -32,6 +32,7 @@ class Stage(eqx.Module):
     layers: tuple[Callable, ...]
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
+        """The output for one example."""
         for i, layer in enumerate(self.layers):
             if key is None or not isinstance(layer, eqx.Module):
                 x = layer(x)

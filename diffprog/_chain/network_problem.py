@@ -115,6 +115,7 @@ class NetworkProblem(AbstractChain):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
+        """The layers, as many together as are alike."""
         phases, start = [], 0
         for k, stack in enumerate(self.network.stacks):
             dynamics, cost = _dynamics(stack, start), self._cost(k, start)
@@ -123,6 +124,7 @@ class NetworkProblem(AbstractChain):
         return tuple(phases)
 
     def terminal_cost(self, x) -> Any:
+        """The loss of all outputs, with the curvature of the metric."""
         loss = lambda x: self._reduced(self.loss(x, self.targets), x)
         metric = self.metric
         if metric is None:

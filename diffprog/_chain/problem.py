@@ -197,6 +197,7 @@ class ControlProblem(AbstractChain):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
+        """All stages as one phase."""
         limits = self.control_bounds, self.constraints
         return (Phase(self.dynamics, self.cost, self.horizon, *limits),)
 

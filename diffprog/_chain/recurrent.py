@@ -125,6 +125,7 @@ class Recurrent(eqx.Module):
         return start, self._run(start, x, True)[1]
 
     def __call__(self, x: PyTree, *, key: PRNGKeyArray | None = None) -> PyTree:
+        """The last hidden state, or all of them. `key` is not used."""
         return self._run(self.start(x), x, self.sequence)[self.sequence]
 
     def _run(self, start: PyTree, x: PyTree, all_states: bool) -> tuple[PyTree, PyTree]:

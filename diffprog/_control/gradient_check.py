@@ -35,6 +35,7 @@ class GradientCheck(eqx.Module):
 
     @property
     def success(self) -> Bool[Array, ""]:
+        """Whether `result` is `successful`."""
         return self.result == RESULTS.successful
 
 

@@ -170,6 +170,7 @@ class Solution(eqx.Module):
 
     @property
     def success(self) -> Bool[Array, "*batch"]:
+        """Whether `result` is `successful`."""
         return self.result == RESULTS.successful
 
     def __getitem__(self, i) -> "Solution":

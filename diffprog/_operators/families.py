@@ -38,11 +38,11 @@ class AbstractWellKnown(AbstractDivergence):
     lift: ClassVar[float] = 0.0
 
     @abc.abstractmethod
-    def inverse(self, w: Array) -> Array:
+    def _inverse(self, w: Array) -> Array:
         """The first of `pair`."""
 
     def pair(self, w):
-        u = self.inverse(w)
+        u = self._inverse(w)
         return u, self.curvature(u)
 
 
@@ -60,7 +60,7 @@ class KL(AbstractWellKnown):
     def link(self, u):
         return jnp.log(u)
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return jnp.exp(w)
 
     def curvature(self, u):
@@ -95,7 +95,7 @@ class ReverseKL(AbstractWellKnown):
     def link(self, u):
         return -1 / u
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return -1 / w
 
     def curvature(self, u):
@@ -122,7 +122,7 @@ class ChiSquare(AbstractWellKnown):
     def link(self, u):
         return u
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return jnp.maximum(w, 0)
 
     def curvature(self, u):
@@ -155,7 +155,7 @@ class Neyman(AbstractWellKnown):
     def link(self, u):
         return -0.5 / (u * u)
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return math.sqrt(0.5) / jnp.sqrt(-w)  # -2 w may overflow
 
     def curvature(self, u):
@@ -181,7 +181,7 @@ class SquaredHellinger(AbstractWellKnown):
     def link(self, u):
         return -1 / jnp.sqrt(u)
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return 1 / (w * w)
 
     def curvature(self, u):
@@ -211,7 +211,7 @@ class JensenShannon(AbstractWellKnown):
     def link(self, u):
         return -jnp.log1p(1 / u)
 
-    def inverse(self, w):
+    def _inverse(self, w):
         return 1 / expm1_positive(-w)
 
     def curvature(self, u):
@@ -239,7 +239,7 @@ class Jeffreys(AbstractWellKnown):
     def link(self, u):
         return jnp.log(u) + 1 - 1 / u
 
-    def inverse(self, w):
+    def _inverse(self, w):
         omega = wright_omega(1 - w, self.at_most_one)
         return jnp.where(w == -jnp.inf, 0, 1 / omega)
 
@@ -283,7 +283,7 @@ class LeCam(AbstractWellKnown):
             return 4 * u * (2 + u) / (1 + u) ** 2
         return -4 / (1 + u) ** 2
 
-    def inverse(self, w):
+    def _inverse(self, w):
         if self.at_most_one:
             w = jnp.clip(w, 0, 4)
             root = jnp.sqrt(4 - w)

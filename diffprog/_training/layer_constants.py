@@ -110,6 +110,7 @@ class SmoothRelu(eqx.Module):
             raise ValueError(f"`mu` is {self.mu}; a positive number is expected.")
 
     def __call__(self, x: Float[Array, "..."], *, key: PRNGKeyArray | None = None):
+        """The function of every entry. `key` is not used."""
         z = jnp.clip(x / (2 * self.mu), 0, 1)
         return z * (x - self.mu * z)
 

@@ -60,6 +60,7 @@ class Enumeration(eqx.Module):
 
     @property
     def number(self) -> int:
+        """How many candidates there are."""
         return jtu.tree_leaves(self.candidates)[0].shape[0]
 
     def probabilities(self, dtype) -> Array:
@@ -90,6 +91,7 @@ class Subsets(eqx.Module):
         return 2**self.k
 
     def __call__(self, key: PRNGKeyArray, x: Any = None) -> Array:
+        """A subset drawn uniformly, shape `(k,)`. `x` is not used."""
         return jr.bernoulli(key, 0.5, (self.k,)).astype(self.dtype)
 
     def all(self) -> Enumeration:
@@ -118,6 +120,7 @@ class Permutations(eqx.Module):
         return math.factorial(self.k)
 
     def __call__(self, key: PRNGKeyArray, x: Any = None) -> Array:
+        """A permutation drawn uniformly, shape `(k,)`. `x` is not used."""
         return jnp.argsort(jr.bits(key, (self.k,), "uint32"))
 
     def all(self) -> Enumeration:

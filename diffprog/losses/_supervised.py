@@ -24,8 +24,8 @@ def _least(gradient):
     return jnp.finfo(gradient.dtype).eps * jnp.abs(gradient)
 
 
+# All examples, where every output has a number for a target.
 def _count(self: AbstractDualLoss, outputs, targets) -> int:
-    """All examples, where every output has a number for a target."""
     check_alike(outputs, targets)
     return outputs.shape[0]
 

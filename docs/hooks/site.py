@@ -23,7 +23,7 @@ FORMULA = re.compile(
 NO_DOCSTRING = "<p>Initialize self.  See help(type(self)) for accurate signature.</p>"
 TEXT = re.compile(r"\\text\{[^{}]*\}")
 FUNCTION = re.compile(
-    r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|exp)(?![A-Za-z])"
+    r"(?P<before>[\w})\]]\s*)?\\(?P<name>sin|cos|tan|arctan|log|ln|exp)(?![A-Za-z])"
     r"(?P<after>\s*(?=[\\\w{]))?"
 )
 SIZED = re.compile(r"\\[bB]igg?(?P<side>[lr])(?![A-Za-z])")
@@ -86,6 +86,7 @@ def to_one(latex, display, where):
     if len(re.findall(r"(?<!\\)\{", latex)) != len(re.findall(r"(?<!\\)\}", latex)):
         raise PluginError(f"{where}: braces do not match in {latex}")
     prepared = FUNCTION.sub(spaced, latex.strip())
+    prepared = prepared.replace("{aligned}", "{align*}")
     # Inside \text a word may carry underscores, which latex2mathml does not unescape.
     prepared = TEXT.sub(lambda m: m[0].replace(r"\_", "_"), prepared)
     if display == "block":  # what is minimized over stands below
@@ -94,8 +95,9 @@ def to_one(latex, display, where):
         converted = convert(prepared, display=display)
     except Exception as error:
         raise PluginError(f"{where}: no MathML for {latex}: {error!r}") from error
+    converted = converted.replace('columnspacing="0em 2em"', 'columnspacing="0em 1em"')
     # What is not understood comes back as text.
-    unknown = re.search(r"\\[A-Za-z]+|\$", html.unescape(converted))
+    unknown = re.search(r"\\[A-Za-z]+|[$&]", html.unescape(converted))
     if unknown:
         raise PluginError(f"{where}: {unknown[0]} is not understood in {latex}")
     return converted
