@@ -199,7 +199,7 @@ def meet(entry: Entry, names: dict) -> BaseException | object:
 def entry_of(entry: Entry, met, known: list[Raise]) -> str:
     """An entry of the page, without headings."""
     assert met is not None, f"No error, and no `result`: {entry}"
-    program, advice = entry.program.strip().replace("\n\n\n", "\n\n"), entry.advice
+    program, advice = entry.program.strip(), entry.advice
     lines = []
     if "\n" in program or "`" in program or len(program) > 100:
         lines.append(f"- {filled(sentence(met, known))}\n\n")

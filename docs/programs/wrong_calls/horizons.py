@@ -5,6 +5,7 @@ five stages.
 """
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ dp.save("plan.dp", jax.eval_shape(lambda: us))
 dp.save("plan.dp", np.array([None, "a"], object))
 
 # %% Look at the name of the file: nothing was written to this one.
-open("plan.dp", "w").close()
+pathlib.Path("plan.dp").touch()
 dp.load("plan.dp", us)
 
 # %% Look at the name of the file: another program wrote it.
@@ -158,8 +159,8 @@ dp.load("plan.npy", us)
 
 # %% Copy the file again, or save anew: a part of it is missing.
 dp.save("plan.dp", us)
-whole = open("plan.dp", "rb").read()
-open("plan.dp", "wb").write(whole[:-8])
+file = pathlib.Path("plan.dp")
+file.write_bytes(file.read_bytes()[:-8])
 dp.load("plan.dp", us)
 
 # %% The same of a file that something was added to.
@@ -170,9 +171,10 @@ dp.load("plan.dp", us)
 
 # %% A file of a later version is read by that version.
 dp.save("plan.dp", us)
-header, numbers = open("plan.dp", "rb").read().split(b"\n", 1)
+file = pathlib.Path("plan.dp")
+header, numbers = file.read_bytes().split(b"\n", 1)
 later = json.dumps(json.loads(header) | {"number": 99, "version": "9.0.0"})
-open("plan.dp", "wb").write(later.encode() + b"\n" + numbers)
+file.write_bytes(later.encode() + b"\n" + numbers)
 dp.load("plan.dp", us)
 
 # %% Make `like` by the call that made what was saved; the message names the leaves that
