@@ -27,17 +27,19 @@ demo: venv
 SSE4 := $(addprefix tests/test_,directions.py honesty.py solve.py lqr.py moreau.py \
   gauss_newton.py prox_linear.py target_propagation.py value_and_direction.py)
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) -q
+# Annotations are checked when functions are called, which takes a sixth of the time.
+TYPES := --jaxtyping-packages=diffprog,beartype.beartype
 
 test: venv
 	$(PYTEST) $(ARGS)
 
-# Everything, also what is slow or costly, compiled as users do.
+# Everything, also what is slow or costly, compiled as users do, annotations checked.
 test-default: venv
-	$(PYTEST) --default-flags --all $(ARGS)
+	$(PYTEST) $(TYPES) --default-flags --all $(ARGS)
 
-# Every public function once, compiled as users do.
+# Every public function once, compiled as users do, annotations checked.
 test-selection: venv
-	$(PYTEST) --default-flags --selection $(ARGS)
+	$(PYTEST) $(TYPES) --default-flags --selection $(ARGS)
 
 # Every example, with little to do.
 test-examples: venv
