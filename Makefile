@@ -5,7 +5,7 @@ JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
 .PHONY: tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
-.PHONY: bench-gpu clean
+.PHONY: bench-gpu package clean
 
 venv: .venv/.installed
 
@@ -95,6 +95,12 @@ bench-training: .venv/.bench
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# The wheel and the source archive in dist/, and a test of both in an empty environment.
+package: venv
+	rm -rf dist
+	$(BIN)/pyproject-build --outdir dist
+	$(PYTEST) --all -n 0 tests/test_package.py $(ARGS)
 
 clean:
 	rm -rf .venv site out build dist
