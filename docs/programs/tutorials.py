@@ -56,9 +56,21 @@ GROUPS = {
         "learn_from_demonstrations",
         "simulator",
     ],
-    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Training": [
+        "backward_passes",
+        "layerwise_lqr",
+        "no_learning_rate",
+        "temporal_order",
+        "prox_linear_regression",
+        "moreau_pendulum",
+    ],
     "Losses": ["sparse_probabilities", "robust_regression"],
-    "Constraints in learning": ["norm_constrained", "rates"],
+    "Constraints in learning": [
+        "norm_constrained",
+        "rates",
+        "feasible_digits",
+        "sparse_digits",
+    ],
 }
 COMMAND = "make tutorials ARGS="
 CELL = re.compile(r"^# %%(?P<title>.*)\n", re.MULTILINE)
