@@ -4,8 +4,8 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
-.PHONY: browser tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
-.PHONY: bench-gpu clean
+.PHONY: tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
+.PHONY: browser bench-gpu package clean
 
 venv: .venv/.installed
 
@@ -27,17 +27,19 @@ demo: venv
 SSE4 := $(addprefix tests/test_,directions.py honesty.py solve.py lqr.py moreau.py \
   gauss_newton.py prox_linear.py target_propagation.py value_and_direction.py)
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) -q
+# Annotations are checked when functions are called, which takes a sixth of the time.
+TYPES := --jaxtyping-packages=diffprog,beartype.beartype
 
 test: venv
 	$(PYTEST) $(ARGS)
 
-# Everything, also what is slow or costly, compiled as users do.
+# Everything, also what is slow or costly, compiled as users do, annotations checked.
 test-default: venv
-	$(PYTEST) --default-flags --all $(ARGS)
+	$(PYTEST) $(TYPES) --default-flags --all $(ARGS)
 
-# Every public function once, compiled as users do.
+# Every public function once, compiled as users do, annotations checked.
 test-selection: venv
-	$(PYTEST) --default-flags --selection $(ARGS)
+	$(PYTEST) $(TYPES) --default-flags --selection $(ARGS)
 
 # Every example, with little to do.
 test-examples: venv
@@ -101,6 +103,12 @@ bench-training: .venv/.bench
 
 bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# The wheel and the source archive in dist/, and a test of both in an empty environment.
+package: venv
+	rm -rf dist
+	$(BIN)/pyproject-build --outdir dist
+	$(PYTEST) --all -n 0 tests/test_package.py $(ARGS)
 
 clean:
 	rm -rf .venv site out build dist

@@ -1,8 +1,12 @@
-"""Limits in place of penalties: two numbers, then a classifier of limited norm."""
+"""Say the limit, not a weight.
+
+A constraint in learning: two numbers first, then a classifier whose weights have at
+most the norm 1. Training finds the multiplier, which is the price of the limit.
+"""
 
 # %%
-# The smallest problem: of all x with x1 + x2 = 1 the one closest to the origin. A
-# function returns the loss and what is limited, by name.
+# A penalty asks for a weight, and the weight decides what comes out. A limit says what
+# shall come out, and training finds the weight.
 import argparse
 import pathlib
 
@@ -10,12 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
-from sklearn.datasets import load_breast_cancer
 
 import diffprog as dp
 
 
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_breast_cancer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--fast", action="store_true", help="few steps, as a test")
+args = parser.parse_args()
+args.out.mkdir(parents=True, exist_ok=True)
+
+
+# %% Two numbers
+# Of all x with x1 + x2 = 1 the one closest to the origin. A function returns the loss,
+# and what is limited, by name. `step` of the Lagrangian returns the gradient for x, and
+# moves the multiplier, which rises while the limit is violated.
 def closest(x):
     return x @ x, {"sum": dp.constrained.equal(x[0] + x[1], 1.0)}
 
@@ -26,18 +45,13 @@ duals = lagrangian.init(x)
 for _ in range(100):
     _, slope, duals = lagrangian.step(x, duals)
     x = x - 0.1 * slope
-print("x =", x, " multiplier =", duals["sum"].value)
+print("x =", x.round(4), " multiplier =", duals["sum"].value.round(4))
 assert jnp.allclose(x, 0.5, atol=1e-5)
 assert jnp.allclose(duals["sum"].value, -1.0, atol=1e-5)
 
-# %%
-# The rest is the same with data: a logistic regression whose weights have at most the
-# norm 1. The tumors of 569 people, by 30 measurements each.
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
-parser.add_argument("--fast", action="store_true", help="few steps, as a test")
-args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
+# %% The same with data
+# A logistic regression whose weights have at most the norm 1, for the tumors of 569
+# people by 30 measurements each.
 steps = 100 if args.fast else 600
 data, healthy = load_breast_cancer(return_X_y=True)
 inputs = jnp.asarray((data - data.mean(0)) / data.std(0), jnp.float32)
@@ -50,9 +64,11 @@ def measure(params, inputs, sign):
     return loss, {"norm": dp.constrained.at_most(w @ w, 1.0)}
 
 
-# %%
-# How the multiplier follows the violation is the dual. Ascent with Adam swings around
-# the solution; with the same step PI brakes. A penalty stays outside of the limit.
+# %% How the multiplier moves
+# That is the *dual*. [`Ascent`][diffprog.constrained.Ascent] adds the violation at each
+# step, [`PI`][diffprog.constrained.PI] looks at its change as well, and a penalty, for
+# comparison, has a fixed weight. The loop is that of any training: `lagrangian.step`
+# stands where `value_and_grad` would.
 tx = optax.adam(0.02)
 first = jnp.zeros(30), jnp.zeros(())
 
@@ -80,8 +96,8 @@ runs = {
 }
 histories = {name: train(dual)[1] for name, dual in runs.items()}
 
-# %%
-# The solution, by the method of multipliers with full minimizations.
+# %% What comes out
+# Beside them the solution, by the method of multipliers with full minimizations.
 exact = dp.constrained.minimize(
     dp.constrained.Lagrangian(measure, dp.constrained.Augmented(10.0)),
     first,
@@ -96,8 +112,12 @@ print(
     f"{'minimize':12} {exact.loss:.5f}  {exact.report.feasibility:10.5f}  {price:.5f}"
 )
 
-# %%
-# Loss, violation and multiplier at every step.
+# The multiplier 0.066 is the price: so much less loss for one unit more of the squared
+# norm. Ascent pushes while the limit is violated and lets go too late; together with
+# Adam it swings forever. `PI` brakes as soon as the violation falls, and ends where
+# `minimize` does. A penalty settles at once, and outside.
+
+# %% What is seen
 figure = Figure((10.0, 3.2), layout="constrained")
 axes = figure.subplots(1, 3)
 titles = "loss", "violation: |w|^2 - 1", "multiplier"
@@ -111,8 +131,14 @@ for axis, title, place, goal in zip(
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
 figure.savefig(args.out / "norm_constrained.png", dpi=110)
 
-# %%
-# What must hold.
+# ![Loss, violation and multiplier against the step](norm_constrained.png)
+#
+# Dashed is the solution.
+
+# %% What must hold, and what to change next
+# Change the limit, and look how the price follows; add a second limit to the dict. Then
+# limit [a rate](rates.md), or the loss of every example.
+# [All duals](../constrained-learning.md) have a page.
 if not args.fast:
     loss, excess, m = (float(values[-1]) for values in histories["PI"])
     assert abs(loss / float(exact.loss) - 1) < 1e-3

@@ -1,26 +1,26 @@
-"""Regression for the worst fifth of the patients, by Prospect and by LSVRG.
+"""Regression for the worst fifth.
 
-`python examples/robust_regression.py --help` has the options. Pictures go to `out/`.
+The mean of the losses hides those who are served worst. Here that of the worst fifth
+of 442 patients is minimized, by Prospect and LSVRG, whose gradients are corrected.
 """
 
 # %%
-# The data: 442 patients, 10 numbers each, and how their diabetes went on for a year.
 import argparse
 import functools as ft
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from sklearn.datasets import load_diabetes
 
 import diffprog as dp
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_diabetes
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
@@ -29,14 +29,17 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
+# %% The data
+# 442 patients, 10 numbers each, and how their diabetes went on for a year.
 features, targets = load_diabetes(return_X_y=True)
 standard = lambda a: (a - a.mean(0)) / a.std(0)
 features = np.column_stack([standard(features), np.ones(len(features))])
 data = jnp.asarray(features), jnp.asarray(standard(targets))
 n, d = features.shape
 
-# %%
-# The risk: the mean of the worst fifth of the losses, smoothed; and that of all, ERM.
+# %% The risk
+# The mean of the worst fifth of the losses, smoothed, and that of all, ERM. A risk is a
+# weighted mean of sorted losses; `spectrum` has the weights.
 l2, nu, f, batch = 0.05, 1.0, dp.losses.ChiSquare(), 34
 fifth = dp.losses.spectrum("superquantile", n, 0.8)
 mean = dp.losses.spectrum("superquantile", n, 0.0)
@@ -52,8 +55,8 @@ def objective(w, sigma, data=data):
     return risk + l2 / 2 * jnp.sum(w**2)
 
 
-# %%
-# The minimizers, by Newton's method: the risk has second derivatives almost everywhere.
+# %% The minimizers
+# By Newton's method: the risk has second derivatives almost everywhere.
 @jax.jit
 def newton(w, sigma):
     gradient, hessian = jax.grad(objective)(w, sigma), jax.hessian(objective)(w, sigma)
@@ -64,7 +67,7 @@ robust = ft.reduce(lambda w, _: newton(w, fifth), range(20), jnp.zeros(d))
 erm = newton(jnp.zeros(d), mean)  # quadratic: one step
 assert jnp.max(jnp.abs(jax.grad(objective)(robust, fifth))) < 1e-10
 
-# %%
+# %% Stochastic methods
 # Prospect and LSVRG correct their gradients. SGD takes the risk of a batch, which is
 # biased: the worst fifth of a batch is not the worst fifth of all.
 options = dict(smoothing=nu, l2=l2)
@@ -115,9 +118,13 @@ for label, w in fits.items():
     row = [*np.quantile(losses(w), [0.5, 0.75, 0.9, 0.99]), losses(w).mean()]
     print(f"{label:<22}" + "".join(f"{value:8.3f}" for value in row))
 
-# %%
-# Pictures.
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+# Prospect and LSVRG get as close to the minimum as wanted; SGD stays where the bias of
+# its batches lets it. On these data the two fits are close: of the worst hundredth the
+# loss falls by 3 percent, and the median rises by 9.
+
+# %% What is seen
+figure = Figure(figsize=(10, 4), layout="constrained")
+left, right = figure.subplots(1, 2)
 for label, curve in curves.items():
     left.semilogy(np.maximum(np.abs(curve), 1e-16), label=label)
 left.set(xlabel="gradients / n", ylabel="suboptimality, share of the first")
@@ -129,8 +136,11 @@ left.legend(frameon=False)
 right.legend(frameon=False)
 figure.savefig(args.out / "robust_regression.png", dpi=120)
 
-# %%
-# What must hold.
+# ![Suboptimality against gradients, and quantiles of the losses](robust_regression.png)
+
+# %% What must hold, and what to change next
+# Take 0.5 in place of 0.8, or another spectrum, such as `"extremile"`;
+# [the page](../losses/risk.md) has their meaning, and the choice of the smoothing.
 worst = lambda w: dp.losses.spectral_risk(losses(w), fifth)
 assert curves["Prospect"][-1] < 0.5 and objective(robust, fifth) < objective(erm, fifth)
 if not args.fast:

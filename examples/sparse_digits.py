@@ -21,6 +21,7 @@ import diffprog as dp
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
+parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 digits = load_digits()
@@ -111,7 +112,7 @@ asked |= {"penalty 0.1": (1.0, 0.1), "penalty 1": (1.0, 1.0)}
 found, histories = {}, {}
 print(f"{'':12} density  median  accuracy")
 for name, (limit, weight) in asked.items():
-    *found[name], histories[name] = train(jax.random.key(0), limit, weight)
+    *found[name], histories[name] = train(jax.random.key(args.seed), limit, weight)
     print(f"{name:12}", *(f"{100 * float(number):7.2f}" for number in found[name]))
 
 # %%

@@ -286,12 +286,12 @@ WRONG = {
     "no function": (
         lambda: problem(cost=1.0),
         TypeError,
-        r"`cost` is 1.0 .*\(x, u, t\) -> scalar",
+        r"`cost` is 1.0; .*\(x, u, t\) -> scalar",
     ),
     "an incomplete system": (
         lambda: dp.ControlProblem.from_system(object(), 3),
         TypeError,
-        "`dynamics` is None in object",
+        "`dynamics` of object is None",
     ),
     "local models of several phases": (
         lambda: dp.linearize(*_any(helpers.two_phase())),

@@ -109,14 +109,14 @@ def flat(params):
 def test_reference_problems(name):
     measure, x0, x, multipliers, loss = GOLDEN[name]
     lagrangian = Lagrangian(measure, Augmented(10.0))
-    solution = minimize(lagrangian, start(x0), tol=1e-11)
+    solution = minimize(lagrangian, start(x0))
     assert solution.success and solution.violated() == {}
     np.testing.assert_allclose(flat(solution.params), x, atol=1e-9)
     np.testing.assert_allclose(solution.loss, loss, atol=1e-9)
     for key, value in multipliers.items():
         np.testing.assert_allclose(solution.multipliers[key], value, atol=1e-8)
     report, num_outer = solution.report, int(solution.stats["num_outer"])
-    assert report.stationarity < 1e-11 and report.complementarity < 1e-11
+    assert report.stationarity < 1e-10 and report.complementarity < 1e-10
     assert num_outer <= 15
     history = solution.history
     assert np.isfinite(history["loss"][:num_outer]).all()
@@ -131,6 +131,23 @@ def test_reference_problems(name):
     }
     # The Lagrangian, without a penalty, is stationary at the multipliers.
     assert plain.grad(solution.params, duals)[0][1].stationarity < 1e-10
+
+
+def test_updates_go_on_while_they_help():
+    """Beyond what counts as a solution, unless a tolerance was asked for."""
+    lagrangian, x0 = Lagrangian(program, Augmented(10.0)), jnp.zeros(3)
+    found, asked = minimize(lagrangian, x0), minimize(lagrangian, x0, tol=1e-8)
+    assert found.tol == asked.tol == 1e-8
+    assert 0 < found.stats["num_outer"] - asked.stats["num_outer"] <= 4
+    assert found.report.feasibility < 1e-10 < asked.report.feasibility < 1e-8
+    # That they do not come to an end, or help little, is no failure.
+    few = int(asked.stats["num_outer"])
+    same = minimize(lagrangian, x0, max_outer=few)
+    np.testing.assert_array_equal(same.params, asked.params)
+    slow = Lagrangian(program, Augmented(3.0, schedule=Growth(1.0)))
+    found, asked = minimize(slow, x0), minimize(slow, x0, tol=1e-8)
+    assert found.success and found.stats["num_outer"] == asked.stats["num_outer"] + 1
+    assert 1e-10 < found.report.feasibility < asked.report.feasibility
 
 
 def test_float32():

@@ -21,6 +21,7 @@ from diffprog.constrained import (
     FromOptax,
     Growth,
     Lagrangian,
+    Penalty,
     PI,
     Relaxed,
     Restart,
@@ -157,65 +158,130 @@ def drawn(n, seed):
     return A, b, mu, lam
 
 
-def driven(lagrangian, x, duals, *args):
-    """One step in every order: dual first, simultaneous, parameters first, twice."""
-    rate = 3e-2
-    move = lambda x, duals, at: x - rate * lagrangian.grad(at, duals, *args)[1]
+def driven(lagrangian, every):
+    """One step in every order: dual first, simultaneous, parameters first, twice.
 
-    def dual_first(x, duals):
-        _, duals = lagrangian.update(x, duals, *args)
+    Multipliers of the rows `seen` are updated.
+    """
+    move = lambda x, duals, at: x - 3e-2 * lagrangian.grad(at, duals, every)[1]
+
+    def dual_first(x, duals, seen):
+        _, duals = lagrangian.update(x, duals, seen)
         return move(x, duals, x), duals
 
-    def simultaneous(x, duals):
-        return move(x, duals, x), lagrangian.update(x, duals, *args)[1]
+    def simultaneous(x, duals, seen):
+        return move(x, duals, x), lagrangian.update(x, duals, seen)[1]
 
-    def parameters_first(x, duals):
+    def parameters_first(x, duals, seen):
         x = move(x, duals, x)
-        return x, lagrangian.update(x, duals, *args)[1]
+        return x, lagrangian.update(x, duals, seen)[1]
 
-    def extragradient(x, duals):
-        half, half_duals = simultaneous(x, duals)
-        _, new = lagrangian.update(half, duals, *args)
+    def extragradient(x, duals, seen):
+        half, half_duals = simultaneous(x, duals, seen)
+        _, new = lagrangian.update(half, duals, seen)
         return move(x, half_duals, half), new
 
     return dual_first, simultaneous, parameters_first, extragradient
 
 
+def solved(lagrangian, every, draw, num_steps, n):
+    """By every driver; step i updates the multipliers of `draw(i)`."""
+    x, out = jnp.ones(n), []
+    for driver in driven(lagrangian, every):
+        step = lambda i, carry, driver=driver: driver(*carry, draw(i))
+        start = x, lagrangian.init(x, every)
+        x_, duals = jax.lax.fori_loop(0, num_steps, step, start)
+        out.append((x_, duals["rows"].value))
+    return out
+
+
+KINDS = pytest.mark.parametrize(
+    "kind", [equal, at_most], ids=["equalities", "inequalities"]
+)
+
+
+def step_of(n):
+    return 0.2 / np.sqrt(n)
+
+
+def check_solved(found, kind, A, mu, lam, atol=1e-4):
+    y = mu if kind is equal else lam
+    for x, multipliers in found:
+        np.testing.assert_allclose(x, -A.T @ y / 2, atol=atol)
+        np.testing.assert_allclose(multipliers, y, atol=atol)
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("n", [5, 10])
-@pytest.mark.parametrize("kind", [equal, at_most], ids=["equalities", "inequalities"])
+@KINDS
 def test_every_driver_solves_the_reference_problems(kind, n):
-    rows = jnp.array([3, 0, 4, 1, 2])  # of a table, in another order
-
-    def measure(x, A, b, is_table):
-        r = A @ x
-        if is_table:
-            return x @ x, {"rows": kind(r[rows], b[rows], index=rows, rows=5)}
-        return x @ x, {"rows": kind(r, b)}
+    order = jnp.array([3, 0, 4, 1, 2])  # of a table, in another order
 
     @jax.jit
     def run(A, b):
-        x, step = jnp.ones(n), 0.2 / np.sqrt(n)
-        growing = Augmented(1.0, step, Growth(1.00025))
-        out = []
-        for dual in Ascent(step), growing:
-            lagrangian = Lagrangian(lambda x, table: measure(x, A, b, table), dual)
-            for table in False, True:
-                duals = lagrangian.init(x, table)
-                for driver in driven(lagrangian, x, duals, table):
-                    carry = jax.lax.fori_loop(
-                        0, 1500, lambda _, carry: driver(*carry), (x, duals)
-                    )
-                    out.append((carry[0], carry[1]["rows"].value))
+        def measure(x, rows):
+            if rows is None:
+                return x @ x, {"rows": kind(A @ x, b)}
+            return x @ x, {"rows": kind(A[rows] @ x, b[rows], index=rows, rows=5)}
+
+        step, out = step_of(n), []
+        for dual in Ascent(step), Augmented(1.0, step, Growth(1.00025)):
+            for rows in None, order:
+                lagrangian = Lagrangian(measure, dual)
+                out += solved(lagrangian, rows, lambda _, rows=rows: rows, 1500, n)
         return out
 
     A, b, mu, lam = drawn(n, seed=n)
-    y = mu if kind is equal else lam
     found = run(jnp.asarray(A), jnp.asarray(b))
     assert len(found) == 16
-    for x, multipliers in found:
-        np.testing.assert_allclose(x, -A.T @ y / 2, atol=1e-4)
-        np.testing.assert_allclose(multipliers, y, atol=1e-4)
+    check_solved(found, kind, A, mu, lam)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("n", [5, 10])
+@KINDS
+def test_multipliers_of_which_half_are_seen_solve_the_reference_problems(kind, n):
+    """An update sees two rows of five, at random; gradients see all."""
+
+    @jax.jit
+    def run(A, b):
+        def measure(x, rows):
+            return x @ x, {"rows": kind(A[rows] @ x, b[rows], index=rows, rows=5)}
+
+        step, out = step_of(n), []
+        for dual in Ascent(step), Augmented(1.0, step, Growth(1.00025)):
+            lagrangian = Lagrangian(measure, dual)
+            out += solved(lagrangian, jnp.arange(5), lambda i: seen[i], 3000, n)
+        return out
+
+    draws = [np.random.default_rng(i).permutation(5)[:2] for i in range(3000)]
+    seen = jnp.asarray(np.stack(draws))
+    A, b, mu, lam = drawn(n, seed=n)
+    check_solved(run(jnp.asarray(A), jnp.asarray(b)), kind, A, mu, lam)
+
+
+@KINDS
+def test_penalties_that_grow_solve_the_reference_problems(kind):
+    """Without multipliers, to 1e-3; the cap is what gradient descent can follow."""
+    A, b, mu, lam = drawn(10, seed=10)
+    rate = 1e-4
+    schedule = Growth(1.0, 1.75, max_penalty=1 / (rate * 2.5**2))
+    measure = lambda x: (x @ x, {"rows": kind(jnp.asarray(A) @ x, jnp.asarray(b))})
+    lagrangian = Lagrangian(measure, Penalty(1.0, schedule))
+
+    @jax.jit
+    def run(x):
+        def step(_, carry):
+            x, duals = carry
+            _, grads, duals = lagrangian.step(x, duals)
+            return x - rate * grads, duals
+
+        carry = jax.lax.fori_loop(0, 45_000, step, (x, lagrangian.init(x)))
+        return carry[0], lagrangian.grad(*carry)[0][1].multipliers["rows"]
+
+    found = run(jnp.ones(10))
+    check_solved([found], kind, A, mu, lam, atol=1e-3)
+    assert np.max(np.abs(found[0] + A.T @ (mu if kind is equal else lam) / 2)) > 1e-5
 
 
 # Models and devices ---------------------------------------------------------------

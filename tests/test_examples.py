@@ -10,6 +10,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 LIMITS = {"car_racing.py": 255, "digits_gauss_newton.py": 165}
 FILES = {
+    "backward_passes.py": {"backward_passes.png"},
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
     "mpc_car.py": {"mpc_car.png"},
     "mpc_cart_pole.py": {"mpc_cart_pole.png"},
@@ -18,10 +19,12 @@ FILES = {
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
     "feasible_digits.py": {"feasible_digits.png"},
+    "layerwise_lqr.py": {"layerwise_lqr.png"},
     "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "many_devices.py": {"many_devices.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
+    "no_learning_rate.py": {"no_learning_rate.png"},
     "norm_constrained.py": {"norm_constrained.png"},
     "obstacles.py": {"obstacles.png", "obstacles.gif"},
     "parking.py": {"parking.png", "parking.gif"},
@@ -34,6 +37,7 @@ FILES = {
     "rates.py": {"rates.png"},
     "robust_regression.py": {"robust_regression.png"},
     "sparse_digits.py": {"sparse_digits.png"},
+    "sparse_probabilities.py": {"sparse_probabilities.png"},
     "temporal_order.py": {"temporal_order.png"},
 }
 CIRCUIT = """# x_m,y_m,w_tr_right_m,w_tr_left_m

@@ -350,7 +350,7 @@ def test_wrong_arguments(unchecked):
         with pytest.raises(ValueError, match=f"`{name}` is 0; a Python int >= 1"):
             dp.ParallelRiccati(**{name: 0})
     lqr, x0 = random_lqr(6, 3, 2)
-    with pytest.raises(TypeError, match="`method` is a str; `dp.Riccati"):
+    with pytest.raises(TypeError, match="`method` is 'parallel'; `dp.Riccati"):
         dp.solve_lqr(lqr, x0, method="parallel")  # pyright: ignore
     with pytest.raises(ValueError, match="`fast_loops=True` is not possible"):
         dp.solve_lqr(lqr, x0, method=METHODS[1], fast_loops=True)

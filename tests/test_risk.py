@@ -550,7 +550,7 @@ SPECTRUM: Any = L.spectrum  # for arguments of wrong types
         (lambda: L.spectrum("extremile", 3, 0.5), ValueError, "0.5; a number >= 1"),
         (lambda: L.spectrum("esrm", 3, 0.0), ValueError, "0; a number > 0"),
         (lambda: L.spectrum("esrm", 0, 1.0), ValueError, "`n` is 0; an integer >= 1"),
-        (lambda: SPECTRUM("esrm", 3, "1"), TypeError, "`parameter` is a str"),
+        (lambda: SPECTRUM("esrm", 3, "1"), TypeError, "`parameter` is '1'"),
         (lambda: L.spectral_risk(jnp.ones((2, 3)), jnp.ones(3)), ValueError, "vmap"),
         (
             lambda: L.spectral_risk(jnp.ones(3), jnp.ones(2)),

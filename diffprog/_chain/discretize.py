@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._common.tree import all_finite, where
-from .._common.types import check_one_number, is_known
+from .._common.types import check_function, check_one_number, is_known
 
 
 METHODS = ("euler", "midpoint", "rk4")
@@ -203,11 +203,7 @@ def discretize(
     **Raises:** `ValueError` for a method that is unknown or does not fit, or a `dt`
     that is not positive; `TypeError` for a `dt` that is not one number.
     """
-    if not callable(vector_field):
-        raise TypeError(
-            f"`vector_field` is {vector_field!r}; a function `(x, u, t) -> dx` is "
-            "expected."
-        )
+    check_function("vector_field", vector_field, "(x, u, t) -> dx")
     check_one_number("dt", dt, "one number, the seconds of a stage,")
     if is_known(dt) and not dt > 0:
         raise ValueError(f"`dt` is {dt}; a positive number of seconds is expected.")

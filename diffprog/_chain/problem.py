@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._common.types import with_advice
+from .._common.types import came, with_advice
 from .constraints import as_constraints
 from .limits import as_bounds
 from .manifold import AbstractManifold, as_manifold
@@ -163,7 +163,8 @@ class ControlProblem(AbstractChain):
         to the problem is one with respect to the system. (Three bound methods given to
         the constructor hold three copies.)
         """
-        _check_functions(system, "dynamics", "cost", "terminal_cost")
+        of = f" of {type(system).__name__}"
+        _check_functions(system, "dynamics", "cost", "terminal_cost", of=of)
         functions = system.dynamics, system.cost, system.terminal_cost
         rows = constraints, terminal_constraints
         problem = cls(*functions, horizon, control_bounds, *rows, manifold)
@@ -252,7 +253,8 @@ class Chain(AbstractChain):
     manifold: Any = eqx.field(default=None, converter=as_manifold)
 
     def __check_init__(self):
-        if not self.phases or not all(isinstance(p, Phase) for p in self.phases):
+        several = isinstance(self.phases, tuple | list) and self.phases
+        if not several or not all(isinstance(p, Phase) for p in self.phases):
             raise TypeError(
                 f"`phases` is {self.phases!r:.200}; a non-empty tuple of `dp.Phase` is "
                 "expected."
@@ -297,7 +299,7 @@ _CALLS = {
 }
 
 
-def _check_functions(owner: Any, *names: str):
+def _check_functions(owner: Any, *names: str, of: str = ""):
     if isinstance(owner, type):
         raise TypeError(
             f"`system` is the class {owner.__name__}; an object of it is expected: "
@@ -307,8 +309,8 @@ def _check_functions(owner: Any, *names: str):
         function = getattr(owner, name, None)
         if not callable(function):
             raise TypeError(
-                f"`{name}` is {function!r} in {type(owner).__name__}; a function "
-                f"`{_CALLS[name]}` is expected."
+                f"`{name}`{of} is {came(function)}; a function `{_CALLS[name]}` is "
+                "expected."
             )
 
 

@@ -316,7 +316,7 @@ class Solver(eqx.Module):
                     searching & positive, damping, known.feasible_damping
                 ),
                 slope=latest(sweep.slope, known.slope),
-                gradient=jnp.where(positive | ~searching, sweep.gradient, jnp.nan),
+                gradient=sweep.gradient,
                 decrement=latest(promised, known.decrement),
                 minimum=jnp.where(damped, known.minimum, positive),
                 largest=None if self.omega is None else sweep.largest_entry,
@@ -336,11 +336,13 @@ class Solver(eqx.Module):
         self, price: Price | None, local, model, damping, searching
     ) -> tuple[Sweep, Price | None]:
         """A backward pass, as that of the merit where there may be gaps."""
-        if isinstance(model, Recomputed) and self.omega is None:
+        if hasty := isinstance(model, Recomputed) and self.omega is None:
             model = replace(model, gives_up=searching)
-        chain, at = local
-        sweep = self.method.backward(chain, at, model, damping)
-        check_sweep(self.method, at, sweep)
+        sweep = self.method.backward(local[0], local[1], model, damping)
+        check_sweep(self.method, local[1], sweep)
+        if hasty:
+            found = jnp.where(sweep.positive | ~searching, sweep.gradient, jnp.nan)
+            sweep = replace(sweep, gradient=found)
         if price is None:
             return sweep, None
         price = price.raised(sweep)

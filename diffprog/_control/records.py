@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -141,10 +142,9 @@ def recorded(loop: Loop, before: VectorTrajectory, passes: Passes, stop, verbose
         return loop.history
     # The row of a search that failed stays; the gradient is known from the last pass.
     written = loop.history[step]
-    same, last = written[0] == cost, names.index("gradient")
-    written = written.at[last].set(jnp.where(same, row[last], written[last]))
     kept = ~jnp.isnan(written[0])
     if at is not None:  # an update takes no step, and the next row is a new one
         kept = kept & stop
-    row = jnp.where(kept, written, row)
+    others = np.array([name != "gradient" for name in names])
+    row = jnp.where(kept & ((written[0] != cost) | others), written, row)
     return lax.dynamic_update_index_in_dim(loop.history, row, step, 0)

@@ -22,11 +22,11 @@ from ._duals import Augmented, Penalty
 from ._evaluation import trained
 from ._growth import Growth
 from ._lagrangian import Duals, Lagrangian, Report
-from ._outer import run
+from ._outer import PROGRESS, run
 
 
 EXAMPLE = "dp.constrained.Lagrangian(measure, dp.constrained.Augmented(10.0))"
-FACTOR, PROGRESS = 10.0, 0.25  # of penalties, where violations did not fall so far
+FACTOR = 10.0  # of penalties, where violations fell too little
 ADVICE = dict(
     max_steps_reached="Raise `max_outer`, `max_inner` where the stationarity is large, "
     "or `tol` where rounding is: in float32 below 1e-4.",
@@ -100,6 +100,9 @@ def minimize(
     $$\|\nabla f + J^\top m\|_\infty, \quad \|h\|_\infty, \quad \|[g]_+\|_\infty,
     \quad \|\min(\lambda, -g)\|_\infty.$$
 
+    Where no `tol` is given, iterations go on as long as they cut the largest of these
+    to a quarter, down to a hundredth of the default.
+
     For full batches of data. It runs as one compiled loop.
 
     **Arguments:**
@@ -115,7 +118,7 @@ def minimize(
         for many take `optimistix.LBFGS` or an optimizer.
     - `max_inner`: the most steps of an inner minimization; with optax its steps.
     - `max_outer`: the most inner minimizations.
-    - `tol`: 1e-8, in float32 1e-4.
+    - `tol`: at most this is a solution; `None` is 1e-8, in float32 1e-4.
     - `duals`: those of an earlier solution, or of steps.
     - `throw`: whether to raise [`diffprog.SolveError`][], which carries the solution,
         for a result that is not successful.
@@ -138,15 +141,17 @@ def minimize(
     found, rest = trained(params)
     dtype = working_dtype(found)
     double = dtype == jnp.float64
+    goal = tol
     if tol is None:
         tol = 1e-8 if double else 1e-4
+        goal = tol / 100
     check_number("tol", tol, "a number > 0", lambda value: value > 0)
     if inner is None:
         inner = bfgs(1e-12 if double else 1e-6)
     _check_inner(inner)
     growth = Growth(FACTOR, 0.0, tol, PROGRESS, 1e8 if double else 1e5)
     whole = _prepared(lagrangian, growth)
-    numbers = whole, found, rest, duals, args, inner, tol
+    numbers = whole, found, rest, duals, args, inner, tol, goal
     at, loop = _run(*numbers, max_inner, max_outer)
     solution = Solution(
         params=eqx.combine(at.params, rest),

@@ -21,6 +21,7 @@ from ._lagrangian import Duals, Lagrangian, Report
 
 
 COLUMNS = "loss", "feasibility", "stationarity", "penalty", "num_inner"
+PROGRESS = 0.25  # what is left of violations by an outer iteration that helps
 
 
 class Iterate(eqx.Module):
@@ -36,9 +37,13 @@ class Iterate(eqx.Module):
 
 
 class Loop(eqx.Module):
-    """What is carried from one outer iteration to the next."""
+    """What is carried from one outer iteration to the next.
+
+    Once `result` is successful, `residual` is that of `at`.
+    """
 
     at: Iterate
+    residual: Array
     best: Best
     num_outer: Array
     num_inner: Array
@@ -48,7 +53,11 @@ class Loop(eqx.Module):
 
 
 class Outer(eqx.Module):
-    """Outer iterations: an inner minimization, then new multipliers and penalties."""
+    """Outer iterations: an inner minimization, then new multipliers and penalties.
+
+    Residuals up to `tol` are a solution; from there on multipliers are updated while
+    that helps, down to `goal`.
+    """
 
     lagrangian: Lagrangian
     evaluate: Any  # (params, duals, args) -> (loss, report), grads, duals
@@ -56,6 +65,7 @@ class Outer(eqx.Module):
     args: tuple
     inner: Any
     tol: Array
+    goal: Array
     equal: dict[str, bool]
     max_inner: int = eqx.field(static=True)
 
@@ -71,6 +81,7 @@ class Outer(eqx.Module):
         column = jnp.full(max_outer, jnp.nan, loss.dtype)
         return Loop(
             at=at,
+            residual=jnp.full((), jnp.inf, self.tol.dtype),
             best=Best(at, tol=self.tol),
             num_outer=zero,
             num_inner=zero,
@@ -85,9 +96,11 @@ class Outer(eqx.Module):
         params, count = self.minimized(loop.at.params, duals)
         (loss, report), grads, new = self.evaluate(params, duals, self.args)
         good = report.finite & all_finite(loss, grads)
-        at = where(good, Iterate(params, loss, report, new), loop.at)
-        solved = good & self.holds(report)
-        hopeless = good & ~solved & self.in_vain(duals, new)
+        residual, already = self.residual(report), loop.result == RESULTS.successful
+        kept = good & (~already | (residual < loop.residual))
+        at = where(kept, Iterate(params, loss, report, new), loop.at)
+        solved = good & (residual <= self.tol) & ~already
+        hopeless = good & ~solved & ~already & self.in_vain(duals, new)
         penalties = [jnp.max(c, initial=0) for c in report.penalties.values()]
         penalty = jnp.max(jnp.stack([c.astype(loss.dtype) for c in penalties]))
         row = loss, report.feasibility, report.stationarity, penalty, count
@@ -95,21 +108,23 @@ class Outer(eqx.Module):
             name: loop.history[name].at[loop.num_outer].set(number.astype(loss.dtype))
             for name, number in zip(COLUMNS, row)
         }
-        best = loop.best.update(at, jnp.where(good, loss, jnp.nan), report)
+        best = loop.best.update(at, jnp.where(kept, loss, jnp.nan), report)
         result = loop.result
         for applies, code in (
             (solved, RESULTS.successful),
             (hopeless, RESULTS.infeasible),
-            (~good, RESULTS.nonfinite_rollout),
+            (~good & ~already, RESULTS.nonfinite_rollout),
         ):
             result = RESULTS.where(applies, code, result)
+        slow = already & ~(residual <= PROGRESS * loop.residual)
         return Loop(
             at=at,
+            residual=jnp.where(kept, residual, loop.residual),
             best=best,
             num_outer=loop.num_outer + 1,
             num_inner=loop.num_inner + count,
             result=result,
-            done=solved | hopeless | ~good,
+            done=hopeless | ~good | slow | (residual <= self.goal),
             history=history,
         )
 
@@ -132,9 +147,9 @@ class Outer(eqx.Module):
         params, _ = lax.fori_loop(0, self.max_inner, step, start)
         return params, jnp.asarray(self.max_inner, jnp.int32)
 
-    def holds(self, report: Report) -> Array:
-        """Whether the conditions of optimality hold; limits that give way may not."""
-        out = report.stationarity <= self.tol
+    def residual(self, report: Report) -> Array:
+        """Of the conditions of optimality; limits that give way have none."""
+        out = report.stationarity.astype(self.tol.dtype)
         for name, error in report.violations.items():
             dual: Any = self.lagrangian.dual_of(name)
             if isinstance(dual, Penalty) and dual.schedule is None:
@@ -144,7 +159,7 @@ class Outer(eqx.Module):
             if not isinstance(dual, Penalty):
                 m = report.multipliers[name]
                 gap = jnp.maximum(gap, complementarity(error, m, equal))
-            out &= jnp.all(gap <= self.tol.astype(gap.dtype))
+            out = jnp.maximum(out, jnp.max(gap, initial=0).astype(out.dtype))
         return out
 
     def in_vain(self, duals: Duals, new: Duals) -> Array:
@@ -182,6 +197,7 @@ def run(
     args: tuple,
     inner: Any,
     tol: Any,
+    goal: Any,
     max_inner: int,
     max_outer: int,
 ) -> tuple[Iterate, Loop]:
@@ -193,13 +209,15 @@ def run(
 
     duals = first(lagrangian, duals, eqx.combine(params, rest), *args)
     evaluate, value = whole(lagrangian.step), whole(lagrangian)
+    number = lambda value: jnp.asarray(value, working_dtype(params))
     outer = Outer(
         lagrangian,
         evaluate,
         value,
         args,
         inner,
-        jnp.asarray(tol, working_dtype(params)),
+        number(tol),
+        number(goal),
         {name: state.equal for name, state in duals.items()},
         max_inner,
     )

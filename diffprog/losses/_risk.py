@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._common.types import check_positive, is_known
+from .._common.types import came, check_positive, is_known
 from .._operators.call import Divergence
 from .._operators.divergence import AbstractDivergence, has_numbers
 from .._operators.generated import as_divergence
@@ -58,7 +58,7 @@ def spectrum(kind: Kind, n: int, parameter: int | float) -> Float[Array, " n"]:
         parameter, (int, float, np.number)
     ):
         raise TypeError(
-            f"`parameter` is a {type(parameter).__name__}; a Python number is expected."
+            f"`parameter` is {came(parameter)}; a Python number is expected."
         )
     accepts, expected = ACCEPTED[kind]
     p = float(parameter)

@@ -44,9 +44,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GROUPS = {
     "Control": ["pendulum"],
-    "Training": [],
-    "Losses": [],
-    "Constraints in learning": [],
+    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Losses": ["sparse_probabilities", "robust_regression"],
+    "Constraints in learning": ["norm_constrained", "rates"],
 }
 COMMAND = "make tutorials ARGS="
 CELL = re.compile(r"^# %%(?P<title>.*)\n", re.MULTILINE)

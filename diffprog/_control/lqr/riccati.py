@@ -13,6 +13,7 @@ from ..._common.linalg import matmul, solve_positive, symmetrize
 from ..._common.result import explain, RESULTS, throw_unless_successful
 from ..._common.straight import MAX_MOVED
 from ..._common.tree import Layout, vary
+from ..._common.types import came
 from .base import (
     AbstractRiccati,
     bellman,
@@ -209,7 +210,7 @@ def solve_lqr(
         raise TypeError(f"`lqr` is a {type(lqr).__name__}; a `dp.LQR` is expected.")
     if not isinstance(method, AbstractRiccati):
         raise TypeError(
-            f"`method` is a {type(method).__name__}; `dp.Riccati()` or "
+            f"`method` is {came(method)}; `dp.Riccati()` or "
             "`dp.ParallelRiccati()` is expected."
         )
     if fast_loops and not method.sequential:
