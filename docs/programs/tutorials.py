@@ -44,9 +44,21 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GROUPS = {
     "Control": ["pendulum"],
-    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Training": [
+        "backward_passes",
+        "layerwise_lqr",
+        "no_learning_rate",
+        "temporal_order",
+        "prox_linear_regression",
+        "moreau_pendulum",
+    ],
     "Losses": ["sparse_probabilities", "robust_regression"],
-    "Constraints in learning": ["norm_constrained", "rates"],
+    "Constraints in learning": [
+        "norm_constrained",
+        "rates",
+        "feasible_digits",
+        "sparse_digits",
+    ],
 }
 COMMAND = "make tutorials ARGS="
 CELL = re.compile(r"^# %%(?P<title>.*)\n", re.MULTILINE)
