@@ -7,9 +7,9 @@ found. Under `jax.jit`, `jax.vmap` and `jax.grad`, and in a batch, nothing is ra
 the code is returned: `jnp.where(solution.success, ...)`. What is said after the
 sentence of the code is the place, and what helps there.
 
-Below, `solve(J)` is `dp.solve` with `dp.ILQR()` on one stage, x + u, from 0, where only the
-terminal cost J counts, and `direction(oracle, loss)` is that of a linear model on four
-examples.
+Below, `solve(J)` is `dp.solve` with `dp.ILQR()` on one stage, x + u, from 0, where only
+the terminal cost J counts, and `direction(oracle, loss)` is that of a linear model on
+four examples.
 """
 
 import equinox as eqx
