@@ -66,20 +66,21 @@ class Quadratic(eqx.Module):
 
 
 def normal(seed, *shape):
-    return jr.normal(jr.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def of_norm(size, matrix):
-    return size * matrix / jnp.linalg.norm(matrix, 2)
+    return jnp.asarray(size * matrix / np.linalg.norm(matrix, 2))
 
 
-A, Z, LAM = normal(0, 4, 3), normal(1, 3), normal(2, 4)
-CURVED, AFFINE = Curved(of_norm(2.0, normal(3, 4, 3))), Affine(A, normal(4, 4))
+A, Z, LAM = (jnp.asarray(a) for a in (normal(0, 4, 3), normal(1, 3), normal(2, 4)))
+CURVED = Curved(of_norm(2.0, normal(3, 4, 3)))
+AFFINE = Affine(A, jnp.asarray(normal(4, 4)))
 # The norm of the Hessian of <lam, CURVED> is at most max |lam| (0.77 |W|^2 + 4 * 0.3).
-SMALL = 0.2 * LAM / jnp.max(jnp.abs(LAM))
+SMALL = jnp.asarray(0.2 * normal(2, 4) / np.max(np.abs(normal(2, 4))))
 S = normal(5, 3, 3)
-Q = S @ S.T + jnp.eye(3)
-ONE_WEIGHT = jnp.ones(())
+Q = jnp.asarray(S @ S.T + np.eye(3))
+ONE_WEIGHT = jnp.asarray(1.0)
 
 
 def jacobian(fn, x=Z):
@@ -225,7 +226,7 @@ def test_a_problem_that_is_not_convex_gives_nan():
 # Networks -------------------------------------------------------------------------
 
 
-X, Y = normal(9, 7, 3), jnp.arange(7) % 2
+X, Y = jnp.asarray(normal(9, 7, 3)), jnp.asarray(np.arange(7) % 2)
 LOSS = dp.losses.SoftmaxCrossEntropy()
 
 
