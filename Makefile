@@ -5,7 +5,7 @@ JOBS ?= 2
 
 .PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
 .PHONY: tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
-.PHONY: bench-gpu package clean
+.PHONY: browser bench-gpu package clean
 
 venv: .venv/.installed
 
@@ -56,6 +56,14 @@ check: venv
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/.browser: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	touch $@
+
+# The site that `make docs` built, in headless Chromium; skipped where there is none.
+browser: .venv/.browser
+	$(BIN)/python -m pytest -q --site site tests/test_site.py $(ARGS)
 
 # The Python blocks of the pages, and what they print.
 pages: venv

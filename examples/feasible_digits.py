@@ -1,8 +1,11 @@
-"""Asks for a loss of at most a bound from every training example, not on average."""
+"""Bound the loss of every example.
+
+Not on average: a network has to give the right digit of every single training image the
+probability 0.6, or pay where it cannot. Every image has a multiplier of its own.
+"""
 
 # %%
-# The network must give the right digit of every single image the probability 0.6, so
-# every image has a multiplier of its own.
+# A mean is content with a few examples far off. A bound for each of them is not.
 import argparse
 import pathlib
 
@@ -10,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import diffprog as dp
 
+
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
@@ -31,8 +38,7 @@ limit, seeds = float(-np.log(0.6)), (0,) if args.fast else (0, 1)
 epochs, batch, rows = (3 if args.fast else 300), 128, len(images)
 
 
-# %%
-# A network of one hidden layer.
+# %% A network of one hidden layer
 def init(key):
     first, last = jax.random.split(key)
     W = jax.random.normal(first, (64, args.units)) / 8
@@ -50,7 +56,7 @@ def losses(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
-# %%
+# %% A limit with many rows
 # `weight` is that of the mean loss: 0 leaves nothing but the limits. A batch sees some
 # rows of the table of multipliers, those of its images.
 def measure(params, index, weight):
@@ -87,7 +93,7 @@ def train(key, dual, weight):
     return params, history
 
 
-# %%
+# %% Four runs
 # The mean alone; the limits alone; the mean with limits that give way where they cost
 # more than they are worth.
 runs = {
@@ -112,8 +118,13 @@ for seed in seeds:
             f" {jnp.mean(new):6.2f}"
         )
 
-# %%
-# The mean of the losses, the worst violation and the largest multiplier, by epoch.
+# The network is large enough that the mean of the losses reaches every bound as well,
+# far below it. What bounds change is the tail on unseen images: the mean of the five
+# largest losses. Where they give way, beside the mean, it is less than half, for 0.2 to
+# 0.4 points of accuracy. Bounds alone cost more, since nothing pushes a loss that is
+# within its bound any further.
+
+# %% What is seen
 figure = Figure((10.0, 3.2), layout="constrained")
 axes = figure.subplots(1, 3)
 titles = "mean training loss", "largest violation", "largest multiplier"
@@ -126,8 +137,11 @@ axes[1].axhline(0, color="0.35", linewidth=1.0, linestyle="--")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
 figure.savefig(args.out / "feasible_digits.png", dpi=110)
 
-# %%
-# What must hold with 48 units.
+# ![Mean loss, largest violation and largest multiplier by epoch](feasible_digits.png)
+
+# %% What must hold, and what to change next
+# Ask for 0.9 in the place of 0.6, or take `--units 8`, with which no network keeps all
+# [bounds](../constrained-learning.md#a-limit-for-every-example). With 48:
 for seed in () if args.fast or args.units != 48 else seeds:
     violated, largest, *_ = found["limits", seed]
     assert violated <= 0.003 and largest <= 0.6

@@ -1,7 +1,7 @@
-"""Which mass and which costs explain what was shown? Learned through the solver.
+"""Learn costs and a mass through the solver.
 
-Somebody balances a pole on a cart, from six starts, with a force that is limited. Three
-numbers are not known: the mass of the pole, and what forces and turning cost.
+Somebody balances a pole on a cart, from six starts, with a force that is limited. Which
+mass of the pole, and which costs of force and turning, explain what was shown?
 """
 
 # %%
@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import diffprog as dp
 from diffprog.systems import CartPole
 
+
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
@@ -27,7 +31,7 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
-# %%
+# %% A planner with unknown numbers
 # The starts are tilted, and the cart may be pushed with 4 N. Numbers of a module are
 # data; these are positive, and learned as logarithms.
 horizon, limit = 40, 4.0
@@ -63,7 +67,7 @@ def plan(logs, xss=None):
     return dp.solve_batch(problem, dp.DDP(), x0s, uss, xss=xss)
 
 
-# %%
+# %% What is shown
 # What is seen are the states, to about a millimeter and a milliradian.
 logarithms = lambda numbers: {k: jnp.log(v) for k, v in numbers.items()}
 shown = plan(logarithms(truth))
@@ -71,9 +75,12 @@ seen = shown.xs + 1e-3 * jr.normal(jr.key(0), shown.xs.shape)
 print("at a limit:", int((jnp.abs(shown.us) == limit).sum()), "of", shown.us.size)
 
 
-# %%
-# The loss is differentiated through all six solves, limits included. They start from
-# the states that were seen, and so end where these are.
+# %% The loss, through the solves
+# Derivatives of a solution are those of the conditions that it satisfies: one more
+# backward pass, and no memory of iterations. So [a solve is a function as
+# others](../gradients.md), and `jax.grad` takes it. The loss is differentiated through
+# all six solves, limits included. They start from the states that were seen, and so end
+# where these are.
 def loss(logs):
     solutions = plan(logs, seen)
     return jnp.mean((solutions.xs - seen) ** 2), solutions.success
@@ -98,8 +105,9 @@ for i in range(steps):
     if i % 35 == 0 or i == steps - 1:
         print(f"{i:3d}  loss {value:.3e} ", *(f"{v:.4f}" for v in numbers[-1]))
 
-# %%
-# The loss ends where the noise is, and the numbers where they were.
+# The loss ends at 1e-6, where the noise of a millimeter and a milliradian is.
+
+# %% What was learned
 figure = Figure((10.0, 3.4), layout="constrained")
 left, middle, right = figure.subplots(1, 3)
 left.semilogy(losses, color="C3")
@@ -119,8 +127,15 @@ right.axhline(-limit, color="0.35", linewidth=1.0, linestyle="--")
 right.set(xlabel="time [s]", ylabel="force [N]", title="shown (dots) and learned")
 figure.savefig(args.out / "learn_from_demonstrations.png", dpi=110)
 
-# %%
-# What must hold.
+# On the right are forces of three of the starts, of which the loss knows nothing.
+#
+# ![The loss, the numbers that are learned, and forces](learn_from_demonstrations.png)
+
+# %% What must hold, and what to change next
+# - `plan(logs)` in the loss starts from zero controls instead: do the solves still end
+#   at what was seen?
+# - Ten times the noise: which of the three numbers suffers first?
+# - A network instead of `terminal_cost` is learned in the same way: any module is data.
 assert losses[-1] < losses[0] / 2
 if not args.fast:
     for name, true in truth.items():

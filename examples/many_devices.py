@@ -1,7 +1,7 @@
-"""A thousand pendulums of different masses swing up, split over eight devices.
+"""Several devices.
 
-Each motor has another limit, too. Eight devices stand for GPUs: here they are threads
-on the cores of one CPU.
+A thousand pendulums of different masses and motors, split over eight devices. These
+stand for GPUs: here they are threads on the cores of one CPU.
 """
 
 # %%
@@ -13,7 +13,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 
 # JAX learns how many devices there are before anything else.
@@ -24,15 +23,21 @@ import diffprog as dp  # noqa: E402
 from diffprog.systems import Pendulum  # noqa: E402
 
 
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
 parser.add_argument("--fast", action="store_true", help="few pendulums, as a test")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 
-# %%
-# One row of numbers for each problem: its mass [kg] and the limit of its torque [N m].
-# Weights and the length of the rod are shared.
+# %% The problems
+# As in [a thousand problems at once](many_problems.md), one row of numbers for each:
+# its mass [kg] and the limit of its torque [N m]. Weights and the length of the rod are
+# shared.
 shape = (8, 5) if args.fast else (40, 25)
 grid = jnp.meshgrid(jnp.linspace(0.5, 2.0, shape[0]), jnp.linspace(3.0, 12.0, shape[1]))
 masses, limits = (numbers.ravel() for numbers in grid)
@@ -48,9 +53,9 @@ problems = pendulums(masses, limits[:, None])
 count = len(masses)
 x0s, guesses = jnp.zeros((count, 2)), jnp.full((count, horizon, 1), 0.1)
 
-# %%
-# The mesh is all that is new. Neighbors differ little, so that the pendulums are dealt
-# out like cards: each device gets light ones and heavy ones.
+# %% The mesh
+# It is all that is new. Neighbors differ little, so that the pendulums are dealt out
+# like cards: each device gets light ones and heavy ones.
 mesh = jax.make_mesh((jax.device_count(),), ("pendulums",))
 dealt = jnp.argsort(jnp.arange(count) % mesh.size, stable=True)
 rows = lambda tree: jax.tree.map(lambda leaf: leaf[dealt], tree)
@@ -79,7 +84,10 @@ places = {
 }
 print("rows of us on each device:", set(places.values()))
 
-# %%
+# Eight threads that share a core gain nothing, eight GPUs much: no device waits for
+# another, since nothing is exchanged. What a device has solved stays there.
+
+# %% What it looks like
 # Back in the order of the grid. A strong motor brings its pendulum to the top in time,
 # and a weak one as high as it can.
 order = np.argsort(dealt)
@@ -107,8 +115,13 @@ right.set(xlabel="time [s]", ylabel="angle [rad]")
 right.set_title("some of them, in the color of their device")
 figure.savefig(args.out / "many_devices.png", dpi=110)
 
-# %%
-# What must hold.
+# ![How far up pendulums of different masses and motors get, and the motion of some of
+# them](many_devices.png)
+
+# %% What must hold, and what to change next
+# - On a machine with GPUs leave `jax_num_cpu_devices` out.
+# - `batch_size=16` bounds the memory of each device.
+# - [Several devices](../several-devices.md) has derivatives, and several hosts.
 some = [0, count // 2, count - 1]
 for i in some:
     alone = dp.solve(

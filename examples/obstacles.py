@@ -1,6 +1,7 @@
-"""A car drives between two obstacles, below a speed limit, and stops at the goal.
+"""Drive between obstacles.
 
-Then an obstacle moves a little at a time, and each solve starts from the one before.
+A car between two obstacles, below a speed limit, to a goal where it stops: all of that
+are constraints. Then an obstacle moves, and each solve starts from the one before.
 """
 
 # %%
@@ -11,13 +12,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
 
 import diffprog as dp
 from diffprog import plot
 
+
+try:
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle, Rectangle
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
@@ -26,11 +31,17 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
-# %%
-# The car. Its state is the position of the rear axle [m], the heading [rad] and the
-# speed [m/s]; its controls are the angle of the front wheels [rad] and the acceleration
-# [m/s^2]. The radii of the obstacles include half of its width. Squares of distances
-# are smooth everywhere, distances are not.
+# %% The car
+# Its state is the position of the rear axle [m], the heading [rad] and the speed [m/s];
+# its controls are the angle of the front wheels [rad] and the acceleration [m/s^2]. The
+# radii of the obstacles include half of its width. Squares of distances are smooth
+# everywhere, distances are not.
+#
+# What is a cost: to be away from the goal, and to steer or push hard. What is a
+# constraint, in [three forms](../constraints.md): the speed has a bound, the car is
+# outside of the obstacles, a function that must not be positive, and at the end it
+# stands at the goal. Controls have `control_bounds`, which cost next to nothing and are
+# never exceeded.
 horizon, dt, wheelbase, width, top_speed = 60, 0.1, 0.5, 0.3, 1.5
 x0, goal = jnp.zeros(4), jnp.array([4.0, 3.0, 0.0, 0.0])
 centers, radii = jnp.array([[1.5, 0.8], [3.0, 2.6]]), jnp.array([0.6, 0.5])
@@ -72,8 +83,10 @@ def problem(centers):
     )
 
 
-# %%
-# It starts at rest. The first guess drives straight ahead, away from the goal.
+# %% The solve
+# It starts at rest. The first guess drives straight ahead, away from the goal. The rows
+# of constraints are met by multipliers, which a solve with constraints updates a few
+# times; each is what its constraint costs, and 0 where it does not matter.
 guess = jnp.zeros((horizon, 2)).at[:, 1].set(0.1)
 solution = dp.solve(problem(centers), dp.DDP(), x0, guess)
 print(solution)
@@ -81,7 +94,10 @@ for name, pushes in solution.multipliers.constraints.items():
     num = int((pushes > 1e-6).any(1).sum())
     print(f"{name:9} active at {num:2d} of {horizon} stages")
 
-# %%
+# The line on constraints says how far they are violated at most, less than 1e-9 here.
+# The car drives past the goal and backs up to it, because nothing forbids that.
+
+# %% An obstacle that moves
 # The first obstacle moves. Its center is data: a new one compiles nothing. A cold solve
 # starts from the first guess, the others from the controls of the solve before them;
 # the last one also from its multipliers and penalties, which are in `state`.
@@ -97,8 +113,10 @@ for i in range(1, 3 if args.fast else 11):
 mean = np.mean(iterations, axis=0)
 print("mean      {:12.1f} {:15.1f} {:25.1f}".format(*mean))
 
+# Controls of before save half of the iterations, and multipliers some more.
 
-# %%
+
+# %% What it looks like
 # The way, and speed and controls with their limits.
 def body(x):
     box = dict(facecolor="#a8c8e4", edgecolor="0.3", alpha=0.9, zorder=2)
@@ -126,6 +144,11 @@ for ax in curves[:2]:
     ax.sharex(curves[2])
 figure.savefig(args.out / "obstacles.png", dpi=110)
 
+# Radii include half of the car's width, so that its body touches the obstacles as they
+# are drawn.
+#
+# ![The way of the car, its speed and its controls](obstacles.png)
+
 # %%
 # The drive as an animation.
 ax = Figure((5.6, 4.4), layout="constrained").subplots()
@@ -141,8 +164,13 @@ with writer.saving(ax.figure, str(args.out / "obstacles.gif"), dpi=75):
         writer.grab_frame()
         car.remove()
 
-# %%
-# What must hold.
+# ![The car drives between the obstacles](obstacles.gif)
+
+# %% What must hold, and what to change next
+# - Another goal or other centers are numbers: they compile nothing.
+# - A speed limit of 0.5 m/s leaves no time to arrive: what does the result say, and
+#   about which constraint?
+# - [A controller](mpc_car.md) does this at every tick.
 away = np.linalg.norm(xs[:, None, :2] - centers, axis=2)
 assert np.all(away > radii - 1e-6), "the car is inside of an obstacle"
 assert np.allclose(xs[-1], goal, atol=1e-6), "the car does not arrive"

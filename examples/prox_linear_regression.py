@@ -1,6 +1,13 @@
-"""A curve through data with gross errors: prox-linear steps on the sum of distances."""
+"""Learn from data with gross errors.
+
+A curve through points of which a quarter is far off, by prox-linear steps on the sum of
+distances, which keep the kinks that a gradient does not see.
+"""
 
 # %%
+# Squares give a gross error all the weight; distances do not. But distances have kinks:
+# a gradient knows nothing of them, and Gauss-Newton has no curvature to work with. The
+# prox-linear method keeps the loss as it is, and linearizes the network alone.
 import argparse
 import pathlib
 import time
@@ -9,15 +16,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import optax
 
 import diffprog as dp
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
@@ -26,7 +33,7 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
-# %%
+# %% The data
 # 80 points of a curve with a little noise; a quarter of them is off by a lot, always
 # upward. The network has 49 parameters.
 keys = jr.split(jr.key(0), 6)
@@ -44,9 +51,8 @@ def mean_distance(model):
     return jnp.mean(distance(jax.vmap(model)(inputs), targets))
 
 
-# %%
-# All points at once, so that there is no noise of batches. The prox-linear method keeps
-# the kinks of the distance and linearizes the network alone. Subgradient descent is the
+# %% Four ways
+# All points at once, so that there is no noise of batches. Subgradient descent is the
 # usual way; its step sizes, and that of Adam, are the best of 1, 0.3, 0.1, 0.03, 0.01
 # for the lowest distance at the end. Gauss-Newton minimizes the squared distance, which
 # is what the gross errors ruin. Prox-linear steps end early: from the 60th on they find
@@ -96,9 +102,12 @@ for name, method in METHODS.items():
         f" {error:20.4f}"
     )
 
-# %%
-# Pictures.
-figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+# Forty steps with the model bring the curve closer to the true one than two thousand
+# subgradients, in a fifth of the time. That of squares is off by ten times as much.
+
+# %% What is seen
+figure = Figure(figsize=(12, 3.6), layout="constrained")
+axes = figure.subplots(1, 3)
 for name, (model, distances, seconds, _) in runs.items():
     axes[0].plot(grid, jax.vmap(model)(grid), label=name)
     if "squares" not in name:
@@ -112,9 +121,13 @@ axes[1].set(xlabel="steps", ylabel="mean distance", ylim=(0.4, 1.0))
 axes[2].set(xlabel="seconds", ylabel="mean distance", ylim=(0.4, 1.0))
 figure.savefig(args.out / "prox_linear_regression.png", dpi=120)
 
-# %%
-# What must hold: squares are pulled away by the gross errors, distances are not; and
-# the model of a prox-linear step is worth many subgradients.
+# ![Curves through the data, distances by step and time](prox_linear_regression.png)
+
+# %% What must hold, and what to change next
+# Take `dp.losses.Huber(0.1)`, which has a curvature, and `GaussNewton` with it; or
+# mini-batches, whose noise [this method does not bear](../oracles/prox_linear.md).
+# Squares are pulled away by the gross errors, distances are not; and the model of a
+# prox-linear step is worth many subgradients.
 if not args.fast:
     final = {name: distances[-1] for name, (_, distances, _, _) in runs.items()}
     assert runs["prox-linear"][3] < 0.1 < 0.4 < runs["Gauss-Newton, squares"][3]

@@ -1,6 +1,7 @@
-"""A quadrotor flips over and flies through a slit that is narrower than it is.
+"""Rotations: a flip and a slit.
 
-Its attitude is a unit quaternion: there is nothing special about flying upside down.
+A quadrotor, 50 cm wide, flips over and flies through a slit of 24 cm. Its attitude is a
+unit quaternion: there is nothing special about flying upside down.
 """
 
 # %%
@@ -10,12 +11,16 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
 
 import diffprog as dp
 from diffprog.manifolds import UnitQuaternion
 
+
+try:
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
@@ -24,12 +29,17 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
-# %%
+# %% Attitudes are a manifold
 # The state has position [m], attitude q, velocity [m/s] and rates [rad/s]: 13 numbers.
 # Four are those of q, but attitudes have three dimensions: q + dq is none of them, and
 # q and -q are the same. A manifold says how to get from one to another, by a rotation
 # vector. With it each iterate has unit quaternions, and the gains, the gaps and the
 # error at the goal have 12 entries.
+#
+# Each rotor pushes with a quarter to seven quarters of its share of the weight. No
+# reference says that the quadrotor tilts in the slit: points of its rim must be free,
+# in an hourglass around the slit, smooth and as narrow as it has to be at the wall
+# only.
 quad = dp.systems.QuaternionQuadrotor(dt=0.03)
 share = quad.mass * quad.gravity / 4  # of the weight that a rotor carries [N]
 horizon, wall, half_slit, radius = 80, 3.0, 0.12, 0.25  # [m], rotors included
@@ -75,9 +85,10 @@ problem = dp.ControlProblem(
     manifold=quad.manifold,
 )
 
-# %%
-# The first guess is one of states: straight to the goal, and over on the way. We know
-# no controls that fly so. The solve closes the gaps between the states.
+# %% The solve
+# The first guess is [one of states](../starting-from-states.md): straight to the goal,
+# and over on the way. We know no controls that fly so. The solve closes the gaps
+# between the states.
 way = 4 * smooth_step(t / t[-1])
 guess = jnp.zeros((horizon + 1, 13)).at[:, 3:7].set(jax.vmap(flip)(t))
 guess = guess.at[:, 0].set(way).at[:-1, 7].set(jnp.diff(way) / quad.dt)
@@ -90,9 +101,9 @@ middle = np.argmin(abs(xs[:, 0] - wall))
 print(f"tilt: up to {tilt.max():.0f} degrees, {tilt[middle]:.0f} in the slit")
 
 
-# %%
-# Pictures: the flight from the side and from above, with the first arm in red and the
-# push of each rotor in orange.
+# %% What it looks like
+# The flight from the side and from above, with the first arm in red and the push of
+# each rotor in orange.
 def scene(figure):
     axes = figure.subplots(2, height_ratios=[1.4, 1.1])
     for ax, name, i in zip(axes, ("z [m]", "y [m]"), (2, 1)):
@@ -127,6 +138,11 @@ tilts.plot(t, tilt)
 tilts.set(xlabel="time [s]", ylabel="tilt [degrees]", yticks=range(0, 181, 45))
 figure.savefig(args.out / "quadrotor_quaternion.png", dpi=110)
 
+# Pushes reach both limits, in the flip and in the slit.
+#
+# ![The flight from the side and from above, the pushes of the rotors and the
+# tilt](quadrotor_quaternion.png)
+
 # %%
 # The flight as an animation.
 movie = Figure((8.0, 4.8), layout="constrained")
@@ -138,8 +154,12 @@ with writer.saving(movie, str(args.out / "quadrotor_quaternion.gif"), dpi=75):
         writer.grab_frame()
         [part.remove() for part in parts]
 
-# %%
-# What must hold, also of states between the stages, as the rim passes the wall.
+# ![The quadrotor flips and flies through the slit](quadrotor_quaternion.gif)
+
+# %% What must hold, and what to change next
+# The rim is checked between the stages as well, as it passes the wall. [Angles and
+# rotations](../angles-and-rotations.md) explains manifolds, and how to write one:
+# `UnitQuaternion` has two functions, `difference` and `retract`.
 steps = quad.manifold.difference(xs[1:], xs[:-1])
 fine = [quad.manifold.retract(xs[:-1], s * steps) for s in np.linspace(0.0, 1.0, 9)]
 fine = np.asarray(jax.vmap(rim_of)(np.concatenate(fine)))

@@ -1,9 +1,12 @@
-"""Trains a network of which 70, 50 or 30 % of the weights are left, as asked for."""
+"""Train a network of half the weights.
+
+Or of 70 or 30 %, as asked for: gates that are exactly 0, and a limit on the share that
+is left.
+"""
 
 # %%
 # Every input and every hidden unit has a gate that is closed, exactly 0, with some
-# probability, and trained like weights. The limit is on the expected share of weights
-# that are left.
+# probability. The limit is on the expected share of weights that are left.
 import argparse
 import pathlib
 
@@ -11,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import diffprog as dp
 
+
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
@@ -24,16 +31,14 @@ parser.add_argument("--fast", action="store_true", help="a few epochs, as a test
 parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
-digits = load_digits()
-images = (digits.data / 16).astype(np.float32)
-parts = train_test_split(images, digits.target, test_size=0.25, random_state=0)
+data, digits = load_digits(return_X_y=True)
+parts = train_test_split(np.float32(data / 16), digits, test_size=0.25, random_state=0)
 images, unseen, labels, unseen_labels = (jnp.asarray(part) for part in parts)
 epochs, batch = (3 if args.fast else 250), 128
 
 
-# %%
-# A network of 64 inputs, 128 hidden units and 10 outputs. Without a key the gates are
-# those of the median.
+# %% The network and its gates
+# 64-128-10 units. Without a key the gates are those of the median.
 def init(key):
     first, last = jax.random.split(key)
     W = jax.random.normal(first, (64, 128)) / 8
@@ -61,7 +66,7 @@ def realized(params):
     return share(*(gate.realized_density() for gate in params["gates"]))
 
 
-# %%
+# %% The limit
 # With a limit, PI finds the multiplier. Without one, the density is part of the loss,
 # with a weight that has to be guessed: 0.1 lands at 72 %, 1 at 40 %.
 def measure(params, index, key, limit, weight):
@@ -105,7 +110,7 @@ def train(key, limit, weight):
     return density(params), realized(params), jnp.mean(right), history
 
 
-# %%
+# %% Five runs
 # Density, that of the gates of the median, and the accuracy on unseen digits.
 asked = {"limit 70 %": (0.7, 0.0), "limit 50 %": (0.5, 0.0), "limit 30 %": (0.3, 0.0)}
 asked |= {"penalty 0.1": (1.0, 0.1), "penalty 1": (1.0, 1.0)}
@@ -115,8 +120,10 @@ for name, (limit, weight) in asked.items():
     *found[name], histories[name] = train(jax.random.key(args.seed), limit, weight)
     print(f"{name:12}", *(f"{100 * float(number):7.2f}" for number in found[name]))
 
-# %%
-# Cross-entropy, density and multiplier.
+# A limit is met, with `--seed 1` and 2 too; where penalties land nobody could say. The
+# median network, which is what is kept, is sparser than the expected one.
+
+# %% What is seen
 figure = Figure((10.0, 3.2), layout="constrained")
 axes = figure.subplots(1, 3)
 titles = "training loss", "density [%]", "multiplier"
@@ -132,10 +139,12 @@ for axis, title, place in zip(axes, titles, range(3), strict=True):
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
 figure.savefig(args.out / "sparse_digits.png", dpi=110)
 
-# %%
-# What must hold.
+# ![Cross-entropy, density and multiplier against the epoch](sparse_digits.png)
+
+# %% What must hold, and what to change next
+# Limit inputs and units apart, each with a name of its own; or put gates into a network
+# of yours: [`HardConcrete`][diffprog.constrained.HardConcrete] is a module.
 if not args.fast:
     for percent, accuracy in ((70, 0.97), (50, 0.95), (30, 0.92)):
         left, _, right = found[f"limit {percent} %"]
-        assert abs(100 * left - percent) < 1, percent
-        assert right >= accuracy, percent
+        assert abs(100 * left - percent) < 1 and right >= accuracy, percent

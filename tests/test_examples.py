@@ -8,7 +8,7 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-LIMITS = {"car_racing.py": 255, "digits_gauss_newton.py": 165}
+LIMITS = {"car_racing.py": 230}
 FILES = {
     "backward_passes.py": {"backward_passes.png"},
     "car_racing.py": {"race.png", "inputs.png", "convergence.png"},
@@ -18,11 +18,14 @@ FILES = {
     "character_model.py": {"characters.png"},
     "digits_gauss_newton.py": {"digits_gauss_newton.png"},
     "digits_losses.py": {"digits_curves.png", "digits_operators.png"},
+    "fastest_lap.py": {"fastest_lap.png", "fastest_lap_inputs.png"},
     "feasible_digits.py": {"feasible_digits.png"},
+    "five_directions.py": {"five_directions.png"},
     "layerwise_lqr.py": {"layerwise_lqr.png"},
     "learn_from_demonstrations.py": {"learn_from_demonstrations.png"},
     "line_of_states.py": {"line_of_states.png"},
     "many_devices.py": {"many_devices.png"},
+    "many_problems.py": {"many_problems.png"},
     "moreau_pendulum.py": {"moreau_pendulum.png"},
     "no_learning_rate.py": {"no_learning_rate.png"},
     "norm_constrained.py": {"norm_constrained.png"},
@@ -36,6 +39,7 @@ FILES = {
     "prox_linear_regression.py": {"prox_linear_regression.png"},
     "rates.py": {"rates.png"},
     "robust_regression.py": {"robust_regression.png"},
+    "simulator.py": {"simulator.png"},
     "sparse_digits.py": {"sparse_digits.png"},
     "sparse_probabilities.py": {"sparse_probabilities.png"},
     "temporal_order.py": {"temporal_order.png"},
@@ -93,4 +97,5 @@ def test_the_race_has_hard_borders(tmp_path, car):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_is_short(script):
     lines = (EXAMPLES / script).read_text().splitlines()
-    assert len(lines) <= LIMITS.get(script, 150)
+    code = [line for line in lines if not line.startswith("#")]  # and no prose
+    assert len(code) <= LIMITS.get(script, 150)

@@ -62,15 +62,26 @@ def test_says_what_to_install_where_an_extra_is_missing(name):
             assert not EXTRAS & {alias.name.split(".")[0] for alias in node.names}
 
 
+def _fails(*command):
+    """The one line that a program ends with."""
+    process = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 1 and not process.stdout
+    (line,) = process.stderr.splitlines()
+    return line
+
+
 def test_one_sentence_without_matplotlib(tmp_path):
     hide = "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv[0:1] = []; "
     run = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = PROGRAM["script"]("pendulum")
-    process = subprocess.run(
-        [sys.executable, "-c", hide + run, script, "--fast", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode != 0
-    assert "pip install" in process.stderr.splitlines()[-1]
+    script = PROGRAM["script"]("five_directions")
+    told = _fails("-c", hide + run, script, "--fast", "--out", tmp_path)
+    assert "matplotlib" in told and "pip install 'diffprog[examples]'" in told
+
+
+def test_one_sentence_without_a_circuit(tmp_path):
+    script = PROGRAM["script"]("fastest_lap")
+    missing = tmp_path / "circuit.csv"
+    told = _fails(script, "--track", missing, "--out", tmp_path)
+    assert told.startswith(f"No circuit from {missing}: ")

@@ -29,7 +29,6 @@ COLUMNS = {"t": 62, "t+1": 240, "T": 418}
 BLUE = "#5b7fd0"
 STYLE = f"""
   svg {{ color: #24292f; font-family: sans-serif; }}
-  @media (prefers-color-scheme: dark) {{ svg {{ color: #dfe2e8; }} }}
   text {{ fill: currentColor; font-size: 14px; text-anchor: middle; }}
   .name {{ font-weight: bold; text-anchor: start; }}
   .small {{ font-size: 12px; }}

@@ -43,10 +43,34 @@ from PIL import Image, ImageOps
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GROUPS = {
-    "Control": ["pendulum"],
-    "Training": ["backward_passes", "layerwise_lqr", "no_learning_rate"],
+    "Control": [
+        "pendulum",
+        "five_directions",
+        "obstacles",
+        "fastest_lap",
+        "mpc_cart_pole",
+        "mpc_car",
+        "quadrotor_quaternion",
+        "many_problems",
+        "many_devices",
+        "learn_from_demonstrations",
+        "simulator",
+    ],
+    "Training": [
+        "backward_passes",
+        "layerwise_lqr",
+        "no_learning_rate",
+        "temporal_order",
+        "prox_linear_regression",
+        "moreau_pendulum",
+    ],
     "Losses": ["sparse_probabilities", "robust_regression"],
-    "Constraints in learning": ["norm_constrained", "rates"],
+    "Constraints in learning": [
+        "norm_constrained",
+        "rates",
+        "feasible_digits",
+        "sparse_digits",
+    ],
 }
 COMMAND = "make tutorials ARGS="
 CELL = re.compile(r"^# %%(?P<title>.*)\n", re.MULTILINE)
@@ -225,7 +249,7 @@ def gallery() -> str:
     parts = [
         "# Gallery",
         "Programs from beginning to end, to read and to run. Each is one file in "
-        "`examples/`,\nends in assertions, and takes less than a minute.",
+        "`examples/`,\nends in assertions, and takes a minute at most.",
     ]
     for group, members in GROUPS.items():
         if members:
