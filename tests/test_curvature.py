@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
@@ -31,11 +32,11 @@ from .helpers import close
 
 M, K = 6, 3
 KEYS = jr.split(jr.key(0), 9)
-INPUTS = jr.normal(KEYS[0], (M, 4))
-LABELS = jnp.arange(M) % K
-REAL = jr.normal(KEYS[1], (M, K))
-SIGNS = jnp.where(REAL > 0, 1.0, -1.0)
-COUNTS = jnp.abs(jnp.round(2 * REAL))
+RNG = np.random.default_rng(0)
+INPUTS, DRAWN = jnp.asarray(RNG.normal(size=(M, 4))), RNG.normal(size=(M, K))
+LABELS, REAL = jnp.asarray(np.arange(M) % K), jnp.asarray(DRAWN)
+SIGNS = jnp.asarray(np.where(DRAWN > 0, 1.0, -1.0))
+COUNTS = jnp.asarray(np.abs(np.round(2 * DRAWN)))
 
 
 class Net(eqx.Module):
@@ -55,7 +56,7 @@ class Net(eqx.Module):
 NET = Net()
 PARAMS, REST = eqx.partition(NET, eqx.is_inexact_array)
 FLAT, UNRAVEL = ravel_pytree(PARAMS)
-DIRECTIONS = jr.normal(KEYS[4], (3, FLAT.size))
+DIRECTIONS = jnp.asarray(RNG.normal(size=(3, FLAT.size)))
 LIKELIHOODS = {
     "softmax": (SoftmaxCrossEntropy(), LABELS),
     "logistic": (Logistic(), SIGNS),

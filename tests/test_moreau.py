@@ -65,21 +65,25 @@ class Quadratic(eqx.Module):
         return 0.5 * x @ self.Q @ x
 
 
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
 def normal(seed, *shape):
-    return jr.normal(jr.key(seed), shape)
+    return jnp.asarray(drawn(seed, *shape))
 
 
 def of_norm(size, matrix):
-    return size * matrix / jnp.linalg.norm(matrix, 2)
+    return jnp.asarray(size * matrix / np.linalg.norm(matrix, 2))
 
 
 A, Z, LAM = normal(0, 4, 3), normal(1, 3), normal(2, 4)
-CURVED, AFFINE = Curved(of_norm(2.0, normal(3, 4, 3))), Affine(A, normal(4, 4))
+CURVED, AFFINE = Curved(of_norm(2.0, drawn(3, 4, 3))), Affine(A, normal(4, 4))
 # The norm of the Hessian of <lam, CURVED> is at most max |lam| (0.77 |W|^2 + 4 * 0.3).
-SMALL = 0.2 * LAM / jnp.max(jnp.abs(LAM))
-S = normal(5, 3, 3)
-Q = S @ S.T + jnp.eye(3)
-ONE_WEIGHT = jnp.ones(())
+SMALL = jnp.asarray(0.2 * drawn(2, 4) / np.max(np.abs(drawn(2, 4))))
+S = drawn(5, 3, 3)
+Q = jnp.asarray(S @ S.T + np.eye(3))
+ONE_WEIGHT = jnp.asarray(1.0)
 
 
 def jacobian(fn, x=Z):
@@ -207,7 +211,7 @@ def test_gradient_steps_converge_and_loops_are_what_is_written_out():
 
 
 def test_exact_inverse_of_an_invertible_layer_is_target_propagation():
-    W = of_norm(1.0, normal(8, 3, 3)) + 2 * jnp.eye(3)
+    W = of_norm(1.0, drawn(8, 3, 3)) + 2 * jnp.eye(3)
     layer, lam = (lambda x: W @ x + 0.1 * jnp.sin(W @ x)), 0.1 * Z
     target = layer(Z) - lam
     g = InverseRule(1e-12, InnerGaussNewton(20)).pull(layer, Z, lam)
@@ -225,7 +229,7 @@ def test_a_problem_that_is_not_convex_gives_nan():
 # Networks -------------------------------------------------------------------------
 
 
-X, Y = normal(9, 7, 3), jnp.arange(7) % 2
+X, Y = normal(9, 7, 3), jnp.asarray(np.arange(7) % 2)
 LOSS = dp.losses.SoftmaxCrossEntropy()
 
 

@@ -105,38 +105,50 @@ def differences(fn, *at, step=1e-5):
     """Central ones of `fn` in the direction of each entry of the last argument."""
     *rest, z = at
     moves = step * jnp.eye(len(z))
-    both = [jax.vmap(lambda z: fn(*rest, z))(z[None] + s * moves) for s in (1, -1)]
-    return jnp.moveaxis((both[0] - both[1]) / (2 * step), 0, -1)
+    moves = jnp.concatenate([moves, -moves])
+    ahead, back = jnp.split(jax.vmap(lambda move: fn(*rest, z + move))(moves), 2)
+    return jnp.moveaxis((ahead - back) / (2 * step), 0, -1)
 
 
 def rows_of_differences(fn, *rows):
-    return jax.jit(jax.vmap(ft.partial(differences, fn)))(*rows)
+    return jax.vmap(ft.partial(differences, fn))(*rows)
 
 
 def test_models_are_derivatives_in_local_coordinates():
     problem, x0, us = body()
     dynamics, cost, last, zs = local()
-    A, B = jtu.tree_leaves(dp.linearize(problem, x0, us))
-    assert A.shape == (T, 6, 6) and B.shape == (T, 6, 3)
-    ts = jnp.arange(T)
-    slopes = rows_of_differences(dynamics, ts, zs)
-    close(jnp.concatenate([A, B], -1), slopes, 1e-7)
+    ts, here = jnp.arange(T), jnp.zeros((1, 6))
+    from_here = lambda v: dp.rollout(problem, ARRAY.retract(x0, v), us).cost
 
-    model = dp.quadratize(problem, x0, us)
-    slopes = rows_of_differences(cost, ts, zs)
-    close(jnp.concatenate([model.q, model.r], -1), slopes, 1e-7)
-    hessians = rows_of_differences(jax.grad(cost, 1), ts, zs)
+    @jax.jit
+    def desired():
+        return (
+            rows_of_differences(dynamics, ts, zs),
+            rows_of_differences(cost, ts, zs),
+            rows_of_differences(jax.grad(cost, 1), ts, zs),
+            rows_of_differences(jax.grad(last), here)[0],
+            rows_of_differences(from_here, here)[0],
+            rows_of_differences(last, here)[0],
+        )
+
+    @jax.jit
+    def models():
+        given = problem, x0, us
+        return dp.linearize(*given), dp.quadratize(*given), dp.costates(*given)
+
+    slopes, cost_slopes, hessians, last_hessian, *ends = desired()
+    linear, model, lams = models()
+    A, B = jtu.tree_leaves(linear)
+    assert A.shape == (T, 6, 6) and B.shape == (T, 6, 3)
+    close(jnp.concatenate([A, B], -1), slopes, 1e-7)
+    close(jnp.concatenate([model.q, model.r], -1), cost_slopes, 1e-7)
     close(model.Q, hessians[:, :6, :6], 1e-7)
     close(model.R, hessians[:, 6:, 6:], 1e-7)
     close(model.M, hessians[:, :6, 6:], 1e-7)
-    found = rows_of_differences(jax.grad(last), jnp.zeros((1, 6)))[0]
-    close(model.Q_final, found, 1e-7)
-
-    from_here = lambda v: dp.rollout(problem, ARRAY.retract(x0, v), us).cost
-    lams = dp.costates(problem, x0, us)
+    close(model.Q_final, last_hessian, 1e-7)
     assert lams.shape == (T + 1, 6)
-    close(lams[0], rows_of_differences(from_here, jnp.zeros((1, 6)))[0], 1e-7)
-    close(lams[-1], rows_of_differences(last, jnp.zeros((1, 6)))[0], 1e-7)
+    close(lams[0], ends[0], 1e-7)
+    close(lams[-1], ends[1], 1e-7)
 
 
 def test_second_derivatives_are_those_of_the_full_maps():

@@ -210,6 +210,7 @@ def test_borders_are_at_most_zero_on_the_track():
     np.testing.assert_allclose(rows.sum(), 0.02 + race.car.width - 0.37, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_race_between_hard_borders():
     race = Race(
         KinematicCar(),

@@ -11,10 +11,10 @@ are examples, which tests run.
 
 import contextlib
 import io
+import multiprocessing
 import os
 import pathlib
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,21 +62,37 @@ def close(a: float, b: float) -> bool:
     return abs(a - b) <= 0.01 * max(abs(a), abs(b)) or max(abs(a), abs(b)) < 1e-3
 
 
+def run_apart(page: str, update: bool, answer):
+    """In a process of its own; it answers what was printed, and whether all is good."""
+    out, good = io.StringIO(), False
+    try:
+        with contextlib.redirect_stdout(out):
+            good = run(pathlib.Path(page), update)
+    finally:
+        answer.send((out.getvalue(), good))
+
+
 def main():
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--one"]:
-        sys.exit(not run(pathlib.Path(arguments[1]), "--update" in arguments))
-    update = [argument for argument in arguments if argument == "--update"]
-    pages = [argument for argument in arguments if argument != "--update"]
+    update = "--update" in sys.argv
+    pages = [argument for argument in sys.argv[1:] if argument != "--update"]
     written = [path for path in DOCS.rglob("*.md") if path.parent.name != "tutorials"]
     pages = pages or sorted(map(str, written))
     pages = [page for page in pages if "```python" in pathlib.Path(page).read_text()]
+    # Each process begins as a copy of one that has imported what takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffprog", "optax"])
 
     def one(page: str) -> bool:
-        command = [sys.executable, __file__, "--one", page, *update]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        good = process.returncode == 0
-        print(f"{process.stdout}{'good' if good else 'bad '} {page}", flush=True)
+        question, answer = context.Pipe(duplex=False)
+        process = context.Process(target=run_apart, args=(page, update, answer))
+        process.start()
+        answer.close()
+        try:
+            printed, good = question.recv()
+        except EOFError:  # the process came to an end
+            printed, good = "", False
+        process.join()
+        print(f"{printed}{'good' if good else 'bad '} {page}", flush=True)
         return good
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

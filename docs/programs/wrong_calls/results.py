@@ -6,6 +6,10 @@ is raised as [`SolveError`](api/solution.md); `error.solution` is the best that 
 found. Under `jax.jit`, `jax.vmap` and `jax.grad`, and in a batch, nothing is raised and
 the code is returned: `jnp.where(solution.success, ...)`. What is said after the
 sentence of the code is the place, and what helps there.
+
+Below, `solve(J)` is `dp.solve` with `dp.ILQR()` on one stage, x + u, from 0, where only
+the terminal cost J counts, and `direction(oracle, loss)` is that of a linear model on
+four examples.
 """
 
 import equinox as eqx
