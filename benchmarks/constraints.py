@@ -41,7 +41,7 @@ RAIL = dp.AugmentedLagrangian(penalty=1e3)
 
 
 def solvers(problem) -> dict:
-    variants = {"": FAST, ", plain loops": dict(fast_loops=False)}
+    variants = {"": FAST}
     if problem.name == "short rail":
         variants[", penalty 1000"] = FAST | dict(outer=RAIL)
     found = {}

@@ -38,9 +38,8 @@ NOTES = (
 def solvers(problem) -> dict:
     found = {}
     for method in ours.METHODS:
-        for suffix, options in ours.LOOPS.items():
-            name = f"diffprog {type(method).__name__}{suffix}"
-            found[name] = ours.Solver(problem, method, atol=TOLERANCE, **options)
+        name = f"diffprog {type(method).__name__}"
+        found[name] = ours.Solver(problem, method, atol=TOLERANCE)
     if casadi := load("casadi"):
         found["Fatrop"] = casadi.MultipleShooting(problem, "fatrop", expand=False)
         found["Fatrop, expanded"] = casadi.MultipleShooting(problem, "fatrop", True)
