@@ -61,9 +61,10 @@ docs: .venv/.docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	touch $@
 
-# The site that `make docs` built, in headless Chromium; skipped where there is none.
+# The site that `make docs` built, in headless Chromium, skipped where there is none; and
+# its formulas.
 browser: .venv/.browser
-	$(BIN)/python -m pytest -q --site site tests/test_site.py $(ARGS)
+	$(BIN)/python -m pytest -q --site site tests/test_site.py tests/test_pages.py $(ARGS)
 
 # The Python blocks of the pages, and what they print.
 pages: venv

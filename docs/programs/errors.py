@@ -15,6 +15,7 @@ a user is in `INTERNAL`.
 import ast
 import contextlib
 import html
+import importlib.metadata
 import io
 import os
 import pathlib
@@ -145,8 +146,10 @@ def place(error: BaseException, known: list[Raise]) -> Raise | None:
 
 
 def plain(error: BaseException) -> str:
-    """The message, or its end where a traceback comes before it."""
+    """The message, or its end where a traceback comes before it; of any version."""
     text = SHOWN.sub("0x...", str(error)).replace(os.getcwd() + os.sep, "")
+    own = importlib.metadata.version("diffprog")
+    text = text.replace(f"this is diffprog {own},", "this is diffprog VERSION,")
     if "Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1]
     return " ".join(text.split())
