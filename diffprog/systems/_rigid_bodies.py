@@ -144,14 +144,10 @@ class Goal(NamedTuple):
     weights: Float[Array, " 2"]  # of both errors
 
 
-def _errors(goal: Goal, R: Array, position: Array) -> tuple[Array, Array]:
-    return position + _matmul(R, goal.hand) - goal.position, R - goal.rotation
-
-
 def _miss(links: Links, goal: Goal, q: Array) -> Array:
-    place, turn = _errors(goal, *_hand(links, q)[:2])
-    squares = jnp.stack([jnp.sum(place**2), jnp.sum(turn**2)])
-    return jnp.sum(goal.weights * squares) / 2
+    R, position, _ = _hand(links, q)
+    errors = position + _matmul(R, goal.hand) - goal.position, R - goal.rotation
+    return jnp.sum(goal.weights * jnp.stack([jnp.sum(e**2) for e in errors])) / 2
 
 
 miss = jax.custom_jvp(_miss)
@@ -174,19 +170,22 @@ class _Lever(NamedTuple):
     torque: Float[Array, " 3"]
     R: Float[Array, "3 3"]
 
+    def pull(self) -> Array:
+        return _matmul(self.v, self.force) + _matmul(self.w, self.torque)
+
 
 def _lever(links: Links, goal: Goal, q: Array) -> _Lever:
     R, position, motions = _hand(links, q)
-    error, _ = _errors(goal, R, position)
+    hand = position + _matmul(R, goal.hand)
     w, v = _parts(motions)
-    v = v + jnp.cross(w, (error + goal.position)[None])
-    torque = jnp.sum(jnp.cross(goal.rotation.T, R.T), 0)
-    return _Lever(w, v, goal.weights[0] * error, goal.weights[1] * torque, R)
+    v = v + jnp.cross(w, hand[None])
+    force = goal.weights[0] * (hand - goal.position)
+    torque = goal.weights[1] * jnp.sum(jnp.cross(goal.rotation.T, R.T), 0)
+    return _Lever(w, v, force, torque, R)
 
 
 def _pulled(links: Links, goal: Goal, q: Array) -> Array:
-    w, v, force, torque, _ = _lever(links, goal, q)
-    return _matmul(v, force) + _matmul(w, torque)
+    return _lever(links, goal, q).pull()
 
 
 _pull = jax.custom_jvp(_pulled)  # the gradient of `miss`
@@ -198,15 +197,14 @@ def _(primals, tangents):
     links, goal, _ = primals
     if not _is_fixed((*tangents[0], *tangents[1])):
         return jax.jvp(_pulled, primals, _dense(primals, tangents))
-    w, v, force, torque, R = _lever(*primals)
+    w, v, force, torque, R = lever = _lever(*primals)
     overlap = goal.weights[1] * _matmul(R, goal.rotation.T)
     turned = jnp.trace(overlap) * w - _matmul(w, overlap.T)
     turned += jnp.cross(torque[None], w)
     moved = goal.weights[0] * v + jnp.cross(force[None], w)
     upper = _matmul(moved, v.T) + _matmul(turned, w.T)
     hessian = _halves(upper.T, upper)
-    pull = _matmul(v, force) + _matmul(w, torque)
-    return pull, _matmul(hessian, tangents[2])
+    return lever.pull(), _matmul(hessian, tangents[2])
 
 
 class _Inertias(NamedTuple):

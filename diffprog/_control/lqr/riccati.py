@@ -89,9 +89,8 @@ class Riccati(AbstractRiccati):
         limited = len(chain.limits)
         data = (trajectory.xs, trajectory.us, chain.ts, *chain.limits, *model.rows)
         # Small bodies are straight lines, of which nothing can be left out.
-        ends = chain.loops != "plain" and 2 * V.size > MAX_MOVED
-        ends = ends and model.gives_up is not False
-        step = unless_failed if ends else stage
+        large = chain.loops != "plain" and 2 * V.size > MAX_MOVED
+        step = unless_failed if large and model.gives_up is not False else stage
         (V, *sums), rows = chain.scan(step, start, *data, reverse=True)
         gains, gradients = zip(*rows, strict=True)
         change, positive, first = sums
