@@ -296,7 +296,8 @@ def test_the_merit_is_smooth_and_its_slope_the_multiplier():
         return (slope, bend), known
 
     for equal in (True, False):
-        close(*slopes(value, dual, penalty, equal), 1e-13)
+        found, known = slopes(value, dual, penalty, equal)
+        close(found, known, 1e-13)
     value, dual, penalty = (np.asarray(a) for a in (value, dual, penalty))
     square = penalty > 0
     c, y, g = penalty[square], dual[square], value[square]
