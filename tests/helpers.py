@@ -82,6 +82,7 @@ class Linear(eqx.Module):
         return x @ self.lqr.Q_final @ x / 2 + self.lqr.q_final @ x
 
 
+@ft.partial(jax.jit, static_argnames=("T", "n", "m", "dtype"))
 def random_lqr(key, T=12, n=3, m=2, dtype=jnp.float64) -> dp.LQR:
     normal = lambda i, *shape: jax.random.normal(
         jax.random.fold_in(key, i), shape, dtype
@@ -243,13 +244,14 @@ class Dense(eqx.Module):
 
 
 def dense(outputs, total, w) -> Dense:
-    out = outputs(w)
-    g, H = jax.grad(total)(out), jax.hessian(total)(out)
-    return Dense(total(out), jax.jacfwd(outputs)(w), g, H)
+    J, out = jax.jacfwd(lambda w: 2 * (outputs(w),), has_aux=True)(w)
+    h, g = jax.value_and_grad(total)(out)
+    return Dense(h, J, g, jax.hessian(total)(out))
 
 
 def damped_step(matrix, gradient, damping):
-    return -jnp.linalg.solve(matrix + damping * jnp.eye(len(gradient)), gradient)
+    xp = jnp if isinstance(gradient, jax.Array) else np
+    return -xp.linalg.solve(matrix + damping * xp.eye(len(gradient)), gradient)
 
 
 def dense_step(problem, method, x0, us):
