@@ -15,8 +15,8 @@ from diffprog._common.fast_loops import compiled, obstacle
 from diffprog._common.linalg import eliminate, product, solve_positive, symmetrize
 
 from . import helpers
-from .conftest import OLD_EMITTERS
 from .helpers import DIRECTIONS, name
+from .quick import OLD_EMITTERS
 
 
 MARK = "xla_cpu_small_call"
