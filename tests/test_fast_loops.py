@@ -12,11 +12,11 @@ from jax import lax
 import diffprog as dp
 from diffprog._common import fast_loops
 from diffprog._common.fast_loops import compiled, obstacle
-from diffprog._common.linalg import eliminate, solve_positive, symmetrize
+from diffprog._common.linalg import eliminate, product, solve_positive, symmetrize
 
 from . import helpers
-from .conftest import OLD_EMITTERS
 from .helpers import DIRECTIONS, name
+from .quick import OLD_EMITTERS
 
 
 MARK = "xla_cpu_small_call"
@@ -104,7 +104,7 @@ def test_products_of_matrices_become_sums():
         # Of whole numbers, so that no order of the sum rounds.
         a, b = (jnp.asarray(rng.integers(-9, 10, s), float) for s in (a_shape, b_shape))
         dot = lax.dot_general(a, b, dimensions, precision="highest")
-        np.testing.assert_array_equal(fast_loops._product(a, b, dimensions), dot)
+        np.testing.assert_array_equal(product(a, b, dimensions), dot)
 
 
 def test_what_makes_a_matrix_symmetric_stays_a_function():
@@ -239,6 +239,32 @@ def test_a_matrix_that_is_eliminated_shows_a_way_down():
         x, positive = compiled(G, rhs, np.asarray(False))
         assert not positive
         assert not np.any(x)
+
+
+def test_ordinary_loops_are_traced_for_what_needs_them_only():
+    def traced(transformed, *args):
+        asked = []
+
+        def program(loops, x):
+            asked.append(loops)
+            return jnp.sum(jnp.sin(x))
+
+        transformed(lambda x: compiled(program, None, x))(*args)
+        return asked
+
+    x = jnp.linspace(0.0, 1.0, 3)
+    assert traced(lambda fn: fn, x) == traced(jax.jit, x) == ["fused"]
+    for transformed in (jax.vmap, jax.grad, lambda fn: jax.jit(jax.grad(fn))):
+        x = jnp.ones((2, 3)) if transformed is jax.vmap else x
+        assert traced(transformed, x) == ["fused", "plain"]
+
+
+def test_a_function_that_holds_traced_numbers_has_batches_and_derivatives():
+    held = lambda y, x: compiled(lambda _, x: jnp.sin(x) * y, None, x)
+    x, y = jnp.linspace(0.0, 1.0, 3), jnp.linspace(1.0, 2.0, 3)
+    agree(jax.vmap(held)(y, x), jnp.sin(x) * y)
+    slopes = jax.jit(jax.vmap(jax.grad(held, (0, 1))))(y, x)
+    agree(slopes, (jnp.sin(x), jnp.cos(x) * y))
 
 
 OBSTACLES = {
