@@ -68,7 +68,7 @@ browser: .venv/.browser
 
 # The Python blocks of the pages, and what they print.
 pages: venv
-	JAX_DISABLE_MOST_OPTIMIZATIONS=true $(BIN)/python docs/programs/run_pages.py $(ARGS)
+	$(BIN)/python docs/programs/run_pages.py $(ARGS)
 
 # The pages of tutorials from a run of their programs: make tutorials ARGS=pendulum.
 tutorials: venv

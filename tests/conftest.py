@@ -33,27 +33,14 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from .quick import compile_quickly
+
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# To move what is constant out of loops XLA first runs each of them, which is a third of
-# compiling; to simplify them, it copies each. Its older way to generate code, in one
-# piece, takes half the time, and a fifth less without notes on what may overlap. Later
-# versions no longer have it, and stop at flags that they do not know.
-FAST_TO_COMPILE = (
-    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops"
-)
-OLD_EMITTERS = jax.__version_info__ < (0, 11)
-if OLD_EMITTERS:
-    FAST_TO_COMPILE += (
-        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-        " --xla_llvm_enable_alias_scope_metadata=false"
-        " --xla_llvm_enable_noalias_metadata=false"
-        " --xla_llvm_enable_invariant_load_metadata=false"
-    )
 # Programs are large and live long: it does not pay to look for garbage often.
 gc.set_threshold(50_000, 20, 100)
 
@@ -80,12 +67,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if not config.getoption("--default-flags"):
-        # Compiling is what costs here, not running. XLA reads the variable when it
-        # compiles for the first time.
-        jax.config.update("jax_disable_most_optimizations", True)
-        flags = os.environ.get("XLA_FLAGS", "")
-        if FAST_TO_COMPILE not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {FAST_TO_COMPILE}".strip()
+        compile_quickly()
     if config.getoption("--plain-loops"):
         from diffprog._common import fast_loops
 

@@ -247,13 +247,14 @@ class Dense(eqx.Module):
 
 
 def dense(outputs, total, w) -> Dense:
-    out = outputs(w)
-    g, H = jax.grad(total)(out), jax.hessian(total)(out)
-    return Dense(total(out), jax.jacfwd(outputs)(w), g, H)
+    J, out = jax.jacfwd(lambda w: 2 * (outputs(w),), has_aux=True)(w)
+    h, g = jax.value_and_grad(total)(out)
+    return Dense(h, J, g, jax.hessian(total)(out))
 
 
 def damped_step(matrix, gradient, damping):
-    return -jnp.linalg.solve(matrix + damping * jnp.eye(len(gradient)), gradient)
+    xp = jnp if isinstance(gradient, jax.Array) else np
+    return -xp.linalg.solve(matrix + damping * xp.eye(len(gradient)), gradient)
 
 
 def dense_step(problem, method, x0, us):

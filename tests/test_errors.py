@@ -1,6 +1,7 @@
 """The page of errors: each message of the source, met by a program that shows it."""
 
 import ast
+import functools as ft
 import importlib.util
 import pathlib
 import re
@@ -28,7 +29,6 @@ def program():
 errors = program()
 PAGE = errors.PAGE.read_text()
 KNOWN = errors.raises()
-seen: list = []  # places of the source that quick programs met
 
 
 @pytest.fixture
@@ -42,32 +42,40 @@ def as_users(unchecked, tmp_path, monkeypatch):
     jax.config.update("jax_traceback_filtering", "auto")
 
 
-def run(door, slow):
+@ft.cache
+def meetings(door, slow=False):
+    """Of each program: itself, its entry on the page, and the place of its message."""
     _, setup, entries = errors.read(door)
     entries = [entry for entry in entries if entry.slow == slow]
-    names = errors.names_of(setup) if entries else {}
+    names, found = errors.names_of(setup) if entries else {}, []
     for entry in entries:
         met = errors.meet(entry, names)
-        assert errors.entry_of(entry, met, KNOWN).strip() in PAGE, entry
-        if isinstance(met, Exception):
-            seen.append(errors.place(met, KNOWN))
-            assert seen[-1], entry
+        place = errors.place(met, KNOWN) if isinstance(met, Exception) else None
+        assert place or not isinstance(met, Exception), entry
+        found.append((entry, errors.entry_of(entry, met, KNOWN).strip(), place))
+    return found
+
+
+def are_on_the_page(found):
+    for entry, text, _ in found:
+        assert text in PAGE, entry
 
 
 @pytest.mark.parametrize("door", errors.DOORS)
 def test_wrong_calls_are_told_as_the_page_says(door, as_users):
-    run(door, slow=False)
+    are_on_the_page(meetings(door))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("door", errors.DOORS)
 def test_results_and_late_errors_are_those_of_the_page(door, as_users):
-    run(door, slow=True)
+    are_on_the_page(meetings(door, slow=True))
 
 
-def test_every_message_of_the_source_is_on_the_page():
+def test_every_message_of_the_source_is_on_the_page(as_users):
     """Those of slow programs are known by their words, if these are written there."""
     told = errors.sentences(PAGE)
+    seen = [place for door in errors.DOORS for *_, place in meetings(door)]
     missing = [
         f"{one.file}:{one.lines[0]}"
         for one in KNOWN

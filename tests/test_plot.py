@@ -11,8 +11,6 @@ import diffprog as dp
 from diffprog import plot
 from diffprog.plot._plane import _Frame
 
-from . import helpers
-
 
 pytest.importorskip("matplotlib")
 
@@ -29,12 +27,16 @@ def drive(circuit):
     return np.concatenate([circuit.center(s), heading[:, None]], axis=1)
 
 
-@pytest.fixture(scope="module")
-def solution():
+def solved(history=True):
     pendulum = dp.systems.Pendulum()
     problem = dp.ControlProblem.from_system(pendulum, 4)
-    us = jnp.zeros((4, 1))
-    return dp.solve(problem, dp.Gradient(), pendulum.x0, us, max_steps=5, throw=False)
+    given = problem, dp.Gradient(), pendulum.x0, jnp.zeros((4, 1))
+    return dp.solve(*given, max_steps=5, throw=False, history=history)
+
+
+@pytest.fixture(scope="module")
+def solution():
+    return solved()
 
 
 @pytest.fixture(autouse=True)
@@ -255,10 +257,8 @@ def test_mistakes(case, solution, circuit, unchecked):
 
 
 def test_convergence_needs_a_history():
-    problem, x0, us = helpers.spring()
-    bare = dp.solve(problem, dp.ILQR(), x0, us, history=False)
     with pytest.raises(ValueError, match="history=True"):
-        plot.convergence({"bare": bare})
+        plot.convergence({"bare": solved(history=False)})
 
 
 def test_track(circuit, tmp_path):

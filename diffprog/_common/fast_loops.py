@@ -9,21 +9,21 @@ a library nor splits them over threads. Everything else runs as ordinary JAX.
 """
 
 import functools as ft
-import math
 from collections.abc import Callable
 from typing import Any, Literal as OneOf
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jax.core import eval_jaxpr
+from jax.core import eval_jaxpr, Tracer
 from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from .linalg import eliminate, ELIMINATED
+from .linalg import eliminate, ELIMINATED, product, tiled_product
 from .primitives import (
     ARITHMETIC,
     CALLS,
@@ -56,9 +56,8 @@ MAX_REDUCED = 4095
 MAX_BYTES = 1 << 18
 MAX_COMPUTED, MAX_CHEAP, MAX_CHEAP_OPERATIONS = 1024, 4096, 8
 MAX_WORK = 100_000
-# A larger product of matrices is cut into tiles, up to where the library is as fast: so
-# few rows that sums are no more operations than bytes, over this many numbers at once.
-MAX_PRODUCTS, SUMMED = 1 << 17, 4
+# A larger product of matrices is cut into tiles, up to where the library is as fast.
+MAX_PRODUCTS = 1 << 17
 DTYPES = ("bool", "float32", "float64", "int32", "int64", "uint32", "uint64", "uint8")
 
 
@@ -72,42 +71,64 @@ class FastLoopsError(ValueError):
     """Fast loops were asked for where they are not possible."""
 
 
-def compiled(fn: Callable[[Loops], PyTree], fast_loops: bool | None) -> PyTree:
-    """`fn("fused")` as one function if that is possible; else `fn("apart")`.
+def compiled(fn: Callable, fast_loops: bool | None, *args: PyTree) -> PyTree:
+    """`fn("fused", *args)` as one function if that is possible; else `fn("apart", ..)`.
 
-    `fn` reads what it needs from its closure. Under `vmap`, differentiation, and on
-    other platforms than the CPU `fn("plain")` runs. `fast_loops=True` raises where that
-    is known now; `False` always takes `fn("plain")`. Either way small products of
-    matrices are sums on the CPU.
+    Under `vmap`, differentiation, and on other platforms than the CPU it is
+    `fn("plain", *args)`. Where `fn` has its traced numbers from `args` alone, that is
+    traced when it is asked for, so `fn` should not hold any. `fast_loops=True` raises
+    where fast loops are known to be impossible; `False` always takes `fn("plain", ..)`.
+    Either way small products of matrices are sums on the CPU.
     """
     if jax.default_backend() != "cpu" and not fast_loops:
-        return fn("plain")
-    trace = lambda loops: jax.make_jaxpr(lambda: fn(loops), return_shape=True)()
+        return fn("plain", *args)
+    numbers, rest = eqx.partition(args, eqx.is_array)
+    leaves, treedef = jtu.tree_flatten(numbers)
+
+    def trace(loops: Loops, leaves: list) -> tuple[ClosedJaxpr, PyTree]:
+        numbers = lambda leaves: jtu.tree_unflatten(treedef, leaves)
+        run = lambda *leaves: fn(loops, *eqx.combine(numbers(leaves), rest))
+        return jax.make_jaxpr(run, return_shape=True)(*leaves)
+
+    def later(_, leaves: list) -> list:
+        made, _ = trace("plain", leaves)
+        return eval_jaxpr(made.jaxpr, made.consts, *leaves)
+
     elsewhere = _elsewhere()
     if fast_loops or (fast_loops is None and not elsewhere):
-        fast, shape = trace("fused")
-        reason = elsewhere or obstacle(fast)
-        if reason and fast_loops:
-            raise FastLoopsError(
-                f"`fast_loops=True` is not possible here because of {reason}. "
-                "`fast_loops=None` makes as many loops fast as it can."
-            )
-        if not reason:
-            plain, _ = trace("plain")
-            return _dispatch(fast, plain, shape, "forced" if fast_loops else "fast")
-    program, shape = trace("plain" if fast_loops is False or elsewhere else "apart")
-    if program.effects or not _is_known(program):
-        outs = eval_jaxpr(program.jaxpr, program.consts)
-        return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
-    return _dispatch(program, program, shape, "sums")
+        program, shape = trace("fused", leaves)
+        if kind := _kind(program, fast_loops, elsewhere):
+            plain, extra = later, []
+            if any(isinstance(const, Tracer) for const in program.consts):
+                plain, extra = _apart(trace("plain", leaves)[0])
+            return _dispatch(program, leaves, kind, shape, plain, extra)
+    loops = "plain" if fast_loops is False or elsewhere else "apart"
+    program, shape = trace(loops, leaves)
+    return _dispatch(program, leaves, "sums", shape, *_apart(program))
 
 
 def scan(fn: Callable, carry: PyTree, rows: PyTree, reverse: bool, loops: Loops):
     """`lax.scan`, with `loops` as above."""
-    ordinary = lambda _: lax.scan(fn, carry, rows, reverse=reverse)
-    if loops in ("apart", "forced"):
-        return compiled(ordinary, loops == "forced" or None)
-    return ordinary(loops)
+    ordinary = lambda: lax.scan(fn, carry, rows, reverse=reverse)
+    on_cpu = jax.default_backend() == "cpu"
+    if loops in ("plain", "fused") or (loops == "apart" and not on_cpu):
+        return ordinary()
+    program, shape = jax.make_jaxpr(ordinary, return_shape=True)()
+    kind = _kind(program, loops == "forced", _elsewhere()) or "sums"
+    return _dispatch(program, [], kind, shape, *_apart(program))
+
+
+def _kind(program: ClosedJaxpr, forced: bool | None, elsewhere: str | None):
+    """How to compile a program as one function; None if that is not possible."""
+    reason = elsewhere or obstacle(program)
+    if reason and forced:
+        raise FastLoopsError(
+            f"`fast_loops=True` is not possible here because of {reason}. "
+            "`fast_loops=None` makes as many loops fast as it can."
+        )
+    if reason:
+        return None
+    return "forced" if forced else "fast"
 
 
 def _elsewhere() -> str | None:
@@ -122,50 +143,68 @@ def _elsewhere() -> str | None:
     return None
 
 
-def _dispatch(program: ClosedJaxpr, plain: ClosedJaxpr, shape, kind: str) -> PyTree:
-    """`program` on the CPU, marked unless its `kind` is "sums"; elsewhere `plain`."""
+def _apart(program: ClosedJaxpr) -> tuple[Callable, list]:
+    """`fn(consts, leaves)` of a program, without traced numbers, and its `consts`."""
+    jaxpr = program.jaxpr
+    return lambda consts, leaves: eval_jaxpr(jaxpr, consts, *leaves), program.consts
+
+
+def _dispatch(
+    program: ClosedJaxpr, leaves: list, kind: str, shape, plain: Callable, extra: list
+) -> PyTree:
+    """`program` of some numbers on the CPU, marked unless its `kind` is "sums".
+
+    Its batches and derivatives are those of `plain(extra, leaves)`.
+    """
     # JAX keeps the functions below, which must not keep traced numbers in turn.
-    jaxpr, plain_jaxpr = program.jaxpr, plain.jaxpr
-    ordinary = lambda consts: eval_jaxpr(plain_jaxpr, consts)
+    jaxpr, (ordinary, consts) = program.jaxpr, _apart(program)
+    if kind == "sums" and (program.effects or not _is_known(program)):
+        outs = ordinary(consts, leaves)
+        return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
 
     # XLA aborts on an argument that its function does not use, and finds out more than
     # JAX about what is not used: so a number of each comes back.
-    @jax.jit
-    def small_call(consts):
-        first = [c[(0,) * c.ndim] for c in consts if c.size]
-        return _run(jaxpr, consts), first
+    read = [v for vs in (*(e.invars for e in jaxpr.eqns), jaxpr.outvars) for v in vs]
+    used = [any(v is other for other in read) for v in jaxpr.invars]
 
-    def on_cpu(consts, _):
+    @jax.jit
+    def small_call(consts, given):
+        first = [c[(0,) * c.ndim] for c in (*consts, *given) if c.size]
+        left = iter(given)
+        args = tuple(next(left) if is_used else None for is_used in used)
+        return _run(jaxpr, consts, args), first
+
+    def on_cpu(consts, leaves):
         if kind == "sums":
-            return _run(jaxpr, consts, whole=False)
+            return _run(jaxpr, consts, tuple(leaves), whole=False)
+        given = [leaf for leaf, is_used in zip(leaves, used, strict=True) if is_used]
         with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
-            consts = lax.optimization_barrier(consts)
-            return lax.optimization_barrier(small_call(consts))[0]
+            given = lax.optimization_barrier((consts, given))
+            return lax.optimization_barrier(small_call(*given))[0]
 
     @custom_vmap
-    def unbatched(consts, plain_consts):
-        rules = dict(cpu=on_cpu, default=lambda _, consts: ordinary(consts))
-        return lax.platform_dependent(consts, plain_consts, **rules)
+    def unbatched(consts, _, leaves):
+        rules = dict(cpu=on_cpu, default=ordinary)
+        return lax.platform_dependent(consts, leaves, **rules)
 
     @unbatched.def_vmap
-    def _(size, batched, _, plain_consts):
+    def _(size, batched, _, *args):
         if kind == "forced":
             raise FastLoopsError(
                 "`fast_loops=True` is not possible under `jax.vmap`, which runs all "
                 "problems in lock step: use `jax.lax.map`, or `dp.solve_batch`."
             )
-        axes = [0 if is_batched else None for is_batched in batched[1]]
-        mapped = jax.vmap(ordinary, in_axes=(axes,), axis_size=size)
-        out = mapped(plain_consts)
+        axes = jtu.tree_map(lambda is_batched: 0 if is_batched else None, batched)
+        out = jax.vmap(plain, in_axes=tuple(axes[1:]), axis_size=size)(*args)
         return out, jtu.tree_map(lambda _: True, out)
 
     differentiable = jax.custom_jvp(unbatched)
 
     @differentiable.defjvp
     def _(primals, tangents):
-        return jax.jvp(ordinary, primals[1:], tangents[1:])
+        return jax.jvp(plain, primals[1:], tangents[1:])
 
-    outs = differentiable(program.consts, plain.consts)
+    outs = differentiable(consts, extra, leaves)
     return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
 
 
@@ -292,9 +331,9 @@ def _run(jaxpr: Jaxpr, consts: list, args: tuple = (), whole: bool = True) -> li
             out: Any = eqn.outvars[0].aval
             ins = [jnp.asarray(a, out.dtype) for a in ins]
         if name == "dot_general" and _num_products(eqn) <= MAX_REDUCED:
-            outs = [_product(*ins, params["dimension_numbers"])]
+            outs = [product(*ins, params["dimension_numbers"])]
         elif name == "dot_general" and whole and _is_tiled(eqn):
-            tiled = ft.partial(_tiled, dimensions=params["dimension_numbers"])
+            tiled = ft.partial(tiled_product, dimensions=params["dimension_numbers"])
             outs = [jax.jit(tiled)(*ins)]
         elif whole and name == "scan" and (line := straight_scan(eqn, ins)):
             outs = line
@@ -340,40 +379,3 @@ def _rewritten(value, whole: bool):
         return value
     run = lambda *args: _run(value.jaxpr, value.consts, args, whole)
     return jax.make_jaxpr(run)(*value.in_avals)
-
-
-def _product(a: Array, b: Array, dimensions) -> Array:
-    """`lax.dot_general` as a product and a sum."""
-    (a_sum, b_sum), (a_batch, b_batch) = dimensions
-    a_free = [i for i in range(a.ndim) if i not in (*a_sum, *a_batch)]
-    b_free = [i for i in range(b.ndim) if i not in (*b_sum, *b_batch)]
-    # Axes: batch, free of a, free of b, summed.
-    a = jnp.transpose(a, (*a_batch, *a_free, *a_sum))
-    b = jnp.transpose(b, (*b_batch, *b_free, *b_sum))
-    lead, split = len(a_batch), len(a_batch) + len(a_free)
-    a = jnp.expand_dims(a, range(split, split + len(b_free)))
-    b = jnp.expand_dims(b, range(lead, split))
-    return jnp.sum(a * b, axis=range(split + len(b_free), a.ndim))
-
-
-def _tiled(a: Array, b: Array, dimensions) -> Array:
-    """`lax.dot_general` of matrices, some rows at a time."""
-    (a_sum, b_sum), _ = dimensions
-    a_free = [i for i in range(a.ndim) if i not in a_sum]
-    b_free = [i for i in range(b.ndim) if i not in b_sum]
-    shape = tuple(a.shape[i] for i in a_free) + tuple(b.shape[i] for i in b_free)
-    a, b = jnp.transpose(a, (*a_free, *a_sum)), jnp.transpose(b, (*b_sum, *b_free))
-    summed = math.prod(b.shape[: len(b_sum)])
-    a, b = a.reshape(-1, summed), b.reshape(summed, -1)
-    height = min(len(a), a.dtype.itemsize // 2)
-    matrices = (((1,), (0,)), ((), ()))
-
-    def step(i, out):
-        first = jnp.minimum(i * height, len(a) - height)
-        rows = lax.dynamic_slice_in_dim(a, first, height)
-        parts = [slice(k, k + SUMMED) for k in range(0, summed, SUMMED)]
-        products = [_product(rows[:, k], b[k], matrices) for k in parts]
-        return lax.dynamic_update_slice_in_dim(out, sum(products), first, 0)
-
-    out = jnp.zeros((len(a), b.shape[1]), a.dtype)
-    return lax.fori_loop(0, -(-len(a) // height), step, out).reshape(shape)

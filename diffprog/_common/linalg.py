@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
@@ -100,3 +102,45 @@ def eliminate(matrix, rhs, valid):
 def _or_way_down(x, w, positive):
     others = jnp.zeros_like(x[:, 1:])
     return jnp.where(positive, x, jnp.concatenate([w[:, None], others], 1))
+
+
+# How many numbers of a tile are summed at once.
+SUMMED = 4
+
+
+def product(a: Array, b: Array, dimensions) -> Array:
+    """`lax.dot_general` as a product and a sum."""
+    (a_sum, b_sum), (a_batch, b_batch) = dimensions
+    a_free = [i for i in range(a.ndim) if i not in (*a_sum, *a_batch)]
+    b_free = [i for i in range(b.ndim) if i not in (*b_sum, *b_batch)]
+    # Axes: batch, free of a, free of b, summed.
+    a = jnp.transpose(a, (*a_batch, *a_free, *a_sum))
+    b = jnp.transpose(b, (*b_batch, *b_free, *b_sum))
+    lead, split = len(a_batch), len(a_batch) + len(a_free)
+    a = jnp.expand_dims(a, range(split, split + len(b_free)))
+    b = jnp.expand_dims(b, range(lead, split))
+    return jnp.sum(a * b, axis=range(split + len(b_free), a.ndim))
+
+
+def tiled_product(a: Array, b: Array, dimensions) -> Array:
+    """`lax.dot_general` of matrices, some rows at a time."""
+    (a_sum, b_sum), _ = dimensions
+    a_free = [i for i in range(a.ndim) if i not in a_sum]
+    b_free = [i for i in range(b.ndim) if i not in b_sum]
+    shape = tuple(a.shape[i] for i in a_free) + tuple(b.shape[i] for i in b_free)
+    a, b = jnp.transpose(a, (*a_free, *a_sum)), jnp.transpose(b, (*b_sum, *b_free))
+    summed = math.prod(b.shape[: len(b_sum)])
+    a, b = a.reshape(-1, summed), b.reshape(summed, -1)
+    # So few rows that sums are no more operations than bytes.
+    height = min(len(a), a.dtype.itemsize // 2)
+    matrices = (((1,), (0,)), ((), ()))
+
+    def step(i, out):
+        first = jnp.minimum(i * height, len(a) - height)
+        rows = lax.dynamic_slice_in_dim(a, first, height)
+        parts = [slice(k, k + SUMMED) for k in range(0, summed, SUMMED)]
+        products = [product(rows[:, k], b[k], matrices) for k in parts]
+        return lax.dynamic_update_slice_in_dim(out, sum(products), first, 0)
+
+    out = jnp.zeros((len(a), b.shape[1]), a.dtype)
+    return lax.fori_loop(0, -(-len(a) // height), step, out).reshape(shape)

@@ -93,20 +93,13 @@ def _operations(closed: ClosedJaxpr) -> int:
     if keys or weak or _moved(closed) > MAX_MOVED:
         return 0
 
-    made = []
-
-    def run(*arrays):
-        line = _Line(MAX_STAGE)
-        ins = [_objects(a.shape, list(a.reshape(-1))) for a in arrays]
-        line.run(closed.jaxpr, closed.consts, ins)
-        made[:] = [
-            k[0] for k, (out, _) in line.found.items() if isinstance(out, Tracer)
-        ]
-
+    line = _Line(MAX_STAGE, counts=True)
+    ins = [_filled(aval.shape, lambda _: _Unknown()) for aval in closed.in_avals]
     try:
-        jax.eval_shape(run, *closed.in_avals)
+        line.run(closed.jaxpr, closed.consts, ins)
     except _NotStraight:
         return 0
+    made = [k[0] for k, (out, _) in line.found.items() if not _is_known(out)]
     functions = sum(name in FUNCTIONS for name in made)
     return len(made) if functions <= MAX_FUNCTIONS else 0
 
@@ -187,14 +180,22 @@ def _filled(shape: tuple, fn: Callable) -> np.ndarray:
     return _objects(shape, [fn(index) for index in np.ndindex(*shape)])
 
 
+class _Unknown:
+    """A number whose operations are counted only."""
+
+
+def _is_known(number: Any) -> bool:
+    return not isinstance(number, Tracer | _Unknown)
+
+
 class _Line:
     """Runs a program on arrays of numbers, of which some are known.
 
     The same operation is done once; `most` is how many there may be.
     """
 
-    def __init__(self, most: int | float):
-        self.most = most
+    def __init__(self, most: int | float, counts: bool = False):
+        self.most, self.counts = most, counts
         self.found: dict[tuple, tuple] = {}
 
     def run(self, jaxpr: Jaxpr, consts: list, ins: list[np.ndarray]) -> list:
@@ -250,15 +251,15 @@ class _Line:
     def operation(self, op: tuple, *numbers: Any) -> Any:
         name, fn, dtypes, dtype, params = op
         # 0 and -0 are equal, but not written alike.
-        named = [id(n) if isinstance(n, Tracer) else repr(n) for n in numbers]
+        named = [repr(n) if _is_known(n) else id(n) for n in numbers]
         key = name, dtypes, dtype, params, *named
         if key not in self.found:
             if len(self.found) >= self.most:
                 raise _NotStraight
             pairs = zip(numbers, dtypes, strict=True)
-            typed = [n if isinstance(n, Tracer) else d.type(n) for n, d in pairs]
-            if any(isinstance(n, Tracer) for n in numbers):
-                out = fn(*typed)
+            typed = [d.type(n) if _is_known(n) else n for n, d in pairs]
+            if not all(map(_is_known, numbers)):
+                out = _Unknown() if self.counts else fn(*typed)
             else:
                 with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
                     out = fn(*map(jnp.asarray, typed)).item()
@@ -299,9 +300,9 @@ def _without(name: str, numbers: tuple) -> tuple:
     """The result of an operation that is none; empty if it is one."""
     if name == "select_n":
         which, *cases = numbers
-        return () if isinstance(which, Tracer) else (cases[int(which)],)
+        return (cases[int(which)],) if _is_known(which) else ()
     for one, other in (numbers, numbers[::-1]) if len(numbers) == 2 else ():
-        if isinstance(one, Tracer):
+        if not _is_known(one):
             continue
         if name in ("add", "add_any", "sum") and one == 0:
             return (other,)
@@ -309,6 +310,6 @@ def _without(name: str, numbers: tuple) -> tuple:
             return (other if one else one,)
         if name == "and" and one is True:
             return (other,)
-    if name == "sub" and not isinstance(numbers[1], Tracer) and numbers[1] == 0:
+    if name == "sub" and _is_known(numbers[1]) and numbers[1] == 0:
         return (numbers[0],)
     return ()

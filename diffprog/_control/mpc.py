@@ -13,7 +13,7 @@ from .._chain.constraints import Duals
 from .._chain.limits import middle
 from .._chain.manifold import check_state as check_on_manifold
 from .._chain.problem import ControlProblem
-from .._chain.vector import run, through
+from .._chain.vector import run, through, VectorChain
 from .._chain.vectorize import vectorize, Vectorized
 from .._common.changes import Same
 from .._common.door import door, undifferentiated
@@ -76,14 +76,16 @@ def _tick(controller: "MPC", problem: ControlProblem, x: PyTree, state: MPCState
     xs = jax.vmap(vectorized.x_layouts[0].ravel)(old.xs)
     duals = _duals(vectorized, old)
 
-    rules = controller.method, controller.search, controller.outer or OUTER
+    iterations, outer = controller.iterations, controller.outer or OUTER
+    rules = controller.method, controller.search, outer
     memory = old.search, duals, old._has_gaps
 
-    def run(loops: Loops) -> Outcome:
-        chain, plan = replace(vectorized.chain, loops=loops), (xs, us, old.K)
-        return iterate(chain, (*rules, controller.iterations), x0, plan, memory)
+    def run(loops: Loops, chain: VectorChain, rules, x0, plan, memory) -> Outcome:
+        chain = replace(chain, loops=loops)
+        return iterate(chain, (*rules, iterations), x0, plan, memory)
 
-    outcome = compiled(run, controller.fast_loops)
+    given = vectorized.chain, rules, x0, (xs, us, old.K), memory
+    outcome = compiled(run, controller.fast_loops, *given)
     loop, now = outcome.loop, outcome.loop.trajectory
     (gains,) = loop.known.gains
     new = replace(

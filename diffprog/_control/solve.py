@@ -208,19 +208,21 @@ def _solve(
     max_steps, history, verbose, fast_loops = options
     whole = vectorize(problem, x0, us)
     chain, first = whole.chain, whole.x_layouts[0].ravel(x0)
-    given = whole, method, x0, us, xs, search, state, rtol, atol, outer
-    vectorized, method, x0, us, xs, search, state, rtol, atol, outer = still(given)
-
+    start, rules = (x0, us, xs, state), (method, search, rtol, atol, outer)
+    vectorized, start, rules = given = still((whole, start, rules))
+    (x0, us, *_), (method, *_, outer) = start, rules
     recorded = history or adjoint.replays
 
-    def run(loops: Loops) -> tuple[Loop, Any]:
+    def run(loops: Loops, vectorized, start, rules) -> tuple[Loop, Any]:
         chain = dataclasses.replace(vectorized.chain, loops=loops)
+        x0, us, xs, state = start
+        method, search, rtol, atol, outer = rules
         tolerances = rtol, atol, max_steps, verbose.value
         solver = solver_of(chain, method, search, *tolerances, outer)
         loop = solver.run(begun(vectorized, solver, x0, us, xs, state, recorded))
         return loop, duals_of(chain, loop)
 
-    loop, duals = compiled(run, fast_loops)
+    loop, duals = compiled(run, fast_loops, *given)
     found = found_of(loop, duals)
     solution = solution_of(vectorized, loop, found, outer, max_steps)
     rows = [solution.history[k] for k in ("stepsize", "damping") if adjoint.replays]

@@ -19,7 +19,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 
-DOCS = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.quick import compile_quickly
+
+
+DOCS = ROOT / "docs"
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<printed>.*?)^```\n)?",
     re.DOTALL | re.MULTILINE,
@@ -65,6 +71,7 @@ def close(a: float, b: float) -> bool:
 def run_apart(page: str, update: bool, answer):
     """In a process of its own; it answers what was printed, and whether all is good."""
     out, good = io.StringIO(), False
+    compile_quickly()
     try:
         with contextlib.redirect_stdout(out):
             good = run(pathlib.Path(page), update)
@@ -77,7 +84,11 @@ def main():
     pages = [argument for argument in sys.argv[1:] if argument != "--update"]
     written = [path for path in DOCS.rglob("*.md") if path.parent.name != "tutorials"]
     pages = pages or sorted(map(str, written))
-    pages = [page for page in pages if "```python" in pathlib.Path(page).read_text()]
+    code = lambda page: sum(
+        len(b) for b, _ in BLOCK.findall(pathlib.Path(page).read_text())
+    )
+    # Long ones first: both processes end at about the same time.
+    pages = sorted(filter(code, pages), key=code, reverse=True)
     # Each process begins as a copy of one that has imported what takes long.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffprog", "optax"])

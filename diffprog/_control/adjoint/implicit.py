@@ -141,10 +141,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         """The solution after a few exact steps, where derivatives are found."""
         chain, x0 = still(data)
 
-        def run(loops: Loops) -> Settled:
+        def run(loops: Loops, chain, x0, found) -> Settled:
             return self._polished(replace(chain, loops=loops), x0, found)
 
-        known = compiled(run, None)
+        known = compiled(run, None, chain, x0, found)
         at = connected(self._moves, data, known.at, known)
         return replace(known, at=at)
 
@@ -206,12 +206,13 @@ class ImplicitAdjoint(AbstractAdjoint):
         new, quiet = matrices(chain, at, active), still(chain)
         times = lambda z: flat(product(chain, new, active, unravel(z)))
 
-        def solve(_, b):
-            def run(loops: Loops):
-                given = known.matrices, known.factors, active, unravel(b)
-                return solve_linear(replace(quiet, loops=loops), *given, refine)
+        def run(loops: Loops, chain, matrices, factors, active, b):
+            chain = replace(chain, loops=loops)
+            return solve_linear(chain, matrices, factors, active, b, refine)
 
-            return flat(compiled(run, None))
+        def solve(_, b):
+            given = known.matrices, known.factors, active, unravel(b)
+            return flat(compiled(run, None, quiet, *given))
 
         change = lax.custom_linear_solve(times, vector, solve, symmetric=True)
         return unravel(change), value

@@ -167,10 +167,10 @@ def _solved(
 
 @door
 def _solve_lqr(lqr, x0, method, fast_loops) -> LQRSolution:
-    solved = lambda loops: _solved(lqr, x0, method, loops)
+    solved = lambda loops, lqr, x0: _solved(lqr, x0, method, loops)
     if fast_loops is False:
-        return compiled(solved, False)
-    return solved("forced" if fast_loops else "apart")
+        return compiled(solved, False, lqr, x0)
+    return solved("forced" if fast_loops else "apart", lqr, x0)
 
 
 def solve_lqr(
