@@ -23,8 +23,8 @@ def circuit():
 @pytest.fixture(scope="module")
 def drive(circuit):
     s = np.linspace(0.0, 1.0, 9)
-    heading = np.asarray(circuit.heading(s))
-    return np.concatenate([circuit.center(s), heading[:, None]], axis=1)
+    center, heading = jax.jit(lambda s: (circuit.center(s), circuit.heading(s)))(s)
+    return np.column_stack([center, heading])
 
 
 def solved(history=True):
