@@ -38,7 +38,7 @@ def solvers(problem) -> tuple[dict, dict[str, float]]:
     found, seconds = {}, {}
     for method in ours.METHODS:
         name = f"diffprog {type(method).__name__}"
-        make = lambda: found.setdefault(name, ours.Solver(problem, method))
+        make = lambda: found.setdefault(name, ours.solver_of(problem, method))
         seconds[name] = once(make, time.perf_counter)
     if crocoddyl := load("crocoddyl"):
         found[crocoddyl.name()] = crocoddyl.Solver(problem)

@@ -1,5 +1,7 @@
 """Problems of 14 to 40 states, each written once for every library."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy
@@ -163,6 +165,7 @@ QUADRUPED = Problem(
 # that hold it where it begins.
 
 
+@functools.cache
 def arm() -> Problem:
     arm = Arm()
     hold = jax.jit(lambda x0: arm.torques(x0, jnp.zeros(7)))

@@ -1,5 +1,7 @@
 """What is measured: `dp.solve` inside the user's own `jax.jit`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -79,3 +81,9 @@ class Solver:
     @property
     def converged(self) -> bool:
         return bool(self.solution.result == dp.RESULTS.successful)
+
+
+@functools.cache
+def solver_of(problem, method, **options) -> Solver:
+    """Compiled once, for all sections that measure this solve."""
+    return Solver(problem, method, **options)

@@ -12,7 +12,7 @@ from diffprog._common.fast_loops import compiled
 from diffprog.extend import linear_quadratic, run as roll_out, Stored, vectorize
 
 from . import ours
-from .large_problems import arm, chain, QUADRUPED
+from .large_problems import arm, CHAINS, QUADRUPED
 from .peers import load
 from .problems import PROBLEMS
 from .timing import alternate
@@ -102,7 +102,7 @@ def of_method(problem, method, us) -> dict:
 
 
 def of_ours(problem, method) -> dict:
-    solver = ours.Solver(problem, method)
+    solver = ours.solver_of(problem, method)
     calls = of_method(problem, method, solver.us)
     stats = solver.solution.stats
     trials = (int(stats["num_rollouts"]) - 1) / max(solver.steps, 1)
@@ -137,5 +137,5 @@ def one(problem) -> list[dict]:
 
 def run() -> list[dict]:
     small = (p for p in PROBLEMS if p.name in ("pendulum", "quadrotor"))
-    chosen = (*small, chain(14, 3), chain(40, 5), QUADRUPED, arm())
+    chosen = (*small, CHAINS[0], CHAINS[-1], QUADRUPED, arm())
     return [row for problem in chosen for row in one(problem)]

@@ -34,7 +34,7 @@ def solvers(problem) -> dict:
     for method in ours.METHODS:
         for suffix, options in ours.LOOPS.items():
             name = f"diffprog {type(method).__name__}{suffix}"
-            found[name] = ours.Solver(problem, method, **options)
+            found[name] = ours.solver_of(problem, method, **options)
     if casadi := load("casadi"):
         found["Fatrop"] = casadi.MultipleShooting(problem, "fatrop", expand=False)
         found["Fatrop, expanded"] = casadi.MultipleShooting(problem, "fatrop", True)

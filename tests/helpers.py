@@ -82,6 +82,7 @@ class Linear(eqx.Module):
         return x @ self.lqr.Q_final @ x / 2 + self.lqr.q_final @ x
 
 
+@ft.partial(jax.jit, static_argnames=("T", "n", "m", "dtype"))
 def random_lqr(key, T=12, n=3, m=2, dtype=jnp.float64) -> dp.LQR:
     normal = lambda i, *shape: jax.random.normal(
         jax.random.fold_in(key, i), shape, dtype
@@ -115,12 +116,14 @@ def pendulum(T=100, dtype=jnp.float64):
     return dp.ControlProblem.from_system(Pendulum(), T), x0, us
 
 
+@ft.cache
 def linear(T=12, dtype=jnp.float64):
     key = jax.random.key(0)
     problem = dp.ControlProblem.from_system(Linear(random_lqr(key, T, dtype=dtype)), T)
     return problem, jnp.asarray([1.0, -1.0, 0.5], dtype), jnp.ones((T, 2), dtype)
 
 
+@ft.cache
 def ragged(dtype=jnp.float64):
     """A network of three tanh layers, 3-5-4-2, whose parameters are the controls."""
     widths = (3, 5, 4, 2)
@@ -147,6 +150,7 @@ def ragged(dtype=jnp.float64):
     return chain, jnp.asarray([0.5, -1.0, 2.0], dtype), us
 
 
+@ft.cache
 def two_phase(dtype=jnp.float64):
     """A rocket with two stages: height, speed and fuel; then height and speed only."""
     burn = lambda x, u, t: jnp.stack(
@@ -243,13 +247,14 @@ class Dense(eqx.Module):
 
 
 def dense(outputs, total, w) -> Dense:
-    out = outputs(w)
-    g, H = jax.grad(total)(out), jax.hessian(total)(out)
-    return Dense(total(out), jax.jacfwd(outputs)(w), g, H)
+    J, out = jax.jacfwd(lambda w: 2 * (outputs(w),), has_aux=True)(w)
+    h, g = jax.value_and_grad(total)(out)
+    return Dense(h, J, g, jax.hessian(total)(out))
 
 
 def damped_step(matrix, gradient, damping):
-    return -jnp.linalg.solve(matrix + damping * jnp.eye(len(gradient)), gradient)
+    xp = jnp if isinstance(gradient, jax.Array) else np
+    return -xp.linalg.solve(matrix + damping * xp.eye(len(gradient)), gradient)
 
 
 def dense_step(problem, method, x0, us):
@@ -311,7 +316,15 @@ class Scaled(eqx.Module):
 
 def one_stage(J):
     """The problem min J(u) in one stage with x' = u."""
-    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+    return dp.ControlProblem(_control, _nothing, J, 1)
+
+
+def _control(x, u, t):
+    return u
+
+
+def _nothing(x, u, t):
+    return 0.0
 
 
 def equations(jaxpr):

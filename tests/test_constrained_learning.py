@@ -80,6 +80,7 @@ def descended(lagrangian, x, duals, num_steps, rate=0.05):
     return jax.lax.scan(step, (x, duals), None, num_steps)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", DUALS)
 def test_gradients_are_those_of_the_value_and_multipliers_have_their_sign(name):
     lagrangian = Lagrangian(measure, DUALS[name])

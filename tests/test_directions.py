@@ -255,26 +255,34 @@ def test_gaps_of_the_dynamics_live_in_the_model(getkey):
 def test_models_of_a_chain_agree(second_order):
     """What is found again by each pass is what is stored, stage by stage."""
     problem, x0, us = helpers.spring(T=5)
-    chain, trajectory = helpers.vectors(problem, x0, us)
-    once = dataclasses.replace(chain, loops="fused")
-    same: Any = close
-    models = [
-        linear_quadratic(c, trajectory, second_order=second_order).model
-        for c in (chain, once)
-    ]
-    assert type(models[0]) is (WithTensors if second_order else Stored)
-    assert type(models[1]) is Recomputed
-    same(*(model.dynamics(chain, trajectory) for model in models), rtol=1e-14)
-    data = (trajectory.xs, trajectory.us, chain.ts)
     p = jnp.asarray([0.7, -0.3])
-    stages = [
-        chain.map(
-            lambda segment, *row, model=model: model.stage(segment, p, *row),
-            *data,
-            *model.rows,
-        )
-        for model in models
-    ]
+
+    @jax.jit
+    def parts(x0, us):
+        chain, trajectory = helpers.vectors(problem, x0, us)
+        once = dataclasses.replace(chain, loops="fused")
+        models = [
+            linear_quadratic(c, trajectory, second_order=second_order).model
+            for c in (chain, once)
+        ]
+        assert type(models[0]) is (WithTensors if second_order else Stored)
+        assert type(models[1]) is Recomputed
+        data = (trajectory.xs, trajectory.us, chain.ts)
+        stages = [
+            chain.map(
+                lambda segment, *row, model=model: model.stage(segment, p, *row),
+                *data,
+                *model.rows,
+            )
+            for model in models
+        ]
+        dynamics = [model.dynamics(chain, trajectory) for model in models]
+        if second_order:
+            return stages, dynamics
+        return stages, dynamics, [m.stored(chain, trajectory).W for m in models]
+
+    stages, *others = parts(x0, us)
+    same: Any = close
     same(*stages, rtol=1e-13)
-    if not second_order:
-        same(*(model.stored(chain, trajectory).W for model in models), rtol=1e-14)
+    for other in others:
+        same(*other, rtol=1e-14)

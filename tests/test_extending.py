@@ -336,25 +336,35 @@ def test_a_number_is_no_code():
 
 
 def test_square_roots_and_blocks_of_losses():
-    loss, u, y = test_loss_interface.case("CE-soft")
-    g, p = loss.gradient(u, y), jnp.sum(y, -1, keepdims=True) * jax.nn.softmax(u)
-    v = jnp.cos(u)
-    factor = extend.class_factor(g, p)
-    assert isinstance(factor, extend.ScaledFactor)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11)
-    close(factor.mv(factor.transpose_mv(v)), loss.hessian_mv(u, y, v))
-    loss, u, y = test_loss_interface.case("Poisson")
-    g = loss.gradient(u, y)
-    factor = extend.diagonal_factor(g, jnp.exp(u), jnp.zeros_like(u))
-    close(factor.mv(factor.transpose_mv(v)), loss.hessian_mv(u, y, v))
-    close(factor.mv(factor.rho), g)
-    K = jnp.broadcast_to(
-        jnp.diag(jnp.arange(1.0, u.shape[1] + 1)), (*u.shape, u.shape[1])
-    )
-    loss, _, y = test_loss_interface.case("Squared")
-    step = extend.newton_block(loss, 0 * u, u, K, 2.0, y)
+    loss, u, y = test_loss_interface.case("CE-soft")
+
+    @jax.jit
+    def of_classes(u, y):
+        g, p = loss.gradient(u, y), jnp.sum(y, -1, keepdims=True) * jax.nn.softmax(u)
+        factor, v = extend.class_factor(g, p), jnp.cos(u)
+        assert isinstance(factor, extend.ScaledFactor)
+        return factor.mv(factor.transpose_mv(v)), loss.hessian_mv(u, y, v)
+
+    close(*of_classes(u, y))
+    poisson, u, y = test_loss_interface.case("Poisson")
+
+    @jax.jit
+    def of_counts(u, y):
+        g, v = poisson.gradient(u, y), jnp.cos(u)
+        factor = extend.diagonal_factor(g, jnp.exp(u), jnp.zeros_like(u))
+        square = factor.mv(factor.transpose_mv(v)), poisson.hessian_mv(u, y, v)
+        return square, (factor.mv(factor.rho), g)
+
+    for pair in of_counts(u, y):
+        close(*pair)
+    diagonal = np.arange(1.0, u.shape[1] + 1)
+    K = jnp.asarray(np.tile(np.diag(diagonal), (len(u), 1, 1)))
+    squared, _, y = test_loss_interface.case("Squared")
+    block = jax.jit(lambda u, y: extend.newton_block(squared, 0 * u, u, K, 2.0, y))
+    step = np.asarray(block(u, y))
     # The conjugate of |u - y|^2 / 2 is |a|^2 / 2 + a'y.
-    close(step + step * jnp.diagonal(K, 0, 1, 2) / 2, u - y)
+    close(step + step * diagonal / 2, u - y)
 
 
 def test_layers_follow_a_rule_of_ones_own():
@@ -365,7 +375,8 @@ def test_layers_follow_a_rule_of_ones_own():
         eqx.nn.Linear(3, 3, key=keys[1]),
     ]
     net, inputs = dp.Network(layers), jax.random.normal(keys[2], (5, 3))
-    objective = lambda run: eqx.filter_grad(lambda net: jnp.sum(jnp.sin(run(net))))(net)
+    value = lambda run: lambda net: jnp.sum(jnp.sin(run(net)))
+    objective = lambda run: eqx.filter_jit(eqx.filter_grad(value(run)))(net)
     own = objective(lambda net: extend.run_network(net, Straight(), inputs))
     straight = objective(lambda net: jax.vmap(net)(inputs))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)

@@ -176,11 +176,12 @@ SIZES = [(1, 1), (15, 6), (16, 7), (20, 8), (24, 12), (32, 16), (40, 20), (41, 2
 def test_recursions_of_every_size_compile_and_equal_ordinary_loops(size, dtype):
     n, m = size
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    A, B, c = normal(4, n, n) / n**0.5, normal(4, n, m), normal(4, n)
-    eye = lambda n: jnp.broadcast_to(jnp.eye(n, dtype=dtype), (4, n, n))
-    lqr = dp.LQR(A, B, c, eye(n), eye(m), Q_final=eye(n)[0])
-    x0 = normal(n)
+    array = lambda a: jnp.asarray(np.asarray(a, dtype))
+    normal = lambda *shape: rng.standard_normal(shape)
+    A, B, c, x0 = normal(4, n, n) / n**0.5, normal(4, n, m), normal(4, n), normal(n)
+    Q, R = np.tile(np.eye(n), (4, 1, 1)), np.tile(np.eye(m), (4, 1, 1))
+    lqr = dp.LQR(*map(array, (A, B, c, Q, R)), Q_final=array(np.eye(n)))
+    x0 = array(x0)
     fast = usual(ft.partial(dp.solve_lqr, fast_loops=True))(lqr, x0)
     plain = dp.solve_lqr(lqr, x0, fast_loops=False)
     tolerance = 1e-11 if dtype == jnp.float64 else 1e-3
@@ -218,24 +219,26 @@ def test_derivatives_and_batches_of_a_solve_with_a_positive_matrix_compile():
         return jax.vmap(solve)(jnp.stack([z, 2 * z])), jax.jacfwd(solve)(z)
 
     z = jnp.linspace(-1.0, 1.0, size)
-    agree(usual(lambda z: compiled(lambda _: program(z), True))(z), program(z))
+    fast = usual(lambda z: compiled(lambda _: program(z), True))
+    agree(fast(z), jax.jit(program)(z))
 
 
 def test_a_matrix_that_is_eliminated_shows_a_way_down():
     rng, compiled = np.random.default_rng(0), jax.jit(eliminate)
     for m in (7, 21):
         factor = rng.normal(size=(m, m))
-        G = jnp.asarray(factor @ factor.T + np.eye(m))
-        rhs = jnp.asarray(rng.normal(size=(m, 3)))
-        x, positive = compiled(G, rhs, jnp.asarray(True))
+        G = factor @ factor.T + np.eye(m)
+        rhs = rng.normal(size=(m, 3))
+        x, positive = compiled(G, rhs, np.asarray(True))
         assert positive
-        agree(x, jnp.linalg.solve(G, rhs), rtol=1e-9, atol=1e-9)
-        x, positive = compiled(G - 2 * jnp.eye(m), rhs, jnp.asarray(True))
+        agree(x, np.linalg.solve(G, rhs), rtol=1e-9, atol=1e-9)
+        x, positive = compiled(G - 2 * np.eye(m), rhs, np.asarray(True))
+        x = np.asarray(x)
         assert not positive
-        assert x[:, 0] @ (G - 2 * jnp.eye(m)) @ x[:, 0] <= 0 < jnp.max(jnp.abs(x))
-        x, positive = compiled(G, rhs, jnp.asarray(False))
+        assert x[:, 0] @ (G - 2 * np.eye(m)) @ x[:, 0] <= 0 < np.max(np.abs(x))
+        x, positive = compiled(G, rhs, np.asarray(False))
         assert not positive
-        assert not jnp.any(x)
+        assert not np.any(x)
 
 
 def test_ordinary_loops_are_traced_for_what_needs_them_only():
@@ -358,9 +361,15 @@ def test_passes_that_fail_leave_the_right_gradient(n):
     )
     x0, us = jnp.linspace(0.0, 1.0, n), jnp.full((10, 1), 0.1)
     gradient = jax.grad(lambda us: dp.rollout(problem, x0, us).cost)(us)
-    for max_damping in (1e-3, 1e10):
+
+    def solve(max_damping, fast=False):
         search = dp.Backtracking(max_damping=max_damping)
-        fast, plain = both(problem, x0, us, dp.ILQR(), search, throw=False, max_steps=3)
+        given = problem, dp.ILQR(), x0, us, search
+        return dp.solve(*given, throw=False, max_steps=3, fast_loops=fast)
+
+    compiled = usual(ft.partial(solve, fast=True))
+    for max_damping in (1e-3, 1e10):
+        fast, plain = compiled(max_damping), solve(max_damping)
         assert plain.stats["num_backwards"] > plain.stats["num_steps"] + 2
         agree(fast.us, plain.us)
         agree(fast.history, plain.history)
@@ -399,19 +408,20 @@ def test_linear_quadratic_problems_and_their_derivatives(getkey):
     lqr = helpers.random_lqr(getkey())
     x0 = jnp.asarray([1.0, -1.0, 0.5])
     cost = lambda fast: lambda lqr: dp.solve_lqr(lqr, x0, fast_loops=fast).cost
-    fast, plain = [dp.solve_lqr(lqr, x0, fast_loops=fast) for fast in (True, False)]
+    solve = lambda lqr, fast: dp.solve_lqr(lqr, x0, throw=False, fast_loops=fast)
+    fast, plain = solve(lqr, True), solve(lqr, False)
+    assert fast.result == dp.RESULTS.successful
     assert marked(cost(None), lqr) and not marked(cost(False), lqr)
     agree(fast, plain)
     agree(jax.jit(jax.grad(cost(None)))(lqr), jax.jit(jax.grad(cost(False)))(lqr))
     # More negative than what any cost-to-go could make up for.
     wrong = helpers.eqx.tree_at(lambda l: l.R, lqr, -1e6 * lqr.R)
-    code = dp.solve_lqr(wrong, x0, throw=False, fast_loops=True).result
-    assert code == dp.RESULTS.factorization_failed
+    assert solve(wrong, True).result == dp.RESULTS.factorization_failed
 
 
 def test_other_platforms_and_versions_take_the_ordinary_loops(monkeypatch):
     problem, x0, us = helpers.spring()
-    solve = lambda fast: dp.solve(problem, dp.DDP(), x0, us, fast_loops=fast)
+    solve = lambda fast: dp.solve(problem, dp.ILQR(), x0, us, fast_loops=fast)
     for name_, value, reason in (
         ("NEWEST", (0, 9), r"tried up to JAX 0\.9"),
         ("set_xla_metadata", None, "no `xla_metadata`"),

@@ -87,7 +87,8 @@ def dense(name):
     flat, unravel = ravel_pytree(net.params)
     outputs = lambda w: jax.vmap(net.with_params(unravel(w)))(INPUTS).ravel()
     mean = lambda o: loss(o.reshape(M, K), targets).mean()
-    return jax.jit(lambda w: helpers.dense(outputs, mean, w))(flat)
+    matrices = jax.jit(lambda w: helpers.dense(outputs, mean, w))(flat)
+    return jax.tree.map(np.asarray, matrices)
 
 
 def run(oracle, name, **options):
@@ -95,7 +96,8 @@ def run(oracle, name, **options):
     loss, targets = LOSSES[name]
     vd = dp.value_and_direction(loss, oracle, has_aux=True, **options)
     (_, aux), direction = vd(network(), INPUTS, targets)
-    return -ravel_pytree(direction)[0], aux
+    step = np.concatenate([-np.ravel(a) for a in jax.tree.leaves(direction)])
+    return step, aux
 
 
 def at(name, dtype=None, net=None):
@@ -175,10 +177,9 @@ def test_the_duality_gap():
         u = d.J @ step
         # alpha = g + H beta with J' alpha = -damping step; the conjugate of the model
         # at alpha is (alpha - g)' H^+ (alpha - g) / 2.
-        solve = jnp.linalg.lstsq
-        A = jnp.concatenate([d.J.T @ d.H, 1e-10 * jnp.eye(M * K)])
+        A = np.concatenate([d.J.T @ d.H, 1e-10 * np.eye(M * K)])
         b = -damping * step - d.gradient
-        beta = solve(A, jnp.concatenate([b, jnp.zeros(M * K)]))[0]
+        beta = np.linalg.lstsq(A, np.concatenate([b, np.zeros(M * K)]))[0]
         D = d.h - beta @ d.H @ beta / 2 - damping * step @ step / 2
         close(aux.gap, P - D, rtol=1e-8)
         close(aux.gap, (u - beta) @ d.H @ (u - beta) / 2, rtol=1e-8)
@@ -207,7 +208,7 @@ def test_the_dual_variable_at_the_solution():
 
 def slopes(solver, damping):
     found = []
-    for count in (1, 2, 3, 5, 8):
+    for count in (1, 3, 8):
         oracle = GaussNewton(damping, solver(count, 0.0), scale_model=False)
         found.append(run(oracle, "softmax")[1].slope)
     return np.asarray(found)
@@ -262,7 +263,7 @@ def krylov(matrix, gradient, count):
 def damped(name, damping):
     """The matrix of the model."""
     d = dense(name)
-    return d.gauss_newton + damping * jnp.eye(d.J.shape[1])
+    return d.gauss_newton + damping * np.eye(d.J.shape[1])
 
 
 @pytest.mark.costly
@@ -300,24 +301,28 @@ def test_the_layerwise_gram_matrix(stack):
     for i in range(4):
         layers += [eqx.nn.Linear(K, K, key=KEYS[3 + i]), jnp.tanh]
     net = dp.Network(layers, stack=stack)
-    here = at("softmax", net=net)
-    factor = here.loss.factor(here.outputs, here.targets)
-    solver = Cholesky(batch_size=7)
-    with_model = solver.whitened(here, factor)
-    without = dataclasses.replace(here, layers=None)
-    close(with_model, solver.whitened(without, factor))
-    assert here.layers
-    close(gram(here.layers, here, factor), with_model)
-    unit = jnp.eye(M * K).reshape(-1, M, K)
-    row = lambda e: ravel_pytree(here.transpose_mv(factor.mv(e)))[0]
-    rows = jax.jit(jax.vmap(row))(unit)
-    close(with_model, rows @ rows.T)
+
+    @jax.jit
+    def matrices():
+        here = at("softmax", net=net)
+        assert here.layers
+        factor = here.loss.factor(here.outputs, here.targets)
+        solver = Cholesky(batch_size=7)
+        without = dataclasses.replace(here, layers=None)
+        row = lambda e: ravel_pytree(here.transpose_mv(factor.mv(e)))[0]
+        rows = jax.vmap(row)(jnp.eye(M * K).reshape(-1, M, K))
+        whitened = solver.whitened(here, factor), solver.whitened(without, factor)
+        return *whitened, gram(here.layers, here, factor), rows @ rows.T
+
+    with_model, *others = matrices()
+    for other in others:
+        close(with_model, other)
 
 
 def test_the_gramian_recursion():
     # G_{t+1} = A G A' + B B' over the stages of the batch is J J'.
     net, d = network(), dense("softmax")
-    x, G = INPUTS.ravel(), jnp.zeros((INPUTS.size,) * 2)
+    x, G = INPUTS.ravel(), np.zeros((INPUTS.size,) * 2)
     for stack, params in zip(net.stacks, net.params, strict=True):
         w, unravel = ravel_pytree(params)
         rest = eqx.filter(stack.stage, eqx.is_inexact_array, inverse=True)
@@ -326,10 +331,11 @@ def test_the_gramian_recursion():
             stage = eqx.combine(unravel(w), rest)
             return jax.vmap(stage)(x.reshape(M, -1)).ravel()
 
-        A, B = jax.jit(jax.jacobian(f, (0, 1)))(x, w)
-        x, G = f(x, w), A @ G @ A.T + B @ B.T
+        both = jax.jit(lambda x, w, f=f: (jax.jacobian(f, (0, 1))(x, w), f(x, w)))
+        (A, B), x = jax.tree.map(np.asarray, both(x, w))
+        G = A @ G @ A.T + B @ B.T
     close(G, d.J @ d.J.T)
-    alpha = jnp.linalg.solve(d.H @ G + 0.1 * jnp.eye(M * K), 0.1 * d.g)
+    alpha = np.linalg.solve(d.H @ G + 0.1 * np.eye(M * K), 0.1 * d.g)
     close(-d.J.T @ alpha / 0.1, d.step(0.1))
 
 
@@ -337,13 +343,14 @@ def test_the_true_class_against_the_rest():
     # diag(p) - p p' = p_y (1 - p_y) a a' + (1 - p_y) Cov(q): splitting the loss at the
     # margin keeps the first term.
     loss = SoftmaxCrossEntropy()
-    hessian = jax.vmap(lambda e: loss.hessian_mv(REAL[:1], jnp.array([1]), e[None])[0])
-    p = jax.nn.softmax(REAL[0])
-    q = jnp.where(jnp.arange(K) == 1, 0, p) / (1 - p[1])
-    a = jnp.eye(K)[1] - q
-    cov = jnp.diag(q) - jnp.outer(q, q)
-    split = p[1] * (1 - p[1]) * jnp.outer(a, a) + (1 - p[1]) * cov
-    close(split, jnp.diag(p) - jnp.outer(p, p), rtol=1e-14)
+    u, y = REAL[:1], jnp.array([1])
+    hessian = jax.jit(jax.vmap(lambda e: loss.hessian_mv(u, y, e[None])[0]))
+    p = np.exp(u[0]) / np.exp(u[0]).sum()
+    q = np.where(np.arange(K) == 1, 0, p) / (1 - p[1])
+    a = np.eye(K)[1] - q
+    cov = np.diag(q) - np.outer(q, q)
+    split = p[1] * (1 - p[1]) * np.outer(a, a) + (1 - p[1]) * cov
+    close(split, np.diag(p) - np.outer(p, p), rtol=1e-14)
     close(split, hessian(jnp.eye(K)), rtol=1e-14)
 
 
@@ -352,7 +359,7 @@ def test_a_metric_is_a_change_of_variables():
     weights = ravel_pytree(metric)[0]
     step, _ = run(GaussNewton(0.1, metric=at_model(metric)), "softmax")
     d = dense("softmax")
-    close(step, -jnp.linalg.solve(d.gauss_newton + 0.1 * jnp.diag(weights), d.gradient))
+    close(step, -np.linalg.solve(d.gauss_newton + 0.1 * np.diag(weights), d.gradient))
 
 
 def at_model(params):
@@ -374,9 +381,9 @@ def test_one_example_is_normalized_least_mean_squares():
 
 def test_stacked_least_squares():
     d = dense("squared")
-    A = jnp.concatenate([d.J, jnp.sqrt(0.1 * M) * jnp.eye(d.J.shape[1])])
-    b = jnp.concatenate([-M * d.g, jnp.zeros(d.J.shape[1])])
-    close(run(GaussNewton(0.1), "squared")[0], jnp.linalg.lstsq(A, b)[0])
+    A = np.concatenate([d.J, np.sqrt(0.1 * M) * np.eye(d.J.shape[1])])
+    b = np.concatenate([-M * d.g, np.zeros(d.J.shape[1])])
+    close(run(GaussNewton(0.1), "squared")[0], np.linalg.lstsq(A, b)[0])
 
 
 @pytest.mark.parametrize("solver", ["Cholesky", "CG", "dual CG"])
@@ -411,8 +418,13 @@ def test_sums_count_the_examples():
 def test_the_whole_space_as_random_subspace():
     here = at("softmax")
     flat, unravel = ravel_pytree(here.params)
-    V = jax.vmap(unravel)(jnp.eye(flat.size))
-    step = jax.jit(lambda: RandomSubspace().within(here, jnp.asarray(0.1), V).step)()
+
+    @jax.jit
+    def whole():
+        V = jax.vmap(unravel)(jnp.eye(flat.size))
+        return RandomSubspace().within(here, jnp.asarray(0.1), V).step
+
+    step = whole()
     close(ravel_pytree(step)[0], dense("softmax").step(0.1))
 
 
@@ -440,7 +452,7 @@ def test_scaling_the_model_saves_a_truncated_dual_step():
     (a, aux_a), (b, aux_b) = run(plain, "softmax"), run(scaled, "softmax")
     close(aux_a.decrease, d.decrease(a))
     close(aux_b.decrease, d.decrease(b))
-    close(b / jnp.linalg.norm(b), a / jnp.linalg.norm(a))
+    close(b / np.linalg.norm(b), a / np.linalg.norm(a))
     total = lambda s: d.decrease(s) - damping * s @ s / 2
     assert total(a) < 0 < total(b)
     assert total(b) > max(total(0.99 * b), total(1.01 * b))
@@ -452,10 +464,10 @@ def test_a_warm_start_continues():
     vd = dp.value_and_direction(loss, oracle)
     net, d = network(), dense("softmax")
     state, decreases = vd.init(net), []
-    matrix, desired = damped("softmax", 0.01), jnp.zeros_like(d.gradient)
+    matrix, desired = damped("softmax", 0.01), np.zeros_like(d.gradient)
     for _ in range(4):
         (_, aux), direction, state = vd.step(net, state, INPUTS, targets)
-        step = -ravel_pytree(direction)[0]
+        step = np.asarray(-ravel_pytree(direction)[0])
         desired = desired + krylov(matrix, d.gradient + matrix @ desired, 3)
         # The model is scaled: the length is the best along the step.
         desired = desired * -(d.gradient @ desired) / (desired @ matrix @ desired)
@@ -509,7 +521,7 @@ def test_whitened_solves_in_float32(name, damping):
     _, found = vd(*jax.tree.map(cast, (net, inputs, targets)))
     desired, found = (ravel_pytree(d)[0] for d in (desired, found))
     assert found.dtype == jnp.float32
-    error = jnp.linalg.norm(found.astype(float) - desired) / jnp.linalg.norm(desired)
+    error = np.linalg.norm(np.float64(found) - desired) / np.linalg.norm(desired)
     assert error < 1e-5
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -83,17 +84,27 @@ def divergence(f, p, q):
 @pytest.mark.costly
 @family
 def test_generators_are_consistent(name):
-    f, u = FAMILIES[name], jnp.array([0.03, 0.4, 1.0, 1.8, 30.0])
-    close(f.value(jnp.ones(1)), 0)
-    slope = jax.vmap(jax.grad(f.value))(u)
-    close(f.link(u) + f.origin, slope, 1e-11)
-    close(1 / f.curvature(u), jax.vmap(jax.grad(jax.grad(f.value)))(u), 1e-10)
-    ratio, curvature = f.pair(f.link(u))
+    f, u = FAMILIES[name], np.array([0.03, 0.4, 1.0, 1.8, 30.0])
+
+    @jax.jit
+    def evaluate(u):
+        link = f.link(u)
+        first = jax.grad(f.value)
+        slopes = jax.vmap(first)(u), jax.vmap(jax.grad(first))(u)
+        at = f.value(jnp.ones(1)), f.value(jnp.zeros(()))
+        functions = f.value(u), link, f.curvature(u), f.conjugate(link)
+        return at, slopes, functions, f.pair(link)
+
+    found = jax.tree.map(np.asarray, evaluate(u))
+    (at_one, at_zero), (slope, second), functions, (ratio, pair_curvature) = found
+    value, link, curvature, conjugate = functions
+    close(at_one, 0)
+    close(link + f.origin, slope, 1e-11)
+    close(1 / curvature, second, 1e-10)
     close(ratio, u, 1e-11)
-    close(curvature, f.curvature(u), 1e-10)
+    close(pair_curvature, curvature, 1e-10)
     # f*(f'(u)) = u f'(u) - f(u)
-    close(f.conjugate(f.link(u)) - f.lift, u * slope - f.value(u), 1e-10)
-    at_zero = f.value(jnp.zeros(()))
+    close(conjugate - f.lift, u * slope - value, 1e-10)
     if name not in INFINITE:
         close(at_zero, f.at_zero)
     assert np.isinf(f.at_zero) == (name in INFINITE)
@@ -131,10 +142,11 @@ def test_dualities_of_divergences():
 
 def test_kl_is_softmax():
     q = jnp.asarray(MEASURE)
-    close(f_softargmax(THETA, KL(), q), jax.nn.softmax(THETA + jnp.log(q)[None]))
-    value = jax.nn.logsumexp(THETA + jnp.log(q)[None], -1) + 1 - q.sum()
+    softmax = lambda a: np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+    close(f_softargmax(THETA, KL(), q), softmax(THETA + np.log(MEASURE)))
+    value = np.log((MEASURE * np.exp(THETA)).sum(-1)) + 1 - MEASURE.sum()
     close(f_softmax(THETA, KL(), q), value)
-    close(f_softargmax(THETA, KL()), jax.nn.softmax(THETA))
+    close(f_softargmax(THETA, KL()), softmax(THETA))
 
 
 def project(theta):
@@ -208,21 +220,27 @@ def test_named_references(name, named):
 @family
 def test_the_residual_is_the_l1_error(name):
     f = FAMILIES[name]
-    s = check(jnp.asarray(THETA), f, "uniform", -1, None, 1.0, None).set_up()
-    sigma, _ = root_and_count(s.classes, s.f, s.problem)
-    y = s.problem.scores - s.problem.m
-    mass = lambda sigma: s.problem.q * s.f.pair(sigma + y)[0]
-    for shift in (-1e-2, -1e-5):
-        moved = mass(sigma + shift)
-        residual = jnp.abs(moved.sum(-1) - 1)
-        close(jnp.abs(moved - mass(sigma)).sum(-1), residual, 1e-13)
-    dual = lambda sigma: (
-        jnp.sum(s.problem.q * s.f.conjugate(sigma + y), -1) - sigma[:, 0]
-    )
-    _, W = sums(s.classes, s.f, sigma + y, s.problem.q)
-    h = 1e-4 * jnp.minimum(jnp.abs(sigma), 1)
-    excess = (dual(sigma - h) - dual(sigma))[:, None]
-    np.testing.assert_allclose(excess / (W * h * h / 2), 1, rtol=0.02)
+
+    @jax.jit
+    def evaluate(theta):
+        s = check(theta, f, "uniform", -1, None, 1.0, None).set_up()
+        sigma, _ = root_and_count(s.classes, s.f, s.problem)
+        y = s.problem.scores - s.problem.m
+        mass = lambda sigma: s.problem.q * s.f.pair(sigma + y)[0]
+        dual = lambda sigma: (
+            jnp.sum(s.problem.q * s.f.conjugate(sigma + y), -1) - sigma[:, 0]
+        )
+        _, W = sums(s.classes, s.f, sigma + y, s.problem.q)
+        h = 1e-4 * jnp.minimum(jnp.abs(sigma), 1)
+        excess = (dual(sigma - h) - dual(sigma))[:, None]
+        moved = [mass(sigma + shift) for shift in (-1e-2, -1e-5)]
+        return mass(sigma), moved, excess / (W * h * h / 2)
+
+    mass, moved, ratio = jax.tree.map(np.asarray, evaluate(jnp.asarray(THETA)))
+    for moved_mass in moved:
+        residual = np.abs(moved_mass.sum(-1) - 1)
+        close(np.abs(moved_mass - mass).sum(-1), residual, 1e-13)
+    np.testing.assert_allclose(ratio, 1, rtol=0.02)
 
 
 @pytest.mark.costly
@@ -252,13 +270,16 @@ def test_alpha_one_half_is_hellinger():
 @pytest.mark.parametrize("alpha, f", [(1.0, KL()), (0.0, ReverseKL())])
 @pytest.mark.parametrize("kind", (float, jnp.asarray))
 def test_alpha_is_continuous(alpha, f, kind):
-    for q in REFERENCES.values():
-        p, value = f_softargmax(THETA, f, q), f_softmax(THETA, f, q)
-        for near in (alpha - 1e-7, alpha + 1e-7):
-            close(f_softargmax(THETA, Alpha(kind(near)), q), p, 1e-6)
-            close(f_softmax(THETA, Alpha(kind(near)), q), value, 1e-6)
+    @eqx.filter_jit
+    def all_of(f, theta):
+        qs = REFERENCES.values()
+        return [(f_softargmax(theta, f, q), f_softmax(theta, f, q)) for q in qs]
+
+    expected = all_of(f, THETA)
+    for near in (alpha - 1e-7, alpha + 1e-7):
+        close(all_of(Alpha(kind(near)), THETA), expected, 1e-6)
     traced = Alpha(jnp.asarray(alpha))
-    close(f_softargmax(THETA, traced, "unit"), f_softargmax(THETA, f, "unit"), 1e-11)
+    close(f_softargmax(THETA, traced, "unit"), expected[0][0], 1e-11)
 
 
 @pytest.mark.costly
@@ -290,17 +311,24 @@ def test_two_classes_of_chi_square_in_closed_form():
 
 def derivatives(f, theta, q):
     """Everything of one row: value, gradients, Hessian, Jacobian in q."""
-    value = lambda theta, q: f_softmax(theta, f, q)
-    p = lambda theta, q: f_softargmax(theta, f, q)
+
+    def gradients(theta, q):
+        found = jax.grad(lambda theta, q: f_softmax(theta, f, q), (0, 1))(theta, q)
+        return found, found
+
+    p = lambda theta: 2 * (f_softargmax(theta, f, q),)
+    second, (gradient, in_q) = jax.jacfwd(gradients, (0, 1), has_aux=True)(theta, q)
+    (hessian, mixed), (mixed_back, _) = second
+    forward, probabilities = jax.jacfwd(p, has_aux=True)(theta)
     return dict(
-        p=p(theta, q),
-        gradient=jax.grad(value)(theta, q),
-        in_q=jax.grad(value, 1)(theta, q),
-        hessian=jax.hessian(value)(theta, q),
-        forward=jax.jacfwd(p)(theta, q),
-        reverse=jax.jacrev(p)(theta, q),
-        mixed=jax.jacfwd(jax.grad(value), 1)(theta, q),
-        mixed_back=jax.jacfwd(jax.grad(value, 1))(theta, q),
+        p=probabilities,
+        gradient=gradient,
+        in_q=in_q,
+        hessian=hessian,
+        forward=forward,
+        reverse=jax.jacrev(p, has_aux=True)(theta)[0],
+        mixed=mixed,
+        mixed_back=mixed_back,
     )
 
 
@@ -309,6 +337,7 @@ def derivatives(f, theta, q):
 def test_first_and_second_derivatives(name):
     f, theta, q = FAMILIES[name], jnp.asarray(THETA[1]), jnp.asarray(MEASURE)
     d = jax.jit(lambda theta, q: derivatives(f, theta, q))(theta, q)
+    d, q = jax.tree.map(np.asarray, (d, q))
     J, p = d["hessian"], d["p"]
     close(d["gradient"], p)
     close(J, d["forward"])
@@ -317,13 +346,17 @@ def test_first_and_second_derivatives(name):
     close(J.sum(1), 0)
     assert np.linalg.eigvalsh(J).min() > -1e-14
     support = p > 0
-    w = jnp.where(support, q * f.curvature(p / q), 0)
-    close(J, jnp.diag(w) - jnp.outer(w, w) / w.sum())
+
+    @jax.jit
+    def known(u):
+        return f.curvature(u), u * (f.link(u) + f.origin) - f.value(u)
+
+    curvature, conjugate = known(np.where(support, p / q, 1))
+    w = np.where(support, q * curvature, 0)
+    close(J, np.diag(w) - np.outer(w, w) / w.sum())
     close(d["mixed"], d["mixed_back"].T)
     # d softmax / dq = f*(theta - tau), where theta - tau is f'(u) on the support.
-    u = jnp.where(support, p / q, 1)
-    conjugate = u * (f.link(u) + f.origin) - f.value(u)
-    conjugate = jnp.where(support, conjugate, 0 if name in INFINITE else -f.at_zero)
+    conjugate = np.where(support, conjugate, 0 if name in INFINITE else -f.at_zero)
     close(d["in_q"], conjugate, 1e-11)
     h = 1e-5 * np.eye(K)[2]
     ends = [f_softargmax(theta, f, q + sign * h) for sign in (1, -1)]
@@ -336,21 +369,29 @@ def test_the_hessian_operator_is_the_hessian(name):
     f = FAMILIES[name]
     operator = losses.hessian_operator(THETA[1], f, MEASURE, temperature=0.7)
     scaled = lambda theta: f_softmax(theta, f, MEASURE, temperature=0.7)
-    J = jax.hessian(scaled)(jnp.asarray(THETA[1]))
-    close(operator.as_matrix(), J)
-    close(lx.diagonal(operator), jnp.diag(J))
+    J = np.asarray(jax.jit(jax.hessian(scaled))(jnp.asarray(THETA[1])))
     b = jnp.asarray(np.random.default_rng(1).normal(size=K))
-    A = jax.vmap(operator.sqrt_mv, out_axes=1)(jnp.eye(K))
+
+    @jax.jit
+    def products(operator, b):
+        roots = operator.sqrt_mv, operator.sqrt_transpose_mv
+        A, back = (jax.vmap(root, out_axes=1)(jnp.eye(K)) for root in roots)
+        return A, back, operator.as_matrix(), lx.diagonal(operator), operator.pinv_mv(b)
+
+    found = jax.tree.map(np.asarray, products(operator, b))
+    A, back, matrix, diagonal, applied = found
+    close(matrix, J)
+    close(diagonal, np.diag(J))
     close(A @ A.T, J)
-    close(jax.vmap(operator.sqrt_transpose_mv, out_axes=1)(jnp.eye(K)), A.T)
+    close(back, A.T)
     # A support of one class leaves nothing of J but its rounding.
     size = np.linalg.norm(J, 2)
     pinv = np.linalg.pinv(J, rtol=1e-10 * max(1.0, 1.0 / max(size, 1e-300)))
-    np.testing.assert_allclose(operator.pinv_mv(b), pinv @ b, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(applied, pinv @ b, rtol=1e-9, atol=1e-9)
     damped = operator + 0.1 * lx.IdentityLinearOperator(operator.in_structure())
     damped = lx.TaggedLinearOperator(damped, lx.positive_semidefinite_tag)
     x = lx.linear_solve(damped, b, lx.CG(1e-12, 1e-12)).value
-    close((J + 0.1 * jnp.eye(K)) @ x, b, 1e-9)
+    close((J + 0.1 * np.eye(K)) @ x, b, 1e-9)
 
 
 @pytest.mark.costly
@@ -369,12 +410,14 @@ def test_third_derivatives_of_a_value(name):
 
     p, twice, cubic = both(theta)
     # d2p = m delta^2 - w d2tau, with m = q f*'''
-    u = jnp.where(p > 0, p / MEASURE, 1)
-    w = jnp.where(p > 0, MEASURE * f.curvature(u), 0)
-    slope = jax.vmap(jax.grad(f.curvature))(u) * f.curvature(u)
-    m = jnp.where(p > 0, MEASURE * slope, 0)
-    delta = h - jnp.vdot(w, h) / w.sum()
-    d2tau = jnp.vdot(m, delta**2) / w.sum()
+    p, twice, cubic, h = map(np.asarray, (p, twice, cubic, h))
+    curvature, slope = jax.jit(jax.vmap(jax.value_and_grad(f.curvature)))(
+        np.where(p > 0, p / MEASURE, 1)
+    )
+    w = np.where(p > 0, MEASURE * curvature, 0)
+    m = np.where(p > 0, MEASURE * slope * curvature, 0)
+    delta = h - w @ h / w.sum()
+    d2tau = m @ delta**2 / w.sum()
     close(twice, m * delta**2 - w * d2tau, 1e-11)
     close(cubic, cubic.T, 1e-11)
     close(cubic @ h, twice, 1e-11)  # third derivatives of the value: any order
@@ -407,8 +450,14 @@ def test_derivatives_in_alpha_and_temperature():
 def test_the_derivative_in_the_temperature():
     for f in (KL(), Alpha(1.5), JensenShannon()):
         value = lambda beta, f=f: f_softmax(THETA[1], f, MEASURE, temperature=beta)
-        p = f_softargmax(THETA[1], f, MEASURE, temperature=0.6)
-        close(jax.grad(value)(0.6), -divergence(f, p, jnp.asarray(MEASURE)), 1e-11)
+
+        @jax.jit
+        def both(beta, f=f, value=value):
+            p = f_softargmax(THETA[1], f, MEASURE, temperature=beta)
+            return jax.grad(value)(beta), -divergence(f, p, jnp.asarray(MEASURE))
+
+        found, expected = both(0.6)
+        close(found, expected, 1e-11)
 
 
 # Losses ---------------------------------------------------------------------------
@@ -439,12 +488,13 @@ def test_a_loss_is_zero_at_its_own_probabilities(name):
 
     d = everything(theta, y)
     D = divergence(f, y, q)
+    d, theta, y = jax.tree.map(np.asarray, (d, theta, y))
     close(d["loss"], d["value"] + D - theta @ y, 1e-11)
     assert d["loss"] > 0
     close(d["own"], 0, 1e-13)
     close(d["gradient"], d["p"] - y)
     close(d["hessian"], d["jacobian"])
-    smooth = 0.9 * jnp.eye(K)[3] + 0.1 * q / q.sum()
+    smooth = 0.9 * np.eye(K)[3] + 0.1 * MEASURE / MEASURE.sum()
     close(d["label"], d["value"] + divergence(f, smooth, q) - theta @ smooth, 1e-11)
     close(d["label_gradient"], d["p"] - smooth)
 
@@ -478,25 +528,35 @@ def test_losses_with_common_offsets_and_temperature():
 
 def test_supervised_losses():
     outputs, labels = jnp.asarray(THETA), jnp.array([0, 5, 2, 1])
-    close(
-        losses.SoftmaxCrossEntropy()(outputs, labels),
-        losses.FLoss(KL())(outputs, labels),
-    )
-    hot = jax.nn.one_hot(labels, K, dtype=float)
-    close(losses.SoftmaxCrossEntropy()(outputs, hot), f_loss(outputs, labels, KL()))
-    tokens = losses.FLoss(Alpha(1.5), "unit", temperature=0.5)(
-        outputs.reshape(2, 2, K), labels.reshape(2, 2)
-    )
-    each = f_loss(outputs, labels, Alpha(1.5), "unit", temperature=0.5)
-    close(tokens, each.reshape(2, 2).sum(1))
+    hot = jnp.asarray(np.eye(K)[labels])
+
+    @jax.jit
+    def of_classes(outputs):
+        entropy, power = losses.SoftmaxCrossEntropy(), Alpha(1.5)
+        tokens = losses.FLoss(power, "unit", temperature=0.5)(
+            outputs.reshape(2, 2, K), labels.reshape(2, 2)
+        )
+        each = f_loss(outputs, labels, power, "unit", temperature=0.5)
+        same = entropy(outputs, labels), entropy(outputs, hot)
+        same += losses.FLoss(KL())(outputs, labels), f_loss(outputs, labels, KL())
+        return tokens, each.reshape(2, 2).sum(1), same
+
+    tokens, each, same = of_classes(outputs)
+    close(tokens, each)
+    for found in same[:3]:
+        close(found, same[3])
     u, y = jnp.array([[0.5, -3.0], [1.0, 0.0]]), jnp.array([[1.0, -1.0], [-1.0, 1.0]])
-    close(losses.Squared()(u, y), [(0.25 + 4) / 2, (4 + 1) / 2])
     logistic = np.log1p(np.exp(-np.asarray(y) * np.asarray(u))).sum(1)
-    close(losses.Logistic()(u, y), logistic)
-    close(losses.Hinge()(u, y), [0.5, 3.0])
-    close(losses.Huber(1.5)(u, y), [0.125 + 1.5 * (2 - 0.75), 1.5 * (2 - 0.75) + 0.5])
-    close(losses.Absolute()(u, y), [0.5 + 2, 2 + 1])
-    close(losses.Euclidean()(u, y), np.sqrt([0.25 + 4, 4 + 1]))
+    known = [
+        (losses.Squared(), [(0.25 + 4) / 2, (4 + 1) / 2]),
+        (losses.Logistic(), logistic),
+        (losses.Hinge(), [0.5, 3.0]),
+        (losses.Huber(1.5), [0.125 + 1.5 * (2 - 0.75), 1.5 * (2 - 0.75) + 0.5]),
+        (losses.Absolute(), [0.5 + 2, 2 + 1]),
+        (losses.Euclidean(), np.sqrt([0.25 + 4, 4 + 1])),
+    ]
+    found = jax.jit(lambda u, y: [loss(u, y) for loss, _ in known])(u, y)
+    close(np.stack(found), [values for _, values in known])
     counts = jnp.array([[2.0, 0.0], [1.0, 3.0]])
     close(losses.Poisson()(u, counts), np.exp(u).sum(1) - [2 * 0.5, 1.0])
     scores = jnp.array([[2.0, 0.5, 0.0], [0.0, 2.0, 1.5]])
@@ -595,14 +655,21 @@ def test_brackets_and_bisection(name):
     hard = np.stack(
         [np.zeros(K), [0, 0, -1e3, -1e3, 0, -2], 50.0 * np.arange(K), THETA[0]]
     )
-    for theta, q in ((hard, 10.0 ** rng.uniform(-6, 6, K)), (THETA, "unit")):
+
+    def masses(theta, q):
+        """At both ends of the brackets, and what halving them gives."""
         s = set_up(theta, f, q)
-        low, high = bracket(s.classes, s.f, s.problem)
         y = s.problem.scores - s.problem.m
-        S_low, _ = sums(s.classes, s.f, low + y, s.problem.q)
-        S_high, _ = sums(s.classes, s.f, high + y, s.problem.q)
+        ends = [
+            sums(s.classes, s.f, end + y, s.problem.q)[0]
+            for end in bracket(s.classes, s.f, s.problem)
+        ]
+        root = bisect(s.classes, s.f, s.problem)
+        return *ends, s.problem.q * s.f.pair(root + y)[0]
+
+    for theta, q in ((hard, 10.0 ** rng.uniform(-6, 6, K)), (THETA, "unit")):
+        S_low, S_high, halved = jax.jit(lambda theta, q=q: masses(theta, q))(theta)
         assert (S_low <= 1 + 1e-9).all() and (S_high >= 1 - 1e-9).all()
-    halved = s.problem.q * s.f.pair(bisect(s.classes, s.f, s.problem) + y)[0]
     close(f_softargmax(THETA, f, "unit"), halved, 1e-11)
 
 
@@ -883,15 +950,17 @@ def test_axes_batches_and_alpha_per_row():
     scores = np.random.default_rng(7).normal(size=(2, 5, 3))
     f = Alpha(1.5)
     p = f_softargmax(scores, f, "unit", axis=1)
-    close(p, jnp.moveaxis(f_softargmax(np.moveaxis(scores, 1, -1), f, "unit"), -1, 1))
+    last = np.asarray(f_softargmax(np.moveaxis(scores, 1, -1), f, "unit"))
+    close(p, np.moveaxis(last, -1, 1))
     mapped = jax.vmap(lambda s: f_softargmax(s, f, "unit", axis=0))(jnp.asarray(scores))
     close(p, mapped)
     alphas = jnp.array([[1.2, 1.5, 2.0], [0.5, 1.0, 3.0]])
     rows = f_softargmax(scores, Alpha(alphas), "unit", axis=1)
+    rows = np.asarray(rows)
     for i, j in itertools.product(range(2), range(3)):
         own = f_softargmax(scores[i, :, j], Alpha(float(alphas[i, j])), "unit")
         close(rows[i, :, j], own, 1e-10)
-    heads = f_softargmax(scores, Alpha(alphas[:, :1]), "unit", axis=1)
+    heads = np.asarray(f_softargmax(scores, Alpha(alphas[:, :1]), "unit", axis=1))
     close(heads[:, :, 0], rows[:, :, 0])
     jitted = jax.jit(lambda s: f_softargmax(s, f, "unit", axis=1))
     close(jitted(scores), p, 1e-14)

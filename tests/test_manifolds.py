@@ -113,12 +113,19 @@ def test_rows_are_states_of_their_own(name):
     """By `vmap`; and arrays of angles and quaternions are rows as they are."""
     rng, m = np.random.default_rng(0), MANIFOLDS[name]
     pairs = [states(name, rng) for _ in range(3)]
-    xs, ys = (jax.tree.map(lambda *a: jnp.stack(a), *rows) for rows in zip(*pairs))
-    vs = jax.vmap(m.difference)(xs, ys)
+    xs, ys = (jax.tree.map(lambda *a: np.stack(a), *rows) for rows in zip(*pairs))
+
+    @jax.jit
+    def mapped(xs, ys):
+        vs = jax.vmap(m.difference)(xs, ys)
+        return vs, jax.vmap(m.retract)(ys, vs), m.difference(xs, ys), m.retract(ys, vs)
+
+    vs, retracted, as_they_are, back = mapped(xs, ys)
     for i, (x, y) in enumerate(pairs):
-        same("", jax.tree.map(lambda a: a[i], vs), m.difference(x, y), 1e-14)
-    same("", m.difference(xs, ys), vs, 1e-14)
-    same("", m.retract(ys, vs), jax.vmap(m.retract)(ys, vs), 1e-14)
+        row = jax.tree.map(lambda a, i=i: np.asarray(a)[i], vs)
+        same("", row, program(name)(x, y)[0], 1e-14)
+    same("", as_they_are, vs, 1e-14)
+    same("", back, retracted, 1e-14)
     assert m == MANIFOLDS[name] and hash(m) == hash(MANIFOLDS[name])
     assert jax.tree.leaves(m) == []
 
@@ -132,13 +139,26 @@ def test_angles_differ_by_the_shorter_way():
     np.testing.assert_array_equal(slopes, jnp.eye(5))
 
 
+def with_derivatives(fn, count=3):
+    """The value and the first derivatives, each traced once."""
+    if count == 0:
+        return lambda s: [fn(s)]
+
+    def known(s):
+        found = with_derivatives(fn, count - 1)(s)
+        return found[-1], found
+
+    def extended(s):
+        derivative, found = jax.jacfwd(known, has_aux=True)(s)
+        return [*found, derivative]
+
+    return extended
+
+
 @ft.partial(jax.jit, static_argnums=0)
 def derivatives(fn, s):
     """The value and the first three derivatives of a function of a number, in rows."""
-    fns = [fn]
-    for _ in range(3):
-        fns.append(jax.jacfwd(fns[-1]))
-    return [jax.vmap(fn)(s) for fn in fns]
+    return jax.vmap(with_derivatives(fn))(s)
 
 
 def turned(s, y=ONE):
@@ -179,11 +199,8 @@ def test_going_there_and_back_is_the_identity_in_all_derivatives(size):
     y, v = quaternion(np.random.default_rng(1)), jnp.asarray(size * AXIS)
     m = UnitQuaternion()
     there = lambda v: m.difference(m.retract(y, v), y)
-    tensors = [there]
-    for _ in range(3):
-        tensors.append(jax.jacfwd(tensors[-1]))
-    found = jax.jit(lambda v: [fn(v) for fn in tensors])(v)
-    for tensor, desired in zip(found, (v, jnp.eye(3), 0.0, 0.0), strict=True):
+    found = map(np.asarray, jax.jit(with_derivatives(there))(v))
+    for tensor, desired in zip(found, (v, np.eye(3), 0.0, 0.0), strict=True):
         np.testing.assert_allclose(tensor, desired + 0 * tensor, atol=4e-15)
 
 
@@ -196,14 +213,13 @@ def test_attitudes_near_each_other_differ_by_the_right_jacobian():
     K = np.cross(v, np.eye(3)).T  # v x
     desired = np.eye(3) - (1 - np.cos(angle)) / angle**2 * K
     desired += (angle - np.sin(angle)) / angle**3 * K @ K
-    np.testing.assert_allclose(jax.jacobian(near)(jnp.zeros(3)), desired, atol=1e-14)
-    hessian = jax.jit(jax.hessian(near))
-    step = 1e-5
+    jacobian, step = jax.jit(jax.jacobian(near)), 1e-5
+    np.testing.assert_allclose(jacobian(np.zeros(3)), desired, atol=1e-14)
+    hessian = np.asarray(jax.jit(jax.hessian(near))(np.zeros(3)))
     for i in range(3):
-        e = step * jnp.eye(3)[i]
-        slopes = [jax.jacobian(near)(sign * e) for sign in (1, -1)]
-        difference = (slopes[0] - slopes[1]) / (2 * step)
-        np.testing.assert_allclose(hessian(0 * e)[..., i], difference, atol=1e-9)
+        e = step * np.eye(3)[i]
+        difference = (np.asarray(jacobian(e)) - jacobian(-e)) / (2 * step)
+        np.testing.assert_allclose(hessian[..., i], difference, atol=1e-9)
 
 
 def test_a_rotation_vector_turns_about_an_axis_of_the_body():
@@ -225,14 +241,16 @@ def test_a_rotation_vector_turns_about_an_axis_of_the_body():
 def test_both_signs_are_one_attitude():
     rng, m = np.random.default_rng(4), UnitQuaternion()
     x, y = quaternion(rng), quaternion(rng)
-    v = m.difference(x, y)
-    for other in (m.difference(-x, y), m.difference(x, -y), m.difference(3 * x, y / 5)):
+    difference = jax.jit(m.difference)
+    v = difference(x, y)
+    for other in (difference(-x, y), difference(x, -y), difference(3 * x, y / 5)):
         np.testing.assert_allclose(other, v, atol=1e-15)
-    np.testing.assert_array_equal(m.difference(-x, x), 0.0)
-    assert jnp.linalg.norm(v) < math.pi
-    tensor = jax.jacobian(lambda v: m.difference(-m.retract(x, v), x))(jnp.zeros(3))
-    np.testing.assert_allclose(tensor, jnp.eye(3), atol=1e-15)
-    half = m.difference(jnp.array([0.0, 0.0, 1.0, 0.0]), jnp.asarray(ONE))
+    np.testing.assert_array_equal(difference(-x, x), 0.0)
+    assert np.linalg.norm(v) < math.pi
+    back = lambda v: m.difference(-m.retract(x, v), x)
+    tensor = jax.jit(jax.jacobian(back))(np.zeros(3))
+    np.testing.assert_allclose(tensor, np.eye(3), atol=1e-15)
+    half = difference(jnp.array([0.0, 0.0, 1.0, 0.0]), jnp.asarray(ONE))
     np.testing.assert_allclose(half, [0.0, math.pi, 0.0], atol=1e-15)
 
 

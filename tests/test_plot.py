@@ -12,8 +12,6 @@ import diffprog as dp
 from diffprog import plot
 from diffprog.plot._plane import _Frame
 
-from . import helpers
-
 
 pytest.importorskip("matplotlib")
 
@@ -26,16 +24,20 @@ def circuit():
 @pytest.fixture(scope="module")
 def drive(circuit):
     s = np.linspace(0.0, 1.0, 9)
-    heading = np.asarray(circuit.heading(s))
-    return np.concatenate([circuit.center(s), heading[:, None]], axis=1)
+    center, heading = jax.jit(lambda s: (circuit.center(s), circuit.heading(s)))(s)
+    return np.column_stack([center, heading])
+
+
+def solved(history=True):
+    pendulum = dp.systems.Pendulum()
+    problem = dp.ControlProblem.from_system(pendulum, 4)
+    given = problem, dp.Gradient(), pendulum.x0, jnp.zeros((4, 1))
+    return dp.solve(*given, max_steps=5, throw=False, history=history)
 
 
 @pytest.fixture(scope="module")
 def solution():
-    pendulum = dp.systems.Pendulum()
-    problem = dp.ControlProblem.from_system(pendulum, 4)
-    us = jnp.zeros((4, 1))
-    return dp.solve(problem, dp.Gradient(), pendulum.x0, us, max_steps=5, throw=False)
+    return solved()
 
 
 @pytest.fixture(autouse=True)
@@ -256,10 +258,8 @@ def test_mistakes(case, solution, circuit, unchecked):
 
 
 def test_convergence_needs_a_history():
-    problem, x0, us = helpers.spring()
-    bare = dp.solve(problem, dp.ILQR(), x0, us, history=False)
     with pytest.raises(ValueError, match="history=True"):
-        plot.convergence({"bare": bare})
+        plot.convergence({"bare": solved(history=False)})
 
 
 def test_track(circuit, tmp_path):
