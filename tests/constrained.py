@@ -3,6 +3,7 @@
 Each function returns a problem, the first state and the first guess of the controls.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,26 +23,43 @@ def nothing(x):
     return 0 * x[0]
 
 
+def whole(x):
+    return x
+
+
+def too_fast(x, u, t):
+    return -x[1] - 0.45
+
+
+class Mass(eqx.Module):
+    """The problems with it share a program."""
+
+    dt: float
+
+    def dynamics(self, x, u, t):
+        return x + self.dt * jnp.stack([x[1] + self.dt / 2 * u[0], u[0]])
+
+    def cost(self, x, u, t):
+        return self.dt * u[0] ** 2 / 2
+
+    def terminal_cost(self, x):
+        return nothing(x)
+
+
 def mass(horizon=20, most=1.2, constraints=(), dt=0.1):
     """A mass that has to stop at 0, with limits of its force."""
-
-    def dynamics(x, u, t):
-        return x + dt * jnp.stack([x[1] + dt / 2 * u[0], u[0]])
-
-    problem = dp.ControlProblem(
-        dynamics,
-        lambda x, u, t: dt * u[0] ** 2 / 2,
-        nothing,
+    problem = dp.ControlProblem.from_system(
+        Mass(dt),
         horizon,
         (-most, most),
         constraints,
-        dp.Equality(lambda x: x, name="stop"),
+        dp.Equality(whole, name="stop"),
     )
     return problem, jnp.array([1.0, 0.0]), jnp.zeros((horizon, 1))
 
 
 def slow():
-    return mass(30, 1.2, dp.Inequality(lambda x, u, t: -x[1] - 0.45, name="speed"))
+    return mass(30, 1.2, dp.Inequality(too_fast, name="speed"))
 
 
 def touching():

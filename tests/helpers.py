@@ -116,12 +116,14 @@ def pendulum(T=100, dtype=jnp.float64):
     return dp.ControlProblem.from_system(Pendulum(), T), x0, us
 
 
+@ft.cache
 def linear(T=12, dtype=jnp.float64):
     key = jax.random.key(0)
     problem = dp.ControlProblem.from_system(Linear(random_lqr(key, T, dtype=dtype)), T)
     return problem, jnp.asarray([1.0, -1.0, 0.5], dtype), jnp.ones((T, 2), dtype)
 
 
+@ft.cache
 def ragged(dtype=jnp.float64):
     """A network of three tanh layers, 3-5-4-2, whose parameters are the controls."""
     widths = (3, 5, 4, 2)
@@ -148,6 +150,7 @@ def ragged(dtype=jnp.float64):
     return chain, jnp.asarray([0.5, -1.0, 2.0], dtype), us
 
 
+@ft.cache
 def two_phase(dtype=jnp.float64):
     """A rocket with two stages: height, speed and fuel; then height and speed only."""
     burn = lambda x, u, t: jnp.stack(
@@ -313,7 +316,15 @@ class Scaled(eqx.Module):
 
 def one_stage(J):
     """The problem min J(u) in one stage with x' = u."""
-    return dp.ControlProblem(lambda x, u, t: u, lambda x, u, t: 0.0, J, 1)
+    return dp.ControlProblem(_control, _nothing, J, 1)
+
+
+def _control(x, u, t):
+    return u
+
+
+def _nothing(x, u, t):
+    return 0.0
 
 
 def equations(jaxpr):

@@ -113,7 +113,7 @@ def golden_solution(theta: dict, method=dp.Newton(), **options):
     return dp.solve(golden(theta), method, theta["x0"], jnp.zeros((25, 1)), **options)
 
 
-def golden_loss(theta: dict, method=dp.Newton(), **options):
+def golden_loss(theta: dict, method: Any = dp.Newton(), **options):
     solution = golden_solution(theta, method, **options)
     return golden_distance(solution.xs, solution.us)
 

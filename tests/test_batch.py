@@ -177,8 +177,8 @@ def test_numbers_that_can_be_read_both_ways_are_asked_about():
     rows = "one row of `problem.system.weights`, `problem.system.rotation`"
     assert rows in caught.value.__notes__[-1]
     own = call(problem(weights=weights, rotation=rotations), in_axes=0)
-    one = dp.solve(problem(weights=5.0), dp.ILQR(), x0s[1], uss[1])
-    close(own[1].us, one.us)
+    fives = problem(weights=jnp.array([5.0, 5.0]))
+    close(own[1].us, dp.solve(fives, dp.ILQR(), x0s[1], uss[1]).us)
     assert jnp.all(call(problem(weights=3.0)).success)  # the table alone: not asked
 
 

@@ -77,26 +77,43 @@ X0, US = jnp.zeros(4), jnp.full((30, 1), 0.5)
 POINT = jnp.array([0.3, 2.0, -0.4, 1.5]), jnp.array([0.7]), 3
 
 
+@ft.cache
+def first(mode=None):
+    """The next state and its derivatives forward, backward and of many states."""
+    f = CartPole().dynamics
+    g = given(mode, f) if mode else f
+
+    @jax.jit
+    def derivatives(x, u):
+        at = lambda x, u: g(x, u, POINT[2])
+        batch = jax.vmap(jax.grad(lambda x: at(x, u)[2]))
+        xs = x[None] + jnp.arange(3.0)[:, None]
+        both = (of(at, (0, 1))(x, u) for of in (jax.jacfwd, jax.jacrev))
+        return at(x, u), *both, batch(xs)
+
+    return derivatives(*POINT[:2])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_first_derivatives_are_those_of_the_program(mode):
+    (x, *found), (expected_x, *expected) = first(mode), first()
+    close(x, expected_x, rtol=1e-14)
+    close(found, expected, rtol=1e-9)
+
+
+@ft.cache
+def second(mode=None):
+    """Derivatives of derivatives, forward over backward and backward twice."""
     f = CartPole().dynamics
-    g = given(mode, f)
-    close(g(*POINT), f(*POINT), rtol=1e-14)
-    for transform in (jax.jacfwd, jax.jacrev):
-        close(transform(g, (0, 1))(*POINT), jacobian(f)(*POINT), rtol=1e-9)
-    batch = jax.vmap(jax.grad(lambda x: g(x, *POINT[1:])[2]))
-    xs = POINT[0][None] + jnp.arange(3.0)[:, None]
-    close(batch(xs), jax.vmap(jax.jacfwd(lambda x: f(x, *POINT[1:])[2]))(xs), 1e-9)
+    g = given(mode, f) if mode else f
+    along = lambda x: jnp.sum(g(x, *POINT[1:]) ** 2)
+    of = lambda x: (jax.hessian(along)(x), jax.jacrev(jax.jacrev(along))(x))
+    return jax.jit(of)(POINT[0])
 
 
 @pytest.mark.parametrize("mode", KNOWN)
 def test_second_derivatives_are_those_of_the_program(mode):
-    f = CartPole().dynamics
-    along = lambda f: lambda x: jnp.sum(f(x, *POINT[1:]) ** 2)
-    expected = jax.hessian(along(f))(POINT[0])
-    g = along(given(mode, f))
-    close(jax.hessian(g)(POINT[0]), expected)
-    close(jax.jacrev(jax.jacrev(g))(POINT[0]), expected)
+    close(second(mode), second())
 
 
 @pytest.mark.parametrize("mode", UNKNOWN)
@@ -109,27 +126,36 @@ def test_second_derivatives_that_are_not_known_are_refused(mode):
         with pytest.raises(TypeError, match=message):
             dp.direction(cart_pole(g), method, X0, US)
     with pytest.raises(TypeError, match="Second derivatives of the dynamics are need"):
-        jax.hessian(lambda x: jnp.sum(g(x, *POINT[1:]) ** 2))(POINT[0])
+        along = lambda x: jnp.sum(g(x, *POINT[1:]) ** 2)
+        jax.eval_shape(jax.hessian(along), POINT[0])
     third = given("hessian", f)
     with pytest.raises(TypeError, match="Third derivatives of dynamics with a `hes"):
         along = lambda x: jnp.sum(third(x, *POINT[1:]) ** 2)
-        jax.jacfwd(jax.jacfwd(jax.jacfwd(along)))(POINT[0])
+        jax.eval_shape(jax.jacfwd(jax.jacfwd(jax.jacfwd(along))), POINT[0])
+
+
+@ft.cache
+def rolled(mode=None):
+    """Derivatives of the cost of a roll-out by controls and the mass, and mixed."""
+
+    def cost(us, mass):
+        f = CartPole(mass).dynamics
+        return dp.rollout(cart_pole(given(mode, f) if mode else f, T=4), X0, us).cost
+
+    @jax.jit
+    def derivatives(us, mass):
+        mixed = jax.jacfwd(jax.grad(cost), 1)
+        return jax.grad(cost, (0, 1))(us, mass), mixed(us, mass)
+
+    return derivatives(US[:4], jnp.asarray(0.3))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_through_a_roll_out(mode):
     """Also by numbers that the functions hold, and mixed ones."""
-    us, mass = US[:4], jnp.asarray(0.3)
-
-    def cost(us, mass, mode=mode):
-        f = CartPole(mass).dynamics
-        return dp.rollout(cart_pole(given(mode, f), T=4), X0, us).cost
-
-    for i in (0, 1):
-        expected = jax.grad(ft.partial(cost, mode="fwd"), i)(us, mass)
-        close(jax.grad(cost, i)(us, mass), expected, rtol=1e-9)
-    mixed = lambda **mode: jax.jacfwd(jax.grad(ft.partial(cost, **mode)), 1)(us, mass)
-    close(mixed(), mixed(mode="fwd"), rtol=1e-7)
+    (found, mixed), (expected, expected_mixed) = rolled(mode), rolled()
+    close(found, expected, rtol=1e-9)
+    close(mixed, expected_mixed, rtol=1e-7)
 
 
 @ft.cache
@@ -197,7 +223,8 @@ def test_a_program_without_forward_mode_goes_backward():
 def test_differences_scale_with_their_entries():
     f = lambda x, u, t: jnp.stack([1e-6 * x[0] ** 2, jnp.sin(x[1])])
     x, u = jnp.array([1e6, 1.0]), jnp.zeros(1)
-    along = lambda step: jax.jacfwd(dp.with_jacobian(f, dp.FiniteDifferences(step)))
+    given = lambda step: dp.with_jacobian(f, dp.FiniteDifferences(step))
+    along = lambda step: jax.jit(jax.jacfwd(given(step)))
     close(along(None)(x, u, 0), jnp.diag(jnp.array([2.0, jnp.cos(1.0)])), rtol=1e-9)
     coarse = along(0.1)(x, u, 0)[1, 1]
     close(coarse, jnp.cos(1.0) * jnp.sin(0.1) / 0.1, rtol=1e-9)

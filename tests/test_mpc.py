@@ -47,6 +47,11 @@ def simulated(x=tuple(X.tolist())):
     return dp.simulate(controller(), plant, jnp.array(x), STEPS)
 
 
+@ft.cache
+def best():
+    return dp.solve(controller().problem, dp.ILQR(), X, US, rtol=1e-15)
+
+
 def ticks(mpc, state, x, number):
     """The loop of a user."""
     states, controls = [x], []
@@ -120,8 +125,7 @@ def test_repeated_ticks_at_one_stage_reach_the_solution():
     state = mpc.init(X, US)
     for _ in range(30):
         u, state = mpc(X, mpc.shift(state, 0))
-    best = dp.solve(mpc.problem, mpc.method, X, US, rtol=1e-15)
-    same(state.us, best.us, 1e-5, 1e-5)
+    same(state.us, best().us, 1e-5, 1e-5)
     assert state.result == dp.RESULTS.successful
     again = mpc(X, mpc.shift(state, 0))[1]
     same(again.us, state.us, 1e-9, 1e-9)
@@ -273,8 +277,7 @@ def test_ticks_from_states_close_their_gaps():
     np.testing.assert_array_equal(state.xs, line)
     for _ in range(30):
         u, state = mpc(X, mpc.shift(state, 0))
-    best = dp.solve(mpc.problem, mpc.method, X, US, xs=line, rtol=1e-15)
-    same(state.us, best.us, 1e-5, 1e-5)
+    same(state.us, best().us, 1e-5, 1e-5)
     same(state.xs, dp.rollout(mpc.problem, X, state.us).xs)
 
 
@@ -287,12 +290,12 @@ def test_numbers_that_are_not_finite_leave_the_plan_of_before():
     expected = mpc.shift(state)
     nan = jnp.array([jnp.nan, 0.0])
     spoiled = pendulum(friction=jnp.nan)
-    crossed = eqx.tree_at(lambda p: p.bounds[0], mpc.problem, jnp.full(1, 3.0))
+    crossed = eqx.tree_at(lambda p: p.bounds[0], mpc.problem, jnp.full(1, 3.0, float))
     wrong = dp.RESULTS.nonfinite_rollout
     for x, problem, result in (
         (nan, None, wrong),
         (X, spoiled, wrong),
-        (jnp.full(2, jnp.inf), None, wrong),
+        (jnp.full(2, jnp.inf, float), None, wrong),
         (X, crossed, dp.RESULTS.infeasible),
     ):
         u, after = mpc(x, state, problem)

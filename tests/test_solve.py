@@ -464,6 +464,8 @@ def test_the_step_limit_has_its_code_and_a_policy():
     assert solution.result == dp.RESULTS.max_steps_reached
     assert solution.stats["num_steps"] == 3
     assert np.linalg.norm(solution.policy.K) > 0
+    trials = np.nansum(solution.history["trials"])
+    assert trials + 1 == float(solution.stats["num_rollouts"])
     none = dp.solve(problem, dp.ILQR(), x0, us, max_steps=0, throw=False)
     assert none.result == dp.RESULTS.max_steps_reached
     np.testing.assert_array_equal(none.us, us)
