@@ -8,7 +8,6 @@ Gauss-Newton and its dual, prox-linear, target propagation, Moreau and ProxProp.
 # How should the parameters of a network change? Back-propagation is one answer. Others
 # send another message through the same layers, at another price.
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -28,10 +27,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% A problem to look at

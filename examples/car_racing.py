@@ -7,7 +7,6 @@ Run `python examples/car_racing.py --help` for the options. Pictures go to `out/
 # Settings. The car is a dynamic bicycle model with tire forces, full-size or 1:43.
 import argparse
 import dataclasses
-import pathlib
 import time
 
 import equinox as eqx
@@ -24,10 +23,9 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--track", help="a .csv or .json file with the user's circuit")
 parser.add_argument("--car", choices=["full-size", "miniature"])
 parser.add_argument("--borders", choices=["soft", "hard"], default="soft")
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 

@@ -3,7 +3,6 @@
 # %%
 # The text is that of Python's own `help`.
 import argparse
-import pathlib
 import pydoc_data.topics
 import time
 
@@ -14,14 +13,13 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from diffprog import losses
+from diffprog import losses, plot
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 context, width, heads, layers = (16, 32, 2, 1) if args.fast else (64, 64, 4, 2)
 batch, num_steps, num_tests = (8, 10, 16) if args.fast else (16, 300, 128)

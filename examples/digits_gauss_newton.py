@@ -3,7 +3,6 @@
 # %%
 import argparse
 import itertools
-import pathlib
 import time
 
 import equinox as eqx
@@ -18,11 +17,10 @@ import diffprog as dp
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
 parser.add_argument("--tune", action="store_true", help="how the settings were found")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 # %%
 # 1797 images of 8 x 8 pixels; the writers of the last 517, for the test, are others.

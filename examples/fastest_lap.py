@@ -23,10 +23,9 @@ from diffprog.systems import Track
 here = pathlib.Path(__file__).parent
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--track", type=pathlib.Path, default=here / "circuit.csv")
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="long stages, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% The circuit

@@ -7,7 +7,6 @@ probability 0.6, or pay where it cannot. Every image has a multiplier of its own
 # %%
 # A mean is content with a few examples far off. A bound for each of them is not.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,10 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
 parser.add_argument("--units", type=int, default=48, help="of the hidden layer")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 digits = load_digits()
 images = (digits.data / 16).astype(np.float32)
 parts = train_test_split(images, digits.target, test_size=0.25, random_state=0)

@@ -8,7 +8,6 @@ layers, and a score that says how much of it a cheaper step reaches.
 # A second-order step asks for a matrix as large as the parameters squared. Its inverse
 # is never needed: a network is a chain, and a chain has a recursion.
 import argparse
-import pathlib
 
 import equinox as eqx
 import jax
@@ -26,10 +25,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="fewer lengths, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% A network small enough to check

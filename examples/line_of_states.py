@@ -1,29 +1,32 @@
-"""A robot is shown the way around a trap by one point beside it.
+"""Show a robot the way around a trap.
 
-The straight way to the goal leads into a horseshoe of hills. Straight lines over the
-point become a first guess of the states: `dp.solve(..., xs=guess)`.
+The straight way to the goal leads into a horseshoe of hills. One point beside them,
+joined to start and goal by straight lines, is a first guess of the states, along which
+no controls lead.
 """
 
 # %%
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import diffprog as dp
 
 
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
+
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a coarse picture, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
-# %%
+# %% The trap
 # The robot has two wheels, and can turn on the spot. Its state is the position [m], the
 # heading [rad] and the speed [m/s]; its controls are the rate of turn [rad/s] and the
 # acceleration [m/s^2]. Time on a hill is expensive, and so is a stop off the goal.
@@ -53,10 +56,10 @@ def terminal_cost(x):
 
 problem = dp.ControlProblem(dynamics, cost, terminal_cost, horizon)
 
-# %%
-# The guess: places at equal distances along the way, with the speed that this takes and
-# without a thought of headings, so no controls lead along it. Those of the first guess
-# are zero.
+# %% The guess
+# Places at equal distances along the way, with the speed that this takes and
+# without a thought of headings: these are zero, and so are the controls. What the
+# dynamics make of a state is not the next one, and the difference is a gap.
 points = np.array([[0.0, 0.0], [1.2, 2.6], [5.0, 0.0]])
 ends = np.append(0.0, np.cumsum(np.hypot(*np.diff(points, axis=0).T)))
 s = np.linspace(0.0, ends[-1], horizon + 1)
@@ -64,8 +67,9 @@ places = [np.interp(s, ends, side) for side in points.T]
 guess = np.stack([*places, 0 * s, 0 * s + ends[-1] / (horizon * dt)], axis=1)
 us = jnp.zeros((horizon, 2))
 
-# %%
-# Both solves. Steps by hand show what lies between guess and solution.
+# %% Both solves
+# From zero controls, and [from states](../starting-from-states.md), `xs=guess`. A step
+# of size s leaves 1 - s of each gap.
 solutions = {
     "zero controls": dp.solve(problem, dp.DDP(), x0, us),
     "states": dp.solve(problem, dp.DDP(), x0, us, xs=jnp.asarray(guess)),
@@ -78,14 +82,15 @@ gap = solution.history["gap"]
 with_gaps = int(np.sum(gap > 0))
 print("largest gap:", *(f"{size:.3f}" for size in gap[: with_gaps + 1]))
 
+# %%
+# Steps by hand show what lies between guess and solution.
 iterates = []
 state = dp.init(problem, dp.DDP(), x0, us, xs=jnp.asarray(guess))
 while not state.done:
     iterates.append(np.asarray(state.xs))
     state = dp.step(problem, state)
 
-# %%
-# The picture: the ways on the left, cost and gap on the right.
+# %% The ways, the cost and the gap
 figure = Figure((11.5, 4.8), layout="constrained")
 way, *curves = figure.subplot_mosaic("wc;wg", width_ratios=[1.5, 1]).values()
 count = 60 if args.fast else 240
@@ -111,8 +116,16 @@ curves[1].set(xlabel="iteration", ylabel="largest gap")
 curves[1].sharex(curves[0])
 figure.savefig(args.out / "line_of_states.png", dpi=110)
 
-# %%
-# What must hold.
+# ![The guess, iterates with gaps and both solutions; costs and the largest
+# gap](line_of_states.png)
+#
+# From zero controls the way leads over the crest, which is a local minimum. While gaps
+# close the cost may rise, as it does here in the third iteration: the cost before was
+# that of states which no controls reach.
+
+# %% What must hold, and what to change next
+# Put the point below the hills, at `[1.2, -2.6]`, and the robot passes below them.
+# [Starting from states](../starting-from-states.md) says what else such a guess may be.
 assert alone.success and solution.success and solution.stats["gap"] == 0
 assert solution.stats["num_steps"] < alone.stats["num_steps"]
 assert solution.cost < 0.25 * alone.cost, "it drives over a hill"

@@ -6,7 +6,6 @@ stand for GPUs: here they are threads on the cores of one CPU.
 
 # %%
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -29,10 +28,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="few pendulums, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 # %% The problems
 # As in [a thousand problems at once](many_problems.md), one row of numbers for each:

@@ -8,7 +8,6 @@ once: where a small problem at every stage helps, and where it does not.
 # A gradient goes back through a stage as if the stage were affine. The Moreau rule asks
 # the stage itself, at the place to which it would be moved: a small problem at each.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="short horizons, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 HORIZONS = (10, 15) if args.fast else (50, 100)
 NUM_STEPS = 5 if args.fast else 50

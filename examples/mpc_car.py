@@ -6,7 +6,6 @@ borders of the track and an obstacle on its line are constraints, inputs have li
 
 # %%
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -20,10 +19,9 @@ from diffprog.systems import Race, Track
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 horizon = 40
 ticks = 10 if args.fast else 190

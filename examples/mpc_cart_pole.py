@@ -6,7 +6,6 @@ the model, the force has limits and the rail has ends.
 
 # %%
 import argparse
-import pathlib
 import time
 
 import jax
@@ -23,10 +22,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 dt, horizon = 0.04, 50
 ticks = 10 if args.fast else 200

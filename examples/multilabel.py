@@ -4,7 +4,6 @@
 # Settings. An input has k labels on or off: 2^k subsets, few enough here to check the
 # answer. The objective never lists them; it looks at a few random ones per example.
 import argparse
-import pathlib
 import time
 
 import jax
@@ -18,10 +17,9 @@ import diffprog as dp
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 

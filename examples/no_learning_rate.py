@@ -14,7 +14,6 @@ to tune, beside Adam with five learning rates.
 # with the gradient g and the Gauss-Newton matrix C of the batch, of which one product
 # with the Jacobian is enough.
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -34,10 +33,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 # %% Digits, and a network for them
 # 1797 images of 8 x 8 pixels, of which the network sees 1280, in batches of 128.

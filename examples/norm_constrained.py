@@ -8,7 +8,6 @@ most the norm 1. Training finds the multiplier, which is the price of the limit.
 # A penalty asks for a weight, and the weight decides what comes out. A limit says what
 # shall come out, and training finds the weight.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="few steps, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 
 # %% Two numbers

@@ -1,38 +1,42 @@
-"""A car drives into its place; its steering and its acceleration have limits.
+"""Park a car whose controls have limits.
 
-The problem is from Y. Tassa, N. Mansard, E. Todorov, "Control-Limited Differential
-Dynamic Programming", 2014. Pictures go to `out/`.
+A car drives into its place, as fast as its steering and its acceleration let it: both
+are at a limit most of the time. The limits come with the system, and every iterate
+keeps them.
 """
 
 # %%
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
 
 import diffprog as dp
 from diffprog import plot
 
 
+try:
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
+
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a short horizon, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 
-# %%
-# The car. Its state is the position of the middle of the rear axle [m], the heading
-# [rad] and the speed of the front wheels [m/s]; its controls are their angle [rad] and
-# their acceleration [m/s^2]. It shall stand at the origin, along x. The limits of the
-# controls are `control_bounds`: `from_system` finds them by this name.
+# %% The car
+# It is that of Tassa, Mansard and Todorov, "Control-Limited Differential Dynamic
+# Programming", 2014. Its state is the position of the middle of the rear axle [m], the
+# heading [rad] and the speed of the front wheels [m/s]; its controls are their angle
+# [rad] and their acceleration [m/s^2]. It shall stand at the origin, along x. The
+# limits of the controls are `control_bounds`: `from_system` finds them by this name.
 def smooth_abs(z, width):
     return jnp.sqrt(z**2 + width**2) - width
 
@@ -66,9 +70,9 @@ class Parking(eqx.Module):
         return weights @ smooth_abs(x, widths)
 
 
-# %%
-# It stands across its place; the first guess are small waves of both controls. The
-# second call does not compile.
+# %% The solve
+# The car stands across its place; the first guess are small waves of both controls.
+# The second call does not compile.
 horizon, max_steps = (50, 20) if args.fast else (500, 400)
 car = Parking()
 problem = dp.ControlProblem.from_system(car, horizon)
@@ -90,9 +94,11 @@ print(f"largest multiplier of a limit {multipliers.max():.6f}")
 x, y, heading, speed = xs[-1]
 print(f"left at the end: {np.hypot(x, y):.3f} m, {heading:.4f} rad, {speed:.3f} m/s")
 
+# A multiplier is the rate at which the cost falls where its limit gives way. [Limits of
+# the controls](../limits.md) explains how DDP keeps them at each of the 500 stages.
 
-# %%
-# Pictures: the way of the car, and its controls.
+
+# %% The way of the car, and its controls
 def parts(x, angle):
     """The corners of the body and of the wheels, of which those in front are turned."""
     boxes = [(1.0, 0.0, 3.0, 1.4, 0.0)]  # ahead, to the left, length, width, turned
@@ -124,6 +130,11 @@ plot.inputs(us, dt=car.dt, names=names, limits=(lower, upper), ax=rows)
 rows[0].sharex(rows[1])
 figure.savefig(args.out / "parking.png", dpi=110)
 
+# ![The way of the car, its steering and its acceleration](parking.png)
+#
+# The controls are flat where they are at a limit, and the car changes its direction
+# four times.
+
 # %%
 # The same as an animation.
 ax = Figure((4.2, 4.6), layout="constrained").subplots()
@@ -139,8 +150,12 @@ with writer.saving(ax.figure, str(args.out / "parking.gif"), dpi=75):
         ax.set_title(f"{i * car.dt:.1f} s, {xs[i, 3]:+.1f} m/s")
         writer.grab_frame()
 
-# %%
-# What must hold.
+# ![The car drives into its place](parking.gif)
+
+# %% What must hold, and what to change next
+# The problem has several local minima, and another guess may end in another one; [the
+# benchmarks](../benchmarks-limits.md) show where other solvers end. Widen `limits` to
+# see what they cost.
 assert np.all(us >= lower) and np.all(us <= upper)
 assert solution.success and solution.cost < solution.history["cost"][0]
 if not args.fast:

@@ -8,7 +8,6 @@ drawn. The first program to read.
 # JAX computes with 32 bits unless told otherwise, before the first array. All programs
 # here have the options `--out`, the folder for pictures, and `--fast`.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from diffprog import plot
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a short horizon, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% The problem

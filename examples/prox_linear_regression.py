@@ -9,7 +9,6 @@ distances, which keep the kinks that a gradient does not see.
 # a gradient knows nothing of them, and Gauss-Newton has no curvature to work with. The
 # prox-linear method keeps the loss as it is, and linearizes the network alone.
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -27,10 +26,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% The data

@@ -9,7 +9,6 @@ itself, which has no gradient.
 # parameters, so its gradient is 0. Here the multiplier follows the rate itself, and the
 # gradient is that of something smooth in its place.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="few steps, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 steps, limit = (100 if args.fast else 3000), 0.01
 
 # %% Tumors

@@ -7,7 +7,6 @@ of 442 patients is minimized, by Prospect and LSVRG, whose gradients are correct
 # %%
 import argparse
 import functools as ft
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few epochs only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_enable_x64", True)
 
 # %% The data

@@ -8,7 +8,6 @@ is left.
 # Every input and every hidden unit has a gate that is closed, exactly 0, with some
 # probability. The limit is on the expected share of weights that are left.
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,10 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few epochs, as a test")
 parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 data, digits = load_digits(return_X_y=True)
 parts = train_test_split(np.float32(data / 16), digits, test_size=0.25, random_state=0)
 images, unseen, labels, unseen_labels = (jnp.asarray(part) for part in parts)

@@ -9,7 +9,6 @@ possible at all.
 # Softmax gives every class some probability, however hopeless its score is: nothing is
 # ever ruled out. Other divergences make other softmaxes, and some of these have zeros.
 import argparse
-import pathlib
 
 import equinox as eqx
 import jax
@@ -18,7 +17,7 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from diffprog import losses
+from diffprog import losses, plot
 
 
 try:
@@ -28,10 +27,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the picture")
+parser.add_argument("--out", type=plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
 # %% Three scores
 # The probabilities are those of the best trade of score against divergence,

@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import pathlib
 import time
 
 import equinox as eqx
@@ -32,10 +31,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'diffprog[examples]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", type=pathlib.Path, default="out", help="for the pictures")
+parser.add_argument("--out", type=dp.plot.folder, default="out", help="for pictures")
 parser.add_argument("--fast", action="store_true", help="a few steps only, as a test")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 T, width, batch, num_test = (20, 20, 20, 200) if args.fast else (60, 100, 20, 1000)
 num_steps, every = (20, 10) if args.fast else (2000, 25)
 

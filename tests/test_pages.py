@@ -88,6 +88,12 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 110
 
 
+def test_the_readme_links_to_what_is_there():
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
 # Formulas -------------------------------------------------------------------------
 
 

@@ -1,3 +1,4 @@
+import argparse
 import functools
 import subprocess
 import sys
@@ -358,3 +359,13 @@ def test_a_track_on_the_map_names_its_origin():
     far = circle + np.array([4.5e5, -5.7e6])
     ax = dp.plot.track(dp.systems.Track.from_waypoints(far, 3.0))
     assert ax.get_xlabel() == "x - 450020 [m]" and ax.get_ylabel() == "y + 5700000 [m]"
+
+
+def test_a_folder_is_made_or_told(tmp_path):
+    folder = plot.folder(str(tmp_path / "of" / "pictures"))
+    assert folder == tmp_path / "of" / "pictures" and folder.is_dir()
+    assert plot.folder(str(folder)) == folder  # it may be there
+    (folder / "file").touch()
+    for wrong in ("file", "file/inside"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"no folder .*{wrong}: "):
+            plot.folder(str(folder / wrong))

@@ -5,4 +5,5 @@ from ._curves import (
     inputs as inputs,
     trajectory as trajectory,
 )
+from ._figure import folder as folder
 from ._plane import animation as animation, race as race, track as track

@@ -1,5 +1,7 @@
 """What all pictures share: axes, their style, and what is drawn on them."""
 
+import argparse
+import pathlib
 from typing import Any
 
 import jax
@@ -17,6 +19,27 @@ def need_matplotlib():
             "The pictures need matplotlib: pip install 'diffprog[viz]'"
         ) from error
     return matplotlib
+
+
+def folder(path: str) -> pathlib.Path:
+    """A folder for pictures, which is made if it is missing.
+
+    For programs: `parser.add_argument("--out", type=dp.plot.folder)` tells in one
+    sentence, and not in a traceback, why a path is none.
+
+    **Arguments:**
+
+    - `path`: where it is.
+
+    **Returns:** the path, a `pathlib.Path`.
+    """
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"no folder for pictures can be made at {path}: {error.strerror}"
+        ) from None
+    return pathlib.Path(path)
 
 
 def new_axes(rows: int = 1, size: tuple = (7.0, 4.2)):

@@ -16,7 +16,7 @@ A tutorial is a program as others in `examples/`, with these parts:
   why, and what is typed. Comments at the end of a cell, after an empty line, follow
   what it printed: what is seen. Links are those of a page in `docs/tutorials/`.
 - `![What is seen](NAME.png)`, a paragraph of such a comment, shows a picture that the
-  program wrote. The thumbnail is cut from the left of the first one.
+  program wrote. The thumbnail is the first one, made small.
 - The last cells draw, assert what must hold, and say what to change next. Without
   options the program takes less than a minute on two cores; `--fast` keeps assertions.
 - Imports of what extras install stand in a `try`, whose `except` says what to install.
@@ -46,7 +46,9 @@ GROUPS = {
     "Control": [
         "pendulum",
         "five_directions",
+        "parking",
         "obstacles",
+        "line_of_states",
         "fastest_lap",
         "mpc_cart_pole",
         "mpc_car",
@@ -64,7 +66,11 @@ GROUPS = {
         "prox_linear_regression",
         "moreau_pendulum",
     ],
-    "Losses": ["sparse_probabilities", "robust_regression"],
+    "Losses": [
+        "sparse_probabilities",
+        "digits_losses",
+        "robust_regression",
+    ],
     "Constraints in learning": [
         "norm_constrained",
         "rates",
@@ -80,7 +86,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 TOOK = re.compile(r"\(\d+ s of computing\)")
-THUMBNAIL = 480, 320
+THUMBNAIL = 480, 240
 
 
 @dataclasses.dataclass
@@ -238,7 +244,7 @@ def rewrite(name: str):
 
 def thumbnail(tutorial: Tutorial):
     image = Image.open(DOCS / "images" / tutorial.pictures[0]).convert("RGB")
-    image = ImageOps.fit(image, THUMBNAIL, Image.Resampling.LANCZOS, centering=(0, 0))
+    image = ImageOps.pad(image, THUMBNAIL, Image.Resampling.LANCZOS, color="white")
     folder = DOCS / "images" / "gallery"
     folder.mkdir(exist_ok=True)
     image = image.quantize(128, dither=Image.Dither.NONE)

@@ -87,3 +87,6 @@ plot.race(np.ones(5), np.ones(5), circle)
 
 # %% Give a track, or a race on one.
 plot.track("circle")
+
+# %% Name a folder, not a file.
+plot.folder("/dev/null")
