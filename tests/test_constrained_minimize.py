@@ -255,6 +255,16 @@ def test_problems_are_vectorized_and_compiled_once():
         np.testing.assert_allclose(together[i], solution.params, atol=1e-8)
 
 
+def test_no_mode_has_derivatives():
+    def loss(limit):
+        measure = lambda x: (x @ x, {"limit": at_least(x, limit)})
+        return minimize(Lagrangian(measure, Augmented(1.0)), jnp.zeros(1)).loss
+
+    for derivative in (jax.grad, jax.jacfwd):
+        with pytest.raises(NotImplementedError, match="one stage of `dp.ControlPro"):
+            jax.eval_shape(derivative(loss), 1.0)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

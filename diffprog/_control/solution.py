@@ -6,10 +6,9 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._common.result import explain, NAMES, RESULTS
+from .._common.result import explain, is_traced, NAMES, RESULTS
 from .._common.types import counted
 from .lqr import Policy
 from .search.base import SearchState
@@ -188,7 +187,7 @@ class Solution(eqx.Module):
 
     def __repr__(self) -> str:
         code = self.result._value
-        if isinstance(code, Tracer) or not isinstance(code, jax.Array | np.ndarray):
+        if is_traced(self) or not isinstance(code, jax.Array | np.ndarray):
             return eqx.tree_pformat(self, struct_as_array=True)
         if np.ndim(code):
             return _describe_batch(np.asarray(code), self)
