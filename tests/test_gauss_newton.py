@@ -73,9 +73,9 @@ EXACT = {
 
 @ft.cache
 def network():
-    sizes, layers = (4, 5, 5, K), []
+    sizes, layers = (4, 5, K), []
     for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
-        layers += [eqx.nn.Linear(a, b, key=KEYS[i + 2], use_bias=i != 1), jnp.tanh]
+        layers += [eqx.nn.Linear(a, b, key=KEYS[i + 2], use_bias=i > 0), jnp.tanh]
     return dp.Network(layers[:-1])
 
 

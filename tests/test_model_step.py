@@ -433,7 +433,9 @@ WRONG = {
         else exact().update(PARAMS, exact().init(PARAMS), PARAMS)
     ),
     r"`curvature` is a recipe that was not called": lambda: update(at=QUADRATIC),
-    r"is linearized already": lambda: update(at=QUADRATIC(PARAMS, X, Y).linearize()),
+    r"is linearized already": jax.jit(
+        lambda: update(at=QUADRATIC(PARAMS, X, Y).linearize())
+    ),
     r"`curvature` is .*that of a batch": lambda: update(at=dp.oracles.GaussNewton()),
     r"`grads` is arranged as": lambda: update(at=CURVATURE(NET, INPUTS, LABELS)),
     r"`grads\['c'\]\['w'\]` has shape \(2,\); that of": lambda: update(
