@@ -82,9 +82,11 @@ def problem(centers):
 
 
 # %% The solve
-# It starts at rest. The first guess drives straight ahead, away from the goal. The rows
-# of constraints are met by multipliers, which a solve with constraints updates a few
-# times; each is what its constraint costs, and 0 where it does not matter.
+# It starts at rest. The first guess drives straight ahead, away from the goal, and past
+# the first obstacle to one side. A guess straight at the middle of an obstacle has no
+# side to go to, and such a solve may end `infeasible`. The rows of constraints are met
+# by multipliers, which a solve with constraints updates a few times; each is what its
+# constraint costs, and 0 where it does not matter.
 guess = jnp.zeros((horizon, 2)).at[:, 1].set(0.1)
 solution = dp.solve(problem(centers), dp.DDP(), x0, guess)
 print(solution)
