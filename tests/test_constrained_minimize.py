@@ -198,7 +198,7 @@ def test_what_cannot_be_kept_is_infeasible():
         minimize(lagrangian, x0)
     message = str(raised.value)
     for words in (
-        "No point satisfies",
+        "No point that satisfies",
         "up to 5.0e-01: `above` in rows 0; `below` in rows 0.",
         "`Relaxed(strength, step)`",
     ):

@@ -26,7 +26,7 @@ class RESULTS(eqx.Enumeration):
     nonfinite_derivative = "A derivative is not finite where the value is."
     factorization_failed = "A matrix of second derivatives is not positive definite."
     cost_unbounded = "The objective falls without bound."
-    infeasible = "No point satisfies the constraints."
+    infeasible = "No point that satisfies the constraints was found."
     gradient_unreliable = "Derivatives of the solution may be wrong."
 
 

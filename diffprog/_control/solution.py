@@ -46,8 +46,9 @@ ADVICE = dict(
 )
 
 VIOLATED = (
-    "Loosen that constraint, start from other `us`, or give another `penalty` to "
-    "`dp.AugmentedLagrangian`."
+    "Start from other `us` (a guess that aims at the middle of an obstacle has no side "
+    "to go to), try `dp.ILQR()` or another `penalty` of `dp.AugmentedLagrangian`, or "
+    "loosen that constraint."
 )
 # The same, where gaps are left.
 OPEN = ADVICE | dict(
@@ -56,7 +57,10 @@ OPEN = ADVICE | dict(
     no_descent="Give `xs` and `us` that fit each other better, or start from `us` "
     "alone.",
 )
-UNMOVED = "No control changes it there: move `x0`, or loosen the constraint."
+UNMOVED = (
+    "No control changes it there: move `x0`, or loosen the constraint; an `Inequality` "
+    "allows `fn <= 0`."
+)
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 FINDER = (
@@ -245,7 +249,7 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "to leave a maximum or a saddle."
         )
     elif name == "infeasible" and not np.isfinite(solution.cost):
-        where = f"That is so at stage {stage}."
+        where = f"At stage {stage} there is none."
     elif name == "infeasible":
         at_once = solution.stats["num_backwards"] == 0
         where, instead = _violated(solution), UNMOVED if at_once else VIOLATED
