@@ -30,7 +30,11 @@ jax.config.update("jax_enable_x64", True)
 
 
 def load(file):
-    return Track.from_json(file) if file.endswith(".json") else Track.from_csv(file)
+    read = Track.from_json if file.endswith(".json") else Track.from_csv
+    try:
+        return read(file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"No circuit from {file}: {error}") from None
 
 
 user_track = load(args.track) if args.track else None
@@ -160,8 +164,40 @@ print(f"least distance of the car's side to a border {margins.min():.3f} m")
 print(f"center of the car {lateral.min():.2f} to {lateral.max():.2f} m off the middle")
 
 # %%
-# One long problem, solved to the end from a straight drive by each direction. `later`
-# is the time of a second call, which does not compile.
+# Pictures.
+units = np.array([1.0, np.degrees(race.car.max_steer)])
+
+
+def save(name, ax):
+    ax.figure.savefig(args.out / name, dpi=120)
+
+
+save("race.png", plot.race(states, speed, track))
+axes = plot.inputs(
+    units * controls[:, :2],
+    speed,
+    dt=race.dt,
+    names=["drive [duty]", "steering [deg]"],
+    limits=[units * limit for limit in (lower, upper)],
+)
+save("inputs.png", axes[0])
+if not args.fast:
+    plot.animation(
+        args.out / "race.gif",
+        states[:-1],
+        track,
+        dt=race.dt,
+        length=race.car.length,
+        width=race.car.width,
+        speed=speed[:-1],
+        plans=plans,
+        every=max(1, len(plans) // 110),
+    )
+print(f"pictures in {args.out}/")
+
+# %%
+# One long problem, solved to the end from a straight drive by each direction; not on a
+# circuit of the user. `later` is the time of a second call, which does not compile.
 long_horizon, most = (5, 3) if args.fast else (100, 300)
 problem = make(race, long_horizon)
 cases = [
@@ -172,13 +208,15 @@ cases = [
     (dp.DDP(), dp.Backtracking()),
     (dp.ILQR(), dp.AdaptiveDamping()),
 ]
+cases = cases[3:4] if args.fast else [] if user_track else cases
 solutions = {}
-print(f"\n{long_horizon} stages, at most {most} iterations")
-print(
-    f"{'direction':<12} {'search':<16} {'iterations':>10} {'cost':>11} "
-    f"{'stationarity':>12} {'first call':>10} {'later':>10}  result"
-)
-for method, search in cases if not args.fast else cases[3:4]:
+if cases:
+    print(f"\n{long_horizon} stages, at most {most} iterations")
+    print(
+        f"{'direction':<12} {'search':<16} {'iterations':>10} {'cost':>11} "
+        f"{'stationarity':>12} {'first call':>10} {'later':>10}  result"
+    )
+for method, search in cases:
     guess = jnp.tile(middle, (long_horizon, 1))
     times = []
     for _ in range(2):
@@ -203,40 +241,8 @@ for method, search in cases if not args.fast else cases[3:4]:
         f"{solution.cost:11.6f} {solution.stats['decrement']:12.1e} "
         f"{times[0]:8.1f} s {1e3 * times[1]:7.1f} ms  {repr(solution).split()[1]}"
     )
-
-# %%
-# Pictures.
-units = np.array([1.0, np.degrees(race.car.max_steer)])
-
-
-def save(name, ax):
-    ax.figure.savefig(args.out / name, dpi=120)
-
-
-save("race.png", plot.race(states, speed, track))
-if not hard:  # where a cost below the best one is that of a way beyond the borders
+if solutions and not hard:  # where a cost below the best one is that of a way beyond
     save("convergence.png", plot.convergence(solutions))
-axes = plot.inputs(
-    units * controls[:, :2],
-    speed,
-    dt=race.dt,
-    names=["drive [duty]", "steering [deg]"],
-    limits=[units * limit for limit in (lower, upper)],
-)
-save("inputs.png", axes[0])
-if not args.fast:
-    plot.animation(
-        args.out / "race.gif",
-        states[:-1],
-        track,
-        dt=race.dt,
-        length=race.car.length,
-        width=race.car.width,
-        speed=speed[:-1],
-        plans=plans,
-        every=max(1, len(plans) // 110),
-    )
-print(f"\npictures in {args.out}/")
 
 # %%
 # What must hold.

@@ -198,7 +198,7 @@ def test_what_cannot_be_kept_is_infeasible():
         minimize(lagrangian, x0)
     message = str(raised.value)
     for words in (
-        "No point satisfies",
+        "No point that satisfies",
         "up to 5.0e-01: `above` in rows 0; `below` in rows 0.",
         "`Relaxed(strength, step)`",
     ):
@@ -253,6 +253,16 @@ def test_problems_are_vectorized_and_compiled_once():
     for i, solution in enumerate(alone):
         np.testing.assert_allclose(solution.params, (i + 1) / 2, atol=1e-8)
         np.testing.assert_allclose(together[i], solution.params, atol=1e-8)
+
+
+def test_no_mode_has_derivatives():
+    def loss(limit):
+        measure = lambda x: (x @ x, {"limit": at_least(x, limit)})
+        return minimize(Lagrangian(measure, Augmented(1.0)), jnp.zeros(1)).loss
+
+    for derivative in (jax.grad, jax.jacfwd):
+        with pytest.raises(NotImplementedError, match="one stage of `dp.ControlPro"):
+            jax.eval_shape(derivative(loss), 1.0)
 
 
 @pytest.mark.parametrize(

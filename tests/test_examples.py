@@ -95,7 +95,7 @@ SOME = pytest.mark.parametrize("script", [
 @SOME
 def test_runs_and_writes_its_files(script, tmp_path, pytestconfig):
     options = []
-    if script == "car_racing.py":  # on a circuit of the user
+    if script in ("car_racing.py", "fastest_lap.py"):  # on a circuit of the user
         (tmp_path / "circuit.csv").write_text(CIRCUIT)
         options += ["--track", tmp_path / "circuit.csv"]
     fast = not pytestconfig.getoption("--default-flags")

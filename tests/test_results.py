@@ -332,3 +332,38 @@ def test_the_advice_is_that_of_what_was_called():
     with pytest.raises(dp.SolveError, match="NaN in `inputs`, `targets`") as error:
         vd(helpers.Scaled(jnp.ones(1)), jnp.full((3, 1), jnp.nan), jnp.zeros((3, 1)))
     assert "horizon" not in str(error.value)
+
+
+TRANSFORMS = dict(
+    reverse=jax.grad,
+    forward=jax.jacfwd,
+    vectorized=lambda fn: lambda a: jax.vmap(jax.grad(fn))(a[None])[0],
+)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_without_jit_a_failure_is_no_error_under_a_transformation(transform):
+    """Its derivative is NaN, and it prints what it consists of."""
+
+    def control(a):
+        cost = one_stage(lambda x: jnp.sum((x - a) ** 4))
+        solution = dp.solve(cost, dp.ILQR(), *ZERO, max_steps=1)
+        assert repr(solution).startswith("Solution(\n")
+        return solution.us[0, 0]
+
+    with pytest.raises(dp.SolveError, match="step limit"):
+        control(1.0)
+    assert jnp.isnan(TRANSFORMS[transform](control)(jnp.array(1.0)))
+
+
+def test_nor_is_one_of_a_linear_quadratic_problem():
+    eye, zero = jnp.eye(1)[None].repeat(4, 0), jnp.zeros((4, 1))
+
+    def control(r):
+        lqr = dp.LQR(eye, eye, zero, eye, r * eye, Q_final=eye[0])
+        return dp.solve_lqr(lqr, jnp.ones(1)).us[0, 0]
+
+    with pytest.raises(dp.SolveError, match="it is R"):
+        control(-9.0)
+    assert jnp.isnan(jax.grad(control)(-9.0))

@@ -46,13 +46,21 @@ class AbstractFunction(AbstractConstraint):
 
 
 class Equality(AbstractFunction):
-    """The constraint `fn(x, u, t)` = 0; among the terminal ones `fn(x)` = 0."""
+    """The constraint `fn(x, u, t)` = 0; among the terminal ones `fn(x)` = 0.
+
+    Among `constraints` it counts at the stages 0 to T - 1, not at the last state: what
+    must hold there too belongs into `terminal_constraints` as well.
+    """
 
     equal: ClassVar[bool] = True
 
 
 class Inequality(AbstractFunction):
-    """The constraint `fn(x, u, t)` <= 0; among the terminal ones `fn(x)` <= 0."""
+    """The constraint `fn(x, u, t)` <= 0; among the terminal ones `fn(x)` <= 0.
+
+    Among `constraints` it counts at the stages 0 to T - 1, not at the last state: what
+    must hold there too belongs into `terminal_constraints` as well.
+    """
 
     equal: ClassVar[bool] = False
 
@@ -67,7 +75,11 @@ for _kind in (Equality, Inequality):
 
 
 class StateBounds(AbstractConstraint):
-    """The constraint lo <= x <= hi."""
+    """The constraint lo <= x <= hi.
+
+    Among `constraints` it counts at the stages 0 to T - 1, not at the last state: what
+    must hold there too belongs into `terminal_constraints` as well.
+    """
 
     lo: PyTree
     hi: PyTree

@@ -3,7 +3,9 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ class RESULTS(eqx.Enumeration):
     nonfinite_derivative = "A derivative is not finite where the value is."
     factorization_failed = "A matrix of second derivatives is not positive definite."
     cost_unbounded = "The objective falls without bound."
-    infeasible = "No point satisfies the constraints."
+    infeasible = "No point that satisfies the constraints was found."
     gradient_unreliable = "Derivatives of the solution may be wrong."
 
 
@@ -57,15 +59,23 @@ def explain(result: RESULTS, advice: Mapping[str, str], where: str = "") -> str:
     return " ".join(part for part in parts if part)
 
 
+def is_traced(tree: PyTree) -> bool:
+    """Whether some of its numbers belong to a transformation."""
+    return any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(tree))
+
+
 def throw_unless_successful(
     result: RESULTS, solution: T, throw: bool, explain: Callable[[T], str]
 ) -> T:
-    """Raises for a known result that is not successful, with its explanation."""
+    """Raises for a known result that is not successful, with its explanation.
+
+    Without `jit` derivatives trace the solution and leave its result known.
+    """
     if not throw:
         return solution
     code = result._value
     if isinstance(code, Tracer) or jnp.ndim(code):
         return solution
-    if int(code) == int(RESULTS.successful._value):
+    if int(code) == int(RESULTS.successful._value) or is_traced(solution):
         return solution
     raise SolveError(explain(solution), solution)

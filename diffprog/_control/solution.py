@@ -6,10 +6,9 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._common.result import explain, NAMES, RESULTS
+from .._common.result import explain, is_traced, NAMES, RESULTS
 from .._common.types import counted
 from .lqr import Policy
 from .search.base import SearchState
@@ -47,8 +46,9 @@ ADVICE = dict(
 )
 
 VIOLATED = (
-    "Loosen that constraint, start from other `us`, or give another `penalty` to "
-    "`dp.AugmentedLagrangian`."
+    "Start from other `us` (a guess that aims at the middle of an obstacle has no side "
+    "to go to), try `dp.ILQR()` or another `penalty` of `dp.AugmentedLagrangian`, or "
+    "loosen that constraint."
 )
 # The same, where gaps are left.
 OPEN = ADVICE | dict(
@@ -57,7 +57,10 @@ OPEN = ADVICE | dict(
     no_descent="Give `xs` and `us` that fit each other better, or start from `us` "
     "alone.",
 )
-UNMOVED = "No control changes it there: move `x0`, or loosen the constraint."
+UNMOVED = (
+    "No control changes it there: move `x0`, or loosen the constraint; an `Inequality` "
+    "allows `fn <= 0`."
+)
 GIVEN = "Give finite numbers."
 DOMAIN = "Start where the cost is defined (`x0`, `us`), or extend it beyond."
 FINDER = (
@@ -188,7 +191,7 @@ class Solution(eqx.Module):
 
     def __repr__(self) -> str:
         code = self.result._value
-        if isinstance(code, Tracer) or not isinstance(code, jax.Array | np.ndarray):
+        if is_traced(self) or not isinstance(code, jax.Array | np.ndarray):
             return eqx.tree_pformat(self, struct_as_array=True)
         if np.ndim(code):
             return _describe_batch(np.asarray(code), self)
@@ -246,7 +249,7 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
             "to leave a maximum or a saddle."
         )
     elif name == "infeasible" and not np.isfinite(solution.cost):
-        where = f"That is so at stage {stage}."
+        where = f"At stage {stage} there is none."
     elif name == "infeasible":
         at_once = solution.stats["num_backwards"] == 0
         where, instead = _violated(solution), UNMOVED if at_once else VIOLATED

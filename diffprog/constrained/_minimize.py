@@ -128,8 +128,12 @@ def minimize(
 
     **Fails:** `infeasible` where violations do not fall at the largest penalty, which
     bounds the multipliers; `max_steps_reached`; `nonfinite_rollout` where the loss, a
-    constraint or a derivative is not finite at every trial. Not differentiable: use
-    single steps. `strict=` and `axis_name` are for single steps as well.
+    constraint or a derivative is not finite at every trial. `strict=` and `axis_name`
+    are for single steps alone.
+
+    It has no derivatives, and says so when they are asked for: for those of a solution
+    write the problem as one stage of [`diffprog.ControlProblem`][], see
+    [Gradients](../gradients.md).
 
     Costs `num_inner` gradients. Source: as of [`diffprog.AugmentedLagrangian`][].
     """

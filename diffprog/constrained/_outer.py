@@ -12,6 +12,7 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from .._common.door import undifferentiated
 from .._common.multipliers import complementarity, violation
 from .._common.result import RESULTS
 from .._common.tree import all_finite, where, working_dtype
@@ -21,6 +22,11 @@ from ._lagrangian import Duals, Lagrangian, Report
 
 
 COLUMNS = "loss", "feasibility", "stationarity", "penalty", "num_inner"
+UNDIFFERENTIATED = (
+    "`minimize` has no derivatives. For those of a solution write the problem as one "
+    "stage of `dp.ControlProblem`, see Gradients; or wrap the arguments in "
+    "`jax.lax.stop_gradient`."
+)
 PROGRESS = 0.25  # what is left of violations by an outer iteration that helps
 
 
@@ -231,4 +237,5 @@ def run(
 
     dynamic = lax.while_loop(go_on, body, dynamic)
     loop = eqx.combine(dynamic, static)
-    return where(loop.result == RESULTS.successful, loop.at, loop.best.params), loop
+    at = where(loop.result == RESULTS.successful, loop.at, loop.best.params)
+    return undifferentiated((at, loop), UNDIFFERENTIATED)

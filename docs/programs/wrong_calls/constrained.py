@@ -156,3 +156,7 @@ minimize(Lagrangian(measure, Augmented(1.0)), params, inner="BFGS")
 # %% Strict measures belong to single steps.
 measure = lambda x: (x @ x, {"limit": at_most(x, 0.0, strict=x)})
 minimize(Lagrangian(measure, Augmented(1.0)), params)
+
+# %% [slow] [Gradients](gradients.md) differentiates what `dp.solve` returns.
+augmented = Lagrangian(lambda x, a: (x @ x, {"limit": at_most(x, a)}), Augmented(1.0))
+jax.grad(lambda a: minimize(augmented, params, a).loss)(0.2)
