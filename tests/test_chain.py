@@ -202,7 +202,7 @@ WRONG = {
     "an empty state": (
         lambda: dp.rollout(problem(), jnp.ones(0), us),
         ValueError,
-        "`x0` has no entries",
+        r"`x0` has no entries; .* `jnp.zeros\(1\)` for a problem without a state",
     ),
     "empty controls": (
         lambda: dp.rollout(problem(), x0, jnp.ones((3, 0))),
@@ -276,6 +276,16 @@ WRONG = {
         lambda: dp.rollout(problem(terminal_cost=lambda x: x[0, 0]), x0, us),
         IndexError,
         r"`terminal_cost` was given x of shape \(2,\)",
+    ),
+    "a function of state and control": (
+        lambda: dp.rollout(problem(lambda x, u: x), x0, us),
+        TypeError,
+        r"`dynamics` was given .* It is called with `\(x, u, t\)`",
+    ),
+    "a terminal cost of a stage": (
+        lambda: dp.rollout(problem(terminal_cost=lambda x, u, t: 0.0), x0, us),
+        TypeError,
+        r"`terminal_cost` was given .* It is called with `\(x\)`",
     ),
     "no horizon": (lambda: problem(horizon=0), ValueError, "`horizon` is 0; at least"),
     "a float horizon": (

@@ -14,7 +14,7 @@ from diffprog._common import multipliers
 from diffprog._common.multipliers import merit, multiplier
 
 from . import helpers
-from .constrained import car, check_optimal, mass, slow, swing_up, touching
+from .constrained import car, check_optimal, mass, slow, swing_up, too_fast, touching
 from .helpers import close, name
 
 
@@ -181,6 +181,18 @@ def test_a_warm_start_elsewhere_saves_iterations():
     assert warm <= fresh / 2
 
 
+def test_a_warm_start_goes_by_names_in_any_order():
+    problem, x0, us = mass(
+        30,
+        constraints=(dp.Inequality(weak, "work"), dp.Inequality(too_fast, "speed")),
+    )
+    cold = solve(problem, x0, us)
+    assert np.max(cold.multipliers.constraints["speed"]) > 0.01
+    assert not np.any(np.asarray(cold.multipliers.constraints["work"]))
+    again = solve(problem, x0, cold.us, state=cold.state)
+    assert again.success and again.stats["num_steps"] == 0
+
+
 def test_a_warm_start_is_of_the_same_constraints():
     _, x0, cold = solved("mass")
     problem, x0, us = slow()
@@ -208,7 +220,7 @@ class Speed(eqx.Module):
 
 def slow_mass(**options):
     speed = dp.Inequality(Speed(**options), "speed")
-    return mass(constraints=(dp.Inequality(weak, name="force"), speed))
+    return mass(constraints=(dp.Inequality(weak, name="work"), speed))
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -366,6 +378,10 @@ def solve_with(constraints, **options: Any):
             "`constraints[0]` does not depend on x or u, so that no solve can change",
         ),
         (
+            dp.Inequality(lambda x, u, t: x > 1.0),
+            "`constraints[0]` returned booleans; the number that is kept <= 0 is",
+        ),
+        (
             dp.Equality(lambda x, u, t: x.astype(jnp.float32)),
             "`constraints[0]` returned float32",
         ),
@@ -379,6 +395,12 @@ def test_what_a_constraint_returns_is_checked(constraints, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         solve_with(constraints)
     assert message in str(caught.value)
+
+
+def test_a_constraint_of_other_arguments_is_told_its_own():
+    message = r"`constraints\[0\]` was given .* It is called with `\(x, u, t\)`"
+    with pytest.raises(TypeError, match=message):
+        solve_with(dp.Equality(lambda x: x))
 
 
 def test_a_constraint_that_is_not_finite_is_found():

@@ -232,6 +232,14 @@ def test_changes_of_nnx_that_would_be_lost_are_explained():
     assert "changes is its state" in notes and "vd.init(params, rest)" in notes
 
 
+def test_a_module_of_linen_is_no_predict():
+    message = "`predict` is Linen.*, whose .* `predict=module.apply`"
+    with pytest.raises(TypeError, match=message):
+        dp.value_and_direction(Squared(), ORACLE, Linen())
+    with pytest.raises(TypeError, match=message):
+        dp.optim.ggn(Squared(), Linen())
+
+
 def test_statistics_beside_the_parameters_of_linen_are_refused():
     vd = dp.value_and_direction(Squared(), ORACLE, Linen().apply)
     variables = dict(params=jnp.ones(2), batch_stats=jnp.ones(2))

@@ -341,8 +341,15 @@ def test_options_of_other_functions():
     call: Any = dp.solve
     with pytest.raises(TypeError, match="takes no `check`: `dp.rollout.*, check=True"):
         call(*_spring_arguments(), check=True)
-    with pytest.raises(TypeError, match="takes no `tol`: its arguments are `problem`,"):
-        call(*_spring_arguments(), tol=1.0)
+    with pytest.raises(TypeError, match="takes no `top`: its arguments are `problem`,"):
+        call(*_spring_arguments(), top=1.0)
+    for solve in (call, dp.solve_batch):
+        with pytest.raises(
+            TypeError, match="takes no `tol`: `rtol` and `atol` are the"
+        ):
+            solve(*_spring_arguments(), tol=1.0)
+        with pytest.raises(TypeError, match="takes no `maxiter`: `max_steps` is the"):
+            solve(*_spring_arguments(), maxiter=9)
     with pytest.raises(TypeError, match="`rtol` is '1'; one number >= 0 is expected"):
         call(*_spring_arguments(), rtol="1")
     with pytest.raises(TypeError, match=r"`damping` is an array of shape \(2,\); one"):

@@ -464,6 +464,10 @@ def test_a_system_may_have_limits():
             "the lower limit is 1.0, above the upper one, -1.0",
         ),
         (
+            [(-1.0, 1.0), (-2.0, 2.0)],
+            "a control. `(lo, hi)` has all lower limits, then all upper ones.",
+        ),
+        (
             (dict(a=jnp.array([0.0, 2.0])), dict(a=jnp.array([1.0, 1.0]))),
             "the lower limit['a'][1] is 2.0, above the upper one, 1.0",
         ),

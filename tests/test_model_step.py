@@ -411,7 +411,10 @@ def update(optimizer=exact(), params=PARAMS, at=None, g=PARAMS):
 
 SEARCH = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
 WRONG = {
-    r"`base` is 0.1; an optimizer such as": lambda: model_step(0.1),
+    r"`base` is 0.1; an optimizer such as .* No learning": lambda: model_step(0.1),
+    r"`base` is <func.*; .* Call it, as in `optax.adam\(1.0\)`": lambda: model_step(
+        optax.adam
+    ),
     r"`groups` is 'layers'; \"all\", \"layer\"": lambda: model_step(
         DESCENT, groups="layers"
     ),

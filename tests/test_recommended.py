@@ -94,7 +94,9 @@ def test_it_is_what_its_description_says():
 WRONG = {
     r"`kfac` is 3; True, False, or a transformation": lambda: recommended(kfac=3),
     r"give one of `base` and `kfac`": lambda: recommended(optax.sgd(1.0), True),
-    r"`base` is 3; an optimizer such as": lambda: recommended(3),
+    r"`base` is 0.001; an optimizer such as .* No learning rate is needed": (
+        lambda: recommended(1e-3)
+    ),
     r"`params` is a MLP; those of a `dp.Network`": lambda: recommended(kfac=True).init(
         parameters(MLP)
     ),

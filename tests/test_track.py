@@ -681,14 +681,26 @@ BAD_CSV = {
     + ["x;y;left;right;\n# in meters, from a survey", "columns: x;y;right;left"],
 )
 def test_a_header_of_other_names_is_refused_in_a_comment_too(tmp_path, names):
+    """And told in the order of the file."""
     path = tmp_path / "track.csv"
+    sides = ("right", "left") if names.endswith("left") else ("left", "right")
+    header = "x_m;y_m;" + ";".join(f"w_tr_{side}_m" for side in sides)
     for mark in ("", "# "):
         text = mark + names.replace("; ", ";") + "\n" + rewritten(table(), ";")
         path.write_text(f"# by hand; in 2020\n{text if mark else text.split(': ')[-1]}")
         with pytest.raises(
             ValueError, match=rf"columns x.* \(line 2, '{mark}.*missing: x_m"
-        ):
+        ) as error:
             Track.from_csv(path)
+        assert str(error.value).endswith(f" Write the header {header}.")
+
+
+@pytest.mark.parametrize("names", ["x,y,wide,narrow", "x_1,y,x_right,x_left"])
+def test_a_header_whose_meaning_is_open_is_left_to_the_user(tmp_path, names):
+    path = tmp_path / "track.csv"
+    path.write_text(f"{names}\n{rewritten(table(), ',')}")
+    with pytest.raises(ValueError, match="in the order in which the file has them.$"):
+        Track.from_csv(path)
 
 
 @pytest.mark.parametrize("text", BAD_CSV)

@@ -568,6 +568,10 @@ anything: Any = dp  # what follows is wrong on purpose
             r"`riccati` is 'parallel'; .*Riccati\(\)`",
         ),
         (lambda: anything.GaussNewton(0.1), "`riccati` is 0.1; something like"),
+        (
+            lambda: anything.GaussNewton(lambda p: p),
+            "`riccati` is <func.* residuals are the last state of a `dp.ControlPro",
+        ),
         (lambda: anything.MoreauGradient(1.0, CG()), r"`solver` is CG\(\)"),
         (lambda: anything.rule_boundary(eqx.nn.Linear), "`layer` is the class Linear"),
         (lambda: anything.Network([eqx.nn.Linear]), "Layer 0 is the class Linear"),

@@ -1,5 +1,6 @@
 """Calls of the user's functions; errors say what was given and what came back."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ def call(name: str, fn: Callable, x: PyTree, *rest: Any):
         given = f"`{name}` was given x of shape {shapes(x):.200}"
         if rest:
             given += f" and u of shape {shapes(rest[0]):.200}"
-        advice = about_state(x)
+        advice = how_called(fn, x, *rest) + about_state(x)
         if rest and _is_number(rest[0]):
             advice += (
                 " u is a number, as `us` has one number per stage: for an array of one "
@@ -43,6 +44,17 @@ def call(name: str, fn: Callable, x: PyTree, *rest: Any):
 
     with noted(note):
         return fn(x, *rest)
+
+
+def how_called(fn: Callable, *args: Any) -> str:
+    """What is to be said of a function that does not take so many arguments."""
+    try:
+        inspect.signature(fn).bind(*args)
+    except TypeError:
+        return f" It is called with `({', '.join('xut'[: len(args)])})`."
+    except ValueError:  # nothing is known of it
+        pass
+    return ""
 
 
 def _is_number(tree: PyTree) -> bool:

@@ -231,16 +231,25 @@ class Duals(eqx.Module):
                 "constraints and this horizon, or `dp.WarmStart(state.search)`."
             )
         stacks = [
-            None if old is None else jnp.concatenate(list(new.values()), -1)
-            for new, old in zip([*stages, terminal], self.stacks, strict=True)
+            None if old is None else jnp.concatenate([new[k] for k in known], -1)
+            for new, known, old in zip(
+                [*stages, terminal], [*own, last], self.stacks, strict=True
+            )
         ]
         return replace(self, stages=tuple(stacks[:-1]), terminal=stacks[-1])
 
 
 def value_of(name: str, constraint: AbstractConstraint, dtype, *args: Any) -> Array:
     """The entries of a constraint as a vector, checked."""
-    value = call(name, constraint, *args)
+    own = isinstance(constraint, AbstractFunction)
+    value = call(name, constraint.fn if own else constraint, *args)
     leaves = jtu.tree_leaves(value)
+    if any(jnp.result_type(leaf) == bool for leaf in leaves):
+        kept = "0" if constraint.equal else "<= 0"
+        raise TypeError(
+            f"`{name}` returned booleans; the number that is kept {kept} is expected, "
+            "such as `x[0] - 1`, and no comparison."
+        )
     if not sum(map(np.size, leaves)):
         raise ValueError(
             f"`{name}` returned no numbers; an array of floats is expected."

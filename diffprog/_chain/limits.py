@@ -12,6 +12,7 @@ from .._common.types import came, is_known, is_number
 
 
 NEVER = math.inf, -math.inf  # as a lower limit, as an upper one
+PAIRS = "`(lo, hi)` has all lower limits, then all upper ones."
 
 
 def as_bounds(bounds: Any) -> Any:
@@ -20,8 +21,9 @@ def as_bounds(bounds: Any) -> Any:
         return None
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(
-            f"`control_bounds` is {came(bounds)}; a pair `(lo, hi)` is expected, each "
-            "a number, `None` for no limit, or arranged like one control or like `us`."
+            f"`control_bounds` is {came(bounds)}; a pair `(lo, hi)` is expected, all "
+            "lower limits and all upper ones: each a number, `None` for no limit, or "
+            "arranged like one control or like `us`."
         )
     sides = tuple(_as_side(i, side) for i, side in enumerate(bounds))
     _check_order(*sides)
@@ -70,10 +72,11 @@ def _check_order(lower: PyTree, upper: PyTree):
             pair = [np.broadcast_to(side, wrong.shape)[index] for side in (low, high)]
             at = f"[{', '.join(map(str, index))}]" if index else ""
             key = jtu.keystr(path) or jtu.keystr(other)
+            pairs = f" {PAIRS}" if key or at else ""
             raise ValueError(
                 f"`control_bounds`: the lower limit{key}{at} is {pair[0]}, above the "
                 f"upper one, {pair[1]}; lo <= hi is expected, and lo = hi fixes a "
-                "control."
+                f"control.{pairs}"
             )
 
 
@@ -98,7 +101,7 @@ def _like(name: str, side: PyTree, us: PyTree, fill: float, dtype: Any) -> PyTre
             f"`{name}` is arranged as {tree}, and a control as {expected}: give one "
             "number for all, or a tree like one control or like `us`; in a tree no "
             "limit is inf or -inf, and a list of numbers is a tree as well: an array "
-            "is `jnp.array([...])`."
+            f"is `jnp.array([...])`. {PAIRS}"
         )
 
     def broadcast(path, leaf, u):

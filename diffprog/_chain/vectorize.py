@@ -106,7 +106,10 @@ def vectorize(problem: AbstractChain, x0: PyTree, us: PyTree) -> Vectorized:
     x_layouts, u_layouts, segments, start = [Layout.of(x0, dtype)], [], [], 0
     charts = Charts(problem.manifold, zeros)
     if x_layouts[0].size == 0:
-        raise ValueError("`x0` has no entries; a state has at least one.")
+        raise ValueError(
+            "`x0` has no entries; a state has at least one: `jnp.zeros(1)` for a "
+            "problem without a state."
+        )
     names = []
     for phase, u in zip(problem.phases, parts, strict=True):
         u_layouts.append(_stage_layout(u, phase.horizon, dtype))

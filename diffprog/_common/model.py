@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from .capture import Frozen
 from .flax import check_parameters, found_in, NNX
-from .types import came, check_key, noted, shapes
+from .types import came, check_callable, check_key, noted, shapes
 
 
 def is_array(leaf) -> bool:
@@ -118,6 +118,18 @@ def explained(model: Callable, inputs: PyTree) -> Callable:
             return model(x, key=keys[0]) if keys else model(x)
 
     return call
+
+
+def check_predict(predict: Any):
+    """Raises for what does not compute outputs."""
+    if predict is None:
+        return
+    if hasattr(predict, "init") and hasattr(predict, "apply"):
+        raise TypeError(
+            f"`predict` is {came(predict)}, whose `apply` is expected: "
+            "`predict=module.apply`."
+        )
+    check_callable("predict", predict, "something like `lambda model, inputs: ...`")
 
 
 def runner(

@@ -24,7 +24,7 @@ from .._common.tree import strong
 from .._common.types import check_count, counted, noted, shapes, with_advice
 from .._common.written import taken_back
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
-from .defaults import tolerance
+from .defaults import OTHER_NAMES, tolerance
 from .devices import (
     check_mesh,
     given_rows,
@@ -236,7 +236,7 @@ def _axes_of(path: str, axis: int = 0) -> str:
     )
 
 
-_NOT_IN_BATCH = dict(
+_NOT_IN_BATCH = OTHER_NAMES | dict(
     throw="nothing is raised for a problem that fails: look at `solution.success`",
     check="`dp.rollout(problem, x0, us, check=True)` of one problem looks for indices "
     "beyond the end of an array",

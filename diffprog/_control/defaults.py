@@ -14,6 +14,11 @@ from .solution import WarmStart
 
 
 OUTER = AugmentedLagrangian()
+# What other libraries call the options of a solve.
+OTHER_NAMES = dict(
+    tol="`rtol` and `atol` are the tolerances",
+    maxiter="`max_steps` is the most iterations",
+)
 
 
 @ft.cache

@@ -42,8 +42,9 @@ def _multipliers(vectorized: Vectorized, duals: Duals | None) -> dict[str, Any]:
     """Multipliers and penalties as a state has them."""
     if duals is None:
         return dict(multipliers=None, penalty=None)
-    (stages,), terminal = duals.named(vectorized.chain.names)
-    found = Multipliers(stages, terminal, None, None, None)
+    names = vectorized.chain.names
+    (stages,), terminal = duals.named(names)
+    found = Multipliers(stages, terminal, None, None, None, names)
     return dict(multipliers=found, penalty=duals.penalty)
 
 

@@ -101,6 +101,8 @@ class Multipliers(eqx.Module):
     lower: PyTree[Array]
     upper: PyTree[Array]
     costates: PyTree[Array]
+    # Of the constraints in their order: JAX sorts the keys of a dict.
+    _names: tuple[str, ...] = eqx.field(static=True, default=(), repr=False)
 
 
 class WarmStart(eqx.Module):
@@ -204,7 +206,7 @@ class Solution(eqx.Module):
             f"{int(stats['num_backwards'])} backward passes)",
             f"  stationarity  {float(stats['decrement']):.2e} predicted decrease, "
             f"{float(stats['gradient']):.2e} gradient norm",
-            *_describe_constraints(stats),
+            *_describe_constraints(self),
             f"  {explain_solution(self)}",
         ])  # fmt: skip
 
@@ -217,7 +219,8 @@ def on_manifold(solution: Solution, manifold: Any) -> Solution:
     return dataclasses.replace(solution, policy=policy)
 
 
-def _describe_constraints(stats: Mapping[str, Any]) -> list[str]:
+def _describe_constraints(solution: Solution) -> list[str]:
+    stats = solution.stats
     if "violation" not in stats:
         return []
     return [
@@ -271,15 +274,15 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
     return explain(solution.result, advice, where)
 
 
-def _violated(solution: Solution) -> str:
-    """The constraint that is violated most, and where."""
-    stages, terminal = solution.multipliers.constraints, solution.multipliers.terminal
-    phases = stages if isinstance(stages, tuple) else (stages,)
-    names = [*(name for phase in phases for name in phase), *terminal]
+def _most_violated(solution: Solution) -> tuple[str, int]:
+    """The constraint that is violated most, and the stage."""
     group, stage = map(int, solution.stats["violated"])
-    size = float(solution.stats["violation"])
-    of = f"that of `{names[group]}` at stage {stage}"
-    return f"The largest violation, {size:.1e}, is {of}."
+    return solution.multipliers._names[group], stage
+
+
+def _violated(solution: Solution) -> str:
+    (name, stage), size = _most_violated(solution), float(solution.stats["violation"])
+    return f"The largest violation, {size:.1e}, is that of `{name}` at stage {stage}."
 
 
 def _gap(solution: Solution) -> str:

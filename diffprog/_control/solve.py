@@ -24,7 +24,7 @@ from .._common.result import RESULTS, throw_unless_successful
 from .._common.tree import strong
 from .._common.types import check_kind, check_one_number, with_advice
 from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, Solved, still
-from .defaults import no_state, OUTER, tolerance
+from .defaults import no_state, OTHER_NAMES, OUTER, tolerance
 from .direction import AbstractDirection
 from .loop import Solver
 from .lqr import Policy
@@ -104,6 +104,7 @@ def _multipliers(vectorized: Vectorized, found: Any) -> Multipliers:
         lower=vectorized.controls(tuple(lower)),
         upper=vectorized.controls(tuple(upper)),
         costates=vectorized.differences(preceding(first, lams), lams[-1][-1]),
+        _names=chain.names,
     )
 
 
@@ -131,8 +132,7 @@ def solution_of(
         )
         for i, gains in enumerate(loop.known.gains)
     )
-    ok = loop.result == RESULTS.successful
-    T = vectorized.chain.horizon
+    ok, T = loop.result == RESULTS.successful, vectorized.chain.horizon
     stats = dict(
         num_steps=loop.counts.steps,
         num_rollouts=loop.counts.rollouts,
@@ -285,7 +285,7 @@ def arguments(
     return *given, (max_steps, *options)
 
 
-_NOT_IN_SOLVE = dict(
+_NOT_IN_SOLVE = OTHER_NAMES | dict(
     check="`dp.rollout(problem, x0, us, check=True)` looks for indices beyond the end "
     "of an array",
     in_axes="`dp.solve_batch` solves many problems",

@@ -14,6 +14,7 @@ from .._common.door import door
 from .._common.model import (
     check_apart,
     check_batch,
+    check_predict,
     first_half_twice,
     Parts,
     runner,
@@ -32,7 +33,7 @@ from .._common.tree import (
     where,
     working_dtype,
 )
-from .._common.types import came, check_callable, check_kind
+from .._common.types import came, check_kind
 from ..losses import AbstractLoss, as_loss
 from ..oracles._base import (
     AbstractOracle,
@@ -238,8 +239,7 @@ def value_and_direction(
     NaN.
     """
     check_kind("oracle", oracle, AbstractOracle, "dp.oracles.GaussNewton()")
-    if predict is not None:
-        check_callable("predict", predict, "something like `lambda model, inputs: ...`")
+    check_predict(predict)
     if scale not in ("step", "gradient"):
         raise ValueError(f'`scale` is {scale!r}; "step" or "gradient" is expected.')
     check_reduction(reduction)

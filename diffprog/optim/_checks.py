@@ -7,8 +7,21 @@ import optax
 from jaxtyping import PyTree
 
 from .._common.tree import cast, norm, working_dtype
-from .._common.types import came, check_number, is_known
+from .._common.types import came, check_number, is_known, is_number
 from ._curvature import Curvature, LossModel, Recipe
+
+
+def check_base(base: Any):
+    """Raises for what is no optimizer."""
+    if isinstance(base, optax.GradientTransformation):
+        return
+    advice = " No learning rate is needed." if is_number(base) else ""
+    if callable(base):
+        advice = " Call it, as in `optax.adam(1.0)`."
+    raise TypeError(
+        f"`base` is {came(base)}; an optimizer such as `optax.contrib.muon(1.0)` is "
+        f"expected.{advice}"
+    )
 
 
 def check_curvature(curvature: Any) -> Curvature:

@@ -22,12 +22,11 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._common.capture import Frozen
-from .._common.model import check_batch, Parts, runner, split
+from .._common.model import check_batch, check_predict, Parts, runner, split
 from .._common.reduction import check_reduction, Reduction, weight
 from .._common.tree import scale, vary, varying_axes, vdot
 from .._common.types import (
     AbstractPart,
-    check_callable,
     check_count,
     check_positive,
     Number,
@@ -108,9 +107,7 @@ class Recipe(eqx.Module):
     axis_name: Any = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.predict is not None:
-            expected = "something like `lambda model, inputs: ...`"
-            check_callable("predict", self.predict, expected)
+        check_predict(self.predict)
         check_reduction(self.reduction)
         check_positive("factor", self.factor)
         if self.batch_size is not None:

@@ -27,7 +27,6 @@ from .._common.tree import (
     yes,
 )
 from .._common.types import (
-    came,
     check_count,
     check_kind,
     check_number,
@@ -36,6 +35,7 @@ from .._common.types import (
 )
 from ._checks import (
     check_average,
+    check_base,
     check_curvature,
     check_floating,
     check_gradient,
@@ -160,11 +160,7 @@ def model_step(
 
 
 def _check(base, groups, rule, scale, ema, growth):
-    such = "`optax.contrib.muon(1.0)`"
-    if not isinstance(base, optax.GradientTransformation):
-        raise TypeError(
-            f"`base` is {came(base)}; an optimizer such as {such} is expected."
-        )
+    check_base(base)
     if not callable(groups) and groups not in LABELS:
         raise ValueError(
             f'`groups` is {groups!r}; "all", "layer", "leaf" or a function of a path '

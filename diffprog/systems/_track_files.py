@@ -20,6 +20,7 @@ _NUMBER = re.compile(
     r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
 )
 _GROUPED = re.compile(r"[-+]?[1-9]\d?\d?(,\d{3})+", re.ASCII)
+_WORD = re.compile("[a-z]+")
 _SMALL = re.compile(r"[-+]?\d{1,3}", re.ASCII)  # too small to have a group
 _JSON = ("X", "Y", "X_i", "Y_i", "X_o", "Y_o")
 
@@ -79,11 +80,12 @@ def read_csv(
     missing = [name for name in wanted if name not in names]
     if missing:
         has_points = "x_m" in names and "y_m" in names
-        quoted = header and f" (line {header.line}, {lines[header.line - 1]!r:.99})"
+        line = lines[header.line - 1] if header else ""
+        quoted = line and f" (line {header.line}, {line!r:.99})"
+        advice = _header_for(columns, wanted, line)
         raise ValueError(
-            f"`path` {path} has the columns {', '.join(columns)}{quoted or ''}; "
-            f"missing: {', '.join(missing)}. Name the columns {','.join(wanted)} in "
-            f"the header{', or pass `half_width`' if has_points else ''}."
+            f"`path` {path} has the columns {', '.join(columns)}{quoted}; missing: "
+            f"{', '.join(missing)}. {advice}{', or pass `half_width`' * has_points}."
         )
     rows = [_complete(path, columns, header is not None, wanted, row) for row in rows]
     indices = [names.index(name) for name in wanted]
@@ -143,6 +145,21 @@ def _in_comments(comments: list[tuple], first: _Row, line: str) -> _Row | None:
 
 def _filled(row: _Row) -> list[str]:
     return row.cells if row.cells[-1] else row.cells[:-1]  # behind a last separator
+
+
+def _header_for(columns: Sequence[str], wanted: Sequence[str], line: str) -> str:
+    """What the header should be, in the order of the file if its words tell it."""
+    header = list(columns)
+    for name in wanted:
+        (word,) = {"x", "y", "right", "left"} & {*name.split("_")}
+        found = [i for i, c in enumerate(columns) if word in _WORD.findall(c.lower())]
+        if len(found) == 1:
+            header[found[0]] = name
+    if not line or not {*wanted} <= {*header}:
+        names = f"Name the columns {', '.join(wanted)} in the header"
+        return f"{names}, in the order in which the file has them"
+    mark = next((mark for mark in ";\t," if mark in line), " ")
+    return f"Write the header {mark.join(header)}"
 
 
 def _complete(

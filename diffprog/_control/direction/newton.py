@@ -1,8 +1,8 @@
 """Directions of Newton's kind: a Riccati recursion minimizes a quadratic model."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..._common.types import check_kind
+from ..._common.types import came, check_kind
 from ..lqr import AbstractRiccati, Riccati
 from ..lqr.expand import adjoints
 from .base import AbstractDirection, linear_quadratic
@@ -18,6 +18,13 @@ class AbstractNewton(AbstractDirection):
     riccati: AbstractRiccati = Riccati()
 
     def __check_init__(self):
+        given: Any = self.riccati
+        if callable(given) and not isinstance(given, AbstractRiccati | type):
+            raise TypeError(
+                f"`riccati` is {came(given)}; a direction takes no function: residuals "
+                "are the last state of a `dp.ControlProblem` of one stage, see Least "
+                "squares."
+            )
         check_kind("riccati", self.riccati, AbstractRiccati, "dp.ParallelRiccati()")
 
     def backward(self, chain, trajectory, model, damping):

@@ -86,6 +86,9 @@ optim.tap("hidden")(model, inputs)
 
 # %% ### `dp.optim.kfac` and `dp.optim.recommended`
 
+# %% An optimizer is what `optax.adam` returns.
+optim.recommended(optax.adam)
+
 # %% A number of updates is an int.
 optim.kfac(burn_in=-1)
 

@@ -152,6 +152,9 @@ control_problem(control_bounds=(1.0, -1.0))
 # %% One number holds for all controls; else limits are arranged as a control is.
 dp.rollout(control_problem(control_bounds=({"force": -1.0}, 1.0)), x0, us)
 
+# %% First come all lower limits, then all upper ones.
+control_problem(control_bounds=[(-1.0, 1.0), (-2.0, 2.0)])
+
 # %% Limits have the shape of a control, or of `us` where they change with the stage.
 dp.rollout(control_problem(control_bounds=(-jnp.ones(3), 1.0)), x0, us)
 
@@ -177,6 +180,10 @@ dp.solve(control_problem(constraints=twice), dp.ILQR(), x0, us)
 # %% Take it out, or look for an argument that was forgotten in it.
 always = dp.Inequality(lambda x, u, t: jnp.ones(1) - 2.0)
 dp.solve(control_problem(constraints=(always,)), dp.ILQR(), x0, us)
+
+# %% Return the number that a comparison would be about.
+below = dp.Inequality(lambda x, u, t: x[0] <= 1.0)
+dp.solve(control_problem(constraints=(below,)), dp.ILQR(), x0, us)
 
 # %% Return an array: one row for each condition of the stage.
 empty = dp.Inequality(lambda x, u, t: None)

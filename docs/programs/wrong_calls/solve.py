@@ -57,6 +57,9 @@ dp.solve(problem, dp.ILQR, x0, us)
 # %% Options that belong elsewhere are told, with the place where they belong.
 dp.solve(problem, method, x0, us, damping=0.1)
 
+# %% [Least squares](how-to/least-squares.md) has such a problem.
+dp.GaussNewton(lambda p: p - 1.0)
+
 # %% The number of iterations is a Python int, since it is part of the program.
 dp.solve(problem, method, x0, us, max_steps=1e3)
 

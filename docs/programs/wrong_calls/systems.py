@@ -126,6 +126,9 @@ Track.from_csv("nowhere.csv")
 # %% Name the columns in the header, or give the width.
 track("x_m,y_m\n0,0\n1,0\n1,1\n0,1\n")
 
+# %% The header that it asks for keeps the order of the file.
+track("x,y,width_left,width_right\n0,0,4,5\n1,0,4,5\n1,1,4,5\n0,1,4,5\n")
+
 # %% Name the columns, or separate cells by semicolons.
 track("100,000,0,000\n0,000,100,000\n-100,000,0,000\n0,000,-100,000\n")
 

@@ -54,6 +54,12 @@ direction(model={"w": jnp.ones(2), "steps": jnp.arange(2)}, predict=lambda p, x:
 # %% Give real and imaginary part as two arrays.
 direction(model={"w": jnp.ones(2) * 1j}, predict=lambda p, x: x)
 
+# %% [slow] A module computes outputs by `module.apply(params, inputs)`.
+from flax import linen
+
+
+direction(model={"params": {"kernel": jnp.ones((3, 2))}}, predict=linen.Dense(2))
+
 # %% With Flax linen hand running means on by `init(model, model_state)`.
 params = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.ones(2)}}
 direction(model=params, predict=lambda p, x: x)
