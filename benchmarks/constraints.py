@@ -86,8 +86,5 @@ def one(problem, first_calls: dict[str, float]) -> list[dict]:
 
 def run() -> list[dict]:
     first_calls = compilation.with_constraints()
-    return [
-        row
-        for problem in CONSTRAINED
-        for row in one(problem, first_calls[problem.name])
-    ]
+    of = lambda problem: one(problem, first_calls.get(problem.name, {}))
+    return [row for problem in CONSTRAINED for row in of(problem)]

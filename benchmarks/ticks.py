@@ -92,4 +92,5 @@ def one(name, controller, plant, x, state) -> dict:
 
 
 def run() -> list[dict]:
-    return [one(*make(m)) for make in (quadrotor, race) for m in ours.METHODS]
+    made = *map(quadrotor, ours.METHODS), race(ours.DDP)
+    return [one(*problem) for problem in made]
