@@ -343,7 +343,8 @@ def test_options_of_other_functions():
         call(*_spring_arguments(), check=True)
     with pytest.raises(TypeError, match="takes no `top`: its arguments are `problem`,"):
         call(*_spring_arguments(), top=1.0)
-    for solve in (call, dp.solve_batch):
+    both: Any = call, dp.solve_batch
+    for solve in both:
         with pytest.raises(
             TypeError, match="takes no `tol`: `rtol` and `atol` are the"
         ):

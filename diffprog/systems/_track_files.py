@@ -81,7 +81,7 @@ def read_csv(
     if missing:
         has_points = "x_m" in names and "y_m" in names
         line = lines[header.line - 1] if header else ""
-        quoted = line and f" (line {header.line}, {line!r:.99})"
+        quoted = f" (line {header.line}, {line!r:.99})" if header else ""
         advice = _header_for(columns, wanted, line)
         raise ValueError(
             f"`path` {path} has the columns {', '.join(columns)}{quoted}; missing: "
