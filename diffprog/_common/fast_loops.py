@@ -100,11 +100,11 @@ def compiled(fn: Callable, fast_loops: bool | None, *args: PyTree) -> PyTree:
         if kind := _kind(program, fast_loops, elsewhere):
             plain, extra = later, []
             if any(isinstance(const, Tracer) for const in program.consts):
-                plain, extra = _apart(trace("plain", leaves)[0])
+                plain, extra = _split(trace("plain", leaves)[0])
             return _dispatch(program, leaves, kind, shape, plain, extra)
     loops = "plain" if fast_loops is False or elsewhere else "apart"
     program, shape = trace(loops, leaves)
-    return _dispatch(program, leaves, "sums", shape, *_apart(program))
+    return _dispatch(program, leaves, "sums", shape, *_split(program))
 
 
 def scan(fn: Callable, carry: PyTree, rows: PyTree, reverse: bool, loops: Loops):
@@ -115,7 +115,7 @@ def scan(fn: Callable, carry: PyTree, rows: PyTree, reverse: bool, loops: Loops)
         return ordinary()
     program, shape = jax.make_jaxpr(ordinary, return_shape=True)()
     kind = _kind(program, loops == "forced", _elsewhere()) or "sums"
-    return _dispatch(program, [], kind, shape, *_apart(program))
+    return _dispatch(program, [], kind, shape, *_split(program))
 
 
 def _kind(program: ClosedJaxpr, forced: bool | None, elsewhere: str | None):
@@ -143,7 +143,7 @@ def _elsewhere() -> str | None:
     return None
 
 
-def _apart(program: ClosedJaxpr) -> tuple[Callable, list]:
+def _split(program: ClosedJaxpr) -> tuple[Callable, list]:
     """`fn(consts, leaves)` of a program, without traced numbers, and its `consts`."""
     jaxpr = program.jaxpr
     return lambda consts, leaves: eval_jaxpr(jaxpr, consts, *leaves), program.consts
@@ -157,15 +157,15 @@ def _dispatch(
     Its batches and derivatives are those of `plain(extra, leaves)`.
     """
     # JAX keeps the functions below, which must not keep traced numbers in turn.
-    jaxpr, (ordinary, consts) = program.jaxpr, _apart(program)
+    jaxpr, (ordinary, consts) = program.jaxpr, _split(program)
     if kind == "sums" and (program.effects or not _is_known(program)):
         outs = ordinary(consts, leaves)
         return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
 
     # XLA aborts on an argument that its function does not use, and finds out more than
     # JAX about what is not used: so a number of each comes back.
-    read = [v for vs in (*(e.invars for e in jaxpr.eqns), jaxpr.outvars) for v in vs]
-    used = [any(v is other for other in read) for v in jaxpr.invars]
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {*map(id, jaxpr.outvars)}
+    used = [id(v) in read for v in jaxpr.invars]
 
     @jax.jit
     def small_call(consts, given):

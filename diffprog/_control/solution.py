@@ -206,7 +206,7 @@ class Solution(eqx.Module):
             f"{int(stats['num_backwards'])} backward passes)",
             f"  stationarity  {float(stats['decrement']):.2e} predicted decrease, "
             f"{float(stats['gradient']):.2e} gradient norm",
-            *_describe_constraints(self),
+            *_describe_constraints(stats),
             f"  {explain_solution(self)}",
         ])  # fmt: skip
 
@@ -219,8 +219,7 @@ def on_manifold(solution: Solution, manifold: Any) -> Solution:
     return dataclasses.replace(solution, policy=policy)
 
 
-def _describe_constraints(solution: Solution) -> list[str]:
-    stats = solution.stats
+def _describe_constraints(stats: Mapping[str, Any]) -> list[str]:
     if "violation" not in stats:
         return []
     return [
@@ -274,14 +273,10 @@ def explain_solution(solution: Solution, advice: Mapping[str, str] = ADVICE) -> 
     return explain(solution.result, advice, where)
 
 
-def _most_violated(solution: Solution) -> tuple[str, int]:
-    """The constraint that is violated most, and the stage."""
-    group, stage = map(int, solution.stats["violated"])
-    return solution.multipliers._names[group], stage
-
-
 def _violated(solution: Solution) -> str:
-    (name, stage), size = _most_violated(solution), float(solution.stats["violation"])
+    """The constraint that is violated most, and where."""
+    group, stage = map(int, solution.stats["violated"])
+    name, size = solution.multipliers._names[group], float(solution.stats["violation"])
     return f"The largest violation, {size:.1e}, is that of `{name}` at stage {stage}."
 
 
