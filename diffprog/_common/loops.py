@@ -28,8 +28,16 @@ def scan(fn: Callable, carry: PyTree, rows: PyTree = None, **options: Any):
 def while_loop(
     unfinished: Callable, step: Callable, carry: PyTree, like: PyTree = None
 ) -> PyTree:
-    """`lax.while_loop`; `like` is what the functions capture."""
-    return lax.while_loop(unfinished, step, vary(carry, like=(carry, like)))
+    """`lax.while_loop`; `like` is what the functions capture.
+
+    Where a condition reads one part of the carry alone, such as `done`, XLA takes that
+    for a counter, and clones all that it is computed from, often the whole body, again
+    and again, to find out how it counts: half of the time to compile DDP for an arm.
+    So every condition reads a count as well, of which XLA cannot tell the end.
+    """
+    counted = vary((jnp.zeros((), jnp.int32), carry), like=(carry, like))
+    on = lambda counted: unfinished(counted[1]) & (counted[0] >= 0)
+    return lax.while_loop(on, lambda c: (c[0] + 1, step(c[1])), counted)[1]
 
 
 def for_each(number: int, step: Callable, carry: PyTree, like: PyTree = None) -> PyTree:

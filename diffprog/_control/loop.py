@@ -20,9 +20,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 
 from .._chain.vector import run, through, VectorChain, VectorTrajectory
+from .._common.loops import while_loop
 from .._common.result import RESULTS
 from .._common.tree import no, vary, where, yes
 from .direction import AbstractDirection, Expansion
@@ -135,7 +135,7 @@ class Solver(eqx.Module):
 
     def run(self, loop: Loop) -> Loop:
         """Iterates until something stops the solve."""
-        return lax.while_loop(
+        return while_loop(
             lambda loop: ~loop.done,
             lambda loop: self.step(loop, loop.counts.steps >= self.max_steps),
             loop,
@@ -159,7 +159,7 @@ class Solver(eqx.Module):
         local, at = self.chain.around(before)
         expansion = self.method.expand(local, at)
         check_expansion(self.method, expansion)
-        passes = lax.while_loop(
+        passes = while_loop(
             lambda p: p.purpose != Purpose.end,
             lambda p: self._pass(p, before, expansion, (local, at)),
             self._begin(loop, before, expansion, stop),
@@ -397,4 +397,4 @@ class Solver(eqx.Module):
             (whole, Verdict(false, false, false)),
         )
         decided = lambda v: v.accept | v.refresh | v.fail
-        return lax.while_loop(lambda t: trying & ~decided(t.verdict), body, start)
+        return while_loop(lambda t: trying & ~decided(t.verdict), body, start)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._chain.vector import VectorChain
 from ..._common.fast_loops import compiled, Loops
-from ..._common.tree import no, vary, where
+from ..._common.loops import while_loop
+from ..._common.tree import no, where
 from .base import AbstractAdjoint, connected, Found, refused, still, with_nan
 from .conditions import (
     Active,
@@ -176,7 +177,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         far, count = jnp.full_like(found.cost, jnp.inf), jnp.zeros((), jnp.int32)
         first = _Polish(at, far, at, nothing, count, no(far), no(far))
         go_on = lambda state: ~state.done
-        end = lax.while_loop(go_on, step, vary(first, like=at))
+        end = while_loop(go_on, step, first, like=at)
         factors = end.found.factors
         judged = Judged(end.residual, factors.positive, active.weak)
         return Settled(end.best, active, end.found.matrices, factors, judged)
