@@ -93,7 +93,8 @@ guess = guess.at[:, 0].set(way).at[:-1, 7].set(jnp.diff(way) / quad.dt)
 solution = dp.solve(problem, dp.DDP(), x0, jnp.zeros((horizon, 4)), xs=guess)
 print(solution)
 xs, pushes = np.asarray(solution.xs), np.asarray(solution.us) + share
-rims, ups = np.asarray(jax.vmap(rim_of)(xs)), 1 - 2 * np.sum(xs[:, 4:6] ** 2, axis=1)
+rims = np.asarray(jax.jit(jax.vmap(rim_of))(xs))
+ups = 1 - 2 * np.sum(xs[:, 4:6] ** 2, axis=1)
 tilt, norms = np.degrees(np.arccos(ups.clip(-1, 1))), np.linalg.norm(xs[:, 3:7], axis=1)
 middle = np.argmin(abs(xs[:, 0] - wall))
 print(f"tilt: up to {tilt.max():.0f} degrees, {tilt[middle]:.0f} in the slit")
@@ -144,9 +145,9 @@ figure.savefig(args.out / "quadrotor_quaternion.png", dpi=110)
 # %%
 # The flight as an animation.
 movie = Figure((8.0, 4.8), layout="constrained")
-views, writer = scene(movie), PillowWriter(fps=12)
+views, writer = scene(movie), PillowWriter(fps=8)
 with writer.saving(movie, str(args.out / "quadrotor_quaternion.gif"), dpi=75):
-    for i in [*range(0, horizon + 1, 20 if args.fast else 2), *[horizon] * 8]:
+    for i in [*range(0, horizon + 1, 20 if args.fast else 3), *[horizon] * 5]:
         views[0].set_title(f"{t[i]:.2f} s, tilt {tilt[i]:.0f} degrees")
         parts = draw(views, i)
         writer.grab_frame()
@@ -159,8 +160,8 @@ with writer.saving(movie, str(args.out / "quadrotor_quaternion.gif"), dpi=75):
 # rotations](../angles-and-rotations.md) explains manifolds, and how to write one:
 # `UnitQuaternion` has two functions, `difference` and `retract`.
 steps = quad.manifold.difference(xs[1:], xs[:-1])
-fine = [quad.manifold.retract(xs[:-1], s * steps) for s in np.linspace(0.0, 1.0, 9)]
-fine = np.asarray(jax.vmap(rim_of)(np.concatenate(fine)))
+at = jax.jit(lambda s: jax.vmap(rim_of)(quad.manifold.retract(xs[:-1], s * steps)))
+fine = np.concatenate([at(s) for s in np.linspace(0.0, 1.0, 9)])
 sides = abs(fine[abs(fine[..., 0] - wall) < 0.01, 1])
 print(f"rim: up to {sides.max():.3f} m from the middle of the slit")
 assert sides.max() < half_slit < radius, "it touches the wall"

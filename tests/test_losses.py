@@ -1,5 +1,6 @@
 """f-softmax, f-softargmax and their losses: identities, derivatives, hard inputs."""
 
+import inspect
 import itertools
 import re
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+import diffprog as dp
 from diffprog import losses, optim
+from diffprog._common.types import AbstractPart
 from diffprog._operators.call import check
 from diffprog._operators.root import below, bracket, root_and_count, sums
 from diffprog.losses import (
@@ -1085,6 +1088,48 @@ def test_the_axis_has_another_name_elsewhere(name):
         OPERATORS[name](dim=0)
     with pytest.raises(TypeError, match=f"`{name}` takes no `n_iter`: its arguments"):
         OPERATORS[name](n_iter=3)
+
+
+@pytest.mark.parametrize(
+    "name, f", [("entmax15", Alpha(1.5)), ("sparsemax", ChiSquare())]
+)
+def test_losses_have_other_names_elsewhere(name, f):
+    for other in (f"{name}_loss", f"{name.capitalize()}Loss"):
+        with pytest.raises(AttributeError, match=f"has no attribute `{other}`; ") as e:
+            getattr(losses, other)
+        given = dict(dp=dp, scores=THETA, targets=LABELS)
+        said = eval(str(e.value).split("`")[-2], given)
+        values = said if other.endswith("_loss") else said(THETA, LABELS)
+        np.testing.assert_array_equal(values, losses.f_loss(THETA, LABELS, f, "unit"))
+    with pytest.raises(AttributeError, match="has no attribute `entmax_loss_15`$"):
+        losses.entmax_loss_15  # pyright: ignore
+
+
+class _Open(AbstractPart):
+    options: dict
+
+    def __init__(self, **options):
+        self.options = options
+
+
+def test_parts_say_where_options_of_other_libraries_are():
+    public = [*vars(losses).values(), *vars(dp.oracles).values(), *vars(optim).values()]
+    is_part = lambda one: isinstance(one, type) and issubclass(one, AbstractPart)
+    parts = {one for one in public if is_part(one) and "Abstract" not in one.__name__}
+    assert {dp.oracles.GaussNewton, losses.Huber, optim.Cauchy} < parts
+    for part in parts:
+        names = "`, `".join(inspect.signature(part).parameters)
+        known = f"its arguments are `{names}`" if names else "it takes none"
+        with pytest.raises(TypeError) as error:
+            part(beta=0.1)
+        assert str(error.value) == f"`{part.__name__}` takes no `beta`: {known}."
+    for name in ("learning_rate", "lr"):
+        options: Any = {name: 0.1}
+        with pytest.raises(TypeError, match=f"no `{name}`: the optimizer scales its"):
+            dp.oracles.GaussNewton(**options)
+    with pytest.raises(TypeError, match="`dp.value_and_direction` takes it"):
+        losses.Squared(reduction="sum")  # pyright: ignore
+    assert _Open(learning_rate=0.1).options == {"learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("name", ["f_softplus", "f_sigmoid"])

@@ -2,7 +2,8 @@ import dataclasses
 import functools as ft
 import inspect
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, cast, TypeVar
 
@@ -36,6 +37,21 @@ def _fields_with_checks(cls: Any) -> list[dataclasses.Field]:
     return list(filter(has_check, dataclasses.fields(cls)))
 
 
+# What other libraries have as an option of such classes.
+_LENGTH = "the optimizer scales its steps, such as `optax.sgd(0.5)`"
+_ELSEWHERE = dict(
+    learning_rate=_LENGTH,
+    lr=_LENGTH,
+    reduction="`dp.value_and_direction` takes it",
+)
+
+
+@ft.cache
+def _arguments(cls: Any) -> dict[str, inspect.Parameter]:
+    """Those that a class is made with."""
+    return dict([*inspect.signature(cls.__init__).parameters.items()][1:])
+
+
 class AbstractPart(eqx.Module):
     """What users may write themselves: a class that lacks a method is told so at once.
 
@@ -43,6 +59,14 @@ class AbstractPart(eqx.Module):
     """
 
     __check_init__ = _check_fields  # Equinox calls that of a class too, and before
+
+    def __new__(cls, *_, **options):
+        own = _arguments(cls)
+        any_name = any(one.kind == one.VAR_KEYWORD for one in own.values())
+        if not any_name and options.keys() - own.keys():
+            instead = lambda name, _, known: _ELSEWHERE.get(name, known)
+            _refuse(cls.__name__, own, options, instead)
+        return eqx.Module.__new__(cls)
 
     def __init_subclass__(cls):
         if "Abstract" in cls.__name__:
@@ -250,6 +274,29 @@ def noted(note: Callable[[], str]):
         raise
 
 
+def _refuse(called: str, own: Iterable[str], options: dict, instead: Callable):
+    """Raises for an option that is not among the arguments `own`."""
+    for name in [name for name in options if name not in own]:
+        names = ", ".join(f"`{known}`" for known in own)
+        known = f"its arguments are {names}" if names else "it takes none"
+        said = instead(name, options[name], known)
+        raise TypeError(f"`{called}` takes no `{name}`: {said}.")
+
+
+def elsewhere(module: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """`__getattr__` of a module that says where to find what others call so."""
+
+    def missing(name: str):
+        said = f"; {names[name]}." if name in names else ""
+        raise AttributeError(
+            f"module `{module}` has no attribute `{name}`{said}",
+            name=name,
+            obj=sys.modules[module],
+        )
+
+    return missing
+
+
 def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
     """A function that says what there is instead of an option that it does not have.
 
@@ -262,10 +309,7 @@ def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
 
         @ft.wraps(fn)
         def call(*args, **options):
-            for name in [name for name in options if name not in own]:
-                known = "its arguments are " + ", ".join(f"`{known}`" for known in own)
-                said = instead(name, options[name], known)
-                raise TypeError(f"`{called}` takes no `{name}`: {said}.")
+            _refuse(called, own, options, instead)
             return fn(*args, **options)
 
         return cast(Fn, call)

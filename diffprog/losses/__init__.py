@@ -1,5 +1,8 @@
 """Losses and operators of f-divergences."""
 
+import typing as _typing
+
+from .._common.types import elsewhere as _elsewhere
 from .._operators.alpha import Alpha as Alpha
 from .._operators.capped import capped_f_softargmax as capped_f_softargmax
 from .._operators.divergence import AbstractDivergence as AbstractDivergence
@@ -72,3 +75,17 @@ from ._supervised import (
     Squared as Squared,
 )
 from ._viterbi import soft_viterbi as soft_viterbi, viterbi as viterbi
+
+
+_F_LOSS = '`dp.losses.f_loss(scores, targets, {}, "unit")` is it'
+_CLASS = '`dp.losses.FLoss({}, "unit")` is it'
+_OTHERS = dict(
+    entmax15_loss=_F_LOSS.format("dp.losses.Alpha(1.5)"),
+    sparsemax_loss=_F_LOSS.format("dp.losses.ChiSquare()"),
+    Entmax15Loss=_CLASS.format("dp.losses.Alpha(1.5)"),
+    SparsemaxLoss=_CLASS.format("dp.losses.ChiSquare()"),
+    CrossEntropyLoss="`dp.losses.SoftmaxCrossEntropy` is it",
+    MSELoss="`dp.losses.Squared` is half the sum of squares",
+)
+if not _typing.TYPE_CHECKING:  # which would take any name for one that there is
+    __getattr__ = _elsewhere(__name__, _OTHERS)

@@ -52,6 +52,9 @@ f_softargmax(scores, KL, jnp.array([1.0, -1.0, 1.0]))
 # %% The caps of the classes together let a sum of 1 through.
 dp.losses.capped_f_softargmax(scores, KL, cap=0.2)
 
+# %% Losses of other libraries have another name here.
+dp.losses.entmax15_loss
+
 # %% `alpha` is a number, or an array of floats.
 dp.losses.Alpha("1.5")
 

@@ -161,6 +161,9 @@ dp.value_and_direction(dp.losses.Squared(), gradient, reduction="none")
 # %% A damping is positive.
 dp.oracles.GaussNewton(damping=-1.0)
 
+# %% The rate belongs to the optimizer that takes the direction.
+dp.oracles.GaussNewton(learning_rate=0.1)
+
 # %% Weights of a metric are arranged as the parameters are.
 direction(dp.oracles.GaussNewton(metric={"w": 1.0}))
 
