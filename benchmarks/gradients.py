@@ -30,10 +30,8 @@ NOTES = (
 
 
 def one(problem) -> dict:
-    solve = ours.solver(problem, ours.DDP)
+    solve, found = ours.solver(problem, ours.DDP), ours.solver_of(problem, ours.DDP)
     x0, us = ours.start(problem)
-
-    found = jax.jit(solve)(x0, us)
 
     def loss(x0, us):
         solution = solve(x0, us)
@@ -45,7 +43,7 @@ def one(problem) -> dict:
         run[name] = lambda call=call: jax.block_until_ready(call(x0, found.us))
         first[name] = once(run[name], time.perf_counter)
     run["whole"] = lambda: jax.block_until_ready(calls["solve"](x0, us))
-    times, steps = alternate(run), int(found.stats["num_steps"])
+    times, steps = alternate(run), found.steps
     slopes, _ = calls["both"](x0, found.us)
     iteration, more = times["whole"] / steps, times["both"] - times["solve"]
     return {

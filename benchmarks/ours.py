@@ -60,7 +60,7 @@ class Solver:
 
     def begin(self, us, xs=None):
         """The first guesses of the next calls."""
-        self.arguments = (self.arguments[0], us, xs)
+        self.arguments = (self.arguments[0], jnp.asarray(us), xs)
 
     @property
     def cost(self) -> float:

@@ -12,7 +12,7 @@ from diffprog._common.fast_loops import compiled
 from diffprog.extend import linear_quadratic, run as roll_out, Stored, vectorize
 
 from . import ours
-from .large_problems import arm, CHAINS, QUADRUPED
+from .large_problems import arm, CHAINS
 from .peers import load
 from .problems import PROBLEMS
 from .timing import alternate
@@ -137,5 +137,5 @@ def one(problem) -> list[dict]:
 
 def run() -> list[dict]:
     small = (p for p in PROBLEMS if p.name in ("pendulum", "quadrotor"))
-    chosen = (*small, CHAINS[0], CHAINS[-1], QUADRUPED, arm())
+    chosen = (*small, CHAINS[0], CHAINS[-1], arm())
     return [row for problem in chosen for row in one(problem)]

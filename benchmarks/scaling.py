@@ -65,16 +65,18 @@ def of_kind(what: str) -> list[dict]:
     line = numpy.polyfit(HORIZONS, measured, 1, w=1 / measured)
     rows = []
     for horizon, solver in solvers.items():
-        planned = solver.solve.lower(*solver.arguments).compile().memory_analysis()
-        peak = peak_megabytes(what, horizon) if horizon in EXTREMES else None
+        planned, peak = None, None
+        if horizon in EXTREMES:
+            compiled = solver.solve.lower(*solver.arguments).compile()
+            planned, peak = compiled.memory_analysis(), peak_megabytes(what, horizon)
         rows.append({
             "what": what,
             "T": horizon,
             "ms": 1e3 * times[horizon],
             "us / stage": 1e6 * times[horizon] / horizon,
             "line ms": 1e3 * float(numpy.polyval(line, horizon)),
-            "working MB": planned.temp_size_in_bytes / 1e6,
-            "results MB": planned.output_size_in_bytes / 1e6,
+            "working MB": planned and planned.temp_size_in_bytes / 1e6,
+            "results MB": planned and planned.output_size_in_bytes / 1e6,
             "peak MB of the process": peak,
         })  # fmt: skip
     return rows

@@ -19,6 +19,7 @@ NOTES = (
     "Times are of one solve from zero controls, float64, one thread. `ours / this` "
     "divides the better of `dp.ILQR` and `dp.DDP` by the row; there is no ratio where "
     "a solver did not converge or the final cost differs by more than 1e-6.",
+    "Plain loops are [those without the fast path](advanced/speed.md). "
     "Fatrop and Ipopt have the exact Hessian, and the problem either as calls of the "
     "function of a stage or expanded to scalar operations; both are interpreted.",
     "Crocoddyl comes as a wheel for any x86-64 processor; the functions of the problem "
@@ -34,7 +35,8 @@ def solvers(problem) -> dict:
     for method in ours.METHODS:
         for suffix, options in ours.LOOPS.items():
             name = f"diffprog {type(method).__name__}{suffix}"
-            found[name] = ours.solver_of(problem, method, **options)
+            if not suffix or method is not ours.DDP:
+                found[name] = ours.solver_of(problem, method, **options)
     if casadi := load("casadi"):
         found["Fatrop"] = casadi.MultipleShooting(problem, "fatrop", expand=False)
         found["Fatrop, expanded"] = casadi.MultipleShooting(problem, "fatrop", True)

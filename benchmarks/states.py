@@ -1,6 +1,7 @@
 """Starts from zero controls and from a line of states: ours, and Crocoddyl's."""
 
 import dataclasses
+import functools
 import math
 
 import numpy
@@ -51,10 +52,10 @@ WITH_LINES = tuple(problem for problem in PROBLEMS if problem.line) + (
 
 
 def solvers(problem, xs) -> dict:
-    found = {
-        f"diffprog {type(method).__name__}": ours.Solver(problem, method, xs)
-        for method in ours.METHODS
-    }
+    make = ours.solver_of if xs is None else functools.partial(ours.Solver, xs=xs)
+    names = (f"diffprog {type(method).__name__}" for method in ours.METHODS)
+    made = (make(problem, method) for method in ours.METHODS)
+    found: dict = dict(zip(names, made, strict=True))
     crocoddyl = None if problem.rows else load("crocoddyl")
     if crocoddyl:
         found[crocoddyl.name()] = crocoddyl.Solver(problem, xs=xs)
@@ -71,6 +72,7 @@ def perturbed(solver, problem, xs, most: float) -> list[float]:
             solver()
             good = solver.converged and solver.cost <= most
             counts.append(solver.steps if good else math.inf)
+    solver.begin(problem.us, xs)
     return counts
 
 

@@ -4,6 +4,7 @@ import collections
 import contextvars
 import dataclasses
 import functools as ft
+import gc
 import math
 import types
 import typing
@@ -345,6 +346,90 @@ def test_a_function_written_anew_sees_the_globals_of_now():
         exec("cost = lambda x, u, t: effort(weight, x, u, t)", namespace)
         costs.append(float(dp.rollout(problem(namespace["cost"]), X0, US + 1.0).cost))
     assert costs[1] - costs[0] == 6.0
+
+
+def made_anew(weight):
+    """A problem of functions that are other objects each time."""
+    square = lambda v: jnp.sum(weight * v**2)
+
+    def cost(x, u, t, power=2.0):
+        return square(u) + jnp.sum(x**power)
+
+    return dp.ControlProblem(dynamics, cost, lambda x: weight * square(x), 3)
+
+
+def test_functions_made_anew_by_the_same_lines_do_not_compile_again(caplog):
+    cost = lambda weight: float(dp.rollout(made_anew(weight), X0, US + 1.0).cost)
+    first = cost(1.0)
+    with jax.log_compiles(True):
+        costs = [cost(weight) for weight in (2.0, 3.0)]
+        assert not [r for r in caplog.records if "jitted" in r.getMessage()]
+        assert cost(2) == costs[0]  # an int is part of the program
+        assert [r for r in caplog.records if "jitted" in r.getMessage()]
+    sums = lambda w: 3 * w + 1.0 + 4.0 + 9.0 + 16.0 * w**2
+    assert [first, *costs] == [*map(sums, (1.0, 2.0, 3.0))]
+
+
+# What the lines of a cost read from the globals of their module, and how it changes.
+WRITTEN = """
+import types
+import jax.numpy as jnp
+import numpy as np
+
+class Car:
+    weight = 1.0
+
+def read():
+    return {expression}
+
+def inner():
+    return read()
+
+def make():
+    def cost(x, u, t):
+        return [jnp.sum(inner() * u**2) for _ in range(1)][0]
+    return cost
+
+weight, pair, double = 1.0, (1.0, "name"), lambda weight: weight
+own, car = types.ModuleType("own"), Car()
+own.weight, many, few, box = 1.0, np.ones(1000), np.ones(2), [1.0]
+"""
+CHANGES = {
+    "weight": "weight = 2.0",
+    "pair[0]": "pair = (2.0, 'name')",
+    "double(1.0)": "double = lambda weight: 2.0 * weight",
+    "own.weight": "own.weight = 2.0",
+    "car.weight": "car.weight = 2.0",
+    "Car.weight": "Car.weight = 2.0",
+    "many[0]": "many[0] = 2.0",
+    "few[1]": "few[1] = 2.0",
+    "box[0]": "box[0] = 2.0",
+    "globals()['weight']": "weight = 2.0",
+    "eval('weight')": "weight = 2.0",
+    "(lambda: weight)()": "weight = 2.0",
+}
+
+
+@pytest.mark.parametrize("expression", CHANGES)
+def test_a_function_made_anew_sees_what_its_module_holds_now(expression):
+    module: dict[str, Any] = dict(__name__="robot")
+    exec(WRITTEN.format(expression=expression), module)
+    cost = lambda: float(dp.rollout(problem(module["make"]()), X0, US + 1.0).cost)
+    assert cost() == 3.0 + 16.0
+    exec(CHANGES[expression], module)
+    assert cost() == 6.0 + 16.0
+
+
+def test_what_is_known_by_its_code_is_not_kept():
+    first = made_anew(1.0).cost
+    for _ in range(3):
+        dp.rollout(problem(first), X0, US)
+    again = made_anew(1.0).cost
+    dp.rollout(problem(again), X0, US)
+    gone = weakref.ref(again)
+    del again
+    gc.collect()
+    assert gone() is None
 
 
 def test_traced_numbers_and_derivatives_go_through_captures():

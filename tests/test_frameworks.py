@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training.train_state import TrainState
 from jax.flatten_util import ravel_pytree
 
 import diffprog as dp
@@ -245,6 +246,105 @@ def test_statistics_beside_the_parameters_of_linen_are_refused():
     variables = dict(params=jnp.ones(2), batch_stats=jnp.ones(2))
     with pytest.raises(TypeError, match='(?s)`batch_stats` beside.*mutable="batch_s'):
         vd(variables, INPUTS, TARGETS)
+
+
+class Dropped(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dropout(0.5, deterministic=False)(x)
+        return linen.Dense(2, param_dtype=float)(x)
+
+
+DROPPED = Dropped()
+VARIABLES = DROPPED.init({"params": jr.key(0), "dropout": jr.key(1)}, INPUTS)
+PARAMS = VARIABLES["params"]
+TRAIN_STATE = TrainState.create(
+    apply_fn=DROPPED.apply, params=PARAMS, tx=optax.sgd(1.0)
+)
+
+
+def told(call):
+    """The message of the error, and the notes that it carries."""
+    with pytest.raises(Exception) as info:
+        call()
+    return "\n".join([str(info.value), *getattr(info.value, "__notes__", ())])
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (PARAMS, 'The model has the keys ..Dense_0..; .* `{"params": params}`'),
+        (INPUTS, "The model has the type ArrayImpl; `module.apply`"),
+        (TRAIN_STATE, "is a `TrainState`, .* `vd.state.params, inputs, targets.`"),
+    ],
+)
+def test_what_linen_does_not_apply_is_refused(model, message):
+    vd = dp.value_and_direction(Squared(), ORACLE, DROPPED.apply)
+    for call in (lambda: vd(model, INPUTS, TARGETS), lambda: vd.init(model)):
+        assert re.search(f"(?s){message}", told(call))
+
+
+@pytest.mark.parametrize(
+    "predict, options, message",
+    [
+        (DROPPED.apply, {}, 'PRNG for "dropout".*rngs={"dropout": key}'),
+        (DROPPED.apply, {"key": jr.key(0)}, "'key'.*key=key.*rngs={\"dropout\": key}"),
+        (lambda params, x, *, key: x, {}, "A key is given to the call: `vd.model"),
+    ],
+    ids=["no key", "key for the module", "no key for predict"],
+)
+def test_a_key_that_linen_misses_is_explained(predict, options, message):
+    vd = dp.value_and_direction(Squared(), ORACLE, predict)
+    found = told(lambda: vd(VARIABLES, INPUTS, TARGETS, **options))
+    assert re.search(f"(?s){message}", found)
+
+
+@pytest.mark.parametrize(
+    "predict",
+    [
+        lambda params, x, *, state: Linen().apply(
+            {"params": params, "batch_stats": state}, x, rngs={"dropout": jr.key(0)}
+        ),
+        lambda params, x, **options: Linen().apply({"params": params}, x, **options),
+    ],
+    ids=["mutable forgotten", "state for the module"],
+)
+def test_statistics_that_linen_misses_are_explained(predict):
+    rngs = {"params": jr.key(0), "dropout": jr.key(1)}
+    variables = Linen().init(rngs, INPUTS)
+    vd = dp.value_and_direction(Squared(), ORACLE, predict)
+    state = vd.init(variables["params"], variables["batch_stats"])
+    found = told(lambda: vd.step(variables["params"], state, INPUTS, TARGETS))
+    assert 'mutable="batch_stats"' in found
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: dp.optim.ggn(Squared(), lambda x: x), "`predict` takes `.x.`; `pre"),
+        (
+            lambda: dp.value_and_direction(Squared(), ORACLE, lambda p, x, rng: x),
+            "`predict` takes `.p, x, rng.`; `predict.model, inputs, .*key.` is",
+        ),
+        (
+            lambda: dp.value_and_direction(lambda p, x, y: 0.0, ORACLE),
+            "`loss` takes `.p, x, y.`; `loss.outputs, targets.` is expected",
+        ),
+    ],
+)
+def test_functions_of_other_arguments_are_refused_when_they_are_given(call, message):
+    assert re.search(message, told(call))
+
+
+def test_labels_in_a_list_are_refused():
+    vd = dp.value_and_direction(dp.losses.SoftmaxCrossEntropy(), ORACLE, DROPPED.apply)
+    labels = list(np.zeros(6, int))
+    assert "is a list of numbers" in told(lambda: vd(VARIABLES, INPUTS, labels))
+
+
+def test_outputs_that_are_integers_are_told_by_their_dtype():
+    vd = dp.value_and_direction(Squared(), ORACLE, lambda w, x: jnp.argmax(x * w, 1))
+    assert "and dtype int" in told(lambda: vd(jnp.ones((1, 3)), INPUTS, TARGETS))
 
 
 class Equinox(eqx.Module):

@@ -3,10 +3,9 @@
 To JAX a function is one opaque leaf. Here the cells of a closure, its defaults, the
 object of a bound method, the arguments of a `functools.partial` and the attributes of
 a callable object are leaves as well, so that a changed number is found. What is in a
-module's globals is not watched, hence a function is the same one only if it is the
-same object: a `lambda` written anew may see other globals. What a node holds beside its
-children, see `changes`, is compared by its contents at the time. JAX sorts the keys of
-a dict; one that a function captures keeps its order, which is part of the program.
+module's globals is not watched; a function made anew may see others: see `code`. What
+a node holds beside its children, see `changes`, is compared by its contents. JAX sorts
+the keys of a dict; one that a function captures keeps its order, part of the program.
 
 There are two ways to split data from code. At the `door` all floats are data, so that a
 new number of a problem does not compile again. What is `Frozen` has floats that are
@@ -52,6 +51,7 @@ from .changes import (
     Same,
     Unassigned,
 )
+from .code import first_alike
 from .written import taken_back
 
 
@@ -209,7 +209,7 @@ class Taken:
         if self._static:
             check_unchanged(value, Frozen, self._traced)
         if kind is types.FunctionType:
-            parts, same = contents(value), (kind, value)
+            parts, same = contents(value), (kind, first_alike(value))
             return self._holder(value, *same, parts=parts) if parts else same
         if kind is types.MethodType and isinstance(value.__self__, type):
             return Same(value.__self__), value.__name__

@@ -91,7 +91,7 @@ def _static_names(node) -> tuple[str, ...]:
         return tuple(f.name for f in fields if f.metadata.get("static"))
     if isinstance(node, tuple) and flatten_once(node)[1].node_data()[1] is None:
         return ()  # with names
-    is_library = _root(kind) in LIBRARIES and kind is not jtu.Partial
+    is_library = root_of(kind) in LIBRARIES and kind is not jtu.Partial
     return () if is_library else _ANY
 
 
@@ -317,14 +317,14 @@ def is_of_library(holder, value) -> bool:
     if isinstance(holder, types.FunctionType):
         if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
             return True
-    return _root(type(value)) in TRUSTED
+    return root_of(type(value)) in TRUSTED
 
 
 def is_of_a_library(value) -> bool:
-    return _root(type(value)) in LIBRARIES
+    return root_of(type(value)) in LIBRARIES
 
 
-def _root(kind: type) -> str:
+def root_of(kind: type) -> str:
     return kind.__module__.split(".")[0]
 
 

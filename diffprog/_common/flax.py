@@ -33,8 +33,58 @@ Give this `predict` to `dp.value_and_direction`, begin with
 `vd.step(params, ...)`."""
 
 
+DROPOUT = """
+
+    def predict(params, inputs, *, key):
+        return module.apply(params, inputs, rngs={"dropout": key})
+
+Give this `predict` to `dp.value_and_direction`, and call it with a `key=`."""
+
+
+def check_variables(model: PyTree, predict: Any):
+    """Raises for what the `apply` of a module of linen does not take as its first."""
+    linen, owner = sys.modules.get("flax.linen"), getattr(predict, "__self__", None)
+    if linen is None or not isinstance(owner, linen.Module):
+        return
+    if getattr(predict, "__name__", None) != "apply":
+        return
+    if not isinstance(model, Mapping) or "params" not in model:
+        what = f"the type {type(model).__name__}"
+        if isinstance(model, Mapping):
+            what = f"the keys {list(model)}"
+        raise TypeError(
+            f"The model has {what:.200}; `module.apply`"
+            ' takes what `module.init` returns, or `{"params": params}`, before the '
+            "inputs."
+        )
+
+
+def advice(error: BaseException | None, options: Mapping[str, Any]) -> str:
+    """What to do about an error of Flax, or of arguments, that `predict` raises."""
+    kind, text = type(error).__name__, str(error)
+    if kind == "TraceContextError":
+        return f" What a module of Flax NNX changes is its state:{NNX}"
+    if "batch_stats" in text or ("state" in options and "argument 'state'" in text):
+        returned = "It takes `state=` and returns the outputs and the new state"
+        return f" {returned}; with Flax linen:{LINEN}"
+    if kind == "InvalidRngError" or ("key" in options and "argument 'key'" in text):
+        return f" It is given a key as `key=`; with Flax linen:{DROPOUT}"
+    if "key" not in options and "'key'" in text:
+        return " A key is given to the call: `vd(model, inputs, targets, key=key)`."
+    if "state" not in options and "'state'" in text:
+        return " A state is given to `vd.init(model, state)`, and used by `vd.step`."
+    return ""
+
+
 def check_parameters(model: PyTree):
     """Raises for what would be trained although Flax means it otherwise."""
+    train_state = sys.modules.get("flax.training.train_state")
+    if train_state is not None and isinstance(model, train_state.TrainState):
+        raise TypeError(
+            "The model is a `TrainState`, which holds the optimizer too: give its "
+            "parameters, `vd(state.params, inputs, targets)`, and hand the direction "
+            "to `state.apply_gradients(grads=direction)`."
+        )
     if isinstance(model, Mapping) and "params" in model and "batch_stats" in model:
         raise TypeError(
             "The model has `batch_stats` beside `params`: statistics of Flax are no "

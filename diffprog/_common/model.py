@@ -14,8 +14,15 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .capture import Frozen
-from .flax import check_parameters, found_in, NNX
-from .types import came, check_callable, check_key, noted, shapes
+from .flax import advice, check_parameters, check_variables, found_in, NNX
+from .types import (
+    came,
+    check_callable,
+    check_key,
+    check_takes_two,
+    noted,
+    shapes,
+)
 
 
 def is_array(leaf) -> bool:
@@ -66,6 +73,7 @@ def split(model: PyTree, predict: Callable | None) -> Parts:
             )
     if not isinstance(model, eqx.Module):  # a module may well hold indices
         check_parameters(model)
+        check_variables(model, predict)
         for path, leaf in leaves:
             if is_array(leaf) and not is_parameter(leaf):
                 raise TypeError(
@@ -81,7 +89,7 @@ def split(model: PyTree, predict: Callable | None) -> Parts:
 def check_batch(key: Any, **batch: PyTree):
     """Raises for lists in place of arrays, for no example, and for what is no key."""
     for name, tree in batch.items():
-        number = lambda leaf: isinstance(leaf, int | float)
+        number = lambda leaf: isinstance(leaf, int | float | np.number)
         if isinstance(tree, list) and all(map(number, jtu.tree_leaves(tree))):
             raise TypeError(
                 f"`{name}` is a list of numbers, which is no array: give "
@@ -130,6 +138,8 @@ def check_predict(predict: Any):
             "`predict=module.apply`."
         )
     check_callable("predict", predict, "something like `lambda model, inputs: ...`")
+    call = "predict(model, inputs, *, state, key)"
+    check_takes_two("predict", predict, call, ("state", "key"))
 
 
 def runner(
@@ -181,12 +191,8 @@ def _about_state(model: Callable) -> str:
 def raised_in_predict(options: dict[str, Any]) -> str:
     """A note for the error that `predict` raises."""
     call = "".join(f", {name}={name}" for name in options)
-    note, error = f"Raised in `predict(model, inputs{call})`.", sys.exception()
-    if type(error).__name__ == "TraceContextError":
-        return f"{note} What a module of Flax NNX changes is its state:{NNX}"
-    if "state" in options or "'state'" not in str(error):
-        return note
-    return f"{note} A state is given to `vd.init(model, state)`, and used by `vd.step`."
+    told = advice(sys.exception(), options)
+    return f"Raised in `predict(model, inputs{call})`.{told}"
 
 
 def first_half_twice(a):

@@ -148,6 +148,31 @@ def check_callable(name: str, value: Any, expected: str):
         raise TypeError(f"`{name}` is {came(value)}; {expected} is expected.")
 
 
+def check_takes_two(name: str, fn: Callable, call: str, by_name: tuple[str, ...] = ()):
+    """Raises for a function that cannot be called with two arguments.
+
+    What is in `by_name` it may ask for besides.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # some that are written in C have none
+        return
+    P = inspect.Parameter
+    needed = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind in (P.POSITIONAL_ONLY, P.POSITIONAL_OR_KEYWORD)
+        and p.default is P.empty
+    ]
+    try:
+        signature.bind_partial(None, None)
+        wrong = not set(needed[2:]) <= set(by_name)
+    except TypeError:
+        wrong = True
+    if wrong:
+        raise TypeError(f"`{name}` takes `{signature}`; `{call}` is expected.")
+
+
 def counted(number: int, thing: str) -> str:
     """`1 problem`, `2 problems`."""
     return f"{number} {thing}" + "s" * (number != 1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._common.types import check_callable
+from .._common.types import check_callable, check_takes_two
 from .._operators.targets import check_floats
 from ._factor import batched_mv, DenseFactor
 from ._loss import AbstractLoss
@@ -91,4 +91,5 @@ def as_loss(loss: AbstractLoss | Callable) -> AbstractLoss:
         "a loss such as `dp.losses.Squared()`, or a function of outputs and targets "
         "that returns one number per example,",
     )
+    check_takes_two("loss", loss, "loss(outputs, targets)")
     return Custom(loss)

@@ -174,9 +174,11 @@ def check_outputs(outputs: Any, inputs: PyTree):
         examples = rows(inputs)
         of = "the batch" if examples is None else f"a batch of {examples} examples"
         with_state = isinstance(outputs, tuple) and len(outputs) == 2
+        dtype = getattr(outputs, "dtype", None)
+        dtype = "" if dtype is None else f" and dtype {dtype}"
         raise TypeError(
-            f"The model (or `predict`) returned {came(outputs)} for {of}; one floating "
-            "array whose first axis counts examples is expected"
+            f"The model (or `predict`) returned {came(outputs)}{dtype} for {of}; one "
+            "floating array whose first axis counts examples is expected"
             f"{ABOUT_STATE if with_state else ''}."
         )
     if outputs.size == 0:

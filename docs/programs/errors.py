@@ -35,6 +35,7 @@ systems pictures
 """.split()
 # Files, and words of a message or the name of what is raised: why it is on no page.
 INTERNAL = {
+    ("_common/code.py", "_Unknown"): "caught there: such a function is like no other",
     ("_common/straight.py", "_NotStraight"): "caught there: the loop stays one",
     ("_common/fast_loops.py", "_Obstacle"): "caught there: `FastLoopsError` says it",
     ("_common/saving.py", "_damaged"): "one message, whatever is damaged",

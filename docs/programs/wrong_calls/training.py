@@ -60,6 +60,25 @@ from flax import linen
 
 direction(model={"params": {"kernel": jnp.ones((3, 2))}}, predict=linen.Dense(2))
 
+# %% [slow] `module.apply` takes what `module.init` returns, whole.
+from flax import linen
+
+
+direction(model={"kernel": jnp.ones((2, 3))}, predict=linen.Dense(3).apply)
+
+# %% [slow] Give the parameters of a `TrainState`.
+import optax
+from flax import linen
+from flax.training.train_state import TrainState
+
+
+module, params = linen.Dense(3), {"params": {"kernel": jnp.ones((2, 3))}}
+state = TrainState.create(apply_fn=module.apply, params=params, tx=optax.sgd(1.0))
+direction(model=state, predict=lambda state, x: state.apply_fn(state.params, x))
+
+# %% Write `predict` of the model and the inputs of the batch.
+direction(predict=lambda x: jax.vmap(model)(x))
+
 # %% With Flax linen hand running means on by `init(model, model_state)`.
 params = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.ones(2)}}
 direction(model=params, predict=lambda p, x: x)
