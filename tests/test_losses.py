@@ -1127,6 +1127,13 @@ def test_parts_say_where_options_of_other_libraries_are():
         options: Any = {name: 0.1}
         with pytest.raises(TypeError, match=f"no `{name}`: the optimizer scales its"):
             dp.oracles.GaussNewton(**options)
+    rules: list[Any] = [optim.kfac, optim.llqr, optim.model_step, optim.recommended]
+    for fn in rules:
+        match = f"`{fn.__name__}` takes no `lr`: .*(long|0.1)"
+        with pytest.raises(TypeError, match=match):
+            fn(lr=0.1)
+        with pytest.raises(TypeError, match="takes no `beta`: its arguments are `.*`,"):
+            fn(beta=0.1)
     with pytest.raises(TypeError, match="`dp.value_and_direction` takes it"):
         losses.Squared(reduction="sum")  # pyright: ignore
     assert _Open(learning_rate=0.1).options == {"learning_rate": 0.1}

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -7,8 +8,21 @@ import optax
 from jaxtyping import PyTree
 
 from .._common.tree import cast, norm, working_dtype
-from .._common.types import came, check_number, is_known, is_number
+from .._common.types import (
+    came,
+    check_number,
+    Fn,
+    is_known,
+    is_number,
+    with_advice,
+)
 from ._curvature import Curvature, LossModel, Recipe
+
+
+def rate_is(elsewhere: str) -> Callable[[Fn], Fn]:
+    """A function that says where the learning rate is that it does not take."""
+    others = dict(learning_rate=elsewhere, lr=elsewhere)
+    return with_advice(lambda name, _, known: others.get(name, known))
 
 
 def check_base(base: Any):

@@ -22,7 +22,7 @@ from .._common.types import (
     Number,
     Stacks,
 )
-from ._checks import check_average, check_curvature, check_like
+from ._checks import check_average, check_curvature, check_like, rate_is
 from ._curvature import Batch, Curvature
 from ._factors import factors_of, inverses
 from ._recipes import GGN
@@ -57,6 +57,7 @@ class KFACState(eqx.Module):
     seed: UInt32[Array, ""]
 
 
+@rate_is("chain it with `optax.scale_by_learning_rate(0.1)`, or see `model_step`")
 def kfac(
     *,
     damping: Number = 3e-3,

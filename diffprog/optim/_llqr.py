@@ -25,6 +25,7 @@ from .._common.types import (
     is_known,
     Number,
 )
+from ._checks import rate_is
 from ._llqr_state import LLQRState, make_plan, Plan, Settings
 from ._refresh import checked_curvatures, compiled, refreshed_if_due
 from ._structure_solvers import (
@@ -41,6 +42,7 @@ from ._structures import AbstractStructure, default_structure, Diagonal
 Graft = Literal["none", "norm"]
 
 
+@rate_is("chain it with `optax.scale_by_learning_rate(0.1)`")
 def llqr(
     structure: AbstractStructure | Callable | None = None,
     *,

@@ -40,6 +40,7 @@ from ._checks import (
     check_floating,
     check_gradient,
     filled,
+    rate_is,
 )
 from ._curvature import Curvature, LossModel
 from ._rules import AbstractRule, held, Minimize
@@ -77,6 +78,7 @@ class ModelStepState(eqx.Module):
     result: RESULTS
 
 
+@rate_is("its model of the loss says how long a step is")
 def model_step(
     base: optax.GradientTransformation,
     *,

@@ -7,11 +7,13 @@ import optax
 from jaxtyping import PyTree
 
 from .._common.types import came
+from ._checks import rate_is
 from ._kfac import is_dense, kfac as kfac_
 from ._model_step import model_step
 from ._rules import Minimize
 
 
+@rate_is("a model of the loss says how long a step is")
 def recommended(
     base: optax.GradientTransformation | None = None,
     kfac: optax.GradientTransformation | bool | None = None,

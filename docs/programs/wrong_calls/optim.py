@@ -86,6 +86,9 @@ optim.tap("hidden")(model, inputs)
 
 # %% ### `dp.optim.kfac` and `dp.optim.recommended`
 
+# %% Kronecker factors turn a gradient; `optax` scales it.
+optim.kfac(learning_rate=0.1)
+
 # %% An optimizer is what `optax.adam` returns.
 optim.recommended(optax.adam)
 
