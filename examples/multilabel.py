@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 
 k, n, num_train, num_test = 7, 5, 2000, 500
-num_steps, batch, num_samples = (100, 64, 32) if args.fast else (2000, 64, 32)
+num_steps, batch, num_samples = (100, 64, 32) if args.fast else (1200, 64, 32)
 labels = dp.losses.Subsets(k)
 every = labels.all()
 

@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -304,6 +305,11 @@ def test_repr_tells_what_happened():
     assert lines[1].split() == ["cost", f"{float(solution.cost):.10g}"]
     assert "iterations" in lines[2] and "stationarity" in lines[3]
     jax.eval_shape(lambda: (repr(dp.solve(problem, dp.ILQR(), x0, us)), us)[1])
+    to = lambda a: a.astype(np.float32) if eqx.is_inexact_array(a) else a
+    single = jax.tree.map(to, solution)
+    assert repr(single).splitlines()[0] == "Solution in float32: successful"
+    three = jax.tree.map(lambda a: jnp.stack([a, a, a]), single)
+    assert repr(three).startswith("Solution of 3 problems in float32: 3 successful\n")
 
 
 def test_a_constant_in_the_cost_changes_only_the_cost():

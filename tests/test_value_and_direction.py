@@ -57,6 +57,19 @@ def arrays(tree):
 # In place of value_and_grad -------------------------------------------------------
 
 
+def test_the_value_is_differentiated_as_the_loss():
+    scale = jnp.array(2.0)
+    predict = lambda W, x: x @ W.T * float(scale)  # asks for what it captures
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1), predict)
+    value = lambda W, x: vd(W, x, TARGETS)[0]
+    loss = lambda W, x: jnp.mean(jnp.sum((2 * x @ W.T - TARGETS) ** 2, 1)) / 2
+    at = jnp.ones((2, 3)), INPUTS
+    for mine, plain in zip(
+        *(jax.grad(f, (0, 1))(*at) for f in (value, loss)), strict=True
+    ):
+        close(mine, plain)
+
+
 def test_the_gradient_is_that_of_equinox():
     loss = lambda model: Squared()(jax.vmap(model)(INPUTS), TARGETS).mean()
     value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))(MODEL)

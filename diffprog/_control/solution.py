@@ -199,7 +199,7 @@ class Solution(eqx.Module):
             return _describe_batch(np.asarray(code), self)
         stats = self.stats
         return "\n".join([
-            f"Solution: {NAMES[int(code)]}",
+            f"Solution{_in_float32(self)}: {NAMES[int(code)]}",
             f"  cost          {float(self.cost):.10g}",
             f"  iterations    {int(stats['num_steps'])} of at most "
             f"{int(stats['max_steps'])} ({int(stats['num_rollouts'])} roll-outs, "
@@ -229,11 +229,16 @@ def _describe_constraints(stats: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _in_float32(solution: Solution) -> str:
+    """Said where tolerances are not those of float64."""
+    return " in float32" if solution.cost.dtype == np.float32 else ""
+
+
 def _describe_batch(codes: np.ndarray, solution: Solution) -> str:
     names, counts = np.unique([NAMES[c] for c in codes.ravel()], return_counts=True)
     costs, steps = np.asarray(solution.cost), np.asarray(solution.stats["num_steps"])
     return "\n".join([
-        f"Solution of {counted(codes.size, 'problem')}: "
+        f"Solution of {counted(codes.size, 'problem')}{_in_float32(solution)}: "
         + ", ".join(f"{n} {name}" for name, n in zip(names, counts, strict=True)),
         f"  cost          {costs.min():.6g} to {costs.max():.6g}",
         f"  iterations    {steps.min()} to {steps.max()}",
