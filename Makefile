@@ -64,7 +64,8 @@ docs: .venv/.docs
 # The site that `make docs` built, in headless Chromium, skipped where there is none; and
 # its formulas.
 browser: .venv/.browser
-	$(BIN)/python -m pytest -q --site site tests/test_site.py tests/test_pages.py $(ARGS)
+	$(BIN)/python -m pytest -q --site site $(addprefix tests/test_,site.py play.py pages.py) \
+	  $(ARGS)
 
 # The Python blocks of the pages, and what they print.
 pages: venv

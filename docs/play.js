@@ -113,8 +113,9 @@
     return system;
   })();
 
-  // A canvas with coordinates, a point of which can be dragged, or moved by arrows.
-  const board = (id, range, paint, moved) => {
+  // A canvas with coordinates, a point of which can be dragged, or moved by arrows. A
+  // finger drags it from where it is, and elsewhere scrolls the page.
+  const board = (id, range, held, paint, moved) => {
     const canvas = document.getElementById(id), context = canvas.getContext("2d");
     const color = (name) => getComputedStyle(document.body).getPropertyValue(name);
     const view = {
@@ -167,13 +168,27 @@
         range.y[1] - y * (range.y[1] - range.y[0]),
       ];
     };
+    let dragged = false;
+    const near = (event) => {
+      const box = canvas.getBoundingClientRect(), [x, y] = view.to(held());
+      return Math.hypot(event.clientX - box.left - x, event.clientY - box.top - y) < 40;
+    };
+    const touched = (event) => {
+      if (near(event.touches[0])) event.preventDefault();
+    };
+    canvas.addEventListener("touchstart", touched, { passive: false });
+    canvas.addEventListener("click", (event) => moved(point(event)));
     canvas.addEventListener("pointerdown", (event) => {
+      dragged = event.pointerType !== "touch" || near(event);
+      if (!dragged) return;
       canvas.setPointerCapture(event.pointerId);
       moved(point(event));
     });
     canvas.addEventListener("pointermove", (event) => {
-      if (canvas.hasPointerCapture(event.pointerId)) moved(point(event));
+      if (dragged) moved(point(event));
     });
+    for (const end of ["pointerup", "pointercancel"])
+      canvas.addEventListener(end, () => (dragged = false));
     const arrows = {
       ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1],
     };
@@ -215,6 +230,7 @@
   const plane = board(
     "play-plane",
     { x: [-3.6, 3.6], y: [-11, 11] },
+    () => state.swing.start,
     (view) => {
       view.line([[-3.6, 0], [3.6, 0]], view.grid, 1);
       for (const a of [-Math.PI, 0, Math.PI]) view.line([[a, -11], [a, 11]], view.grid, 1);
@@ -234,6 +250,7 @@
   const swing = board(
     "play-swing",
     { x: [-1.3, 1.3], y: [-1.3, 1.3] },
+    () => bob(state.swing.start[0]),
     (view) => {
       view.line(state.swing.xs.map(([angle]) => bob(angle)), view.grid, 6);
       const start = bob(state.swing.start[0]), at = bob(now(state.swing)[0]);
@@ -252,6 +269,7 @@
   const road = board(
     "play-road",
     { x: [-0.6, 6.6], y: [-2.4, 2.4] },
+    () => state.drive.obstacle,
     (view) => {
       const { obstacle, xs } = state.drive;
       view.disc(obstacle, car.radius * view.scale(), view.grid);

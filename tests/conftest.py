@@ -60,7 +60,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--selection", action="store_true", help="every public function once"
     )
-    parser.addoption("--site", help="folder of the built site, for tests/test_site.py")
+    parser.addoption("--site", help="folder of the built site, for `make browser`")
     parser.addoption("--calls", help="file for what each test calls")
     parser.addoption("--trivial", help="file for tests that trivial answers pass")
 

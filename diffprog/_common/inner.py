@@ -146,8 +146,10 @@ class InnerGaussNewton(AbstractInner):
 
 
 class InnerNewton(AbstractInner):
-    r"""Newton: $y \leftarrow y - (\gamma I + [J^\top J +] \nabla^2 \langle c, \phi
-    \rangle)^{-1} (J^\top c + \gamma y)$.
+    r"""Newton's method for the inner problem.
+
+    $$y \leftarrow y - (\gamma I + [J^\top J +] \nabla^2 \langle c, \phi \rangle)^{-1}
+    (J^\top c + \gamma y)$$
 
     A Cholesky factorization where y has at most `max_dense` entries, else conjugate
     gradients with products of the Hessian. Where the Hessian is not positive definite
