@@ -482,7 +482,7 @@ def test_auto_is_dense_where_that_is_cheap():
     wide = eqx.nn.Linear(256, 256, key=KEYS[2])
 
     def choice(model, rows, **options):
-        predict = lambda params: (jnp.ones((rows, 256)), None)
+        predict = lambda params: (jnp.tile(params.bias, (rows, 1)), None)
         params = eqx.filter(wide, eqx.is_inexact_array)
         others = Squared(), jnp.ones((rows, 256)), None, "mean"
         layers = Layers(model, None, model, model, mapped=True)

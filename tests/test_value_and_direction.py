@@ -502,6 +502,13 @@ def test_labels_of_a_transposed_output(unchecked):
         vd(MODEL, INPUTS, jnp.arange(6) % 2)
 
 
+def test_outputs_that_do_not_depend_on_the_parameters_are_refused():
+    captured = lambda model, inputs: jax.vmap(MODEL)(inputs)
+    vd = dp.value_and_direction(Squared(), Gradient(), captured)
+    with pytest.raises(ValueError, match="outputs do not depend on the parameters"):
+        vd(MODEL, INPUTS, TARGETS)
+
+
 def test_check_looks_at_the_targets():
     vd = dp.value_and_direction(SoftmaxCrossEntropy(), Gradient(), check=True)
     vd(MODEL, INPUTS, jnp.arange(6) % 2)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import eval_jaxpr
-from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
+from .._common.primitives import dependence
 from .._common.tree import float_dtype, Layout, vary
 from .._common.types import noted, Rows as Stacked, shapes
 from .calls import about_state, call, check_dtype, scalar
@@ -298,7 +298,7 @@ def _rows_of(
         raise ValueError(f"`{kind}` have the names {own}; different ones are expected.")
     closed, first = jax.make_jaxpr(values)(*examples), len(names)
     names += own
-    inputs = _dependence(closed.jaxpr)
+    inputs = dependence(closed.jaxpr)
     for name, of in zip(own, inputs, strict=True):
         if not of & {*range(len(layouts))}:
             arguments = "x or u" if len(layouts) > 1 else "x"
@@ -316,19 +316,6 @@ def _rows_of(
         groups=each(range(first, first + len(constraints))),
         free=each([1 in of for of in inputs]),
     )
-
-
-def _dependence(jaxpr: Jaxpr) -> list[set[int]]:
-    """The numbers of the inputs that each output is computed from."""
-    known: dict[Any, set[int]] = {v: {i} for i, v in enumerate(jaxpr.invars)}
-
-    def of(atoms) -> set[int]:
-        variables = (v for v in atoms if not isinstance(v, Literal))
-        return set().union(*(known.get(v, ()) for v in variables))
-
-    for equation in jaxpr.eqns:
-        known |= dict.fromkeys(equation.outvars, of(equation.invars))
-    return [of([v]) for v in jaxpr.outvars]
 
 
 def _check_next(layout: Layout, before: Layout):

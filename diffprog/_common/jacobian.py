@@ -13,6 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
+from .primitives import dependence
 from .tree import cast, cast_like, working_dtype
 
 
@@ -20,11 +21,14 @@ LARGEST = 2**27  # entries of a Jacobian that is formed
 ROWS = 64  # of it at a time
 
 
-def products(fn: Callable, params: PyTree) -> tuple[PyTree, Callable, Callable, Any]:
+def products(
+    fn: Callable, params: PyTree, constant: str = ""
+) -> tuple[PyTree, Callable, Callable, Any]:
     """`outputs, mv, transpose_mv, aux` of `fn(params) = outputs, aux`.
 
     J d and J' v, as functions of d like `params` and of v like `outputs`. Where a layer
     has a derivative by `jax.custom_vjp`, and so none forward, J is formed by its rows.
+    With a message `constant` it raises that where outputs do not depend on parameters.
     """
     outputs, push, aux = jax.linearize(fn, params, has_aux=True)
     pull = jax.linear_transpose(push, params)
@@ -33,7 +37,10 @@ def products(fn: Callable, params: PyTree) -> tuple[PyTree, Callable, Callable, 
     transpose_mv = lambda v: cast(pull(cast_like(v, outputs))[0], dtype)
     if _in_float16(params, outputs):
         mv, transpose_mv = _scaled(mv), _scaled(transpose_mv)
-    if _backward_only(jax.make_jaxpr(push)(params).jaxpr):
+    program = jax.make_jaxpr(push)(params).jaxpr
+    if constant and not any(dependence(program)):
+        raise ValueError(constant)
+    if _backward_only(program):
         mv = _by_rows(transpose_mv, params, cast(outputs, dtype))
     return outputs, mv, transpose_mv, aux
 

@@ -1,8 +1,9 @@
 """The primitives of JAX that programs are made of here, by what they do."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 VARY = "pcast", "pvary"  # they change the type only
@@ -39,3 +40,16 @@ def inner_programs(eqn) -> Iterator[ClosedJaxpr]:
         for jaxpr in value if isinstance(value, tuple) else (value,):
             if isinstance(jaxpr, ClosedJaxpr):
                 yield jaxpr
+
+
+def dependence(jaxpr: Jaxpr) -> list[set[int]]:
+    """The numbers of the inputs that each output is computed from."""
+    known: dict[Any, set[int]] = {v: {i} for i, v in enumerate(jaxpr.invars)}
+
+    def of(atoms) -> set[int]:
+        variables = (v for v in atoms if not isinstance(v, Literal))
+        return set().union(*(known.get(v, ()) for v in variables))
+
+    for equation in jaxpr.eqns:
+        known |= dict.fromkeys(equation.outvars, of(equation.invars))
+    return [of([v]) for v in jaxpr.outvars]

@@ -25,6 +25,11 @@ ABOUT_STATE = (
     ". A new state may stand beside it where the old one was given to "
     "`vd.init(model, state)`, and `vd.step` is called"
 )
+CONSTANT = (
+    "The outputs do not depend on the parameters, so no step changes them. A "
+    "`predict(model, inputs)` computes outputs from its first argument, not from a "
+    "model that it captures: `lambda params, x: module.apply(params, x)`."
+)
 
 
 class Layers(eqx.Module):
@@ -133,7 +138,7 @@ def linearize(
         check_outputs(outputs, inputs)
         return outputs, aux
 
-    found, mv, transpose_mv, aux = products(checked, params)
+    found, mv, transpose_mv, aux = products(checked, params, CONSTANT)
     dtype = working_dtype(params, found)
     eps = lambda a: float(jnp.finfo(a.dtype).eps)
     outputs, targets = found.astype(dtype), _at_least(targets, dtype)

@@ -79,6 +79,9 @@ direction(model=state, predict=lambda state, x: state.apply_fn(state.params, x))
 # %% Write `predict` of the model and the inputs of the batch.
 direction(predict=lambda x: jax.vmap(model)(x))
 
+# %% Use the first argument of `predict`: it has the parameters to differentiate in.
+direction(predict=lambda _, inputs: jax.vmap(model)(inputs))
+
 # %% With Flax linen hand running means on by `init(model, model_state)`.
 params = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.ones(2)}}
 direction(model=params, predict=lambda p, x: x)
