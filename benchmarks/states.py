@@ -53,9 +53,10 @@ WITH_LINES = tuple(problem for problem in PROBLEMS if problem.line) + (
 
 def solvers(problem, xs) -> dict:
     make = ours.solver_of if xs is None else functools.partial(ours.Solver, xs=xs)
-    names = (f"diffprog {type(method).__name__}" for method in ours.METHODS)
-    made = (make(problem, method) for method in ours.METHODS)
-    found: dict = dict(zip(names, made, strict=True))
+    found: dict = {
+        f"diffprog {type(method).__name__}": make(problem, method)
+        for method in ours.METHODS
+    }
     crocoddyl = None if problem.rows else load("crocoddyl")
     if crocoddyl:
         found[crocoddyl.name()] = crocoddyl.Solver(problem, xs=xs)

@@ -91,8 +91,8 @@ def _static_names(node) -> tuple[str, ...]:
         return tuple(f.name for f in fields if f.metadata.get("static"))
     if isinstance(node, tuple) and flatten_once(node)[1].node_data()[1] is None:
         return ()  # with names
-    is_library = root_of(kind) in LIBRARIES and kind is not jtu.Partial
-    return () if is_library else _ANY
+    known = is_a_library(kind.__module__) and kind is not jtu.Partial
+    return () if known else _ANY
 
 
 def held_by(node) -> dict[str, Any]:
@@ -315,17 +315,21 @@ def place(holder, name: str) -> str:
 
 def is_of_library(holder, value) -> bool:
     if isinstance(holder, types.FunctionType):
-        if holder.__globals__.get("__name__", "").split(".")[0] in LIBRARIES:
+        if is_a_library(holder.__globals__.get("__name__", "")):
             return True
-    return root_of(type(value)) in TRUSTED
+    return _root(type(value).__module__) in TRUSTED
 
 
 def is_of_a_library(value) -> bool:
-    return root_of(type(value)) in LIBRARIES
+    return is_a_library(type(value).__module__)
 
 
-def root_of(kind: type) -> str:
-    return kind.__module__.split(".")[0]
+def is_a_library(module: str) -> bool:
+    return _root(module) in LIBRARIES
+
+
+def _root(module: str) -> str:
+    return module.split(".")[0]
 
 
 @ft.cache

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from .changes import contents, is_code, is_wrapper, LIBRARIES, PLAIN, root_of, Same
+from .changes import contents, is_a_library, is_code, is_wrapper, PLAIN, Same
 
 
 MANY = 1000  # bytes of a NumPy array, beyond which it is like no other
@@ -53,7 +53,7 @@ def _written(fn: types.FunctionType, seen: dict[int, int]) -> tuple:
     """The code of a function, and what it reads, as something to be compared."""
     seen[id(fn)] = len(seen)
     given, own = fn.__globals__, (Same(fn.__code__), Same(fn.__globals__))
-    if _is_of_a_library(given.get("__name__", "")):
+    if is_a_library(given.get("__name__", "")):
         return own
     names = [name for name in _names(fn.__code__) if name in given]
     return *own, *((name, _read(given[name], seen)) for name in names)
@@ -64,7 +64,7 @@ def _names(code: types.CodeType) -> list[str]:
     """The globals that it reads, and the functions inside of it."""
     names = set()
     for step in dis.get_instructions(code):
-        if step.opname == "IMPORT_NAME" and not _is_of_a_library(step.argval):
+        if step.opname == "IMPORT_NAME" and not is_a_library(step.argval):
             raise _Unknown
         if step.opname in LOADS:
             names.add(step.argval)
@@ -90,13 +90,13 @@ def _read(value: Any, seen: dict[int, int]) -> Any:
         own = _written(value, seen) if is_function else (Same(value),)
         held = contents(value).items()
         return *own, *((name, _read(part, seen)) for name, part in held)
-    named = isinstance(value, types.ModuleType) and value.__name__
-    named = root_of(value) if isinstance(value, type) else named
-    lasting = _is_of_a_library(named) if named else is_code(value)
-    if lasting or (isinstance(value, jax.Array) and not isinstance(value, Tracer)):
+    if isinstance(value, types.ModuleType):
+        lasting = is_a_library(value.__name__)
+    elif isinstance(value, type):
+        lasting = is_a_library(value.__module__)
+    else:
+        is_array = isinstance(value, jax.Array) and not isinstance(value, Tracer)
+        lasting = is_array or is_code(value)
+    if lasting:
         return Same(value)
     raise _Unknown
-
-
-def _is_of_a_library(name: str) -> bool:
-    return name.split(".")[0] in LIBRARIES

@@ -26,17 +26,21 @@ def scan(fn: Callable, carry: PyTree, rows: PyTree = None, **options: Any):
 
 
 def while_loop(
-    unfinished: Callable, step: Callable, carry: PyTree, like: PyTree = None
+    unfinished: Callable,
+    step: Callable,
+    carry: PyTree,
+    like: PyTree = None,
+    limit: Any = 2**31 - 1,
 ) -> PyTree:
-    """`lax.while_loop`; `like` is what the functions capture.
+    """`lax.while_loop` of at most `limit` rounds; `like` is what the functions capture.
 
     Where a condition reads one part of the carry alone, such as `done`, XLA takes that
     for a counter, and clones all that it is computed from, often the whole body, again
     and again, to find out how it counts: half of the time to compile DDP for an arm.
-    So every condition reads a count as well, of which XLA cannot tell the end.
+    So every condition reads the count of rounds as well.
     """
     counted = vary((jnp.zeros((), jnp.int32), carry), like=(carry, like))
-    on = lambda counted: unfinished(counted[1]) & (counted[0] >= 0)
+    on = lambda counted: (counted[0] < limit) & unfinished(counted[1])
     return lax.while_loop(on, lambda c: (c[0] + 1, step(c[1])), counted)[1]
 
 
@@ -64,6 +68,4 @@ def repeat(
             new = step(carry)
             carry = new if go_on is None else where(go_on(carry), new, carry)
         return carry
-    on = lambda counted: (counted[0] < limit) & go_on(counted[1])
-    more = lambda counted: (counted[0] + 1, step(counted[1]))
-    return while_loop(on, more, (jnp.zeros((), jnp.int32), carry))[1]
+    return while_loop(go_on, step, carry, limit=limit)
