@@ -472,6 +472,13 @@ def test_wrong_calls(call, error, message, unchecked):
         call(vd)
 
 
+def test_a_state_belongs_to_a_model():
+    vd = dp.value_and_direction(Squared(), GaussNewton(0.1, CG(3, warm_start=0.9)))
+    other = eqx.nn.MLP(3, 2, 7, 1, jnp.tanh, key=KEYS[2])
+    with pytest.raises(ValueError, match="remembers a step of another model"):
+        vd.step(MODEL, vd.init(other), INPUTS, TARGETS)
+
+
 def transposed(model, inputs):
     return jax.vmap(model)(inputs).T
 

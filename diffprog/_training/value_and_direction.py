@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.core import Tracer
@@ -282,6 +283,7 @@ def _advance(vd: ValueAndDirection, params, build, state, inputs, targets, key, 
         damping = rule.damping(state.damping, gradient).astype(gradient.dtype)
     dtype = at.value.dtype
     memory = cast(state.memory, dtype)
+    _check_memory(memory, jax.eval_shape(vd.oracle.init, at.params))
     proposal = vd.oracle.propose(at, damping, memory, key)
     check_proposal(vd.oracle, proposal, at.params)
     # The step as it will be made: what is too small for the parameters is no part.
@@ -312,6 +314,16 @@ def _advance(vd: ValueAndDirection, params, build, state, inputs, targets, key, 
     aux = DirectionAux(result, at.outputs, *known)
     memory = cast_like(where(ok, proposal.memory, memory), state.memory)
     return (at.value, aux), direction, DirectionState(next_damping, memory, model_state)
+
+
+def _check_memory(memory: PyTree, made: PyTree):
+    """What is remembered must be arranged as what `init` of the oracle makes."""
+    arranged = lambda tree: jtu.tree_flatten(jtu.tree_map(jnp.shape, tree))
+    if arranged(memory) != arranged(made):
+        raise ValueError(
+            "`state` remembers a step of another model, or of another oracle: start "
+            "with `init(model)`."
+        )
 
 
 def _judge(at: Linearization, proposal: Proposal) -> RESULTS:

@@ -153,6 +153,11 @@ direction(predict=lambda model, x: jax.vmap(model)(x)[:2])
 vd = dp.value_and_direction(dp.losses.Squared(), gradient)
 vd.step(model, None, inputs, targets)
 
+# %% A state belongs to its model: begin anew.
+warm = dp.oracles.GaussNewton(0.1, dp.oracles.CG(warm_start=0.95))
+vd = dp.value_and_direction(dp.losses.Squared(), warm)
+vd.step(model, vd.init(eqx.nn.Linear(2, 5, key=jax.random.key(0))), inputs, targets)
+
 # %% Take one of the names.
 dp.value_and_direction(dp.losses.Squared(), gradient, scale="newton")
 
