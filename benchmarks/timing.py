@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 
-ROUNDS, BLOCK, PATIENCE = 5, 0.04, 1.0
+ROUNDS, BLOCK, PATIENCE = 5, 0.04, 0.6
 
 
 def once(call: Callable, clock: Callable = time.process_time) -> float:
