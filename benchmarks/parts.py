@@ -126,9 +126,8 @@ def timed(calls: dict, steps: int) -> dict[str, float]:
 
 
 def one(problem) -> list[dict]:
-    # With `dp.DDP` the largest take long to compile, and the arm has no fast loops.
-    large = problem.name in ("arm", CHAINS[-1].name)
-    methods = ours.METHODS[:1] if large else ours.METHODS
+    # With `dp.DDP` the loops of the arm are not fast, and take long to compile.
+    methods = ours.METHODS[:1] if problem.name == "arm" else ours.METHODS
     rows = [of_ours(problem, method) for method in methods]
     crocoddyl = load("crocoddyl")
     if crocoddyl and crocoddyl.COMPILER:
@@ -137,6 +136,5 @@ def one(problem) -> list[dict]:
 
 
 def run() -> list[dict]:
-    small = (p for p in PROBLEMS if p.name == "quadrotor")
-    chosen = (*small, CHAINS[0], CHAINS[-1], arm())
-    return [row for problem in chosen for row in one(problem)]
+    (quadrotor,) = (p for p in PROBLEMS if p.name == "quadrotor")
+    return [row for p in (quadrotor, CHAINS[0], arm()) for row in one(p)]
