@@ -36,12 +36,12 @@ NOTES = (
     "Our problems run one after another. `8 in step` is what eight that wait for their "
     "slowest would cost: its iterations over those that each of them needs.",
     "Crocoddyl solves one after the other, which takes the same time whatever the size "
-    "of the batch: the first 512 starts at most.",
+    "of the batch: the first 256 starts at most.",
 )
-SIZES = {"pendulum": (64, 512, 4096), "cart-pole": (64, 512), "quadrotor": (64, 512)}
+SIZES = {"pendulum": (64, 512, 4096), "cart-pole": (512,), "quadrotor": (512,)}
 ILQR = dp.ILQR()
 METHODS = {"pendulum": dp.DDP(), "cart-pole": ILQR, "quadrotor": ILQR, "arm": ILQR}
-MAX_STEPS, SAME_COST, MEAN_COST, LOOPED, PATIENCE = 200, 1e-6, 1e-2, 512, 3.0
+MAX_STEPS, SAME_COST, MEAN_COST, LOOPED, PATIENCE = 200, 1e-6, 1e-2, 256, 1.0
 PLAIN = "pendulum", 512  # also without fast loops
 
 

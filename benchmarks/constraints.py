@@ -1,7 +1,5 @@
 """Problems with constraints: ours, and every peer that takes them."""
 
-import jax
-import jax.numpy as jnp
 import numpy
 
 import diffprog as dp
@@ -58,17 +56,16 @@ def solvers(problem) -> dict:
 
 def violation(problem, us) -> float:
     """The largest, along the states that the controls lead to."""
-    step = jax.jit(lambda x, u: problem.dynamics(jnp, x, u))
-    xs = [jnp.array(problem.x0)]
-    for u in us:
-        xs.append(step(xs[-1], jnp.asarray(u)))
+    xs = [numpy.array(problem.x0)]
+    for u in numpy.asarray(us):
+        xs.append(problem.dynamics(numpy, xs[-1], u))
     worst = [0.0]
     if problem.rows:
-        worst += [numpy.max(problem.rows(jnp, x)) for x in xs[:-1]]
+        worst += [numpy.max(problem.rows(numpy, x)) for x in xs[:-1]]
     if problem.last_rows:
-        worst.append(numpy.max(problem.last_rows(jnp, xs[-1])))
+        worst.append(numpy.max(problem.last_rows(numpy, xs[-1])))
     if problem.goal:
-        worst.append(numpy.max(numpy.abs(problem.goal(jnp, xs[-1]))))
+        worst.append(numpy.max(numpy.abs(problem.goal(numpy, xs[-1]))))
     return float(max(worst))
 
 

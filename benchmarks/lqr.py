@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy
 
 import diffprog as dp
@@ -18,6 +19,7 @@ COLUMNS = {
     "n, m, T": "{}",
     "solver": "{}",
     "ms": "{:.3f}",
+    "call ms": "{:.3f}",
     "cost": "{:.9g}",
     "ours / this": "{:.3f}",
     "Gflop / s": "{:.2f}",
@@ -26,6 +28,8 @@ COLUMNS = {
 NOTES = (
     "Random problems that change with time; n states, m controls, T stages. Crocoddyl: "
     "one iteration of FDDP with its built-in linear-quadratic model in C++.",
+    "`call ms` is what a call with these arguments and results costs where nothing is "
+    "computed: each result is filled with one number. It is part of our time.",
     "Counted are the sums and products of one sweep and its roll-out with symmetric "
     "products formed once, 2 n^2 (n + m) + n (n + m)^2 + m^3 / 3 + 2 m^2 n + m n^2 + "
     "2 n (n + m) + 2 m n a stage, whatever a solver does. The peak is that of NumPy's "
@@ -84,6 +88,14 @@ class Solver:
     def __call__(self):
         self.solution = jax.block_until_ready(self.solve(*self.arguments))
 
+    def empty_call(self):
+        """A call with the same arguments and results, where nothing is computed."""
+        fill = lambda x0: lambda a: jnp.full(a.shape, x0[0].astype(a.dtype))
+        fn = jax.jit(lambda lqr, x0: jtu.tree_map(fill(x0), self.solution))
+        call = lambda: jax.block_until_ready(fn(*self.arguments))
+        call()
+        return call
+
     @property
     def cost(self) -> float:
         return float(self.solution.cost)
@@ -97,11 +109,13 @@ def one(n: int, m: int, T: int) -> list[dict]:
     }
     if crocoddyl := load("crocoddyl"):
         found["Crocoddyl, one iteration"] = crocoddyl.OneIteration(*problem)
-    times = alternate(found)
+    calls = {"call": found["diffprog"].empty_call()}
+    times = alternate(found | calls)
     mine, rows = found["diffprog"], []
     for name, solver in found.items():
         row = {"n, m, T": f"{n}, {m}, {T}", "solver": name, "cost": solver.cost}
         row["ms"] = 1e3 * times[name]
+        row["call ms"] = 1e3 * times["call"] if solver is mine else None
         same = abs(mine.cost - solver.cost) <= SAME_COST * abs(solver.cost)
         peer = not name.startswith("diffprog")
         row["ours / this"] = times["diffprog"] / times[name] if peer and same else None

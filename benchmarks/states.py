@@ -37,7 +37,8 @@ NOTES = (
     "Iterations are those of one start, and a change of 1e-6 moves some of them by a "
     "fifth. So the first guess of the controls, and of the states on the line, has "
     "normal noise added, of the sizes 1e-4, 1e-3, 1e-2 and 0.1, 25 times each; the "
-    "quartiles of the iterations stand under `of 100 starts`. Solves that did not "
+    "quartiles of the iterations stand under `of 100 starts`, unless the first solve "
+    "did not converge. Solves that did not "
     "converge, or to a cost more than 1e-3 above the least of the problem, are "
     "`missed` and count as the longest.",
     "The car has limits, obstacles on its line and a limit of its speed. Crocoddyl "
@@ -98,7 +99,12 @@ def of_problem(problem) -> list[dict]:
             rows.append((row | more, solver, xs))
     least = min(row["cost"] for row, *_ in rows if row["converged"])
     most = least + MISSED * abs(least)
-    return [row | spread(perturbed(s, problem, xs, most)) for row, s, xs in rows]
+    return [
+        row | spread(perturbed(solver, problem, xs, most))
+        if row["converged"]
+        else row | {"median": math.inf}
+        for row, solver, xs in rows
+    ]
 
 
 def run() -> list[dict]:

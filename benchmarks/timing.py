@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 
-ROUNDS, BLOCK, PATIENCE = 5, 0.04, 1.0
+ROUNDS, BLOCK, PATIENCE = 5, 0.04, 0.6
 
 
 def once(call: Callable, clock: Callable = time.process_time) -> float:
@@ -22,14 +22,15 @@ def samples(calls: dict[str, Callable]) -> dict[str, list[float]]:
     """Seconds per call, round by round.
 
     In every round each has a block of calls, long enough for the clock; who is slow
-    sits out the last rounds. The calls have been warmed up.
+    sits out the last rounds, or all of them. The calls have been warmed up.
     """
-    blocks, times = {}, {name: [] for name in calls}
+    blocks, times = {}, {}
     for name, call in calls.items():
         seconds = once(call)
-        rounds = round(PATIENCE / max(seconds, BLOCK))
-        fewest = 3 if seconds < PATIENCE else 1
-        blocks[name] = max(1, round(BLOCK / seconds)), min(max(rounds, fewest), ROUNDS)
+        slow = seconds > PATIENCE
+        rounds = 0 if slow else max(3, round(PATIENCE / max(seconds, BLOCK)))
+        times[name] = [seconds] if slow else []
+        blocks[name] = max(1, round(BLOCK / seconds)), min(rounds, ROUNDS)
     for turn in range(ROUNDS):
         for name, call in calls.items():
             count, rounds = blocks[name]
