@@ -1,6 +1,7 @@
 """Ticks of a receding horizon: how long they take, and how evenly."""
 
 import dataclasses
+import gc
 import time
 
 import jax
@@ -31,7 +32,8 @@ NOTES = (
     "`u, state = controller(x, state)` in a Python loop with a plant, float64, one "
     "core: what a program of a robot sees, other programs of the machine included. "
     "`jit` is the same loop where the controller is called in the user's `jax.jit`. "
-    "Both run in the thread that calls: `jax_cpu_enable_async_dispatch` is off.",
+    "Both run in the thread that calls: `jax_cpu_enable_async_dispatch` is off. "
+    "Garbage is collected before the loop, and as Python likes within it.",
     "The quadrotor has 12 states, 50 stages and limits of its rotors; its plant is the "
     "model with each state off by 1e-3 (normal noise), and it starts from a solve. The "
     "race car, 8 states and 40 stages, drives the miniature track with limits.",
@@ -68,6 +70,8 @@ def latencies(controller, plant, x, state) -> numpy.ndarray:
     """Milliseconds of each tick."""
     step, found = jax.jit(lambda x, u, t: plant(x, u, t)), []
     jax.block_until_ready(controller(x, controller(x, state)[1]))
+    gc.collect()
+    gc.freeze()
     for tick in range(TICKS):
         x = jax.block_until_ready(x)
         start = time.perf_counter()
