@@ -1,6 +1,7 @@
 """Chains of differentiable steps, and the rule that flows backward through them."""
 
 import importlib.metadata
+import typing as _typing
 
 from ._chain.constraints import (
     Equality as Equality,
@@ -27,6 +28,7 @@ from ._chain.recurrent import Recurrent as Recurrent, RNNCell as RNNCell
 from ._chain.rollout import rollout as rollout, Trajectory as Trajectory
 from ._common.result import RESULTS as RESULTS, SolveError as SolveError
 from ._common.saving import load as load, save as save
+from ._common.types import elsewhere as _elsewhere
 from ._control.adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     ImplicitAdjoint as ImplicitAdjoint,
@@ -125,3 +127,14 @@ from . import plot as plot, systems as systems  # isort: skip  (import this door
 
 
 __version__ = importlib.metadata.version("diffprog")
+_OTHERS = dict(
+    LevenbergMarquardt="it is `dp.GaussNewton()` with `search=dp.AdaptiveDamping()`",
+    ProjectedGradient="`control_bounds` of a problem are kept exactly",
+    iLQR="`dp.ILQR` is it",
+    minimize="`dp.constrained.minimize` is it",
+    projection_simplex="`dp.losses.sparsemax` is it",
+) | dict.fromkeys(
+    ("BFGS", "GradientDescent", "LBFGS", "NonlinearCG"), "optax and optimistix have it"
+)
+if not _typing.TYPE_CHECKING:  # which would take any name for one that there is
+    __getattr__ = _elsewhere(__name__, _OTHERS)

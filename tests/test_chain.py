@@ -287,6 +287,31 @@ WRONG = {
         TypeError,
         r"`terminal_cost` was given .* It is called with `\(x\)`",
     ),
+    "a decision of Python": (
+        lambda: dp.rollout(problem(lambda x, u, t: x if x[0] > 0 else u), x0, us),
+        jax.errors.TracerBoolConversionError,
+        r"`dynamics` was given .* `if`, .*write `jnp.where\(x\[0\] > 0, a, b\)`",
+    ),
+    "a function of NumPy": (
+        lambda: dp.rollout(problem(lambda x, u, t: x + np.sin(u)), x0, us),
+        jax.errors.TracerArrayConversionError,
+        "`dynamics` was given .* NumPy takes no traced numbers: write `jnp.sin`",
+    ),
+    "a float of a traced number": (
+        lambda: dp.rollout(problem(lambda x, u, t: x * float(u[0])), x0, us),
+        jax.errors.ConcretizationTypeError,
+        "`dynamics` was given .* `float`, .* take no traced numbers: leave `float` out",
+    ),
+    "a list with an index of JAX": (
+        lambda: dp.rollout(problem(lambda x, u, t: x * [1.0, 2.0, 3.0][t]), x0, us),
+        jax.errors.TracerIntegerConversionError,
+        r"`dynamics` was given .* A list .* no traced index.*`jnp.asarray\(table\)`",
+    ),
+    "a vector field of state and control": (
+        lambda: dp.rollout(problem(dp.discretize(lambda x, u: u, 0.1)), x0, us),
+        TypeError,
+        r"`vector_field` was given .* It is called with `\(x, u, t\)`",
+    ),
     "no horizon": (lambda: problem(horizon=0), ValueError, "`horizon` is 0; at least"),
     "a float horizon": (
         lambda: problem(horizon=_any(3.0)),

@@ -323,3 +323,14 @@ def test_a_solver_that_is_held_is_told_what_it_lacks(form):
     )
     with pytest.raises(ValueError, match="root finder has no tolerances.*pass"):
         dp.rollout(problem, jnp.zeros(1), jnp.zeros((3, 1)))
+
+
+def test_advice_about_a_vector_field_is_given_once():
+    decide = lambda x, u, t: x if x[0] > 0 else u
+    nothing = lambda x, *_: 0.0 * x[0]
+    problem = dp.ControlProblem(dp.discretize(decide, 0.1), nothing, nothing, 3)
+    with pytest.raises(jax.errors.TracerBoolConversionError) as e:
+        dp.rollout(problem, jnp.ones(1), jnp.zeros((3, 1)))
+    notes = "".join(e.value.__notes__)
+    assert "`vector_field` was given" in notes and "`dynamics` was given" in notes
+    assert notes.count("write `jnp.where") == 1

@@ -1,5 +1,6 @@
 """What is wrong is never called successful, and what was found is never lost."""
 
+import re
 from typing import Any
 
 import jax
@@ -334,6 +335,41 @@ def test_a_table_that_is_wider_than_the_controls():
 def test_a_stage_of_a_policy_that_is_no_integer(t):
     with pytest.raises(TypeError, match="`t` is .*; the index of a stage, one integer"):
         helpers_policy()(t, jnp.ones(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "call, option, said",
+    [
+        (dp.ControlProblem, "state_bounds", "limits of states are `constraints=dp.St"),
+        (dp.ControlProblem, "top", "its arguments are `dynamics`, `cost`, "),
+        (dp.ControlProblem.from_system, "bounds", "`control_bounds` are the limits"),
+        (dp.ControlProblem.from_system, "top", "its arguments are `system`, "),
+        (dp.Phase, "top", "its arguments are `dynamics`, "),
+        (dp.MPC, "max_steps", "`iterations` is the number of those of a tick"),
+        (dp.init, "tol", "`rtol` and `atol` are the tolerances"),
+        (dp.simulate, "horizon", "`steps` is the number of ticks"),
+        (dp.constrained.minimize, "maxiter", "`max_outer` and `max_inner` are the"),
+    ],
+)
+def test_options_that_are_others_here(call: Any, option, said):
+    name = re.escape(call.__qualname__)
+    with pytest.raises(TypeError, match=f"^`{name}` takes no `{option}`: {said}"):
+        call(**{option: 1.0})
+
+
+def test_methods_of_other_libraries_are_found():
+    with pytest.raises(AttributeError, match="no attribute `LevenbergMarquardt`; it i"):
+        dp.LevenbergMarquardt  # pyright: ignore
+    with pytest.raises(AttributeError, match="no attribute `Levenberg`$"):
+        dp.Levenberg  # pyright: ignore
+
+
+def test_a_solution_in_the_place_of_controls():
+    problem, method, x0, us = _spring_arguments()
+    solution = dp.solve(problem, method, x0, us)
+    with pytest.raises(TypeError, match="`us` is an object of type Solution; .*`us` "):
+        dp.solve(problem, method, x0, solution)
 
 
 @pytest.mark.usefixtures("unchecked")

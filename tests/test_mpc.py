@@ -453,6 +453,19 @@ def test_wrong_calls_of_a_controller_say_so(unchecked):
         rows(x0, begun, free)
     with pytest.raises(NotImplementedError, match="[Dd]erivatives"):
         jax.eval_shape(jax.grad(lambda x: jnp.sum(mpc(x, state)[0])), X)
+    with pytest.raises(TypeError, match="holds arrays, .*`jax.jit` cannot take it for"):
+        jax.jit(mpc)(X, state)
+    with pytest.raises(
+        TypeError, match="^`MPC` takes no `t`: the plan begins with t ="
+    ):
+        mpc(X, state, t=3)  # pyright: ignore
+
+
+def test_a_controller_without_arrays_is_a_function_for_jit():
+    bare = dp.MPC(dp.ControlProblem.from_system(helpers.Pendulum(), T), dp.ILQR())
+    state = bare.init(X, jnp.zeros((T, 1)))
+    u, _ = jax.jit(bare)(X, state)
+    np.testing.assert_allclose(u, bare(X, state)[0], rtol=1e-9)
 
 
 def test_wrong_calls_of_simulate_say_so(unchecked):

@@ -15,11 +15,23 @@ from .._common.capture import Taken
 from .._common.types import noted, shapes
 
 
-# What JAX raises where a traced number is the index of a list or a NumPy array.
-_ASKED = (
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
+# What is to be said of what JAX raises where Python or NumPy asks for a traced number.
+_TABLE = (
+    " A list or a NumPy array takes no traced index, such as `t`: make the table an "
+    "array of JAX, `jnp.asarray(table)`."
 )
+_ASKED = {
+    jax.errors.TracerIntegerConversionError: _TABLE,
+    jax.errors.TracerArrayConversionError: " NumPy takes no traced numbers: write "
+    f"`jnp.sin` for `np.sin`, and `jnp.stack` for `np.array`.{_TABLE}",
+    jax.errors.TracerBoolConversionError: " `if`, `and` and `max` of Python decide "
+    "while the function is traced, before x is known: write `jnp.where(x[0] > 0, a, "
+    "b)`, `&` and `jnp.maximum`.",
+    jax.errors.ConcretizationTypeError: " `float`, `int` and `math` take no traced "
+    "numbers: leave `float` out, write `jnp.sin` for `math.sin`. What cannot be "
+    "written in JAX is for `dp.external`; a plant that cannot, for a Python loop over "
+    "`controller(x, state)`.",
+}
 
 
 def call(name: str, fn: Callable, x: PyTree, *rest: Any):
@@ -35,12 +47,10 @@ def call(name: str, fn: Callable, x: PyTree, *rest: Any):
                 " u is a number, as `us` has one number per stage: for an array of one "
                 "give `us[:, None]`."
             )
-        if isinstance(sys.exception(), _ASKED):
-            advice += (
-                " A list or a NumPy array takes no traced index, such as `t`: make the "
-                "table an array of JAX, `jnp.asarray(table)`."
-            )
-        return given + "." + advice
+        error = sys.exception()
+        asked = _ASKED.get(type(error), "")
+        told = any(asked in note for note in getattr(error, "__notes__", ()))
+        return f"{given}.{advice}{'' if told else asked}"
 
     with noted(note):
         return fn(x, *rest)

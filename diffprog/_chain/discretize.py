@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._common.tree import all_finite, where
 from .._common.types import check_function, check_one_number, is_known
+from .calls import call
 
 
 METHODS = ("euler", "midpoint", "rk4")
@@ -50,7 +51,7 @@ def _slope(system: Discretized, x: PyTree, u: PyTree, t) -> Callable:
     start = jnp.asarray(t, jnp.result_type(jtu.tree_leaves(x)[0])) * system.dt
 
     def slope(y, elapsed):
-        dy = system.vector_field(y, u, start + elapsed)
+        dy = call("vector_field", system.vector_field, y, u, start + elapsed)
         shapes = [jtu.tree_map(jnp.shape, tree) for tree in (dy, x)]
         if shapes[0] != shapes[1]:
             raise ValueError(

@@ -19,6 +19,12 @@ _OF_CHAINS = dict(
     terminal_cost="that of `dp.Chain` is one of the last state",
     terminal_constraints="those of `dp.Chain` are of the last state",
 )
+_OF_PROBLEMS = dict(
+    bounds="`control_bounds` are the limits of controls",
+    state_bounds="limits of states are `constraints=dp.StateBounds(lo, hi)`",
+    x0="`dp.solve(problem, method, x0, us)` takes it",
+    dt="a stage is what `dynamics` says: `dp.discretize(vector_field, dt)`",
+)
 
 
 class Phase(eqx.Module):
@@ -122,6 +128,7 @@ class ControlProblem(AbstractChain):
     terminal_constraints: tuple
     given_manifold: Any
 
+    @with_advice(lambda name, _, known: _OF_PROBLEMS.get(name, known))
     def __init__(
         self,
         dynamics: Callable,
@@ -146,6 +153,7 @@ class ControlProblem(AbstractChain):
         check_horizon(self.horizon)
 
     @classmethod
+    @with_advice(lambda name, _, known: _OF_PROBLEMS.get(name, known))
     def from_system(
         cls,
         system: Any,

@@ -135,6 +135,12 @@ def float_dtype(**trees: PyTree) -> np.dtype:
             name = tree_name + jtu.keystr(path)
             dtype = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             if dtype not in ("float32", "float64"):
+                if hasattr(tree, "us"):
+                    raise TypeError(
+                        f"`{tree_name}` is an object of type {type(tree).__name__}; an "
+                        "array or a tree of arrays is expected, such as its `us` or a "
+                        "row of its `xs`."
+                    )
                 raise TypeError(
                     f"`{name}` has dtype {dtype}; {names} are float32 or float64: "
                     "convert it with `.astype(float)`, or write 0.0 for 0."

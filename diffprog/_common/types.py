@@ -304,8 +304,9 @@ def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
     """
 
     def decorate(fn: Fn) -> Fn:
-        own = inspect.signature(fn).parameters
-        called = fn.__qualname__.removesuffix(".__init__")
+        own = [*inspect.signature(fn).parameters]
+        own = own[own[0] in ("self", "cls") :]
+        called = re.sub(r"[.]__(init|call)__$", "", fn.__qualname__)
 
         @ft.wraps(fn)
         def call(*args, **options):

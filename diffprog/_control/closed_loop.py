@@ -24,6 +24,7 @@ from .._common.types import (
     is_number,
     shapes,
     to_float,
+    with_advice,
 )
 from .mpc import MPC
 from .plan import check_state, MPCState
@@ -45,6 +46,9 @@ class Simulation(eqx.Module):
     costs: Float[Array, "*batch steps"]
     results: RESULTS
     state: MPCState
+
+
+_NOT_IN_SIMULATE = dict(horizon="`steps` is the number of ticks")
 
 
 def _measured(manifold: Any, x: PyTree, noise: PyTree, key: PRNGKeyArray) -> PyTree:
@@ -95,6 +99,7 @@ def _simulated(
     return xs, *found, state
 
 
+@with_advice(lambda name, _, known: _NOT_IN_SIMULATE.get(name, known))
 def simulate(
     controller: MPC,
     plant: Callable,

@@ -20,7 +20,7 @@ from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS
 from .._common.tree import float_dtype, Layout, no, strong, where, yes
-from .._common.types import check_count, check_kind, counted, shapes
+from .._common.types import check_count, check_kind, counted, shapes, with_advice
 from .defaults import no_state, OUTER
 from .direction import AbstractDirection
 from .outer import AbstractOuter
@@ -35,6 +35,16 @@ from .tick import awaiting, iterate, Outcome, resting
 UNFINISHED = (
     "A tick of `dp.MPC` has no derivatives, since it does not solve its plan to the "
     "end; `dp.solve` has. Or wrap the arguments in `jax.lax.stop_gradient`."
+)
+_NOT_IN_MPC = dict(
+    max_steps="`iterations` is the number of those of a tick",
+    horizon="that of the problem is that of every plan",
+    dt="a tick is a stage of the problem; `controller.shift` has other rates",
+    rtol="a tick does not look whether it has converged",
+    atol="a tick does not look whether it has converged",
+    us="`controller.init(x0, us)` takes the first plan",
+    t="the plan begins with t = 0 at now; what moves is a number of another "
+    "`problem`, `controller(x, state, problem)`",
 )
 
 
@@ -225,6 +235,7 @@ class MPC(eqx.Module):
     outer: AbstractOuter | None
     fast_loops: bool | None = eqx.field(static=True)
 
+    @with_advice(lambda name, _, known: _NOT_IN_MPC.get(name, known))
     def __init__(
         self,
         problem: ControlProblem,
@@ -290,6 +301,7 @@ class MPC(eqx.Module):
         begun = _first(self, x0, us, xs, state)
         return replace(begun, _manifold=manifold and Same(manifold))
 
+    @with_advice(lambda name, _, known: _NOT_IN_MPC.get(name, known))
     def __call__(
         self, x: PyTree, state: MPCState, problem: ControlProblem | None = None
     ) -> tuple[PyTree, MPCState]:
@@ -339,6 +351,16 @@ class MPC(eqx.Module):
         manifold = state._manifold
         new = _shifted(replace(state, _manifold=None), by)
         return replace(new, _manifold=manifold)
+
+    def __hash__(self) -> int:
+        try:
+            return super().__hash__()
+        except TypeError:
+            raise TypeError(
+                "This controller holds arrays, so that `jax.jit` cannot take it for a "
+                "function: call it in one, `jax.jit(lambda x, state: controller(x, "
+                "state))`, or use `equinox.filter_jit(controller)`."
+            ) from None
 
 
 def _check_problem(problem: Any):

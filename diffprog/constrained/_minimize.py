@@ -14,7 +14,14 @@ from .._common.door import door
 from .._common.multipliers import violation
 from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import working_dtype
-from .._common.types import came, check_count, check_kind, check_number, Number
+from .._common.types import (
+    came,
+    check_count,
+    check_kind,
+    check_number,
+    Number,
+    with_advice,
+)
 from ._bfgs import bfgs
 from ._constraint import Constraint
 from ._dual import AbstractDual
@@ -80,6 +87,18 @@ class Solution(eqx.Module):
         return found
 
 
+_NOT_IN_MINIMIZE = dict.fromkeys(
+    ("maxiter", "max_steps"),
+    "`max_outer` and `max_inner` are the most updates of multipliers and the most "
+    "steps between two",
+) | dict(
+    bounds="a bound is one more constraint, `at_most(params, hi)`; exact ones are "
+    "`control_bounds` of a `dp.ControlProblem` of one stage",
+    method="`inner` is the method",
+)
+
+
+@with_advice(lambda name, _, known: _NOT_IN_MINIMIZE.get(name, known))
 def minimize(
     lagrangian: Lagrangian,
     params: PyTree,

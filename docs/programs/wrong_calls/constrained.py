@@ -145,6 +145,10 @@ jax.shard_map(run, mesh=mesh, in_specs=along, out_specs=PartitionSpec(), **optio
 # %% Other duals are for single steps.
 minimize(bounded, params)
 
+# %% Its limits are those of updates of multipliers and of steps between two.
+measure = lambda x: (x @ x, {"limit": at_most(x, 0.0)})
+minimize(Lagrangian(measure, Augmented(1.0)), params, maxiter=100)
+
 # %% Leave `axis_name` out.
 measure = lambda x: (x @ x, {"limit": at_most(x, 0.0)})
 minimize(Lagrangian(measure, Augmented(1.0), axis_name="data"), params)

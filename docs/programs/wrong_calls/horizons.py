@@ -36,6 +36,13 @@ dp.MPC(problem, dp.ILQR(), iterations=0)
 bare = dp.ControlProblem.from_system(pendulum, 5)
 dp.MPC(bare, dp.ILQR()).init(x0)
 
+# %% A tick makes `iterations` iterations; it has no tolerance.
+dp.MPC(problem, dp.ILQR(), max_steps=1)
+
+# %% [slow] A controller is called inside of a function that is compiled.
+state = controller.init(x0)
+jax.jit(controller)(x0, state)
+
 # %% [slow] The state of a tick is one like that which `init` was given.
 state = controller.init(x0)
 controller(jnp.ones(3), state)

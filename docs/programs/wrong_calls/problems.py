@@ -103,6 +103,9 @@ class Notes:
 notes = Notes()
 dp.rollout(control_problem(notes.dynamics, notes.cost), x0, us)
 
+# %% Limits of states are constraints, those of controls `control_bounds`.
+control_problem(state_bounds=(-1.0, 1.0))
+
 # %% ### Starts and controls
 
 # %% Make an array of it: `jnp.zeros((5, 1))`.
@@ -127,6 +130,10 @@ dp.rollout(problem, jnp.ones(2, jnp.float32), us)
 # %% [slow] First guesses of states are those of all stages and of the end: `horizon +
 # 1` rows.
 dp.solve(problem, dp.ILQR(), x0, us, xs=jnp.zeros((5, 2)))
+
+# %% Controls are `solution.us`, and the state of a stage a row of `solution.xs`.
+solution = dp.solve(problem, dp.ILQR(), x0, us)
+dp.solve(problem, dp.ILQR(), x0, solution)
 
 # %% ### Limits of controls
 
