@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .._common.reduction import AbstractCounted, check_reduction, Reduction, weight
 from .._common.tree import cast
-from .._common.types import came, check_callable, check_kind, noted, with_advice
+from .._common.types import came, check_callable, check_kind, noted, with_other_names
 from .metric import curvature, of_outputs, of_stage, per_example, StageMetric, tangent
 from .network import Network, Stack
 from .problem import AbstractChain, Phase
@@ -81,7 +81,7 @@ class NetworkProblem(AbstractChain):
     terminal_constraints: ClassVar[tuple] = ()
     manifold: ClassVar[None] = None
 
-    @with_advice(lambda name, _, known: _NOT_IN_NETWORK.get(name, known))
+    @with_other_names(_NOT_IN_NETWORK)
     def __init__(
         self,
         network: Network,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._common.types import came, with_advice
+from .._common.types import came, with_other_names
 from .constraints import as_constraints
 from .limits import as_bounds
 from .manifold import AbstractManifold, as_manifold
@@ -36,7 +36,7 @@ class Phase(eqx.Module):
     control_bounds: Any = eqx.field(converter=as_bounds)
     constraints: Any = eqx.field(converter=ft.partial(as_constraints, "constraints"))
 
-    @with_advice(lambda name, _, known: _OF_CHAINS.get(name, known))
+    @with_other_names(_OF_CHAINS)
     def __init__(
         self,
         dynamics: Callable,
@@ -128,7 +128,7 @@ class ControlProblem(AbstractChain):
     terminal_constraints: tuple
     given_manifold: Any
 
-    @with_advice(lambda name, _, known: _OF_PROBLEMS.get(name, known))
+    @with_other_names(_OF_PROBLEMS)
     def __init__(
         self,
         dynamics: Callable,
@@ -153,7 +153,7 @@ class ControlProblem(AbstractChain):
         check_horizon(self.horizon)
 
     @classmethod
-    @with_advice(lambda name, _, known: _OF_PROBLEMS.get(name, known))
+    @with_other_names(_OF_PROBLEMS)
     def from_system(
         cls,
         system: Any,

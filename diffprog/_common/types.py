@@ -318,6 +318,11 @@ def with_advice(instead: Callable[[str, Any, str], str]) -> Callable[[Fn], Fn]:
     return decorate
 
 
+def with_other_names(others: dict[str, str]) -> Callable[[Fn], Fn]:
+    """A function that says what the options of other libraries are here."""
+    return with_advice(lambda name, _, known: others.get(name, known))
+
+
 # Data with a row per stage: a stacked array for every segment of a chain.
 Rows = tuple[Float[Array, "_ _"], ...]
 Stacks = tuple[Float[Array, "_ _ _"], ...]

@@ -21,7 +21,7 @@ from .._common.door import door
 from .._common.fast_loops import FastLoopsError
 from .._common.result import RESULTS
 from .._common.tree import strong
-from .._common.types import check_count, counted, noted, shapes, with_advice
+from .._common.types import check_count, counted, noted, shapes, with_other_names
 from .._common.written import taken_back
 from .adjoint import AbstractAdjoint, ImplicitAdjoint
 from .defaults import OTHER_NAMES, tolerance
@@ -243,7 +243,7 @@ _NOT_IN_BATCH = OTHER_NAMES | dict(
 )
 
 
-@with_advice(lambda name, _, known: _NOT_IN_BATCH.get(name, known))
+@with_other_names(_NOT_IN_BATCH)
 def solve_batch(
     problem: AbstractChain,
     method: AbstractDirection,

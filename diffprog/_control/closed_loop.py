@@ -24,7 +24,7 @@ from .._common.types import (
     is_number,
     shapes,
     to_float,
-    with_advice,
+    with_other_names,
 )
 from .mpc import MPC
 from .plan import check_state, MPCState
@@ -99,7 +99,7 @@ def _simulated(
     return xs, *found, state
 
 
-@with_advice(lambda name, _, known: _NOT_IN_SIMULATE.get(name, known))
+@with_other_names(_NOT_IN_SIMULATE)
 def simulate(
     controller: MPC,
     plant: Callable,

@@ -20,7 +20,7 @@ from .._common.door import door, undifferentiated
 from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS
 from .._common.tree import float_dtype, Layout, no, strong, where, yes
-from .._common.types import check_count, check_kind, counted, shapes, with_advice
+from .._common.types import check_count, check_kind, counted, shapes, with_other_names
 from .defaults import no_state, OUTER
 from .direction import AbstractDirection
 from .outer import AbstractOuter
@@ -235,7 +235,7 @@ class MPC(eqx.Module):
     outer: AbstractOuter | None
     fast_loops: bool | None = eqx.field(static=True)
 
-    @with_advice(lambda name, _, known: _NOT_IN_MPC.get(name, known))
+    @with_other_names(_NOT_IN_MPC)
     def __init__(
         self,
         problem: ControlProblem,
@@ -301,7 +301,7 @@ class MPC(eqx.Module):
         begun = _first(self, x0, us, xs, state)
         return replace(begun, _manifold=manifold and Same(manifold))
 
-    @with_advice(lambda name, _, known: _NOT_IN_MPC.get(name, known))
+    @with_other_names(_NOT_IN_MPC)
     def __call__(
         self, x: PyTree, state: MPCState, problem: ControlProblem | None = None
     ) -> tuple[PyTree, MPCState]:

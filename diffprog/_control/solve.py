@@ -22,7 +22,7 @@ from .._common.door import door
 from .._common.fast_loops import compiled, Loops
 from .._common.result import RESULTS, throw_unless_successful
 from .._common.tree import strong
-from .._common.types import check_kind, check_one_number, with_advice
+from .._common.types import check_kind, check_one_number, with_other_names
 from .adjoint import AbstractAdjoint, Found, ImplicitAdjoint, Solved, still
 from .defaults import no_state, OTHER_NAMES, OUTER, tolerance
 from .direction import AbstractDirection
@@ -294,7 +294,7 @@ _NOT_IN_SOLVE = OTHER_NAMES | dict(
 )
 
 
-@with_advice(lambda name, _, known: _NOT_IN_SOLVE.get(name, known))
+@with_other_names(_NOT_IN_SOLVE)
 def solve(
     problem: AbstractChain,
     method: AbstractDirection,

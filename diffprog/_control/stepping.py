@@ -13,7 +13,7 @@ from .._chain.vectorize import vectorize, Vectorized
 from .._common.door import door, undifferentiated
 from .._common.result import explain, RESULTS, throw_unless_successful
 from .._common.tree import all_finite, strong
-from .._common.types import to_float, with_advice
+from .._common.types import to_float, with_other_names
 from .defaults import OTHER_NAMES
 from .direction import AbstractDirection
 from .direction.base import check_expansion, check_sweep
@@ -134,7 +134,7 @@ def _finished(problem, state: SolverState) -> Solution:
     return undifferentiated(solution_of(vectorized, loop, *options), BY_HAND)
 
 
-@with_advice(lambda name, _, known: OTHER_NAMES.get(name, known))
+@with_other_names(OTHER_NAMES)
 def init(
     problem: AbstractChain,
     method: AbstractDirection,

@@ -20,7 +20,7 @@ from .._common.types import (
     check_kind,
     check_number,
     Number,
-    with_advice,
+    with_other_names,
 )
 from ._bfgs import bfgs
 from ._constraint import Constraint
@@ -98,7 +98,7 @@ _NOT_IN_MINIMIZE = dict.fromkeys(
 )
 
 
-@with_advice(lambda name, _, known: _NOT_IN_MINIMIZE.get(name, known))
+@with_other_names(_NOT_IN_MINIMIZE)
 def minimize(
     lagrangian: Lagrangian,
     params: PyTree,

@@ -14,7 +14,7 @@ from .._common.types import (
     Fn,
     is_known,
     is_number,
-    with_advice,
+    with_other_names,
 )
 from ._curvature import Curvature, LossModel, Recipe
 
@@ -22,7 +22,7 @@ from ._curvature import Curvature, LossModel, Recipe
 def rate_is(elsewhere: str) -> Callable[[Fn], Fn]:
     """A function that says where the learning rate is that it does not take."""
     others = dict(learning_rate=elsewhere, lr=elsewhere)
-    return with_advice(lambda name, _, known: others.get(name, known))
+    return with_other_names(others)
 
 
 def check_base(base: Any):
