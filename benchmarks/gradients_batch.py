@@ -34,7 +34,7 @@ def run() -> list[dict]:
     problem = LIMITED[0]
     solve = ours.batch_solver(problem, ours.DDP)
     x0s = problem.starts(COUNT)
-    uss = jnp.stack([problem.us_from(x0) for x0 in x0s])
+    uss = jnp.asarray(numpy.stack([problem.us_from(x0) for x0 in x0s]))
 
     def loss(x0s):
         solutions = solve(x0s, uss)

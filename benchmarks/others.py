@@ -25,8 +25,7 @@ NOTES = (
     "as a function of all controls. They do not reach the optimum, so there is no "
     "ratio.",
 )
-# Problems with a quadratic cost, and how many iterations of mpc.pytorch.
-MPC_STEPS = {"pendulum": 3, "quadrotor": 2}
+MPC_STEPS = 3
 
 
 def row(problem, name: str, make) -> dict:
@@ -46,17 +45,12 @@ def row(problem, name: str, make) -> dict:
     }
 
 
-def of_problem(problem) -> list[dict]:
+def run() -> list[dict]:
+    problem = PROBLEMS[0]
     rows = [row(problem, "diffprog ILQR", lambda: ours.Solver(problem, dp.ILQR()))]
     if mpc := load("mpc"):
-        steps = MPC_STEPS[problem.name]
-        rows.append(row(problem, "mpc.pytorch", lambda: mpc.Solver(problem, steps)))
-    shooting = load("shooting") if problem.name == "pendulum" else None
-    if shooting:
+        rows.append(row(problem, "mpc.pytorch", lambda: mpc.Solver(problem, MPC_STEPS)))
+    if shooting := load("shooting"):
         for name, run in shooting.SOLVERS.items():
             rows.append(row(problem, name, lambda: shooting.Solver(problem, run)))
     return rows
-
-
-def run() -> list[dict]:
-    return [r for p in PROBLEMS if p.name in MPC_STEPS for r in of_problem(p)]

@@ -70,7 +70,7 @@ def of_method(problem, method, us) -> dict:
     vectorized = vectorize(ours.chain(problem), x0, us)
     zero, one = jnp.zeros(()), jnp.ones(())
     within = lambda loops: dataclasses.replace(vectorized.chain, loops=loops)
-    at = roll_out(vectorized.chain, *vectorized.ravel(x0, us))
+    at = jax.jit(lambda: roll_out(vectorized.chain, *vectorized.ravel(x0, us)))()
     # What only states are read for must not be found once for all repeats.
     near = lambda first, at: dataclasses.replace(at, xs=first[0], us=first[1])
 

@@ -41,7 +41,7 @@ NOTES = (
 TICKS = 400
 
 
-def quadrotor(method) -> tuple:
+def quadrotors(methods) -> list[tuple]:
     (problem,) = (p for p in PROBLEMS + UNSEEN if p.name == "quadrotor")
     problem = dataclasses.replace(problem, horizon=50)
     free, (x0, us) = ours.chain(problem), ours.start(problem)
@@ -49,15 +49,17 @@ def quadrotor(method) -> tuple:
     limited = dp.ControlProblem(
         free.dynamics, free.cost, free.terminal_cost, 50, (-most, most)
     )
-    controller = dp.MPC(limited, method)
     solution = dp.solve(limited, dp.ILQR(), x0, us, throw=False)
-    state = controller.init(x0, solution.us, state=solution.state)
 
     def plant(x, u, t):
         key = jax.random.fold_in(jax.random.key(0), t)
         return free.dynamics(x, u, t) + 1e-3 * jax.random.normal(key, x.shape)
 
-    return "quadrotor", controller, plant, x0, state
+    def begin(controller):
+        state = controller.init(x0, solution.us, state=solution.state)
+        return "quadrotor", controller, plant, x0, state
+
+    return [begin(dp.MPC(limited, method)) for method in methods]
 
 
 def race(method) -> tuple:
@@ -103,6 +105,5 @@ def in_a_jit(_, controller, *start) -> dict:
 
 
 def run() -> list[dict]:
-    small = [quadrotor(method) for method in ours.METHODS]
-    rows = [one(*made) | in_a_jit(*made) for made in small]
+    rows = [one(*made) | in_a_jit(*made) for made in quadrotors(ours.METHODS)]
     return [*rows, one(*race(ours.DDP))]
