@@ -29,7 +29,8 @@ NOTES = (
     "Random problems that change with time; n states, m controls, T stages. Crocoddyl: "
     "one iteration of FDDP with its built-in linear-quadratic model in C++.",
     "`call ms` is what a call with these arguments and results costs where nothing is "
-    "computed: each result is filled with one number. It is part of our time.",
+    "computed: each result is filled with one number. It is part of our time, and what "
+    "bounds it on the smallest problems.",
     "Counted are the sums and products of one sweep and its roll-out with symmetric "
     "products formed once, 2 n^2 (n + m) + n (n + m)^2 + m^3 / 3 + 2 m^2 n + m n^2 + "
     "2 n (n + m) + 2 m n a stage, whatever a solver does. The peak is that of NumPy's "
