@@ -10,23 +10,14 @@ pytest --calls FILE       lists what each test calls: `public.py`
 pytest --trivial FILE     lists tests that trivial answers pass: `public.py`
 """
 
-import atexit
 import collections
 import ctypes
 import gc
 import os
 import pathlib
 import resource
-import shutil
 import sys
-import tempfile
 import zlib
-
-
-# Workers share what they compile, and find it again after it was dropped.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffprog-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import jax
 import jaxtyping
@@ -39,8 +30,6 @@ from .quick import compile_quickly
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Programs are large and live long: it does not pay to look for garbage often.
 gc.set_threshold(50_000, 20, 100)
 
