@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: venv demo test test-default test-examples test-sse4 test-selection check docs pages
+.PHONY: venv demo test test-default test-examples test-selection check docs pages
 .PHONY: tutorials bench bench-losses bench-oracles bench-llqr bench-learning bench-training
 .PHONY: browser bench-gpu package clean
 
@@ -24,8 +24,6 @@ venv: .venv/.installed
 demo: venv
 	$(BIN)/python examples/car_racing.py
 
-SSE4 := $(addprefix tests/test_,directions.py honesty.py solve.py lqr.py moreau.py \
-  gauss_newton.py prox_linear.py target_propagation.py value_and_direction.py)
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) -q
 # Annotations are checked when functions are called, which takes a sixth of the time.
 TYPES := --jaxtyping-packages=diffprog,beartype.beartype
@@ -44,10 +42,6 @@ test-selection: venv
 # Every example, with little to do.
 test-examples: venv
 	$(PYTEST) --all --dist=load tests/test_examples.py $(ARGS)
-
-# The instructions of a processor of 2008, whose rounding is another one.
-test-sse4: venv
-	XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 $(PYTEST) $(SSE4) $(ARGS)
 
 check: venv
 	$(BIN)/ruff format --check .
